@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from sae_jax.activations.files import Files
-from sae_jax.activations.spec import ArraySpec, SetSpec, array_specs
+from sae_jax.activations.spec import ArraySpec, SetSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.types import UserError
 
@@ -110,24 +110,23 @@ def read_commits(files: Files, spec: SetSpec) -> tuple[list[Commit], list[str]]:
 
 def digests(values: np.ndarray, array: ArraySpec) -> np.ndarray:
     """xxh3_64 of each chunk of an array's valid rows: u64[chunks]."""
-    bits = values.view(np.dtype(f"u{values.dtype.itemsize}"))  # hashing wants a buffer, bfloat16 has none
-    chunks = range(0, len(values), array.chunk_rows)
-    return np.array(
-        [xxhash.xxh3_64_intdigest(bits[low : low + array.chunk_rows]) for low in chunks], np.uint64
-    )
+    chunks = (values[low : low + array.chunk_rows] for low in range(0, len(values), array.chunk_rows))
+    return np.array([_digest(chunk) for chunk in chunks], np.uint64)
 
 
 def read_block(files: Files, array: ArraySpec, commit: Commit, place: int, out: np.ndarray) -> None:
     """Fills out with the valid rows of a chunk. UserError naming object and chunk when the digest differs."""
     key = array.shard_key(commit.shard)
     files.read_into(key, place * array.chunk_bytes, out)
-    if xxhash.xxh3_64_intdigest(out.view(np.dtype(f"u{out.dtype.itemsize}"))) != int(
-        commit.digests[array.path][place]
-    ):
+    if _digest(out) != int(commit.digests[array.path][place]):
         raise UserError(
             f"{files.name(key)}: chunk {place} is not what was written, its digest differs; delete "
             f"{commit_key(commit.shard)} and run the harvest again"
         )
+
+
+def _digest(values: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(as_bits(values).data)
 
 
 def _first_line(error: Exception) -> str:

@@ -95,7 +95,7 @@ class Files:
 
         Raises UserError naming the object when it is missing or too short.
         """
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         if self.local is not None:
             try:
                 with open(self.local / key, "rb", buffering=0) as file:

@@ -34,7 +34,7 @@ from sae_jax.activations.commits import (
     read_commits,
 )
 from sae_jax.activations.files import STORAGE_ERRORS, Files, write_error
-from sae_jax.activations.spec import INDEX_NAMES, SetSpec, SourceSpec, array_specs
+from sae_jax.activations.spec import INDEX_NAMES, SetSpec, SourceSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.types import UsageError, UserError
 
@@ -82,26 +82,22 @@ class Writer:
             np.random.Philox(key=[self.spec.seed, WRITE_ORDER], counter=[0, shard, 0, 0]).random_raw(n_rows),
             kind="stable",  # raw bits are the same in every numpy version, permutation() is not
         )
-        padded = {}
+        padded, hashes = {}, {}
         for path, block in blocks.items():
             array = self.arrays[path]
             padded[path] = np.zeros((array.shard_rows, *array.row_shape), array.dtype)
             if path == "sequences":
                 padded[path][: len(block)] = block
             else:
-                bits = np.dtype(f"u{array.dtype.itemsize}")  # numpy is slow to gather bfloat16
-                np.take(block.view(bits), order, axis=0, out=padded[path][:n_rows].view(bits), mode="clip")
-        hashes = {
-            path: digests(rows[: len(blocks[path])], self.arrays[path]) for path, rows in padded.items()
-        }
+                shuffled = as_bits(padded[path][:n_rows])
+                np.take(as_bits(block), order, axis=0, out=shuffled, mode="clip")
+            hashes[path] = digests(padded[path][: len(block)], array)
         commit = Commit(shard, n_rows, len(blocks.get("sequences", ())), hashes, stats)
 
         key = commit_key(shard)
         text = commit.to_json(self.spec.chunk_rows)
-        if (old := self.files.read(key)) is not None and old != text.encode():
-            self.files.delete(
-                key
-            )  # or a kill between data and commit would leave new data under the old commit
+        if self.files.read(key) not in (None, text.encode()):
+            self.files.delete(key)  # a kill before the new commit must not leave new data under the old one
         try:
             writes = []
             for path, rows in padded.items():
