@@ -1,36 +1,35 @@
 """Batches of activations in an order that depends on the set, the batch size, the seed and the step alone.
 
-The order is in order.py. Here chunks are read by threads into one array a source, in slots of a chunk each,
-and a batch is one gather of rows from it. A chunk is thus copied once between the disk and the batch, and
-memory is fixed: a group of chunks for each reader of this process, and a few more slots in which the next
-groups arrive.
+The order is in order.py. Here threads read chunks, and put each row straight into the batch, of this step
+or a later one, that it is for: a row is copied once, while its chunk is in the cache of the processor.
+Memory is fixed: the batches which the groups of chunks in hand reach into, as large as those groups, and a
+few more.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import count, pairwise
+from itertools import count
 from types import TracebackType
 
 import numpy as np
 
-from sae_jax.activations.order import Group, RowOrder, Run
+from sae_jax.activations.order import Group, GroupKey, RowOrder, Run
 from sae_jax.activations.spec import DTYPES, as_bits
 from sae_jax.activations.store import ActivationSet
 from sae_jax.types import UsageError
 
-READS_IN_FLIGHT = 16
+READS_IN_FLIGHT = 8
+CHUNKS_AHEAD = 16  # read before they are needed
 BATCHES_AHEAD = 2  # complete batches that wait for the consumer
-STEPS_AHEAD = 256  # how far ahead groups are sought
-GATHER_THREADS = min(4, os.cpu_count() or 1)
-GATHER_BYTES = 1 << 20  # a smaller share of a batch is not worth a thread
+MAX_LEASES = BATCHES_AHEAD + 3  # batches that the consumer has without a copy: it may keep more, as copies
 
 
 class Loader:
@@ -84,9 +83,10 @@ class Loader:
 
         UserError naming shard and chunk where the data is not what was written.
         """
-        if self._window is None:
-            self._window = _Window(self)
-        return self._window.batch(step, read_ahead=False)
+        if self._window is None or self._window.step != step:
+            self._end_window()
+            self._window = _Window(self, step)
+        return self._window.next(lease=False)
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yields (step, batch) from start_step on, without end, reading ahead on threads.
@@ -114,9 +114,7 @@ class Loader:
         for stream in self._streams:
             stream.close()
         self._streams.clear()
-        if self._window is not None:
-            self._window.close()
-            self._window = None
+        self._end_window()
 
     def __enter__(self) -> Loader:
         return self
@@ -126,6 +124,11 @@ class Loader:
     ) -> None:
         self.close()
 
+    def _end_window(self) -> None:
+        if self._window is not None:
+            self._window.close()
+            self._window = None
+
     def _stream(self, start_step: int) -> Generator[tuple[int, dict[str, np.ndarray]], None, None]:
         ready: queue.Queue[dict[str, np.ndarray] | BaseException] = queue.Queue()
         room = threading.Semaphore(BATCHES_AHEAD)
@@ -133,12 +136,12 @@ class Loader:
 
         def produce() -> None:
             try:
-                with closing(_Window(self)) as window:
-                    for step in count(start_step):
+                with closing(_Window(self, start_step)) as window:
+                    while True:
                         room.acquire()
                         if stopped.is_set():
                             return
-                        ready.put(window.batch(step, read_ahead=True))
+                        ready.put(window.next(lease=True))
             except BaseException as error:
                 ready.put(error)
 
@@ -159,131 +162,136 @@ class Loader:
             producer.join()
 
 
-class _Resident:
-    """A group with slots of its own, whose chunks are there or on their way."""
-
-    def __init__(self, group: Group, slots: list[int]):
-        self.group, self.slots = group, slots
-        self.reads: list[Future] = []
-        self.index: Future | None = None  # i64[rows]: where in the arrays the rows are, in permuted order
-
-    def wait(self) -> np.ndarray:
-        """The index, once all chunks are there. Raises what a read raised."""
-        for read in self.reads:
-            read.result()
-        self.reads.clear()
-        assert self.index is not None
-        return self.index.result()
-
-
 class _Window:
-    """The groups in memory while a stream moves over the set. Used by one thread."""
+    """The batches from one step on, partly filled. Used by one thread."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader: Loader, start_step: int):
         self.loader, self.order, self.set = loader, loader.order, loader.activations
-        self.chunk_rows = self.set.spec.chunk_rows
-        readers = min(self.order.n_readers, -(-self.order.n_readers // loader.process_count) + 1)
-        n_slots = min(readers * self.order.group_chunks + READS_IN_FLIGHT, 2 * self.set.n_chunks)
-        self.free = list(range(n_slots))
-        self.arrays = {name: self._allocate(name, n_slots) for name in loader.sources}
-        self.resident: dict[tuple[int, int, int], _Resident] = {}
-        self.planned: deque[tuple[int, list[Run]]] = deque()  # steps from the next one on, in turn
-        self.readers = ThreadPoolExecutor(READS_IN_FLIGHT, "activation-read")
-        self.gatherers = ThreadPoolExecutor(GATHER_THREADS, "activation-gather")
+        self.step = start_step  # of the next batch
+        self.share = loader.batch_size // loader.process_count
+        group_rows = self.order.group_chunks * self.set.spec.chunk_rows
+        group_steps = (group_rows - 1) * self.order.n_readers // loader.batch_size + 2
+        ahead_steps = -(-CHUNKS_AHEAD * self.set.spec.chunk_rows // self.share)
+        self.horizon = group_steps + ahead_steps  # no group is read that reaches further
+        self.free = list(range(self.horizon + MAX_LEASES))
+        self.rows: dict[str, np.ndarray] = {}  # [slots * share, d]: a slot is a batch
+        for name in loader.sources:
+            source = self.set.source(name)
+            self.rows[name] = np.empty((len(self.free) * self.share, source.d), DTYPES[source.dtype])
+        self.slots: dict[int, int] = {}  # step -> slot
+        self.plans: dict[int, list[Run]] = {}  # step -> its pieces
+        self.groups: dict[GroupKey, tuple[Group, list[Future]]] = {}  # on their way, or needed again
+        self.sought = start_step  # the groups of all steps before this one are on their way
+        self.leases: dict[int, int] = {}  # slots that the consumer has -> arrays of it that are alive
+        self.returned: deque[int] = deque()  # filled by finalizers, in whatever thread they run
+        self.scratch: list[np.ndarray] = []
+        self.pool = ThreadPoolExecutor(READS_IN_FLIGHT, "activation-read")
 
-    def batch(self, step: int, read_ahead: bool) -> dict[str, np.ndarray]:
-        """The batch of a step; with read_ahead, later groups are on their way when it returns."""
-        if not self.planned or self.planned[0][0] != step:
-            self.planned.clear()
-            self._plan(step)
-        _, runs = self.planned.popleft()
-        last_planned = self.planned[-1][0] if self.planned else step
-        for key, resident in list(self.resident.items()):
-            if resident.group.last_step < step or resident.group.first_step > last_planned:
-                self._retire(key)
-        for run in runs:
-            if run.group not in self.resident:
-                self._load(run.group, grow=True)
-        if read_ahead:
-            self._read_ahead(step)
-        index = np.concatenate([self.resident[run.group].wait()[run.low : run.high] for run in runs])
-        return {name: self._gather(name, index) for name in self.loader.sources}
+    def next(self, lease: bool) -> dict[str, np.ndarray]:
+        """The next batch. With lease, its arrays may be in memory that is used again once they are gone."""
+        self._read_ahead()
+        for run in self.plans.pop(self.step):
+            group, reads = self.groups[run.group]
+            for read in reads:
+                read.result()
+            reads.clear()
+            if group.last_step == self.step:
+                del self.groups[run.group]
+        slot = self.slots.pop(self.step)
+        self.step += 1
+        self._take_back()
+        if lease and len(self.leases) < MAX_LEASES:
+            self.leases[slot] = len(self.rows)
+            return {name: self._lease(rows, slot) for name, rows in self.rows.items()}
+        self.free.append(slot)
+        return {name: self._batch(rows, slot).copy() for name, rows in self.rows.items()}
 
     def close(self) -> None:
         """Ends the threads."""
-        self.readers.shutdown(cancel_futures=True)
-        self.gatherers.shutdown()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        """Starts reading groups in the order of need, until one reaches beyond the horizon."""
+        while self.sought < self.step + self.horizon:
+            for run in self._plan(self.sought):
+                if run.group not in self.groups:
+                    group = self.order.group(run.group)
+                    if group.last_step >= self.step + self.horizon:
+                        return
+                    self._load(run.group, group)
+            self.sought += 1
 
     def _plan(self, step: int) -> list[Run]:
-        runs = self.order.runs(step, self.loader.process_index, self.loader.process_count)
-        self.planned.append((step, runs))
-        return runs
+        if step not in self.plans:
+            self.plans[step] = self.order.runs(step, self.loader.process_index, self.loader.process_count)
+        return self.plans[step]
 
-    def _read_ahead(self, step: int) -> None:
-        """Starts reading groups of later steps in the order of need, while there are slots for them."""
-        for _, runs in self.planned:
-            if not self._load_all(runs):
-                return
-        for later in range(step + 1 + len(self.planned), step + STEPS_AHEAD):
-            if not self._load_all(self._plan(later)):
-                return
+    def _load(self, key: GroupKey, group: Group) -> None:
+        """Starts reading a group into the batches it reaches."""
+        targets = []
+        for step in range(max(group.first_step, self.step), group.last_step + 1):
+            for run in self._plan(step):
+                if run.group == key:
+                    if step not in self.slots:
+                        self.slots[step] = self.free.pop()
+                    targets.append((run, self.slots[step] * self.share + run.target))
+        # Submitted first, so no thread waits for it in vain.
+        places = self.pool.submit(self._places, key, int(group.n_rows.sum()), targets)
+        reads: list[Future] = []
+        end = 0
+        for chunk, first, n_rows in zip(group.chunks, group.first_row, group.n_rows, strict=True):
+            part = slice(end, end + n_rows)
+            reads += [self.pool.submit(self._read, n, chunk, first, part, places) for n in self.rows]
+            end += n_rows
+        self.groups[key] = (group, reads)
 
-    def _load_all(self, runs: list[Run]) -> bool:
-        return all(run.group in self.resident or self._load(run.group, grow=False) for run in runs)
+    def _places(self, key: GroupKey, n_rows: int, targets: list[tuple[Run, int]]) -> np.ndarray:
+        """Where each row of a group goes, before the shuffle: i64[rows], -1 for those not wanted here."""
+        shuffled = np.full(n_rows, -1)
+        for run, target in targets:
+            shuffled[run.low : run.high] = np.arange(target, target + run.high - run.low)
+        places = np.empty(n_rows, np.int64)
+        places[self.order.permutation(key)] = shuffled
+        return places
 
-    def _load(self, key: tuple[int, int, int], grow: bool) -> bool:
-        """Starts reading a group; False if there are not enough slots and they may not grow."""
-        group = self.order.group(key)
-        if len(self.free) < len(group.chunks):
-            if not grow:
-                return False
-            self._grow(len(group.chunks))
-        slots = [self.free.pop() for _ in group.chunks]
-        resident = self.resident[key] = _Resident(group, slots)
-        bases = np.array(slots) * self.chunk_rows
-        for chunk, base in zip(group.chunks.tolist(), bases.tolist(), strict=True):
-            n_rows = int(self.set.chunk_n_rows[chunk])
-            for name, array in self.arrays.items():
-                rows = array[base : base + n_rows]
-                resident.reads.append(self.readers.submit(self.set.read_chunk_into, name, chunk, rows))
-        resident.index = self.gatherers.submit(lambda: _rows(group, bases)[self.order.permutation(key)])
-        return True
+    def _read(self, name: str, chunk: int, first_row: int, part: slice, places: Future) -> None:
+        """Reads a chunk and puts rows from first_row on, which are `part` of their group, in their places."""
+        target = self.rows[name]
+        n_rows, n_bytes = int(self.set.chunk_n_rows[chunk]), target[0].nbytes
+        try:
+            scratch = self.scratch.pop()  # the last one used, which is in the cache
+        except IndexError:
+            scratch = np.empty(
+                max(r[0].nbytes for r in self.rows.values()) * self.set.spec.chunk_rows, np.uint8
+            )
+        rows = scratch[: n_rows * n_bytes].view(target.dtype).reshape(n_rows, -1)
+        self.set.read_chunk_into(name, chunk, rows)
+        wanted = places.result()[part]
+        rows = as_bits(rows)[first_row : first_row + len(wanted)]
+        if (wanted < 0).any():
+            rows, wanted = rows[wanted >= 0], wanted[wanted >= 0]
+        as_bits(target)[wanted] = rows
+        self.scratch.append(scratch)
 
-    def _retire(self, key: tuple[int, int, int]) -> None:
-        resident = self.resident.pop(key)
-        for read in resident.reads:  # a slot is free only when nothing writes to it
-            if not read.cancel():
-                read.exception()
-        self.free += resident.slots
+    def _batch(self, rows: np.ndarray, slot: int) -> np.ndarray:
+        return rows[slot * self.share : (slot + 1) * self.share]
 
-    def _grow(self, n_slots: int) -> None:
-        """Makes room for a batch that needs more groups at once than there are slots, as of a tiny set."""
-        for resident in self.resident.values():
-            resident.wait()
-        old = next(iter(self.arrays.values())).shape[0] // self.chunk_rows
-        new = 2 * old + n_slots
-        for name, array in self.arrays.items():
-            self.arrays[name] = self._allocate(name, new)
-            as_bits(self.arrays[name])[: len(array)] = as_bits(array)
-        self.free += range(old, new)
+    def _lease(self, rows: np.ndarray, slot: int) -> np.ndarray:
+        """A batch that returns its slot when it is gone. Every view of it keeps it alive."""
+        bits = as_bits(self._batch(rows, slot))
+        batch = np.frombuffer(
+            bits.data, rows.dtype
+        )  # an array of its own: views of `rows` would refer to that
+        weakref.finalize(batch, self.returned.append, slot)
+        return batch.reshape(bits.shape)
 
-    def _allocate(self, name: str, n_slots: int) -> np.ndarray:
-        source = self.set.source(name)
-        return np.empty((n_slots * self.chunk_rows, source.d), DTYPES[source.dtype])
-
-    def _gather(self, name: str, index: np.ndarray) -> np.ndarray:
-        rows = self.arrays[name]
-        out = np.empty((len(index), rows.shape[1]), rows.dtype)
-        parts = max(1, min(GATHER_THREADS, out.nbytes // GATHER_BYTES))
-        cuts = np.linspace(0, len(index), parts + 1).astype(int)
-
-        def take(low: int, high: int) -> None:
-            # mode="clip": with "raise", numpy gathers into a temporary first.
-            np.take(as_bits(rows), index[low:high], axis=0, out=as_bits(out[low:high]), mode="clip")
-
-        for done in [self.gatherers.submit(take, *cut) for cut in pairwise(cuts)]:
-            done.result()
-        return out
+    def _take_back(self) -> None:
+        while self.returned:
+            slot = self.returned.popleft()
+            self.leases[slot] -= 1
+            if self.leases[slot] == 0:
+                del self.leases[slot]
+                self.free.append(slot)
 
 
 def _rows(group: Group, bases: np.ndarray) -> np.ndarray:

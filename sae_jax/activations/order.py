@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 
@@ -27,16 +28,21 @@ CHUNK_ORDER, ROW_ORDER = 2, 3  # Philox domains; 1 is the row order inside a sha
 MAX_READERS = 64
 MIN_CHUNKS_PER_READER = 8
 MAX_GROUP_CHUNKS = 16
-GROUP_BYTES = 1 << 30  # all groups of all readers, of one source
+MIN_GROUP_BYTES, MAX_GROUP_BYTES = 128 << 20, 1 << 30  # the current groups of all readers, of one source
+GROUP_SHARE = 64  # between these limits, the share of the set that is in memory: large sets, large machines
+
+
+GroupKey: TypeAlias = tuple[int, int, int]  # epoch, reader, number of the group in the reader's span
 
 
 @dataclass(frozen=True)
 class Run:
     """Rows [low, high) of one group, in its permuted order: a piece of a batch."""
 
-    group: tuple[int, int, int]  # epoch, reader, number of the group in the reader's span
+    group: GroupKey
     low: int
     high: int
+    target: int  # where these rows begin in the process's share of the batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +63,14 @@ class RowOrder:
         """chunk_n_rows: i64[n_chunks], all > 0. chunk_bytes: of a full chunk of the widest source."""
         self.chunk_n_rows, self.batch_size, self.seed = chunk_n_rows, batch_size, seed
         self.n_rows = int(chunk_n_rows.sum())
-        self.n_readers = _n_readers(len(chunk_n_rows), batch_size)
-        per_reader = len(chunk_n_rows) // self.n_readers
-        budget = GROUP_BYTES // (chunk_bytes * self.n_readers)
+        n_chunks = len(chunk_n_rows)
+        budget = (
+            min(max(n_chunks * chunk_bytes // GROUP_SHARE, MIN_GROUP_BYTES), MAX_GROUP_BYTES) // chunk_bytes
+        )
+        self.n_readers = _n_readers(min(n_chunks // MIN_CHUNKS_PER_READER, budget // 2), batch_size)
         # At most half a reader's chunks: the next epoch is read while the last groups are used.
-        self.group_chunks = max(1, min(MAX_GROUP_CHUNKS, per_reader // 2, budget))
+        most = min(n_chunks, 2 * budget) // (2 * self.n_readers)
+        self.group_chunks = max(1, min(MAX_GROUP_CHUNKS, most))
         self._epoch = lru_cache(maxsize=3)(self._compute_epoch)
         self._span = lru_cache(maxsize=4 * self.n_readers)(self._compute_span)
 
@@ -84,13 +93,13 @@ class RowOrder:
                 stop = (end - reader + n - 1) // n
                 skip, keep = max(0, low - at), min(stop - row, high - at)
                 if skip < keep:
-                    runs += self._split(epoch, reader, row + skip, row + keep)
+                    runs += self._split(epoch, reader, row + skip, row + keep, at + skip - low)
                 at += stop - row
             if at >= high:
                 break
         return runs
 
-    def group(self, key: tuple[int, int, int]) -> Group:
+    def group(self, key: GroupKey) -> Group:
         """What a group is made of."""
         epoch, reader, number = key
         order, ends = self._epoch(epoch)
@@ -104,7 +113,7 @@ class RowOrder:
         first_step, last_step = (position // self.batch_size for position in positions)
         return Group(order[chunks], first_row, n_rows, first_step, last_step)
 
-    def permutation(self, key: tuple[int, int, int]) -> np.ndarray:
+    def permutation(self, key: GroupKey) -> np.ndarray:
         """The order of a group's rows: i64[rows], into its chunks' rows laid end to end."""
         epoch, reader, number = key
         _, bounds = self._span(epoch, reader)
@@ -121,7 +130,7 @@ class RowOrder:
             position += high - low
         return spans
 
-    def _split(self, epoch: int, reader: int, low: int, high: int) -> list[Run]:
+    def _split(self, epoch: int, reader: int, low: int, high: int, target: int) -> list[Run]:
         """Rows [low, high) of a reader's epoch, cut at the ends of its groups."""
         start, bounds = self._span(epoch, reader)
         low, high = low + start, high + start
@@ -129,8 +138,8 @@ class RowOrder:
         runs = []
         while low < high:
             begin, end = int(bounds[number]), min(int(bounds[number + 1]), high)
-            runs.append(Run((epoch, reader, number), low - begin, end - begin))
-            low, number = end, number + 1
+            runs.append(Run((epoch, reader, number), low - begin, end - begin, target))
+            low, target, number = end, target + end - low, number + 1
         return runs
 
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,10 +165,10 @@ class RowOrder:
         return np.argsort(bits, kind="stable")
 
 
-def _n_readers(n_chunks: int, batch_size: int) -> int:
-    """A power of two that leaves each reader enough chunks, dividing the batch unless that means too few."""
+def _n_readers(limit: int, batch_size: int) -> int:
+    """A power of two up to limit, dividing the batch unless that means too few."""
     most = 1
-    while most * 2 <= min(MAX_READERS, n_chunks // MIN_CHUNKS_PER_READER, batch_size):
+    while most * 2 <= min(MAX_READERS, limit, batch_size):
         most *= 2
     dividing = min(most, batch_size & -batch_size)
     return dividing if dividing * 8 >= most else most

@@ -1,0 +1,245 @@
+"""An activation set from arrays that a user has, in memory or as a stream of blocks of any size.
+
+Shards and chunks derive from the size of the set, so that a small one still has many chunks to shuffle. A
+stream that ends within BUFFER_BYTES is laid out by its size too; a longer one gets full-size shards, and
+their number is known at the end. dataset.json is therefore written last: a set whose writing was cut off
+cannot be opened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from sae_jax.activations.files import Files
+from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, array_specs, layout
+from sae_jax.activations.store import ActivationSet, Writer, open_activations
+from sae_jax.types import UsageError, UserError
+
+BUFFER_BYTES = 256 << 20
+SLICE_BYTES = 64 << 20  # an array in memory is converted in slices of this size
+ENDLESS_ROWS = 1 << 50  # more than any stream
+
+
+def write_activations(
+    path: str | os.PathLike[str],
+    rows: Any,
+    *,
+    name: str = "acts",
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    tokens: Any = None,
+    tokenizer: str | None = None,
+    text: str | None = None,
+    model: str | None = None,
+    model_digest: str | None = None,
+    hook: str | None = None,
+) -> ActivationSet:
+    """Writes rows as a new activation set and opens it.
+
+    Args:
+      path: a folder or URL where there is no set yet.
+      rows: an array [..., d] (numpy, JAX, or a torch tensor); or a dict of source name -> array, all with
+      the same
+        rows; or an iterator of such arrays or dicts, in blocks of any size.
+      name: of the source, when rows are arrays and not dicts.
+      dtype: on disk: bfloat16, float16 or float32.
+      seed: of the shuffle inside shards.
+      tokens: int [n, context], for rows [n, context, d]: an array, or with an iterator of rows an iterator of
+        blocks in step with it. A set with tokens can show the text around a row.
+      tokenizer: reference of the tokenizer that made the tokens.
+      text: reference of the text.
+      model: reference of the model that made the rows; with `hook`, lets evaluation splice into it.
+      model_digest: of the model's weights.
+      hook: where in the model the rows come from.
+
+    Raises UsageError where there is a set already or shapes do not fit; UserError for a row that is not
+    finite, naming it, and for a full disk.
+    """
+    files = Files(path)
+    if files.read("dataset.json") is not None:
+        raise UsageError(f"{files.path} is an activation set already; write to another path or delete it")
+    if files.keys("commits/"):
+        raise UserError(f"{files.path} has shards of a set whose writing was cut off; delete it first")
+
+    n_rows, blocks = _blocks(rows, tokens, name, DTYPES[_known(dtype)])
+    buffer = _Buffer()
+    writer: Writer | None = None
+    n_shards = 0
+
+    def start(n_rows: int) -> Writer:
+        unit_rows = 1 if buffer.context is None else buffer.context
+        row_bytes = [d * DTYPES[dtype].itemsize for d in buffer.widths.values()]
+        n_shards, shard_rows, chunk_rows = layout(n_rows, row_bytes, unit_rows)
+        sources = tuple(SourceSpec(n, d, dtype, model, model_digest, hook) for n, d in buffer.widths.items())
+        per_shard = None if buffer.context is None else shard_rows // unit_rows
+        n_shards = min(n_shards, (2**31 - 1) // (per_shard or 1))
+        spec = SetSpec(
+            sources, n_shards, shard_rows, chunk_rows, seed, tokenizer, text,
+            context=buffer.context, sequences_per_shard=per_shard,
+        )  # fmt: skip
+        return Writer(files, spec)
+
+    def write(writer: Writer, rows: int) -> None:
+        sources, tokens_MT = buffer.take(rows)
+        index = None
+        if tokens_MT is not None:
+            seq, pos = np.divmod(np.arange(tokens_MT.size), tokens_MT.shape[1])
+            first = n_shards * (writer.spec.sequences_per_shard or 0)
+            index = {"token": tokens_MT.reshape(-1), "seq": seq + first, "pos": pos}
+        writer.write_shard(n_shards, sources, index, tokens_MT, first_row=n_shards * _full(writer.spec))
+
+    for block, tokens_BT in blocks:
+        buffer.push(block, tokens_BT)
+        if writer is None and (n_rows is not None or buffer.n_bytes > BUFFER_BYTES):
+            writer = start(ENDLESS_ROWS if n_rows is None else n_rows)
+        while writer is not None and buffer.n_rows >= _full(writer.spec):
+            write(writer, _full(writer.spec))
+            n_shards += 1
+    if buffer.n_rows + n_shards == 0:
+        raise UsageError("there are no rows to write")
+    writer = writer or start(buffer.n_rows)
+    while buffer.n_rows:
+        write(writer, min(buffer.n_rows, _full(writer.spec)))
+        n_shards += 1
+
+    spec = replace(writer.spec, n_shards=n_shards)
+    for array in array_specs(spec).values():
+        files.open_array(array, "create")
+    Writer(files, spec).finish()
+    files.write("dataset.json", spec.to_json())
+    return open_activations(path)
+
+
+class _Buffer:
+    """Blocks of rows that wait to be written."""
+
+    def __init__(self):
+        self.blocks: deque[dict[str, np.ndarray]] = deque()
+        self.tokens: deque[np.ndarray] = deque()
+        self.n_rows = self.n_bytes = self.n_pushed = 0
+        self.widths: dict[str, int] = {}
+        self.context: int | None = None
+
+    def push(self, block: dict[str, np.ndarray], tokens_BT: np.ndarray | None) -> None:
+        """Adds rows [n, d] of every source. UsageError where they do not fit those before."""
+        widths = {name: rows.shape[1] for name, rows in block.items()}
+        context = None if tokens_BT is None else tokens_BT.shape[1]
+        if self.n_pushed and (widths, context) != (self.widths, self.context):
+            raise UsageError(
+                f"block {self.n_pushed} has source widths {widths} and context {context}; those before have "
+                f"{self.widths} and {self.context}"
+            )
+        self.widths, self.context = widths, context
+        self.n_pushed += 1
+        self.n_rows += len(next(iter(block.values())))
+        self.n_bytes += sum(rows.nbytes for rows in block.values())
+        self.blocks.append(block)
+        if tokens_BT is not None:
+            self.tokens.append(tokens_BT)
+
+    def take(self, n_rows: int) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Removes the first n_rows rows, and their tokens."""
+        taken: list[dict[str, np.ndarray]] = []
+        missing = n_rows
+        while missing:
+            block = self.blocks.popleft()
+            n = len(next(iter(block.values())))
+            if n > missing:
+                self.blocks.appendleft({name: rows[missing:] for name, rows in block.items()})
+                block = {name: rows[:missing] for name, rows in block.items()}
+            taken.append(block)
+            missing -= min(n, missing)
+        self.n_rows -= n_rows
+        sources = {name: np.concatenate([block[name] for block in taken]) for name in self.widths}
+        self.n_bytes -= sum(rows.nbytes for rows in sources.values())
+        if self.context is None:
+            return sources, None
+        all_tokens = np.concatenate(self.tokens)
+        self.tokens = deque([all_tokens[n_rows // self.context :]])
+        return sources, all_tokens[: n_rows // self.context]
+
+
+def _full(spec: SetSpec) -> int:
+    """Rows of a full shard: a sequence is never cut."""
+    if spec.context is None or spec.sequences_per_shard is None:
+        return spec.shard_rows
+    return spec.sequences_per_shard * spec.context
+
+
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype!r}; use one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _blocks(
+    rows: Any, tokens: Any, name: str, dtype: np.dtype
+) -> tuple[int | None, Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]]:
+    """Total rows (None for a stream) and blocks: rows [n, d] of each source in dtype, tokens [m, context]."""
+    named = rows if isinstance(rows, Mapping) else {name: rows}
+    if all(hasattr(values, "shape") for values in named.values()):
+        lengths = {source: len(values) for source, values in named.items()}
+        if len(set(lengths.values())) > 1:
+            raise UsageError(f"all sources need the same rows, they have {lengths}")
+        first = next(iter(named.values()))
+        row_bytes = sum(math.prod(values.shape[1:]) * dtype.itemsize for values in named.values())
+        step = max(1, SLICE_BYTES // max(row_bytes, 1))
+        parts = [slice(low, low + step) for low in range(0, len(first), step)]
+        stream = ({source: values[part] for source, values in named.items()} for part in parts)
+        token_stream = repeat(None) if tokens is None else (tokens[part] for part in parts)
+        n_rows = math.prod(first.shape[:-1])
+    else:
+        stream = (block if isinstance(block, Mapping) else {name: block} for block in rows)
+        token_stream = repeat(None) if tokens is None else iter(tokens)
+        n_rows = None
+    return n_rows, _paired(stream, token_stream, dtype)
+
+
+def _paired(
+    stream: Iterator[Mapping[str, Any]], token_stream: Iterator[Any], dtype: np.dtype
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]:
+    for number, block in enumerate(stream):
+        try:
+            yield _block(number, block, next(token_stream), dtype)
+        except StopIteration:
+            raise UsageError(f"tokens end before block {number} of the rows; give one for each") from None
+
+
+def _block(
+    number: int, block: Mapping[str, Any], tokens: Any, dtype: np.dtype
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    arrays = {source: _as_numpy(values) for source, values in block.items()}
+    shapes = {source: values.shape for source, values in arrays.items()}
+    if (
+        any(len(shape) < 2 for shape in shapes.values())
+        or len({shape[:-1] for shape in shapes.values()}) != 1
+    ):
+        raise UsageError(f"block {number} has shapes {shapes}; rows are [..., d], alike in all but d")
+    tokens_BT = None
+    if tokens is not None:
+        tokens_BT = _as_numpy(tokens)
+        lead = next(iter(shapes.values()))[:-1]
+        if tokens_BT.ndim != 2 or tokens_BT.shape != lead:
+            raise UsageError(
+                f"block {number}: tokens are {tokens_BT.shape}; rows [n, context, d] need {lead}"
+            )
+    with np.errstate(over="ignore"):  # a value too large for dtype is refused with its row when it is written
+        # A copy: a generator may fill the same array again.
+        return {
+            s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()
+        }, tokens_BT
+
+
+def _as_numpy(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):  # a torch tensor, whose bfloat16 numpy does not take
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
