@@ -1,0 +1,471 @@
+"""The store gives back what it was given, survives interruption, and refuses what is damaged, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sae_jax.activations.ingest import write_activations
+from sae_jax.activations.spec import SetSpec, SourceSpec, layout
+from sae_jax.activations.store import ActivationSet, create, open_activations
+from sae_jax.activations.verify import verify
+from sae_jax.types import UsageError, UserError
+
+TEXT_SPEC = SetSpec(
+    (SourceSpec("resid.0", 6), SourceSpec("resid.1", 3, "float32")),
+    n_shards=3,
+    shard_rows=40,
+    chunk_rows=8,
+    context=5,
+    sequences_per_shard=8,
+)
+SHARD_N_ROWS = (37, 0, 40)
+
+
+def shard_content(shard: int) -> tuple[dict, dict, np.ndarray]:
+    """Sources, index and sequences of a shard of TEXT_SPEC, some positions masked."""
+    random = np.random.default_rng(shard)
+    sequences = random.integers(0, 100, (8, 5), np.int32)
+    seq, pos = np.divmod(np.sort(random.permutation(40)[: SHARD_N_ROWS[shard]]), 5)
+    sources = {
+        source.name: random.standard_normal((len(seq), source.d), np.float32) for source in TEXT_SPEC.sources
+    }
+    return sources, {"token": sequences[seq, pos], "seq": seq + shard * 8, "pos": pos}, sequences
+
+
+def write_text_set(path: Path, shards: tuple[int, ...] = (0, 1, 2)) -> Path:
+    writer = create(path, TEXT_SPEC)
+    for shard in shards:
+        writer.write_shard(shard, *shard_content(shard))
+    if len(shards) == TEXT_SPEC.n_shards:
+        writer.finish()
+    return path
+
+
+def all_rows(activations: ActivationSet, source: str) -> np.ndarray:
+    return np.concatenate([activations.read_chunk(source, i) for i in range(activations.n_chunks)])
+
+
+def in_order(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, np.float64)
+    return rows[np.lexsort(rows.T)]
+
+
+def tree(path: Path) -> dict[str, str]:
+    files = (file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_round_trip_with_text(tmp_path: Path) -> None:
+    activations = open_activations(write_text_set(tmp_path / "set"))
+    assert activations.sources == ("resid.0", "resid.1")
+    assert activations.n_rows == sum(SHARD_N_ROWS)
+    assert activations.chunk_n_rows.tolist() == [8, 8, 8, 8, 5] + [8] * 5
+    given_rows = {
+        (int(seq), int(pos)): (sources["resid.0"][row], sources["resid.1"][row])
+        for sources, index, _ in map(shard_content, range(3))
+        for row, (seq, pos) in enumerate(zip(index["seq"], index["pos"], strict=True))
+    }
+    moved = 0
+    for chunk in range(activations.n_chunks):
+        index = activations.read_index(chunk)
+        sequences = activations.read_sequences(index["seq"])
+        np.testing.assert_array_equal(sequences[np.arange(len(sequences)), index["pos"]], index["token"])
+        first, second = activations.read_chunk("resid.0", chunk), activations.read_chunk("resid.1", chunk)
+        assert first.dtype == ml_dtypes.bfloat16
+        assert second.dtype == np.float32
+        for row, key in enumerate(zip(index["seq"].tolist(), index["pos"].tolist(), strict=True)):
+            want = given_rows.pop(key)
+            np.testing.assert_array_equal(first[row], want[0].astype(ml_dtypes.bfloat16))
+            np.testing.assert_array_equal(second[row], want[1])
+        moved += (np.diff(index["seq"] * 5 + index["pos"]) < 0).sum()
+    assert not given_rows
+    assert moved > 10, "rows are shuffled in their shard"
+
+
+def test_any_zarr_reader_sees_the_same_rows(tmp_path: Path) -> None:
+    activations = open_activations(write_text_set(tmp_path / "set"))
+    array = ts.open({"driver": "zarr3", "kvstore": f"file://{tmp_path}/set/acts/resid.0/"}).result()
+    assert array.shape == (120, 6)
+    np.testing.assert_array_equal(array[80:88].read().result(), activations.read_chunk("resid.0", 5))
+
+
+def test_statistics_equal_numpy(tmp_path: Path) -> None:
+    activations = open_activations(write_text_set(tmp_path / "set"))
+    for source in activations.sources:
+        rows, stats = all_rows(activations, source).astype(np.float64), activations.stats(source)
+        assert stats.count == len(rows)
+        np.testing.assert_allclose(stats.mean, rows.mean(axis=0), rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(stats.m2, ((rows - rows.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(stats.mean_square_norm, (rows**2).sum(axis=1).mean(), rtol=1e-12)
+        stored = json.loads((tmp_path / "set/stats.json").read_text())[source]
+        assert stored["mean"] == stats.mean.tolist(), "stats.json is the same reduction, to the bit"
+
+
+def test_shards_in_any_order_by_any_host_give_the_same_bytes(tmp_path: Path) -> None:
+    write_text_set(tmp_path / "a")
+    create(tmp_path / "b", TEXT_SPEC).write_shard(2, *shard_content(2))
+    other_host = create(tmp_path / "b", TEXT_SPEC)
+    assert other_host.committed() == {2}
+    for shard in (1, 2, 0):
+        other_host.write_shard(shard, *shard_content(shard))
+    other_host.finish()
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_create_refuses_another_spec(tmp_path: Path) -> None:
+    create(tmp_path / "set", TEXT_SPEC)
+    before = tree(tmp_path / "set")
+    with pytest.raises(UsageError, match="seed is 0, not 7"):
+        create(tmp_path / "set", replace(TEXT_SPEC, seed=7))
+    other = (TEXT_SPEC.sources[0], replace(TEXT_SPEC.sources[1], dtype="float16"))
+    with pytest.raises(UsageError, match=r"dtype of source 'resid.1' is 'float32', not 'float16'"):
+        create(tmp_path / "set", replace(TEXT_SPEC, sources=other))
+    assert tree(tmp_path / "set") == before
+
+
+def test_partial_set(tmp_path: Path) -> None:
+    write_text_set(tmp_path / "set", shards=(2,))
+    with pytest.raises(UserError, match=r"1 of 3 shards are committed; finish .* or pass --allow-partial"):
+        open_activations(tmp_path / "set")
+    activations = open_activations(tmp_path / "set", allow_partial=True)
+    assert activations.n_rows == activations.stats("resid.0").count == 40
+    assert verify(tmp_path / "set").damage == ()
+    with pytest.raises(UsageError, match="no sequence 3"):
+        activations.read_sequences([3])
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not an activation set: it has no dataset\.json"):
+        open_activations(tmp_path)
+    activations = open_activations(write_text_set(tmp_path / "set"))
+    with pytest.raises(UsageError, match=r"no source 'resid.2'; it has resid.0, resid.1"):
+        activations.read_chunk("resid.2", 0)
+    no_text = write_activations(tmp_path / "no_text", np.ones((20, 2), np.float32))
+    with pytest.raises(UsageError, match="has no text"):
+        no_text.read_index(0)
+
+
+def flip(file: Path, offset: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def double(file: Path) -> None:
+    file.write_bytes(file.read_bytes() * 2)
+
+
+def replacing(old: str, new: str) -> Callable[[Path], None]:
+    return lambda file: file.write_text(file.read_text().replace(old, new)) and None
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("acts/resid.1/c/2/0", Path.unlink, "acts/resid.1/c/2/0 is missing"),
+        ("acts/resid.0/c/0/0", cut, "acts/resid.0/c/0/0 does not have the size"),
+        ("acts/resid.0/c/0/0", double, "acts/resid.0/c/0/0 does not have the size"),
+        ("acts/resid.0/c/0/0", lambda file: file.write_bytes(b""), "acts/resid.0/c/0/0 does not have the size"),
+        ("index/seq/c/0", Path.unlink, "index/seq/c/0 is missing"),
+        ("sequences/c/2/0", Path.unlink, "sequences/c/2/0 is missing"),
+        ("commits/1.json", Path.unlink, "2 of 3 shards are committed"),
+        ("commits/0.json", cut, "commits/0.json is damaged"),
+        ("commits/0.json", lambda file: file.write_text(""), "commits/0.json is damaged"),
+        ("commits/2.json", lambda file: file.write_text('{"shard": 2}'), "commits/2.json is damaged"),
+        ("commits/2.json", lambda file: file.write_text("[]"), "commits/2.json is damaged"),
+        ("commits/2.json", lambda file: file.rename(file.with_name("7.json")), "7.json is damaged .*has 3 shards"),
+        ("dataset.json", cut, "dataset.json cannot be used"),
+        ("dataset.json", replacing("40", "48"), "does not match its sha256"),
+        ("dataset.json", replacing('format": 1', 'format": 2'), "format 2, this version reads format 1; update"),
+        ("dataset.json", Path.unlink, "writing was cut off"),
+    ],
+)
+def test_damage_refused_at_open(tmp_path: Path, name: str, damage: Callable, message: str) -> None:
+    write_text_set(tmp_path / "set")
+    damage(tmp_path / "set" / name)
+    before = tree(tmp_path / "set")
+    with pytest.raises(UserError, match=message) as caught:
+        open_activations(tmp_path / "set")
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("array", ["acts/resid.0/c/2/0", "index/token/c/2", "sequences/c/2/0"])
+def test_flipped_byte_refused_when_read(tmp_path: Path, array: str, offset: int) -> None:
+    write_text_set(tmp_path / "set")
+    assert verify(tmp_path / "set").damage == ()
+    flip(tmp_path / "set" / array, offset)
+    before = tree(tmp_path / "set")
+    activations = open_activations(tmp_path / "set")
+
+    def read_all() -> None:
+        all_rows(activations, "resid.0")
+        activations.read_sequences([16])
+        for chunk in range(activations.n_chunks):
+            activations.read_index(chunk)
+
+    with pytest.raises(UserError, match=f"{array}: chunk . is not what was written"):
+        read_all()
+    report = verify(tmp_path / "set")
+    assert len(report.damage) == 1
+    assert array in report.damage[0]
+    assert tree(tmp_path / "set") == before
+
+
+def test_verify_lists_all_damage_and_a_rewritten_shard_is_whole(tmp_path: Path) -> None:
+    write_text_set(tmp_path / "set")
+    good = tree(tmp_path / "set")
+    flip(tmp_path / "set/acts/resid.0/c/0/0", 3)
+    (tmp_path / "set/acts/resid.1/c/2/0").unlink()
+    (tmp_path / "set/commits/1.json").write_text("{")
+    seen = []
+    report = verify(tmp_path / "set", lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (2, 2)
+    for name in ("acts/resid.0/c/0/0", "acts/resid.1/c/2/0", "commits/1.json"):
+        assert any(name in line for line in report.damage)
+    write_text_set(tmp_path / "set")
+    assert tree(tmp_path / "set") == good
+
+
+def test_other_content_replaces_a_shard(tmp_path: Path) -> None:
+    spec = SetSpec((SourceSpec("a", 2, "float32"),), n_shards=1, shard_rows=8, chunk_rows=4)
+    writer = create(tmp_path / "set", spec)
+    writer.write_shard(0, {"a": np.zeros((8, 2))})
+    writer.write_shard(0, {"a": np.ones((3, 2))})
+    np.testing.assert_array_equal(all_rows(open_activations(tmp_path / "set"), "a"), np.ones((3, 2)))
+
+
+KILLED = """
+import sys, numpy as np
+from sae_jax.activations.spec import SetSpec, SourceSpec
+from sae_jax.activations.store import create
+writer = create(sys.argv[1], SetSpec((SourceSpec("a", 64),), n_shards=1000, shard_rows=512, chunk_rows=64))
+for shard in range(1000):
+    writer.write_shard(shard, {"a": np.full((512, 64), shard)})
+    print(shard, flush=True)
+"""
+
+
+def test_killed_writer_leaves_whole_shards(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, tmp_path / "set"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.kill()
+    process.communicate()
+    activations = open_activations(tmp_path / "set", allow_partial=True)
+    assert len(activations.commits) >= 5
+    rows = all_rows(activations, "a").astype(np.float32)
+    np.testing.assert_array_equal(rows[:, 0], np.repeat(sorted(activations.commits), 512))
+    assert verify(tmp_path / "set").damage == ()
+
+
+FULL_DISK = """
+import resource, sys, numpy as np
+from sae_jax.activations.ingest import write_activations
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_activations(sys.argv[1], np.ones((4096, 64), np.float32))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_failed_write_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, tmp_path / "set"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("UserError cannot write shard 0 of")
+    assert printed.count("\n") == 1
+    with pytest.raises(UserError, match="not an activation set"):
+        open_activations(tmp_path / "set")
+
+
+def test_wrong_shards_refused(tmp_path: Path) -> None:
+    writer = create(tmp_path / "set", TEXT_SPEC)
+    sources, index, sequences = shard_content(0)
+    with pytest.raises(UsageError, match="shard 3 is not in a set of 3 shards"):
+        writer.write_shard(3, sources, index, sequences)
+    with pytest.raises(UsageError, match="a shard of this set is"):
+        writer.write_shard(0, sources)
+    with pytest.raises(UsageError, match=r"acts/resid.0 is \[37, 5\]; it must be \[37, 6\]"):
+        writer.write_shard(0, sources | {"resid.0": sources["resid.0"][:, :5]}, index, sequences)
+    with pytest.raises(UsageError, match=r"acts/resid.1 is \[30, 3\]; it must be \[37, 3\]"):
+        writer.write_shard(0, sources | {"resid.1": sources["resid.1"][:30]}, index, sequences)
+    with pytest.raises(UsageError, match="disagree on a token"):
+        writer.write_shard(0, sources, index | {"pos": np.roll(index["pos"], 1)}, sequences)
+    bad = sources["resid.1"].copy()
+    bad[11, 2] = np.inf
+    with pytest.raises(UserError, match=r"row 11 \(shard 0\) of source resid.1 is not finite"):
+        writer.write_shard(0, sources | {"resid.1": bad}, index, sequences)
+    assert writer.committed() == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_rows": 41}, "not a multiple of chunk_rows"),
+        ({"n_shards": 0}, "n_shards=0"),
+        ({"context": None}, "both context and sequences_per_shard"),
+        ({"sequences_per_shard": 9}, "do not fit in shard_rows=40; use at most 8"),
+        ({"sources": ()}, "at least one source"),
+        ({"sources": TEXT_SPEC.sources[:1] * 2}, "source names must differ"),
+    ],
+)
+def test_wrong_specs_refused(change: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(TEXT_SPEC, **change)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "../../etc"])
+def test_source_names_are_folder_names(name: str) -> None:
+    with pytest.raises(UsageError, match="is not a folder name"):
+        SourceSpec(name, 4)
+
+
+@given(
+    n_rows=st.integers(1, 10**12),
+    row_bytes=st.lists(st.integers(2, 2**16), min_size=1, max_size=4),
+    unit_rows=st.sampled_from([1, 7, 64, 1024]),
+)
+def test_layout_holds_all_rows(n_rows: int, row_bytes: list[int], unit_rows: int) -> None:
+    n_shards, shard_rows, chunk_rows = layout(n_rows, row_bytes, unit_rows)
+    assert shard_rows % chunk_rows == 0
+    assert n_shards * (shard_rows // unit_rows) * unit_rows >= n_rows
+    assert chunk_rows * max(row_bytes) <= 4 << 20
+    assert shard_rows * max(row_bytes) <= (260 << 20) + unit_rows * max(row_bytes)
+    if n_rows >= 256 * unit_rows:
+        assert n_shards * shard_rows // chunk_rows >= 128
+        assert n_shards >= 4
+
+
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@quick
+@given(
+    n_rows=st.integers(1, 700),
+    d=st.integers(1, 9),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    cuts=st.lists(st.integers(0, 700), max_size=5),
+    stream=st.booleans(),
+)
+def test_any_array_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, n_rows: int, d: int, dtype: str, cuts: list[int], stream: bool
+) -> None:
+    rows = np.random.default_rng(n_rows).standard_normal((n_rows, d), np.float32)
+    blocks = np.split(rows, sorted(min(cut, n_rows) for cut in cuts))
+    path = tmp_path_factory.mktemp("any") / "set"
+    activations = write_activations(path, iter(blocks) if stream else rows, dtype=dtype)
+    stored = all_rows(activations, "acts")
+    assert stored.dtype.name == dtype
+    np.testing.assert_array_equal(in_order(stored), in_order(rows.astype(stored.dtype)))
+
+
+def test_streams_longer_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_jax.activations.ingest.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("sae_jax.activations.spec.SHARD_BYTES", 4096)
+    rows = np.arange(3000, dtype=np.float32).reshape(1000, 3)
+    same_memory = np.empty((10, 3), np.float32)
+
+    def stream():
+        for low in range(0, 1000, 10):
+            same_memory[:] = rows[low : low + 10]
+            yield same_memory
+
+    activations = write_activations(tmp_path / "set", stream(), dtype="float32")
+    assert activations.spec.n_shards == 3
+    np.testing.assert_array_equal(in_order(all_rows(activations, "acts")), rows)
+    assert verify(tmp_path / "set").damage == ()
+
+
+def test_several_sources_with_tokens_from_jax_and_numpy(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    first, second = random.standard_normal((2, 60, 16, 4), np.float32)
+    tokens = random.integers(0, 50, (60, 16))
+    given_rows = {"first": jnp.asarray(first, jnp.bfloat16), "second": second}
+    activations = write_activations(
+        tmp_path / "set", given_rows, tokens=tokens, dtype="float32", tokenizer="t"
+    )
+    assert activations.spec.tokenizer == "t"
+    for chunk in (0, activations.n_chunks - 1):
+        index = activations.read_index(chunk)
+        seq, pos = index["seq"], index["pos"]
+        np.testing.assert_array_equal(index["token"], tokens[seq, pos])
+        np.testing.assert_array_equal(activations.read_sequences(seq), tokens[seq])
+        np.testing.assert_array_equal(activations.read_chunk("second", chunk), second[seq, pos])
+        want = first.astype(ml_dtypes.bfloat16).astype(np.float32)[seq, pos]
+        np.testing.assert_array_equal(activations.read_chunk("first", chunk), want)
+
+
+def test_small_sets_have_many_chunks(tmp_path: Path) -> None:
+    activations = write_activations(tmp_path / "set", np.ones((40_000, 8), np.float32))
+    assert activations.n_chunks >= 128
+    assert activations.spec.n_shards >= 4
+
+
+def test_rows_that_cannot_be_written(tmp_path: Path) -> None:
+    rows = np.zeros((500, 4), np.float32)
+    rows[321, 1] = np.nan
+    with pytest.raises(UserError, match=r"row 321 \(shard 2\) of source acts is not finite in bfloat16"):
+        write_activations(tmp_path / "nan", rows)
+    with pytest.raises(UserError, match=r"row 3 .* is not finite in float16; leave such rows out"):
+        write_activations(
+            tmp_path / "overflow", np.full((500, 4), 1e5) * (np.arange(500) == 3)[:, None], dtype="float16"
+        )
+    with pytest.raises(UsageError, match="block 1 has source widths"):
+        write_activations(tmp_path / "widths", iter([np.zeros((5, 4)), np.zeros((5, 3))]))
+    with pytest.raises(UsageError, match="all sources need the same rows"):
+        write_activations(tmp_path / "lengths", {"a": np.zeros((5, 4)), "b": np.zeros((6, 4))})
+    blocks = (np.zeros((2, 3, 4)) for _ in range(2))
+    with pytest.raises(UsageError, match="tokens end before block 1"):
+        write_activations(tmp_path / "tokens", blocks, tokens=iter([np.zeros((2, 3), int)]))
+    with pytest.raises(UsageError, match="there are no rows"):
+        write_activations(tmp_path / "none", iter([]))
+    with pytest.raises(UsageError, match="dtype='int8'"):
+        write_activations(tmp_path / "dtype", rows, dtype="int8")
+
+
+def test_existing_and_cut_off_sets_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_activations(tmp_path / "set", np.ones((9, 2)))
+    before = tree(tmp_path / "set")
+    with pytest.raises(UsageError, match="is an activation set already"):
+        write_activations(tmp_path / "set", np.zeros((9, 2)))
+    assert tree(tmp_path / "set") == before
+
+    monkeypatch.setattr("sae_jax.activations.ingest.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("sae_jax.activations.spec.SHARD_BYTES", 4096)
+
+    def broken():
+        for _ in range(500):
+            yield np.ones((10, 3))
+        raise RuntimeError("the source of rows failed")
+
+    with pytest.raises(RuntimeError, match="failed"):
+        write_activations(tmp_path / "cut", broken())
+    with pytest.raises(UserError, match="its writing was cut off"):
+        open_activations(tmp_path / "cut")
+    with pytest.raises(UserError, match="delete it first"):
+        write_activations(tmp_path / "cut", np.ones((9, 2)))
