@@ -33,9 +33,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text()
     except OSError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}; give the path of a recipe such as configs/demo.yaml"
-        ) from None
+        raise UsageError(f"{path}: {error.strerror}; give the path of a recipe such as configs/demo.yaml") from None
     try:
         content = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
@@ -124,9 +122,7 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -20,12 +20,8 @@ from sae_jax.types import UsageError
 DATA = "data"
 LATENT = "latent"
 
-DICT = P(
-    (LATENT, DATA)
-)  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
-ROWS = P(
-    (DATA, LATENT)
-)  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
+DICT = P((LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
+ROWS = P((DATA, LATENT))  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
 
@@ -41,9 +37,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         if self.data < 1 or self.latent < 0:
-            raise UsageError(
-                f"mesh.data={self.data} mesh.latent={self.latent}: data must be >= 1 and latent >= 0"
-            )
+            raise UsageError(f"mesh.data={self.data} mesh.latent={self.latent}: data must be >= 1 and latent >= 0")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
