@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.progress import Progress, console
-from sae_jax.saes.base import Batch, Sample, SaeConfig
+from sae_jax.saes.base import Batch, SaeConfig, Sample
 from sae_jax.train import logs
 from sae_jax.train.checkpoint import Checkpoints, check_resumable
-from sae_jax.train.state import TrainConfig, TrainState, abstract, initial
+from sae_jax.train.state import TrainConfig, abstract, initial
 from sae_jax.train.step import make_step
 from sae_jax.types import UserError
 

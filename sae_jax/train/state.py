@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sae_jax import mesh
 from sae_jax.saes import base
-from sae_jax.saes.base import AbstractSae, Sample, SaeConfig, Statistics
+from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
 from sae_jax.types import UsageError
 
 # What may differ when a run is resumed: everything else would make it another run.
