@@ -1,0 +1,258 @@
+"""What an activation set is made of: sources, sizes, origin, and the arrays these imply on disk.
+
+The spec is fixed before the first row is written and its SHA-256 stands beside it in dataset.json. The
+content of shard s is a function of (spec, s), so any host may make any shard, and two hosts that start the
+same harvest agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+import ml_dtypes
+import numpy as np
+
+from sae_jax.types import UsageError
+
+FORMAT = 1
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+INDEX_NAMES = ("token", "seq", "pos")
+
+CHUNK_BYTES = (
+    4 << 20
+)  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
+SHARD_BYTES = 256 << 20  # one write of the widest source
+SHARD_BYTES_ALL_SOURCES = 1 << 30  # the writer holds one shard of every source in memory
+MIN_CHUNKS = 128  # chunks are what is shuffled: a small set gets small ones
+MIN_SHARDS = 4
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def as_bits(values: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers: numpy is slow to gather bfloat16, and hashing cannot read it."""
+    return values.view(np.dtype(f"u{values.dtype.itemsize}"))
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One stream of activations, a (model, hook) pair. Sources of a set have the same rows, same order."""
+
+    name: str  # a folder name: letters, digits, '.', '_', '-'
+    d: int
+    dtype: str = "bfloat16"
+    model: str | None = None  # "bundled", hub-id@revision or a path; None for rows whose origin is not known
+    model_digest: str | None = None
+    hook: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _SAFE_NAME.fullmatch(self.name):
+            raise UsageError(
+                f"source name {self.name!r} is not a folder name; use letters, digits, '.', '_' and '-', "
+                "starting with a letter or digit"
+            )
+        if self.dtype not in DTYPES:
+            raise UsageError(f"source {self.name!r}: dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
+        if self.d < 1:
+            raise UsageError(f"source {self.name!r}: d={self.d}; rows need at least 1 value")
+
+
+@dataclass(frozen=True)
+class SetSpec:
+    """An activation set: its sources, how rows are cut into shards and chunks, and the text they come from.
+
+    A shard has room for `shard_rows` rows and is written at once; a chunk of `chunk_rows` rows is read at
+    once. Sets with text give `context` and `sequences_per_shard`; shard s then holds the packed token
+    sequences [s * sequences_per_shard, (s + 1) * sequences_per_shard) and the rows which their tokens left.
+    """
+
+    sources: tuple[SourceSpec, ...]
+    n_shards: int
+    shard_rows: int
+    chunk_rows: int
+    seed: int = 0
+    tokenizer: str | None = None
+    text: str | None = None
+    text_digest: str | None = None
+    heldout: str | None = None  # text for evaluation, in the same notation as `text`
+    context: int | None = None  # tokens
+    sequences_per_shard: int | None = None
+    max_norm_multiple: float | None = None  # rows above this multiple of the median norm were left out
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise UsageError("a set needs at least one source")
+        if len(set(names)) < len(names):
+            raise UsageError(f"source names must differ, got {', '.join(names)}")
+        for field in ("n_shards", "shard_rows", "chunk_rows"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field}={getattr(self, field)}; it must be at least 1")
+        if self.shard_rows % self.chunk_rows:
+            raise UsageError(
+                f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}"
+            )
+        if (self.context is None) != (self.sequences_per_shard is None):
+            raise UsageError("give both context and sequences_per_shard (a set with text) or neither")
+        if self.context is not None and self.sequences_per_shard is not None:
+            if self.sequences_per_shard * self.context > self.shard_rows:
+                raise UsageError(
+                    f"{self.sequences_per_shard} sequences of {self.context} tokens do not fit in "
+                    f"shard_rows={self.shard_rows}; use at most {self.shard_rows // self.context}"
+                )
+            if self.n_shards * self.sequences_per_shard >= 2**31:
+                raise UsageError("a set holds fewer than 2^31 sequences; write several sets")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether every row knows its token, sequence and position."""
+        return self.context is not None
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Chunks of a full shard."""
+        return self.shard_rows // self.chunk_rows
+
+    def source(self, name: str) -> SourceSpec:
+        """The source of that name. UsageError naming those which exist otherwise."""
+        for source in self.sources:
+            if source.name == name:
+                return source
+        raise UsageError(
+            f"the set has no source {name!r}; it has {', '.join(source.name for source in self.sources)}"
+        )
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256, hex, of the canonical JSON (sorted keys, no spaces)."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of dataset.json."""
+        return json.dumps({"format": FORMAT, "sha256": self.sha256, "spec": asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SetSpec:
+        """Parses dataset.json. ValueError saying what is wrong with it."""
+        try:
+            record = json.loads(text)
+            version, digest, values = record["format"], record["sha256"], record["spec"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError("it is not the JSON that sae_jax writes") from error
+        if version != FORMAT:
+            raise ValueError(f"format {version}, this version reads format {FORMAT}; update sae_jax")
+        try:
+            sources = tuple(SourceSpec(**source) for source in values.pop("sources"))
+            spec = cls(sources=sources, **values)
+        except (TypeError, KeyError, UsageError) as error:
+            raise ValueError(f"{error}") from error
+        if spec.sha256 != digest:
+            raise ValueError("its spec does not match its sha256; it was edited or cut")
+        return spec
+
+    def first_difference(self, other: SetSpec) -> str | None:
+        """The first field in which two specs differ, as "shard_rows is 64, not 128" (self first), or None."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine == theirs:
+                continue
+            if field.name != "sources" or [s.name for s in mine] != [s.name for s in theirs]:
+                if field.name == "sources":
+                    mine, theirs = ([source.name for source in sources] for sources in (mine, theirs))
+                return f"{field.name} is {mine!r}, not {theirs!r}"
+            a, b = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+            part = next(f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name))
+            return f"{part} of source {a.name!r} is {getattr(a, part)!r}, not {getattr(b, part)!r}"
+        return None
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One zarr array of a set. Shard s is the object `<path>/c/<s>[/0]`: its chunks, then their index."""
+
+    path: str
+    dtype: np.dtype
+    row_shape: tuple[int, ...]
+    n_shards: int
+    shard_rows: int
+    chunk_rows: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a full chunk."""
+        return self.chunk_rows * math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def shard_index(self) -> bytes:
+        """The chunk index at the end of every shard object: offset and length of each chunk, uint64 pairs."""
+        n_chunks = self.shard_rows // self.chunk_rows
+        offsets = np.arange(n_chunks, dtype="<u8") * self.chunk_bytes
+        return np.stack([offsets, np.full(n_chunks, self.chunk_bytes, "<u8")], axis=1).tobytes()
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard object."""
+        return self.shard_rows // self.chunk_rows * (self.chunk_bytes + 16)
+
+    def shard_key(self, shard: int) -> str:
+        """The key of a shard object inside the set."""
+        return "/".join([self.path, "c", str(shard)] + ["0"] * len(self.row_shape))
+
+    def metadata(self) -> dict:
+        """The zarr v3 metadata. No crc32c codec: it halves the speed of reading, and commits hold digests."""
+        raw = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        inner = {"chunk_shape": [self.chunk_rows, *self.row_shape], "codecs": raw, "index_codecs": raw}
+        return {
+            "shape": [self.n_shards * self.shard_rows, *self.row_shape],
+            "data_type": self.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.shard_rows, *self.row_shape]},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+        }
+
+
+def array_specs(spec: SetSpec) -> dict[str, ArraySpec]:
+    """All arrays of a set by path: `acts/<source>`, and with text `index/<name>` and `sequences`."""
+    rows = (spec.n_shards, spec.shard_rows, spec.chunk_rows)
+    arrays = [ArraySpec(f"acts/{s.name}", DTYPES[s.dtype], (s.d,), *rows) for s in spec.sources]
+    if spec.context is not None and spec.sequences_per_shard is not None:
+        int32, per_shard = np.dtype(np.int32), spec.sequences_per_shard
+        arrays += [ArraySpec(f"index/{name}", int32, (), *rows) for name in INDEX_NAMES]
+        arrays += [ArraySpec("sequences", int32, (spec.context,), spec.n_shards, per_shard, per_shard)]
+    return {array.path: array for array in arrays}
+
+
+def layout(n_rows: int, row_bytes: Sequence[int], unit_rows: int = 1) -> tuple[int, int, int]:
+    """Chooses how to cut a set.
+
+    Args:
+      n_rows: rows of the set, at most.
+      row_bytes: bytes of one row of each source.
+      unit_rows: rows which must stay in one shard: the context length of a set with text.
+
+    Returns:
+      (n_shards, shard_rows, chunk_rows): chunks of 4 MiB of the widest source and shards of 256 MiB, smaller
+      where a set has less than 128 chunks or 4 shards. Each shard has room for shard_rows // unit_rows units.
+    """
+    n_units = max(1, math.ceil(n_rows / unit_rows))
+    most_rows = min(SHARD_BYTES // max(row_bytes), SHARD_BYTES_ALL_SOURCES // sum(row_bytes))
+    n_shards = max(min(MIN_SHARDS, n_units), math.ceil(n_units * unit_rows / max(most_rows, unit_rows)))
+    units = math.ceil(n_units / n_shards)
+    n_shards = math.ceil(n_units / units)
+    rows = units * unit_rows
+    n_chunks = max(math.ceil(MIN_CHUNKS / n_shards), math.ceil(rows * max(row_bytes) / CHUNK_BYTES))
+    chunk_rows = max(1, rows // min(n_chunks, rows))
+    return n_shards, math.ceil(rows / chunk_rows) * chunk_rows, chunk_rows

@@ -1,0 +1,338 @@
+"""The activation set on disk: written by any number of hosts, one shard at a time, and read chunk by chunk.
+
+    dataset.json           the spec and its SHA-256
+    acts/<source>/         zarr v3, [n_shards * shard_rows, d]; a shard is one write, a chunk one read
+    index/{token,seq,pos}/ int32 in the same row order, for sets with text
+    sequences/             int32 [n_sequences, context], what the language model saw, by shard
+    commits/<shard>.json   what the shard holds, written once its data is durable
+    stats.json             count, mean and M2 of every source, reduced from the commits in shard order
+
+A shard without commit does not exist, whatever objects it has: to redo it is always safe, so a process
+killed at any moment costs one shard. Valid rows stand first in their shard, shuffled there; the rest of the
+shard is zeros. Each chunk's xxh3_64 digest is in the commit and is compared on every read, over the valid
+rows only.
+
+One host at a time should own a shard. Rows are little-endian on disk and hosts are taken to be so too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import NoReturn
+
+import numpy as np
+
+from sae_jax.activations.commits import (
+    Commit,
+    commit_key,
+    committed_shards,
+    digests,
+    read_block,
+    read_commits,
+)
+from sae_jax.activations.files import STORAGE_ERRORS, Files, write_error
+from sae_jax.activations.spec import INDEX_NAMES, SetSpec, SourceSpec, array_specs, as_bits
+from sae_jax.activations.stats import Stats
+from sae_jax.types import UsageError, UserError
+
+WRITE_ORDER = 1  # Philox domain of the row order inside a shard; the loader has its own
+
+
+class Writer:
+    """Writes the shards of a set. Made by `create`; any number of processes may each have one."""
+
+    def __init__(self, files: Files, spec: SetSpec):
+        self.files, self.spec = files, spec
+        self.path = files.path
+        self.arrays = array_specs(spec)
+
+    def committed(self) -> set[int]:
+        """The shards that are done, by this process or any other."""
+        return committed_shards(self.files)
+
+    def write_shard(
+        self,
+        shard: int,
+        sources: Mapping[str, np.ndarray],
+        index: Mapping[str, np.ndarray] | None = None,
+        sequences: np.ndarray | None = None,
+        first_row: int = 0,
+    ) -> Commit:
+        """Writes one shard and commits it. Returns when both are durable. Repeating it is safe.
+
+        Args:
+          shard: its number, below spec.n_shards.
+          sources: name -> rows [n, d] for every source of the set, n <= shard_rows, any float dtype, in any
+            order: rows are shuffled here, all sources and the index alike, by (spec.seed, shard).
+          index: "token", "seq" (number of the sequence in the whole set) and "pos" of the rows, int [n]. Sets
+            with text only.
+          sequences: int [m, context], m <= sequences_per_shard: the token sequences of this shard. Sets with
+            text only.
+          first_row: number of the first row, for the message about a row that is not finite.
+
+        Raises UserError when a row is not finite or the disk is full, UsageError when the shapes do not fit
+        the spec.
+        """
+        blocks, stats = self._checked(shard, sources, index, sequences, first_row)
+        n_rows = len(blocks[f"acts/{self.spec.sources[0].name}"])
+        order = np.argsort(
+            np.random.Philox(key=[self.spec.seed, WRITE_ORDER], counter=[0, shard, 0, 0]).random_raw(n_rows),
+            kind="stable",  # raw bits are the same in every numpy version, permutation() is not
+        )
+        padded, hashes = {}, {}
+        for path, block in blocks.items():
+            array = self.arrays[path]
+            padded[path] = np.zeros((array.shard_rows, *array.row_shape), array.dtype)
+            if path == "sequences":
+                padded[path][: len(block)] = block
+            else:
+                shuffled = as_bits(padded[path][:n_rows])
+                np.take(as_bits(block), order, axis=0, out=shuffled, mode="clip")
+            hashes[path] = digests(padded[path][: len(block)], array)
+        commit = Commit(shard, n_rows, len(blocks.get("sequences", ())), hashes, stats)
+
+        key = commit_key(shard)
+        text = commit.to_json(self.spec.chunk_rows)
+        if self.files.read(key) not in (None, text.encode()):
+            self.files.delete(key)  # a kill before the new commit must not leave new data under the old one
+        try:
+            writes = []
+            for path, rows in padded.items():
+                low = shard * self.arrays[path].shard_rows
+                target = self.files.open_array(self.arrays[path], "write")
+                writes.append(target[low : low + len(rows)].write(rows))
+            for write in writes:
+                write.result()
+        except STORAGE_ERRORS as error:
+            raise write_error(f"shard {shard} of {self.path}", error) from error
+        self.files.write(key, text)
+        return commit
+
+    def finish(self) -> None:
+        """Writes stats.json, from any process the same bytes. UserError while shards are missing."""
+        activations = ActivationSet(self.files, self.spec, allow_partial=False)
+        self.files.write("stats.json", stats_json(reduce_stats(self.spec, activations.commits.values())))
+
+    def _checked(
+        self,
+        shard: int,
+        sources: Mapping[str, np.ndarray],
+        index: Mapping[str, np.ndarray] | None,
+        sequences: np.ndarray | None,
+        first_row: int,
+    ) -> tuple[dict[str, np.ndarray], dict[str, Stats]]:
+        """The arrays to store by path, in their dtypes and the caller's order; statistics of the sources."""
+        spec = self.spec
+        if not 0 <= shard < spec.n_shards:
+            raise UsageError(f"shard {shard} is not in a set of {spec.n_shards} shards")
+        given = {f"acts/{name}": rows for name, rows in sources.items()}
+        given |= {f"index/{name}": values for name, values in (index or {}).items()}
+        if sequences is not None:
+            given["sequences"] = sequences
+        if given.keys() != self.arrays.keys():
+            raise UsageError(
+                f"a shard of this set is {', '.join(self.arrays)}; got {', '.join(given) or 'none'}"
+            )
+        n_rows = len(next(iter(sources.values())))
+        blocks, stats = {}, {}
+        for path, array in self.arrays.items():
+            values = np.ascontiguousarray(given[path])
+            most = array.shard_rows if path == "sequences" else min(n_rows, array.shard_rows)
+            if values.shape[1:] != array.row_shape or len(values) > most:
+                wanted = ", ".join(map(str, (most, *array.row_shape)))
+                raise UsageError(f"shard {shard}: {path} is {list(values.shape)}; it must be [{wanted}]")
+            if path != "sequences" and len(values) != n_rows:
+                raise UsageError(
+                    f"shard {shard}: {path} has {len(values)} rows, the first source has {n_rows}"
+                )
+            with np.errstate(over="ignore"):  # reported below, as a value that is not finite
+                blocks[path] = values.astype(array.dtype, copy=False)
+        for source in spec.sources:
+            stored = blocks[f"acts/{source.name}"]
+            stats[source.name] = Stats.of(stored)
+            if not np.isfinite(stats[source.name].m2).all():
+                _refuse_not_finite(stored, source, shard, first_row)
+        if sequences is not None and index is not None and spec.sequences_per_shard is not None:
+            local = blocks["index/seq"] - shard * spec.sequences_per_shard
+            in_range = (local >= 0) & (local < len(sequences))
+            tokens = (
+                blocks["sequences"][np.where(in_range, local, 0), blocks["index/pos"]] if n_rows else local
+            )
+            if not (in_range & (tokens == blocks["index/token"])).all():
+                raise UsageError(
+                    f"shard {shard}: index and sequences disagree: sequences[seq, pos] is not token"
+                )
+        return blocks, stats
+
+
+class ActivationSet:
+    """A set opened for reading. Made by `open_activations`. Threads may share it."""
+
+    def __init__(self, files: Files, spec: SetSpec, allow_partial: bool):
+        commits, problems = read_commits(files, spec)
+        if problems:
+            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+            raise UserError(problems[0] + more)
+        if len(commits) < spec.n_shards and not allow_partial:
+            raise UserError(
+                f"{files.path}: {len(commits)} of {spec.n_shards} shards are committed; finish the harvest "
+                "with the same command or pass --allow-partial"
+            )
+        self.files, self.spec, self.path = files, spec, files.path
+        self.arrays = array_specs(spec)
+        self.sources: tuple[str, ...] = tuple(source.name for source in spec.sources)
+        self.commits = {commit.shard: commit for commit in commits}
+        self.n_rows = sum(commit.n_rows for commit in commits)
+        if self.n_rows == 0:
+            raise UserError(f"{files.path}: no committed shard has rows; nothing can be read from it")
+        counts = [-(-commit.n_rows // spec.chunk_rows) for commit in commits]
+        # The chunks that hold valid rows, in order: shard, place in the shard, valid rows. All i64[n_chunks].
+        self.chunk_shard = np.repeat([commit.shard for commit in commits], counts)
+        self.chunk_in_shard = np.concatenate([np.arange(count) for count in counts])
+        shard_n_rows = np.repeat([commit.n_rows for commit in commits], counts)
+        self.chunk_n_rows = np.minimum(spec.chunk_rows, shard_n_rows - self.chunk_in_shard * spec.chunk_rows)
+        self._stats = reduce_stats(spec, commits)
+        self._sequence_block = lru_cache(maxsize=4)(self._read_sequence_block)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks that hold valid rows."""
+        return len(self.chunk_n_rows)
+
+    def source(self, name: str) -> SourceSpec:
+        """The source of that name. UsageError naming those which exist otherwise."""
+        return self.spec.source(name)
+
+    def stats(self, source: str) -> Stats:
+        """Count, mean and M2 of all valid rows of a source, reduced from the commits in shard order."""
+        return self._stats[self.source(source).name]
+
+    def read_chunk(self, source: str, chunk: int) -> np.ndarray:
+        """The valid rows of chunk `chunk` of 0 ... n_chunks - 1: [n, d] in the source's dtype.
+
+        Raises UserError naming the shard's object and the chunk when its bytes are not those that were
+        written.
+        """
+        array = self.arrays[f"acts/{self.source(source).name}"]
+        rows = np.empty((self.chunk_n_rows[chunk], *array.row_shape), array.dtype)
+        self.read_chunk_into(source, chunk, rows)
+        return rows
+
+    def read_chunk_into(self, source: str, chunk: int, out: np.ndarray) -> None:
+        """As `read_chunk`, into a contiguous array of n rows. Holds no lock: many threads read at once."""
+        shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
+        self._read_block(f"acts/{source}", shard, place, out)
+
+    def read_index(self, chunk: int) -> dict[str, np.ndarray]:
+        """Origin of the rows of a chunk: "token", "seq", "pos", each int32 [n]. UsageError without text."""
+        self._need_text()
+        shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
+        index = {name: np.empty(self.chunk_n_rows[chunk], np.int32) for name in INDEX_NAMES}
+        for name, values in index.items():
+            self._read_block(f"index/{name}", shard, place, values)
+        return index
+
+    def read_sequences(self, seq: Iterable[int] | np.ndarray) -> np.ndarray:
+        """The token sequences of those numbers: int32 [len(seq), context]. UsageError without text."""
+        self._need_text()
+        seq = np.asarray(seq, np.int64)
+        array = self.arrays["sequences"]
+        shards, local = np.divmod(seq, array.shard_rows)
+        result = np.empty((len(seq), *array.row_shape), np.int32)
+        for shard in np.unique(shards):
+            commit, here = self.commits.get(int(shard)), shards == shard
+            if commit is None or local[here].max() >= commit.n_sequences:
+                raise UsageError(f"{self.path} has no sequence {int(seq[here].max())}")
+            result[here] = self._sequence_block(int(shard))[local[here]]
+        return result
+
+    def _read_sequence_block(self, shard: int) -> np.ndarray:
+        block = np.empty((self.commits[shard].n_sequences, *self.arrays["sequences"].row_shape), np.int32)
+        self._read_block("sequences", shard, 0, block)
+        return block
+
+    def _read_block(self, path: str, shard: int, place: int, out: np.ndarray) -> None:
+        read_block(self.files, self.arrays[path], self.commits[shard], place, out)
+
+    def _need_text(self) -> None:
+        if not self.spec.has_text:
+            raise UsageError(f"{self.path} has no text: its rows were written without tokens")
+
+
+def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
+    """Creates a set, or joins it: any number of hosts may call it with the same spec, at any time.
+
+    Raises UsageError when another spec is there already, naming the first field that differs.
+    """
+    files = Files(path)
+    for array in array_specs(spec).values() if files.read("dataset.json") is None else ():
+        if files.keys("commits/"):
+            raise UserError(
+                f"{files.path} holds shards but no dataset.json: its writing was cut off; delete it"
+            )
+        files.open_array(array, "create")
+    existing = files.write_if_absent("dataset.json", spec.to_json())
+    if existing is not None and (difference := _parse(files, existing).first_difference(spec)):
+        raise UsageError(
+            f"{files.path} is already a set in which {difference}; use the same settings or another path"
+        )
+    return Writer(files, spec)
+
+
+def open_activations(path: str | os.PathLike[str], allow_partial: bool = False) -> ActivationSet:
+    """Opens a set for reading.
+
+    Args:
+      path: a folder, or a URL that tensorstore knows (gs://, s3://).
+      allow_partial: open a set of which some shards are not committed yet, as it is now.
+
+    Raises UserError in one line naming the object: not a set, a damaged commit, a committed shard with
+    missing or truncated data, an incomplete set without allow_partial. Digests of data are compared when
+    chunks are read.
+    """
+    files = Files(path)
+    return ActivationSet(files, read_spec(files), allow_partial)
+
+
+def read_spec(files: Files) -> SetSpec:
+    """The spec of the set under a root. UserError where there is none or dataset.json is damaged."""
+    text = files.read("dataset.json")
+    if text is not None:
+        return _parse(files, text)
+    if files.keys("commits/"):
+        raise UserError(
+            f"{files.path} has shards but no dataset.json: its writing was cut off; write it again"
+        )
+    raise UserError(f"{files.path} is not an activation set: it has no dataset.json")
+
+
+def reduce_stats(spec: SetSpec, commits: Iterable[Commit]) -> dict[str, Stats]:
+    """Statistics of every source from commits in shard order: the same bits wherever they are computed."""
+    stats = {source.name: Stats.empty(source.d) for source in spec.sources}
+    for commit in commits:
+        stats = {name: part.join(commit.stats[name]) for name, part in stats.items()}
+    return stats
+
+
+def stats_json(stats: Mapping[str, Stats]) -> str:
+    """The text of stats.json."""
+    return json.dumps({name: part.to_json() for name, part in stats.items()})
+
+
+def _parse(files: Files, text: bytes) -> SetSpec:
+    try:
+        return SetSpec.from_json(text)
+    except ValueError as error:
+        raise UserError(f"{files.name('dataset.json')} cannot be used: {error}") from error
+
+
+def _refuse_not_finite(rows_BD: np.ndarray, source: SourceSpec, shard: int, first_row: int) -> NoReturn:
+    bad_B = ~np.isfinite(rows_BD.astype(np.float32)).all(axis=1)
+    row = first_row + int(np.argmax(bad_B))
+    raise UserError(
+        f"row {row} (shard {shard}) of source {source.name} is not finite in {source.dtype}; leave such "
+        "rows out, or store float32 if they overflow"
+    )
