@@ -115,6 +115,12 @@ def write_json(path: str | Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def read_json(path: str | Path) -> Any | None:
+    """The content of a JSON file; None if there is none."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; a recipe that says two things is refused instead."""
 

@@ -1,0 +1,59 @@
+"""Which latents fire where, for a spread-out part of an activation set's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sae_jax.activations.store import ActivationSet
+from sae_jax.analysis.examples import Activations, collect
+from sae_jax.saes.base import AbstractSae
+
+MAX_SHARDS = 8  # text is spread over this many places of the set
+
+
+def collect_set(
+    sae: AbstractSae, activations: ActivationSet, source: str, n_tokens: int, progress: Callable[[int], None]
+) -> tuple[Activations, np.ndarray]:
+    """Encode the stored rows of about `n_tokens` tokens of text.
+
+    Returns:
+        the activations by latent, with sequences renumbered from 0, and these sequences i32[n, context].
+
+    Raises:
+        UsageError: a set without text.
+    """
+    spec = activations.spec
+    per_shard, context = spec.sequences_per_shard or 1, spec.context or 1
+    counts = {s: c.n_sequences for s, c in activations.commits.items() if c.n_sequences}
+    shards = np.array(sorted(counts))
+    wanted = max(n_tokens // context, 1)
+    n_chosen = min(max(MAX_SHARDS, -(-wanted // per_shard)), len(shards))
+    chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)]
+    # Whole sequences from the start of each chosen shard, so that every context is complete.
+    share = -(-wanted // n_chosen)
+    numbers = np.concatenate([s * per_shard + np.arange(min(share, counts[int(s)])) for s in chosen])
+    sequences = activations.read_sequences(numbers)
+    renumbered = {
+        int(s): offset for s, offset in zip(chosen, np.searchsorted(numbers, chosen * per_shard), strict=True)
+    }
+
+    def blocks() -> Iterator[tuple[np.ndarray, ...]]:
+        done = 0
+        for chunk in np.flatnonzero(np.isin(activations.chunk_shard, chosen)):
+            index = activations.read_index(int(chunk))
+            shard = int(activations.chunk_shard[chunk])
+            local = index["seq"] - shard * per_shard
+            mine = local < share
+            rows = activations.read_chunk(source, int(chunk))
+            # Every block has the same shape, or each ragged one would compile the encoder again.
+            padded = np.zeros((spec.chunk_rows, rows.shape[1]), np.float32)
+            padded[: len(rows)] = rows
+            code = sae.encode(padded)
+            indices, values = (np.asarray(field)[: len(rows)][mine] for field in (code.indices, code.values))
+            yield indices, values, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
+            done += int(mine.sum())
+            progress(done)
+
+    return collect(blocks(), sae.b_enc.shape[0]), sequences
