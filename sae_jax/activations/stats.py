@@ -33,11 +33,12 @@ class Stats:
     def of(cls, rows_BD: np.ndarray) -> Stats:
         """Statistics of rows [B, D] of any float dtype. Non-finite rows give non-finite statistics."""
         total = cls.empty(rows_BD.shape[1])
-        for low in range(0, len(rows_BD), BLOCK_ROWS):
-            block_BD = rows_BD[low : low + BLOCK_ROWS].astype(np.float64)
-            mean_D = block_BD.sum(axis=0) / len(block_BD)
-            block_BD -= mean_D
-            total = total.join(cls(len(block_BD), mean_D, np.einsum("bd,bd->d", block_BD, block_BD)))
+        with np.errstate(invalid="ignore"):
+            for low in range(0, len(rows_BD), BLOCK_ROWS):
+                block_BD = rows_BD[low : low + BLOCK_ROWS].astype(np.float64)
+                mean_D = block_BD.sum(axis=0) / len(block_BD)
+                block_BD -= mean_D
+                total = total.join(cls(len(block_BD), mean_D, np.einsum("bd,bd->d", block_BD, block_BD)))
         return total
 
     def join(self, other: Stats) -> Stats:

@@ -140,14 +140,10 @@ class Writer:
         blocks, stats = {}, {}
         for path, array in self.arrays.items():
             values = np.ascontiguousarray(given[path])
-            most = array.shard_rows if path == "sequences" else min(n_rows, array.shard_rows)
-            if values.shape[1:] != array.row_shape or len(values) > most:
-                wanted = ", ".join(map(str, (most, *array.row_shape)))
+            n = len(values) if path == "sequences" else n_rows
+            if values.shape != (n, *array.row_shape) or n > array.shard_rows:
+                wanted = ", ".join(map(str, (min(n, array.shard_rows), *array.row_shape)))
                 raise UsageError(f"shard {shard}: {path} is {list(values.shape)}; it must be [{wanted}]")
-            if path != "sequences" and len(values) != n_rows:
-                raise UsageError(
-                    f"shard {shard}: {path} has {len(values)} rows, the first source has {n_rows}"
-                )
             with np.errstate(over="ignore"):  # reported below, as a value that is not finite
                 blocks[path] = values.astype(array.dtype, copy=False)
         for source in spec.sources:
@@ -155,16 +151,12 @@ class Writer:
             stats[source.name] = Stats.of(stored)
             if not np.isfinite(stats[source.name].m2).all():
                 _refuse_not_finite(stored, source, shard, first_row)
-        if sequences is not None and index is not None and spec.sequences_per_shard is not None:
-            local = blocks["index/seq"] - shard * spec.sequences_per_shard
-            in_range = (local >= 0) & (local < len(sequences))
-            tokens = (
-                blocks["sequences"][np.where(in_range, local, 0), blocks["index/pos"]] if n_rows else local
-            )
-            if not (in_range & (tokens == blocks["index/token"])).all():
-                raise UsageError(
-                    f"shard {shard}: index and sequences disagree: sequences[seq, pos] is not token"
-                )
+        if spec.has_text:
+            tokens_MT, seq, pos = (blocks[path] for path in ("sequences", "index/seq", "index/pos"))
+            seq = seq - shard * self.arrays["sequences"].shard_rows
+            known = (seq >= 0) & (seq < tokens_MT.shape[0]) & (pos >= 0) & (pos < tokens_MT.shape[1])
+            if not known.all() or (tokens_MT[seq, pos] != blocks["index/token"]).any():
+                raise UsageError(f"shard {shard}: its index and sequences disagree on a token")
         return blocks, stats
 
 
