@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import tyro
 
-from sae_jax import lm
+from sae_jax import config, lm
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.dashboard import write_dashboard
 from sae_jax.analysis.examples import Activations
-from sae_jax.commands import recipe, runtime
+from sae_jax.commands import runtime
 from sae_jax.commands.evaluate import SHOWN
-from sae_jax.config import read_json
 from sae_jax.progress import Progress, console
 from sae_jax.train.checkpoint import load, read_config
 from sae_jax.types import UsageError
@@ -48,7 +47,7 @@ class Dashboard:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
-    command = recipe.parse(Dashboard, argv, "sae-jax dashboard")
+    command = config.parse(Dashboard, argv, "sae-jax dashboard")
     runtime.warn_of_idle_gpu()
     dashboard(command)
     console.print(f"{Path(command.out) / 'index.html'}")
@@ -62,7 +61,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     source = activations.source(facts["site"])
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(sae, activations, source.name, command.tokens, progress.update)
-    evaluation = read_json(Path(command.run) / "evaluation.json") or {}
+    evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
     reference = command.model or source.model
     with Progress("dashboard", table.n_latents, "latents") as progress:
         write_dashboard(

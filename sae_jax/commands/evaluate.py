@@ -17,7 +17,7 @@ from sae_jax import config, lm
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep
 from sae_jax.activations.store import ActivationSet, open_activations
-from sae_jax.commands import recipe, runtime
+from sae_jax.commands import runtime
 from sae_jax.evaluation.reconstruction import Reconstruction
 from sae_jax.evaluation.splice import evaluate_on_text
 from sae_jax.progress import Progress, console
@@ -65,7 +65,7 @@ class Evaluate:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
-    command = recipe.parse(Evaluate, argv, "sae-jax evaluate")
+    command = config.parse(Evaluate, argv, "sae-jax evaluate")
     runtime.warn_of_idle_gpu()
     result = evaluate(command)
     table = Table("metric", "value", title=f"{command.run} on {result['text'] or 'rows of ' + result['data']}")

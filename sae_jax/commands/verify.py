@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import tyro
 
+from sae_jax import config
 from sae_jax.activations.files import Files
 from sae_jax.activations.store import read_spec
 from sae_jax.activations.verify import verify
-from sae_jax.commands import recipe
 from sae_jax.progress import Progress, console
 from sae_jax.types import UserError
 
@@ -27,7 +27,7 @@ class Verify:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, read everything, say what is damaged."""
-    command = recipe.parse(Verify, argv, "sae-jax verify")
+    command = config.parse(Verify, argv, "sae-jax verify")
     spec = read_spec(Files(command.data))
     with Progress("verify", spec.n_shards, "shards") as progress:
         report = verify(command.data, lambda done, _: progress.update(done))

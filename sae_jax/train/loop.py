@@ -31,7 +31,7 @@ from sae_jax.types import UserError
 class Batches(Protocol):
     """Where rows come from. The rows of step t depend on t alone, so the step is all the state there is."""
 
-    seconds_waited: float  # so far, for input
+    wait_seconds: float  # so far, for input
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, {source: [B / processes, D]}) from `start_step` on, without end."""
@@ -126,14 +126,14 @@ class _Recorder:
     def __init__(self, config: TrainConfig, loader: Batches, start: int) -> None:
         self._config, self._loader = config, loader
         self._began = self._last_time = time.monotonic()
-        self._last_step, self._last_waited = start, loader.seconds_waited
+        self._last_step, self._last_waited = start, loader.wait_seconds
 
     def row(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         now = time.monotonic()
         elapsed = max(now - self._last_time, 1e-9)
-        waited = self._loader.seconds_waited - self._last_waited
+        waited = self._loader.wait_seconds - self._last_waited
         rate = (step - self._last_step) * self._config.batch_size / elapsed
-        self._last_time, self._last_step, self._last_waited = now, step, self._loader.seconds_waited
+        self._last_time, self._last_step, self._last_waited = now, step, self._loader.wait_seconds
         return {
             "step": step,
             "tokens": step * self._config.batch_size,
