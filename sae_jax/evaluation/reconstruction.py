@@ -82,7 +82,7 @@ def _block_sums(sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array, centre_D: 
     code: Code = sae.encode(x_ND)
     x_hat_ND = sae(x_ND)
     x2_N, x_hat2_N, product_N = (x_ND**2).sum(-1), (x_hat_ND**2).sum(-1), (x_ND * x_hat_ND).sum(-1)
-    offset_ND = x_ND - centre_D
+    offset_ND = x_ND - centre_D[None]
     cosine_N = product_N / jnp.maximum(jnp.sqrt(x2_N * x_hat2_N), 1e-30)
     active_NK = (code.values > 0) & keep_N[:, None]
     sums = {

@@ -55,7 +55,7 @@ def encode_topk(
 
 def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
     def local(x_RD, w_RD, b_R, b_pre_D, allowed_R):
-        x_BD = spmd.gather(x_RD, mesh.LATENT) - b_pre_D
+        x_BD = spmd.gather(x_RD, mesh.LATENT) - b_pre_D[None]
         w_FD = spmd.gather(w_RD, mesh.DATA).astype(dtype)
         b_F = spmd.gather(b_R, mesh.DATA)
         if allowed_R is not None:
@@ -63,11 +63,11 @@ def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
         n_local = w_FD.shape[0]
 
         def block(x_bD):
-            pre_bF = jnp.einsum("bd,fd->bf", x_bD.astype(dtype), w_FD, preferred_element_type=jnp.float32) + b_F
+            pre_bF = jnp.einsum("bd,fd->bf", x_bD.astype(dtype), w_FD, preferred_element_type=jnp.float32) + b_F[None]
             return topk.top_k(pre_bF, min(k, n_local))
 
         values_BK, index_BK = _in_row_blocks(block, x_BD, n_local)
-        wins_BK = jnp.arange(values_BK.shape[1]) < topk.n_winners(values_BK, k)[:, None]
+        wins_BK = jnp.arange(values_BK.shape[1])[None] < topk.n_winners(values_BK, k)[:, None]
         values_BK = jnp.where(wins_BK, jnp.maximum(values_BK, 0.0), 0.0)
         return Code(index_BK + spmd.first_latent(n_local), values_BK)
 
@@ -84,7 +84,7 @@ def _backward(k, dtype, saved, cotangent: Code):
     x_BD, w_enc_FD, b_pre_D, code = saved
 
     def local(x_RD, w_RD, b_pre_D, code, g_BK):
-        x_BD = spmd.gather(x_RD, mesh.LATENT) - b_pre_D
+        x_BD = spmd.gather(x_RD, mesh.LATENT) - b_pre_D[None]
         w_FD = spmd.gather(w_RD, mesh.DATA)
         n_local = w_FD.shape[0]
         index_BK = code.indices - spmd.first_latent(n_local)

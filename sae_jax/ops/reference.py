@@ -11,11 +11,11 @@ from sae_jax.types import Code
 def encode_topk(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
     """See ops/encode.py."""
     pre_BF = jnp.einsum(
-        "bd,fd->bf", (x_BD - b_pre_D).astype(dtype), w_enc_FD.astype(dtype), preferred_element_type=jnp.float32
+        "bd,fd->bf", (x_BD - b_pre_D[None]).astype(dtype), w_enc_FD.astype(dtype), preferred_element_type=jnp.float32
     )
-    pre_BF = pre_BF + b_enc_F
+    pre_BF = pre_BF + b_enc_F[None]
     if allowed_F is not None:
-        pre_BF = jnp.where(allowed_F, pre_BF, -jnp.inf)
+        pre_BF = jnp.where(allowed_F[None], pre_BF, -jnp.inf)
     values_BK, index_BK = jax.lax.top_k(jnp.where(pre_BF == 0, 0.0, pre_BF), k)
     return Code(index_BK, jax.nn.relu(values_BK))
 

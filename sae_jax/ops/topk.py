@@ -30,7 +30,8 @@ def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     pre_BF = jnp.where(pre_BF == 0, 0.0, pre_BF)
     n_rows, width = pre_BF.shape
     if width % GROUP or width // GROUP < TWO_STAGE_FROM * k:
-        return lax.top_k(pre_BF, k)
+        values_BK, index_BK = lax.top_k(pre_BF, k)
+        return values_BK, index_BK
     groups_BGM = pre_BF.reshape(n_rows, width // GROUP, GROUP)
     _, group_BK = lax.top_k(groups_BGM.max(-1), k)
     # Candidates must stand in order of latent, or the second stage would break ties by group maximum.

@@ -13,7 +13,7 @@ def squared_error(error_BD: jax.Array) -> jax.Array:
 
 def batch_fvu(x_BD: jax.Array, x_hat_BD: jax.Array) -> jax.Array:
     """Fraction of variance unexplained on one batch: a ratio of sums, centred on the batch's mean (f32[])."""
-    total = squared_error(x_BD - x_BD.mean(0))
+    total = squared_error(x_BD - x_BD.mean(0, keepdims=True))
     return squared_error(x_BD - x_hat_BD) / jnp.where(total > 0, total, 1.0)
 
 
@@ -25,6 +25,6 @@ def auxiliary_ratio(error_BD: jax.Array, error_hat_BD: jax.Array) -> jax.Array:
 
     Source: Gao et al. 2024, arXiv 2406.04093, appendix A.2.
     """
-    total = squared_error(error_BD - error_BD.mean(0))
+    total = squared_error(error_BD - error_BD.mean(0, keepdims=True))
     ratio = squared_error(error_BD - error_hat_BD) / jnp.where(total > 0, total, 1.0)
     return jnp.where((total > 0) & jnp.isfinite(ratio), ratio, 0.0)

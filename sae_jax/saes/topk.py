@@ -110,7 +110,7 @@ class TopK(AbstractSae):
         y_BD = (batch.y - mean) / scale
         w_dec = base.tangent_to_rows(self.w_dec)
         code = self._encode(x_BD, self.config.k)
-        x_hat_BD = sparse.decode(code, w_dec) + self.b_dec
+        x_hat_BD = sparse.decode(code, w_dec) + self.b_dec[None]
         loss = statistics.loss_scale * ((x_hat_BD - y_BD) ** 2).mean()
         # Counters before AuxK: a latent that fires in this very batch is not dead.
         fired_F = sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE)
@@ -149,7 +149,7 @@ def _encode_rows(sae: TopK, x_BD: jax.Array) -> Code:
 
 @jax.jit
 def _decode_rows(sae: TopK, code: Code) -> jax.Array:
-    return sparse.decode(code, sae.w_dec) + sae.b_dec
+    return sparse.decode(code, sae.w_dec) + sae.b_dec[None]
 
 
 @jax.jit
@@ -164,5 +164,5 @@ def _response(sae: TopK, key: jax.Array) -> jax.Array:
     n_devices = mesh.axis_size(mesh.DATA) * mesh.axis_size(mesh.LATENT)
     placed = {} if mesh.current() is None else {"out_sharding": mesh.ROWS}
     probes_PD = jax.random.normal(key, (math.ceil(N_PROBES / n_devices) * n_devices, d_model), **placed)
-    code = sae._encode(base.unit_rows(probes_PD) + sae.b_dec, sae.config.k)
+    code = sae._encode(base.unit_rows(probes_PD) + sae.b_dec[None], sae.config.k)
     return jnp.linalg.norm(sparse.decode(code, sae.w_dec), axis=-1).mean()
