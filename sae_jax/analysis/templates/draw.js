@@ -89,7 +89,7 @@ function visible(text) {
     else {
       if (plain) nodes.push(plain);
       plain = "";
-      nodes.push(h("span.glyph", null, shown));
+      nodes.push(h(shown.length > 1 ? "span.escape" : "span.glyph", null, shown));
     }
   }
   if (plain) nodes.push(plain);
