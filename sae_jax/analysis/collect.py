@@ -11,6 +11,7 @@ from sae_jax.analysis.examples import Activations, collect
 from sae_jax.saes.base import AbstractSae
 
 MAX_SHARDS = 8  # text is spread over this many places of the set
+BLOCK = 4096  # rows encoded at once
 
 
 def collect_set(
@@ -39,21 +40,42 @@ def collect_set(
         int(s): offset for s, offset in zip(chosen, np.searchsorted(numbers, chosen * per_shard), strict=True)
     }
 
-    def blocks() -> Iterator[tuple[np.ndarray, ...]]:
-        done = 0
+    def rows() -> Iterator[tuple[np.ndarray, ...]]:
+        """(row, token, sequence, position) of the chosen text, chunk by chunk."""
         for chunk in np.flatnonzero(np.isin(activations.chunk_shard, chosen)):
             index = activations.read_index(int(chunk))
             shard = int(activations.chunk_shard[chunk])
             local = index["seq"] - shard * per_shard
             mine = local < share
-            rows = activations.read_chunk(source, int(chunk))
+            x_ND = activations.read_chunk(source, int(chunk))[mine].astype(np.float32)
+            yield x_ND, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
+
+    def codes() -> Iterator[tuple[np.ndarray, ...]]:
+        done = 0
+        for x_ND, *place in _in_blocks(rows()):
             # Every block has the same shape, or each ragged one would compile the encoder again.
-            padded = np.zeros((spec.chunk_rows, rows.shape[1]), np.float32)
-            padded[: len(rows)] = rows
-            code = sae.encode(padded)
-            indices, values = (np.asarray(field)[: len(rows)][mine] for field in (code.indices, code.values))
-            yield indices, values, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
-            done += int(mine.sum())
+            padded_ND = np.pad(x_ND, ((0, BLOCK - len(x_ND)), (0, 0)))
+            code = sae.encode(padded_ND)
+            yield np.asarray(code.indices)[: len(x_ND)], np.asarray(code.values)[: len(x_ND)], *place
+            done += len(x_ND)
             progress(done)
 
-    return collect(blocks(), sae.b_enc.shape[0]), sequences
+    return collect(codes(), sae.b_enc.shape[0]), sequences
+
+
+def _in_blocks(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+    """The same rows in blocks of BLOCK; the last one may be shorter."""
+    held: list[tuple[np.ndarray, ...]] = []
+    n_held = 0
+    for part in parts:
+        held.append(part)
+        n_held += len(part[0])
+        if n_held >= BLOCK:
+            joined = [np.concatenate(columns) for columns in zip(*held, strict=True)]
+            n_whole = n_held // BLOCK * BLOCK
+            for first in range(0, n_whole, BLOCK):
+                yield tuple(column[first : first + BLOCK] for column in joined)
+            held = [tuple(column[n_whole:] for column in joined)]
+            n_held -= n_whole
+    if n_held:
+        yield tuple(np.concatenate(columns) for columns in zip(*held, strict=True))

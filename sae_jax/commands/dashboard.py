@@ -71,7 +71,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
             token_strings=_token_strings(command.model or activations.spec.tokenizer),
             w_dec=np.asarray(sae.w_dec),
             logit_effects=_logit_effects(reference, source.hook) if reference else None,
-            title=Path(command.run).name,
+            title=command.run,
             metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
             config=facts,
             progress=lambda done, _: progress.update(done),
