@@ -33,12 +33,11 @@ class Reconstruction:
     def add(self, sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array | None = None) -> jax.Array:
         """Count a block of rows f32[N, D]; rows where `keep_N` is False are left out. Returns x_hat f32[N, D]."""
         x_ND = jnp.asarray(x_ND, jnp.float32)
-        keep_N = jnp.ones(x_ND.shape[0], bool) if keep_N is None else jnp.asarray(keep_N)
+        keep_N = jnp.ones(x_ND.shape[0], bool) if keep_N is None else jnp.asarray(keep_N, bool)
         if self._sums is None:
             # Sums of squares are taken around the first block's mean: activations far from the origin would
             # lose their variance to rounding otherwise.
-            weight_N = keep_N / jnp.maximum(keep_N.sum(), 1)
-            self._centre_D = weight_N @ x_ND
+            self._centre_D = keep_N.astype(jnp.float32) @ x_ND / max(int(keep_N.sum()), 1)
         sums, fired_F, l0_N, x_hat_ND = _block_sums(sae, x_ND, keep_N, self._centre_D)
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
         self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
@@ -62,8 +61,7 @@ class Reconstruction:
         mean_D = s["offset_D"] / n + centre_D
         variance = s["offset2"] - n * ((mean_D - centre_D) ** 2).sum()
         rates = self.firing_rates
-        with np.errstate(divide="ignore"):
-            counts, _ = np.histogram(np.log10(rates[rates > 0]), np.clip(DENSITY_EDGES, None, 0.0))
+        counts, _ = np.histogram(np.log10(np.maximum(rates[rates > 0], 1e-6)), DENSITY_EDGES)
         return {
             "n_rows": int(n),
             "fvu": s["error2"] / variance,
@@ -83,17 +81,18 @@ def _block_sums(sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array, centre_D: 
     x_hat_ND = sae(x_ND)
     x2_N, x_hat2_N, product_N = (x_ND**2).sum(-1), (x_hat_ND**2).sum(-1), (x_ND * x_hat_ND).sum(-1)
     offset_ND = x_ND - centre_D[None]
+    weight_N = keep_N.astype(jnp.float32)
     cosine_N = product_N / jnp.maximum(jnp.sqrt(x2_N * x_hat2_N), 1e-30)
     active_NK = (code.values > 0) & keep_N[:, None]
     sums = {
         "rows": keep_N.sum(),
-        "x2": keep_N @ x2_N,
-        "x_hat2": keep_N @ x_hat2_N,
-        "product": keep_N @ product_N,
-        "error2": keep_N @ ((x_ND - x_hat_ND) ** 2).sum(-1),
-        "offset_D": keep_N @ offset_ND,
-        "offset2": keep_N @ (offset_ND**2).sum(-1),
-        "cosine": keep_N @ cosine_N,
+        "x2": weight_N @ x2_N,
+        "x_hat2": weight_N @ x_hat2_N,
+        "product": weight_N @ product_N,
+        "error2": weight_N @ ((x_ND - x_hat_ND) ** 2).sum(-1),
+        "offset_D": weight_N @ offset_ND,
+        "offset2": weight_N @ (offset_ND**2).sum(-1),
+        "cosine": weight_N @ cosine_N,
     }
     fired_F = jnp.zeros(sae.b_enc.shape[0], jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))
     return sums, fired_F, (code.values > 0).sum(-1), x_hat_ND

@@ -19,9 +19,7 @@ from sae_jax.analysis import dashboard, examples
 from sae_jax.types import UsageError, UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on PATH; install it to test the page itself"
-)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it to test the page itself")
 
 PWN = "document.documentElement.dataset.pwned=1"
 TOKENS = [
@@ -127,9 +125,7 @@ def test_record_of_a_latent(site):
     top = table.top(FAR, 20, one_per_sequence=True)
     assert record["nTop"] == len(top.seq)
     assert record["seq"][: len(top.seq)] == top.seq.tolist()
-    windows = [
-        sequences[s, max(0, p - 20) : p + 11] for s, p in zip(record["seq"], record["pos"], strict=True)
-    ]
+    windows = [sequences[s, max(0, p - 20) : p + 11] for s, p in zip(record["seq"], record["pos"], strict=True)]
     ids = np.frombuffer(base64.b64decode(record["ids"]), "<u2")
     np.testing.assert_array_equal(ids, np.concatenate(windows))
     dense = np.zeros((N_SEQ, N_POS))
@@ -234,12 +230,8 @@ def browse(site, route="", *, drive="", url=None):
         (site / "driven.html").write_text(page.replace("</body>", f"<script>{later}</script></body>"))
     url = url or f"file://{site}/{'driven' if drive else 'index'}.html"
     profile = site.parent / "profile"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    flags += (
-        " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000"
-    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", "--dump-dom", url + route]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)
     shutil.rmtree(profile, ignore_errors=True)
@@ -334,9 +326,7 @@ def test_page_of_a_latent(site):
     contexts = re.findall(r'<li class="context" data-seq="(\d+)" data-pos="(\d+)"', dom)
     places = list(zip(top.seq.astype(str), top.pos.astype(str), strict=True))
     assert contexts[: len(places)] == places
-    peaks = re.findall(
-        r'<span class="token peak" data-id="(\d+)" data-pos="(\d+)" data-value="([\d.]+)"', dom
-    )
+    peaks = re.findall(r'<span class="token peak" data-id="(\d+)" data-pos="(\d+)" data-value="([\d.]+)"', dom)
     assert {token for token, _, _ in peaks} == {"1"}
     np.testing.assert_allclose([float(v) for _, _, v in peaks[: len(places)]], top.value, rtol=1e-3)
     assert f'href="#/latent/{FAR - 277}" rel="prev"' in dom  # 13, the living latent before it in the table
@@ -362,18 +352,14 @@ def test_hostile_tokens_stay_text_in_contexts(site):
 
 @needs_browser
 def test_keys_search_and_whole_sequences(site):
-    press = (
-        "document.dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true, cancelable: true}));"
-    )
+    press = "document.dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true, cancelable: true}));"
     wait = "await new Promise((done) => setTimeout(done, 300));"
     forward = browse(site, "#/latent/13?sort=latent", drive=press % "ArrowRight")
     assert f"<h1>Latent {FAR}</h1>" in forward
     typed = "document.activeElement.value = 'cat'; document.activeElement.dispatchEvent(new Event('input'));"
     found = browse(site, "#/latent/2", drive=press % "/" + typed + wait)
     assert FAR in listed(found)
-    opened = browse(
-        site, f"#/latent/{FAR}", drive="document.querySelector('.context button').click();" + wait
-    )
+    opened = browse(site, f"#/latent/{FAR}", drive="document.querySelector('.context button').click();" + wait)
     whole = re.search(r'<p class="whole">(.*?)</p>', opened, re.S)
     assert whole is not None
     assert len(re.findall(r'<span class="token', whole[1])) == N_POS

@@ -61,7 +61,7 @@ def test_objective_and_gradients_are_the_oracle(n_dead):
 
 
 def test_the_oracle_gradients_are_finite_differences():
-    sae, stats, x = make(aux_coefficient=0.0), statistics(0), rows()
+    sae, x = make(aux_coefficient=0.0), rows()
     weights = {name: np.asarray(getattr(sae, name), np.float64) for name in ("w_enc", "b_enc", "w_dec", "b_dec")}
 
     def loss(weights):
