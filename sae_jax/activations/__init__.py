@@ -1,1 +1,1 @@
-"""TODO."""
+"""From text to activations on disk and back as batches."""

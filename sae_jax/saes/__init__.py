@@ -1,1 +1,1 @@
-"""TODO."""
+"""Sparse dictionaries, one variant a file. `base.py` says what a variant is."""

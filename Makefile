@@ -1,0 +1,47 @@
+# Two commands need nothing but Python >= 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := .venv-peers
+
+.PHONY: demo test check format lint types fast test-peers clean
+
+demo: $(VENV)/.installed
+	$(BIN)/sae-jax demo --out demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not peers"
+
+check: format lint types fast
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyrefly check
+
+fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not peers and not slow"
+
+# Parity with torch and the peer libraries, in an environment of its own: they are large and pin their own versions.
+test-peers:
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --constraint constraints.txt "torch==2.13.0" --editable ".[peers]"
+	$(PEERS)/bin/python -m pytest -m peers
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(PEERS) demo build *.egg-info

@@ -1,0 +1,241 @@
+"""Text through a language model onto disk: the activation set that dictionaries are trained on.
+
+    text -> packed sequences -> model up to the last hook -> rows of a shard -> disk
+                                 (batch i+1 runs while i is fetched; shard s is written while s+1 is computed)
+
+What a shard holds depends on the settings and its number alone, so harvesting is resumed by repeating the command
+and spread over machines by `--shard i/n`, with nothing else between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sae_jax import lm
+from sae_jax.activations import store, tokens
+from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
+from sae_jax.progress import Progress, console
+from sae_jax.types import UsageError
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Which activations of which model on which text."""
+
+    model: str = "bundled"
+    """`bundled`, a local Hugging Face folder, or hub-id[@revision]"""
+    text: str = "stdlib"
+    """`stdlib`, a file, folder or glob, or hf:dataset[@revision][:split]"""
+    heldout: str | None = None
+    """text that evaluation uses, in the same notation; never put it into `text`"""
+    hooks: tuple[str, ...] = ("resid_post.2",)
+    """sites, point.layer; all are stored with the same rows"""
+    context: int = 128
+    """tokens of a sequence"""
+    tokens: int = 0
+    """tokens to run; 0 = all of the text"""
+    dtype: str = "bfloat16"
+    """of the stored rows: bfloat16, float16 or float32"""
+    max_norm_multiple: float | None = None
+    """leave out rows whose norm exceeds this multiple of the shard's median (attention sinks)"""
+    batch_tokens: int = 4096
+    """tokens of one forward pass"""
+    seed: int = 0
+    """of the order of rows inside a shard"""
+
+    def __post_init__(self) -> None:
+        if not self.hooks:
+            raise UsageError("harvest.hooks is empty; name at least one site, such as resid_post.2")
+        if self.context < 2:
+            raise UsageError(f"harvest.context={self.context} must be at least 2")
+        if self.tokens < 0 or 0 < self.tokens < self.context:
+            raise UsageError(f"harvest.tokens={self.tokens} must be 0 or at least harvest.context={self.context}")
+        if self.batch_tokens < self.context:
+            raise UsageError(
+                f"harvest.batch_tokens={self.batch_tokens} must be at least harvest.context={self.context}"
+            )
+        if self.dtype not in DTYPES:
+            raise UsageError(f"harvest.dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.max_norm_multiple is not None and self.max_norm_multiple <= 1:
+            raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1, or none")
+
+
+def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) -> SetSpec:
+    """Make the shards i, i + n, i + 2n, ... of an activation set that are not there yet.
+
+    Args:
+        config: what to store.
+        out: directory or URL of the set.
+        shard: (i, n), this worker's number and the number of workers.
+
+    Raises:
+        UsageError: a model, hook or text that does not exist, or a set of other settings at `out`.
+    """
+    model, tokenizer = lm.load(config.model), lm.tokenizer(config.model)
+    spec = plan(config, model, tokenizer)
+    writer = store.create(out, spec)
+    done = writer.committed()
+    todo = [s for s in range(spec.n_shards) if s % shard[1] == shard[0] and s not in done]
+    per_shard = spec.sequences_per_shard or 0
+    mine = len(range(shard[0], spec.n_shards, shard[1]))
+    total = mine * per_shard * config.context
+    finished = (mine - len(todo)) * per_shard * config.context
+    forward = _Forward(model, config)
+    special = np.asarray(tokenizer.special_ids, np.int32)
+
+    rows_written, began, pending = 0, time.monotonic(), None
+    with Progress("harvest", total, "tokens", finished) as progress, ThreadPoolExecutor(1) as disk:
+        for number, ids_ST in _shards(config, tokenizer, todo, per_shard):
+            blocks = {name: [] for name in forward.names}
+            norms = []
+            seen = 0
+            for acts, norm_BTS in forward(ids_ST):
+                for name, block in acts.items():
+                    blocks[name].append(block)
+                norms.append(norm_BTS)
+                seen += len(norm_BTS)
+                rate = (rows_written + seen * config.context) / (time.monotonic() - began)
+                progress.update(
+                    finished + seen * config.context, f"{rows_written:,} rows written  {rate:,.0f} tokens/s"
+                )
+            keep_ST = keep(ids_ST, np.concatenate(norms) if norms else None, special, config.max_norm_multiple)
+            seq_N, pos_N = np.nonzero(keep_ST)
+            rows = {
+                name: np.concatenate(block)[keep_ST] if block else np.zeros((0, spec.source(name).d), np.float32)
+                for name, block in blocks.items()
+            }
+            index = {"token": ids_ST[keep_ST], "seq": seq_N + number * per_shard, "pos": pos_N}
+            if pending is not None:
+                pending.result()
+            pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
+            rows_written += len(seq_N)
+            finished += len(ids_ST) * config.context
+        if pending is not None:
+            pending.result()
+    if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
+        writer.finish()
+    else:
+        console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
+    return spec
+
+
+def plan(config: HarvestConfig, model: lm.LanguageModel, tokenizer: lm.Tokenizer) -> SetSpec:
+    """The set that these settings describe: the same on every machine."""
+    hooks = [lm.parse_hook(text, model.spec) for text in config.hooks]
+    if len(set(hooks)) < len(hooks):
+        raise UsageError(f"harvest.hooks names a site twice: {', '.join(config.hooks)}")
+    if config.context > model.spec.n_context:
+        raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
+    n_sequences = config.tokens // config.context or sum(
+        1 for _ in tokens.sequences(config.text, tokenizer, config.context)
+    )
+    widths = [lm.hook_width(model.spec, hook) for hook in hooks]
+    n_shards, shard_rows, chunk_rows = layout(
+        n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
+    )
+    return SetSpec(
+        sources=tuple(
+            SourceSpec(str(hook), width, config.dtype, config.model, model.digest, str(hook))
+            for hook, width in zip(hooks, widths, strict=True)
+        ),
+        n_shards=n_shards,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
+        seed=config.seed,
+        tokenizer=config.model,
+        text=config.text,
+        text_digest=tokens.text_digest(config.text),
+        heldout=config.heldout,
+        context=config.context,
+        sequences_per_shard=-(-n_sequences // n_shards),
+        max_norm_multiple=config.max_norm_multiple,
+    )
+
+
+def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, multiple: float | None) -> np.ndarray:
+    """Which positions count, bool [S, T]: no special tokens, and no norms far above the median at any site.
+
+    The first token of a sequence draws attention from everywhere and can carry a hundred times the usual norm; a
+    few such rows would own most of the variance.
+    """
+    keep_ST = ~np.isin(ids_ST, special)
+    if multiple is None or norm_STS is None or not keep_ST.any():
+        return keep_ST
+    median_S = np.median(norm_STS[keep_ST], axis=0)
+    return keep_ST & (norm_STS <= multiple * median_S).all(-1)
+
+
+@partial(jax.jit, static_argnames=("hooks", "dtype"))
+def read_sites(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
+    """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
+    acts = lm.run(model, ids_BT, capture=hooks, logits=False).acts
+    flat = {str(hook): acts[hook].reshape(*ids_BT.shape, -1) for hook in hooks}
+    norm_BTS = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in flat.values()], -1)
+    return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
+
+
+class _Forward:
+    """Runs sequences through the model on all local devices, one batch ahead of the one being fetched."""
+
+    def __init__(self, model: lm.LanguageModel, config: HarvestConfig) -> None:
+        devices = jax.local_devices()
+        self._mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Explicit,), devices=devices)
+        self._model = jax.device_put(model, NamedSharding(self._mesh, P()))
+        self._hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
+        self._dtype = config.dtype
+        self.names = tuple(str(hook) for hook in self._hooks)
+        self._batch = max(config.batch_tokens // config.context // len(devices), 1) * len(devices)
+
+    def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """({name: [b, T, D]}, norms [b, T, sites]) block by block, on the host."""
+        queued: tuple[int, object] | None = None
+        for first in range(0, len(ids_ST), self._batch):
+            ids_BT = ids_ST[first : first + self._batch]
+            n = len(ids_BT)
+            # A short last batch is filled up: another shape would compile the model again.
+            ids_BT = np.concatenate([ids_BT, np.zeros((self._batch - n, ids_BT.shape[1]), np.int32)])
+            with jax.set_mesh(self._mesh):
+                placed = jax.device_put(ids_BT, NamedSharding(self._mesh, P("data")))
+                result = read_sites(self._model, placed, self._hooks, self._dtype)
+            if queued is not None:
+                yield _fetch(*queued)
+            queued = (n, result)
+        if queued is not None:
+            yield _fetch(*queued)
+
+
+def _fetch(n: int, result) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    acts, norm_BTS = jax.device_get(result)
+    return {name: x[:n] for name, x in acts.items()}, norm_BTS[:n]
+
+
+def _shards(
+    config: HarvestConfig, tokenizer: lm.Tokenizer, todo: list[int], per_shard: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(shard, its sequences i32[<= per_shard, T]) for the shards wanted, in one pass over the text."""
+    if not todo:
+        return
+    first, last = todo[0], todo[-1]
+    stream = tokens.sequences(config.text, tokenizer, config.context, first * per_shard, (last + 1) * per_shard)
+    wanted = set(todo)
+    numbered = enumerate(stream, first * per_shard)
+    for shard, group in itertools.groupby(numbered, key=lambda item: item[0] // per_shard):
+        if shard in wanted:
+            wanted.remove(shard)
+            yield shard, np.stack([ids_T for _, ids_T in group])
+    # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
+    if wanted:
+        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(wanted)} shards stay empty")
+    for shard in sorted(wanted):
+        yield shard, np.zeros((0, config.context), np.int32)

@@ -1,0 +1,81 @@
+"""Which latents fire where, for a spread-out part of an activation set's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sae_jax.activations.store import ActivationSet
+from sae_jax.analysis.examples import Activations, collect
+from sae_jax.saes.base import AbstractSae
+
+MAX_SHARDS = 8  # text is spread over this many places of the set
+BLOCK = 4096  # rows encoded at once
+
+
+def collect_set(
+    sae: AbstractSae, activations: ActivationSet, source: str, n_tokens: int, progress: Callable[[int], None]
+) -> tuple[Activations, np.ndarray]:
+    """Encode the stored rows of about `n_tokens` tokens of text.
+
+    Returns:
+        the activations by latent, with sequences renumbered from 0, and these sequences i32[n, context].
+
+    Raises:
+        UsageError: a set without text.
+    """
+    spec = activations.spec
+    per_shard, context = spec.sequences_per_shard or 1, spec.context or 1
+    counts = {s: c.n_sequences for s, c in activations.commits.items() if c.n_sequences}
+    shards = np.array(sorted(counts))
+    wanted = max(n_tokens // context, 1)
+    n_chosen = min(max(MAX_SHARDS, -(-wanted // per_shard)), len(shards))
+    chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)]
+    # Whole sequences from the start of each chosen shard, so that every context is complete.
+    share = -(-wanted // n_chosen)
+    numbers = np.concatenate([s * per_shard + np.arange(min(share, counts[int(s)])) for s in chosen])
+    sequences = activations.read_sequences(numbers)
+    renumbered = {
+        int(s): offset for s, offset in zip(chosen, np.searchsorted(numbers, chosen * per_shard), strict=True)
+    }
+
+    def rows() -> Iterator[tuple[np.ndarray, ...]]:
+        """(row, token, sequence, position) of the chosen text, chunk by chunk."""
+        for chunk in np.flatnonzero(np.isin(activations.chunk_shard, chosen)):
+            index = activations.read_index(int(chunk))
+            shard = int(activations.chunk_shard[chunk])
+            local = index["seq"] - shard * per_shard
+            mine = local < share
+            x_ND = activations.read_chunk(source, int(chunk))[mine].astype(np.float32)
+            yield x_ND, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
+
+    def codes() -> Iterator[tuple[np.ndarray, ...]]:
+        done = 0
+        for x_ND, *place in _in_blocks(rows()):
+            # Every block has the same shape, or each ragged one would compile the encoder again.
+            padded_ND = np.pad(x_ND, ((0, BLOCK - len(x_ND)), (0, 0)))
+            code = sae.encode(padded_ND)
+            yield np.asarray(code.indices)[: len(x_ND)], np.asarray(code.values)[: len(x_ND)], *place
+            done += len(x_ND)
+            progress(done)
+
+    return collect(codes(), sae.b_enc.shape[0]), sequences
+
+
+def _in_blocks(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+    """The same rows in blocks of BLOCK; the last one may be shorter."""
+    held: list[tuple[np.ndarray, ...]] = []
+    n_held = 0
+    for part in parts:
+        held.append(part)
+        n_held += len(part[0])
+        if n_held >= BLOCK:
+            joined = [np.concatenate(columns) for columns in zip(*held, strict=True)]
+            n_whole = n_held // BLOCK * BLOCK
+            for first in range(0, n_whole, BLOCK):
+                yield tuple(column[first : first + BLOCK] for column in joined)
+            held = [tuple(column[n_whole:] for column in joined)]
+            n_held -= n_whole
+    if n_held:
+        yield tuple(np.concatenate(columns) for columns in zip(*held, strict=True))

@@ -1,0 +1,369 @@
+"""Which contexts activate which latent: activations turned from rows of latents into latents of rows.
+
+A code lists, for each token, its few active latents. Reading a latent needs the transpose: every place where
+it is active. `collect` builds that transpose (compressed sparse rows by latent) from a stream of blocks; what
+people look at is read from it: firing rate, histograms, the strongest contexts, contexts from all over the
+range of values.
+
+Memory: 8 bytes an activation and 12 bytes a row are held, about 32 bytes an activation at the peak of
+`collect` (1M tokens with k = 32: 0.27 GB held, 1 GB peak). The caller bounds the number of tokens.
+
+Sampling over equal-width intervals of the activation follows Bricken et al. (2023, "Towards
+Monosemanticity").
+
+Axis key of types.py, and: A activations (one latent at one row), R rows, M strongest kept, N contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sae_jax.types import UserError
+
+# indices i32[B, K], values f32[B, K] (0 = empty slot), token, seq, pos i32[B]
+SparseBlock = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# values [B, F], token, seq, pos i32[B]
+DenseBlock = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+_SORT_BLOCK = 2**22  # activations sorted at once: about 150 MB of keys and orders
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some activations of one latent, strongest first."""
+
+    seq: np.ndarray  # i32[N], number of the packed token sequence
+    pos: np.ndarray  # i32[N], position in the sequence
+    value: np.ndarray  # f32[N]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of activation values of one latent, how many activations it holds, and a sample of them."""
+
+    low: float
+    high: float
+    count: int
+    examples: Examples
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """The M strongest positive activations of every latent, descending; value 0 marks an empty place."""
+
+    value: np.ndarray  # f32[F, M]
+    token: np.ndarray  # i32[F, M]
+    seq: np.ndarray  # i32[F, M]
+    pos: np.ndarray  # i32[F, M]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Every activation by latent: latent f owns `offsets[f]:offsets[f + 1]` of `rows` and `values`."""
+
+    token: np.ndarray  # i32[R], rows in order of (seq, pos)
+    seq: np.ndarray  # i32[R]
+    pos: np.ndarray  # i32[R]
+    offsets: np.ndarray  # i64[F + 1]
+    rows: np.ndarray  # i32[A], ascending within a latent
+    values: np.ndarray  # f32[A], > 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows seen, with and without activations."""
+        return len(self.token)
+
+    @property
+    def n_latents(self) -> int:
+        """Latents of the dictionary, alive or not."""
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Activations of each latent, i64[F]."""
+        return np.diff(self.offsets)
+
+    @property
+    def density(self) -> np.ndarray:
+        """Firing rate of each latent: the share of rows where it is active, f64[F]."""
+        return self.counts / max(self.n_rows, 1)
+
+    def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows i32[N] (ascending) and values f32[N] of one latent, as views."""
+        if not 0 <= latent < self.n_latents:
+            raise UserError(f"latent {latent} does not exist; choose 0 to {self.n_latents - 1}")
+        mine = slice(self.offsets[latent], self.offsets[latent + 1])
+        return self.rows[mine], self.values[mine]
+
+    def density_histogram(self, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+        """Counts i64[n_bins] and edges f64[n_bins + 1] of log10(density) over the latents that fired.
+
+        The edges run from one activation in the whole sample to every row, whatever the latents do, so that
+        two runs over equally many rows share their bins.
+        """
+        density = self.density[self.counts > 0]
+        lowest = -np.log10(max(self.n_rows, 10))
+        return np.histogram(np.maximum(np.log10(density), lowest), bins=n_bins, range=(lowest, 0.0))
+
+    def histogram(self, latent: int, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+        """Counts i64[n_bins] and edges f64[n_bins + 1] of a latent's values, from 0 to its maximum."""
+        _, values = self.of(latent)
+        return np.histogram(values, bins=n_bins, range=(0.0, float(values.max(initial=0.0)) or 1.0))
+
+    def top(self, latent: int, m: int, *, one_per_sequence: bool = False) -> Examples:
+        """The m strongest activations of a latent, or all it has; ties go to the lowest (seq, pos).
+
+        With `one_per_sequence` only the strongest activation of each sequence is considered, so that one
+        repetitive text does not fill the list.
+        """
+        rows, values = self.of(latent)
+        if one_per_sequence and len(rows):
+            seq = self.seq[rows]
+            starts = np.flatnonzero(np.diff(seq, prepend=seq[0] - 1))
+            ends = np.append(starts[1:], len(rows))
+            chosen = _largest(np.maximum.reduceat(values, starts), m)
+            picks = np.array([starts[i] + np.argmax(values[starts[i] : ends[i]]) for i in chosen], int)
+        else:
+            picks = _largest(values, m)
+        return self._examples(rows[picks], values[picks])
+
+    def quantile_samples(
+        self,
+        latent: int,
+        n_bins: int,
+        per_bin: int,
+        *,
+        by: Literal["width", "count"] = "width",
+        seed: int = 0,
+    ) -> list[Interval]:
+        """Contexts drawn from all over a latent's range of values, not only from its strongest.
+
+        Args:
+            latent: which latent.
+            n_bins: number of intervals, weakest first in the answer.
+            per_bin: contexts drawn without replacement from each interval (all, if it holds fewer).
+            by: "width" cuts (0, maximum] into intervals of equal width, each open below and closed above;
+                "count" cuts the sorted activations into parts of equal size.
+            seed: the draw is a function of (seed, latent).
+        """
+        rows, values = self.of(latent)
+        rng = np.random.default_rng([seed, latent])
+        order = np.argsort(values, kind="stable")
+        if by == "count":
+            parts = np.array_split(order, n_bins)
+            bounds = [(float(values[p[0]]), float(values[p[-1]])) if len(p) else (0.0, 0.0) for p in parts]
+        else:
+            edges = np.linspace(0.0, float(values.max(initial=0.0)), n_bins + 1)
+            parts = np.split(order, np.searchsorted(values[order], edges[1:-1], side="right"))
+            bounds = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+        intervals = []
+        for part, (low, high) in zip(parts, bounds, strict=True):
+            drawn = rng.choice(part, min(per_bin, len(part)), replace=False)
+            drawn = np.sort(drawn)
+            drawn = drawn[np.argsort(-values[drawn], kind="stable")]
+            intervals.append(Interval(low, high, len(part), self._examples(rows[drawn], values[drawn])))
+        return intervals
+
+    def windows(self, latent: int, seq: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
+        """Values of a latent on stretches of text, f32[N, length]; 0 where it is silent or no row is.
+
+        Args:
+            latent: which latent.
+            seq: i32[N] sequences.
+            start: i32[N] first position of each stretch; it may be negative or run past the end.
+            length: positions in each stretch.
+        """
+        rows, values = self.of(latent)
+        pos_A = self.pos[rows]
+        place_A = (self.seq[rows].astype(np.int64) << 32) + pos_A
+        first_N = (seq.astype(np.int64) << 32) + start
+        low_N, high_N = np.searchsorted(place_A, first_N), np.searchsorted(place_A, first_N + length)
+        n_N = high_N - low_N
+        context = np.repeat(np.arange(len(seq)), n_N)
+        at = np.arange(n_N.sum()) + np.repeat(low_N - (np.cumsum(n_N) - n_N), n_N)
+        window_NT = np.zeros((len(seq), length), np.float32)
+        window_NT[context, pos_A[at] - start[context]] = values[at]
+        return window_NT
+
+    def strongest(self, m: int = 25) -> Strongest:
+        """The m strongest activations of every latent; ties go to the lowest (seq, pos)."""
+        value_FM = np.zeros((self.n_latents, m), np.float32)
+        row_FM = np.zeros((self.n_latents, m), np.int32)
+        for first, last in self._latent_blocks():
+            mine = slice(self.offsets[first], self.offsets[last])
+            latent_A = np.repeat(np.arange(first, last), self.counts[first:last])
+            pick, latent, rank = _best_per_latent(latent_A, self.values[mine], m)
+            value_FM[latent, rank] = self.values[mine][pick]
+            row_FM[latent, rank] = self.rows[mine][pick]
+        empty_FM = value_FM == 0
+        places = (np.where(empty_FM, -1, of_row[row_FM]) for of_row in (self.token, self.seq, self.pos))
+        return Strongest(value_FM, *places)
+
+    def _examples(self, rows: np.ndarray, values: np.ndarray) -> Examples:
+        return Examples(self.seq[rows], self.pos[rows], values)
+
+    def _latent_blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of latents that hold about _SORT_BLOCK activations each."""
+        first = 0
+        while first < self.n_latents and self.offsets[-1] > 0:
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + _SORT_BLOCK))
+            last = min(max(last, first + 1), self.n_latents)
+            yield first, last
+            first = last
+
+
+def collect(blocks: Iterable[SparseBlock], n_latents: int) -> Activations:
+    """Group a stream of codes by latent.
+
+    Args:
+        blocks: (indices i32[B, K], values f32[B, K], token, seq, pos i32[B]) in any order of rows; value 0
+            is an empty slot. A row is named by (seq, pos) and comes once.
+        n_latents: size of the dictionary.
+
+    Raises:
+        UserError: a value that is negative or not finite, an index out of range, a row or a latent of a row
+            that comes twice.
+    """
+    latents, rows, values, places = [], [], [], []
+    n_rows = 0
+    for indices_BK, values_BK, *place in blocks:
+        if not (np.isfinite(values_BK).all() and (values_BK >= 0).all()):
+            raise UserError("an activation is negative or not finite; values must be 0 or more")
+        row_A, slot_A = np.nonzero(values_BK)
+        latents.append(indices_BK[row_A, slot_A].astype(np.uint32))
+        rows.append((row_A + n_rows).astype(np.int32))
+        values.append(values_BK[row_A, slot_A].astype(np.float32))
+        places.append(np.stack(place).astype(np.int32))
+        n_rows += len(values_BK)
+
+    token, seq, pos = np.concatenate([np.zeros((3, 0), np.int32), *places], axis=1)
+    order_R = np.lexsort((pos, seq))
+    token, seq, pos = token[order_R], seq[order_R], pos[order_R]
+    twice = (np.diff(seq) == 0) & (np.diff(pos) == 0)
+    if twice.any():
+        at = np.argmax(twice)
+        raise UserError(f"row (seq {seq[at]}, pos {pos[at]}) comes twice; feed every row once")
+
+    rank_R = np.empty(n_rows, np.uint64)
+    rank_R[order_R] = np.arange(n_rows, dtype=np.uint64)
+    latent_A = _drain(latents, np.uint32)
+    if len(latent_A) and latent_A.max() >= n_latents:
+        raise UserError(f"latent index {latent_A.max()} does not fit n_latents={n_latents}")
+    offsets = np.append(0, np.cumsum(np.bincount(latent_A, minlength=n_latents)))
+    key_A = (latent_A.astype(np.uint64) << np.uint64(32)) | rank_R[_drain(rows, np.int32)]
+    del latent_A
+    order_A = np.argsort(key_A)
+    key_A = key_A[order_A]
+    if (key_A[1:] == key_A[:-1]).any():
+        raise UserError("a latent comes twice in one row; give each active latent one slot")
+    return Activations(
+        token, seq, pos, offsets, key_A.astype(np.uint32).view(np.int32), _drain(values, np.float32)[order_A]
+    )
+
+
+def strongest_dense(blocks: Iterable[DenseBlock], m: int = 25) -> Strongest:
+    """`Activations.strongest` for features that have a value on every row, such as the neurons of an MLP.
+
+    Holds 16 bytes * F * m and one block, whatever the number of rows: a value enters only if it beats the
+    weakest one kept. Values of 0 or less never enter; ties go to the row that was fed first.
+
+    Args:
+        blocks: (values [B, F], token, seq, pos i32[B]).
+        m: activations kept for each feature.
+
+    Raises:
+        UserError: a value is not a number, or there are no blocks.
+    """
+    kept: Strongest | None = None
+    for values_BF, *place in blocks:
+        n_features = values_BF.shape[1]
+        if kept is None:
+            empty = [np.full((n_features, m), -1, np.int32) for _ in range(3)]
+            kept = Strongest(np.zeros((n_features, m), np.float32), *empty)
+        step = max(1, _SORT_BLOCK // n_features)
+        for low in range(0, len(values_BF), step):
+            _merge(
+                kept,
+                np.asarray(values_BF[low : low + step], np.float32),
+                *(x[low : low + step] for x in place),
+            )
+    if kept is None:
+        raise UserError("no rows to look at; give at least one block")
+    return kept
+
+
+def top_token_share(strongest: Strongest) -> np.ndarray:
+    """Share of each latent's strongest activations on their commonest token, f64[F]; 0 if it has none."""
+    n_places = strongest.value.shape[1]
+    # Empty places get tokens of their own, or they would count as one common token.
+    token_FM = np.sort(np.where(strongest.value > 0, strongest.token, -1 - np.arange(n_places)), axis=1)
+    most_F = np.ones(len(token_FM), np.int64)
+    for lag in range(1, n_places):
+        most_F[(token_FM[:, lag:] == token_FM[:, :-lag]).any(axis=1)] = lag + 1
+    n_F = (strongest.value > 0).sum(axis=1)
+    return np.where(n_F > 0, most_F / np.maximum(n_F, 1), 0.0)
+
+
+def token_purity(strongest: Strongest, share: float = 0.9, fewest: int = 5) -> float:
+    """Share of latents that stand for one token: at least `share` of their strongest activations are on it.
+
+    Latents with fewer than `fewest` activations are left out of both counts, since two activations on one
+    token say nothing; a latent with fewer than the M kept is judged by what it has. NaN if none has enough.
+    """
+    enough_F = (strongest.value > 0).sum(axis=1) >= fewest
+    # The margin keeps 9 of 10 at share=0.9, whatever the rounding.
+    pure_F = top_token_share(strongest) >= share - 1e-9
+    return float(pure_F[enough_F].mean()) if enough_F.any() else float("nan")
+
+
+def _largest(values: np.ndarray, m: int) -> np.ndarray:
+    """Indices of the m largest values, descending, ties to the lowest index; linear in their number."""
+    candidates = np.arange(len(values))
+    if len(values) > m > 0:
+        candidates = np.flatnonzero(values >= np.partition(values, -m)[-m])
+    return candidates[np.argsort(-values[candidates], kind="stable")[:m]]
+
+
+def _best_per_latent(
+    latent_A: np.ndarray, value_A: np.ndarray, m: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of each latent's m largest positive values, their latents and ranks; ties to the first."""
+    # The bits of a positive float order like an integer, so one integer sort does latents and values.
+    falling_A = np.uint32(0xFFFFFFFF) - value_A.view(np.uint32)
+    order = np.argsort((latent_A.astype(np.uint64) << np.uint64(32)) | falling_A, kind="stable")
+    latent = latent_A[order]
+    starts = np.flatnonzero(np.diff(latent, prepend=-1))
+    rank = np.arange(len(latent)) - np.repeat(starts, np.diff(starts, append=len(latent)))
+    keep = rank < m
+    return order[keep], latent[keep], rank[keep]
+
+
+def _merge(
+    kept: Strongest, values_BF: np.ndarray, token: np.ndarray, seq: np.ndarray, pos: np.ndarray
+) -> None:
+    """Enter the values of some rows into `kept`, in place."""
+    if np.isnan(values_BF).any():
+        raise UserError("a feature value is not a number; check the activations")
+    row, feature = np.nonzero(values_BF > kept.value[:, -1])
+    if not len(row):
+        return
+    changed, which = np.unique(feature, return_inverse=True)
+    m = kept.value.shape[1]
+    # What is kept stands before what is new: a stable sort then gives ties to the row that was fed first.
+    group = np.append(np.repeat(np.arange(len(changed)), m), which)
+    value = np.append(kept.value[changed], values_BF[row, feature])
+    pick, group, rank = _best_per_latent(group, value, m)
+    kept.value[changed[group], rank] = value[pick]
+    for old, new in ((kept.token, token), (kept.seq, seq), (kept.pos, pos)):
+        old[changed[group], rank] = np.append(old[changed], new[row])[pick]
+
+
+def _drain(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
+    """Concatenate and empty the list, so that pieces and whole are not both held afterwards."""
+    whole = np.concatenate([np.zeros(0, dtype), *pieces])
+    pieces.clear()
+    return whole

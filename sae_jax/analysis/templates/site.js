@@ -1,0 +1,77 @@
+// The data of the site, and the address. These are plain scripts that share their names, since a page opened
+// from disk may not load modules. The view is a function of the address:
+//
+//   #/?q=foo&sort=density&dir=asc&dead=1&page=2   table of latents
+//   #/latent/123?q=foo&sort=density               one latent; previous and next follow the table of the query
+"use strict";
+
+const latentBlocks = new Map();
+const textBlocks = new Map();
+const scripts = new Map();
+let index = null;
+let tokens = null;
+let searchable = []; // of each token, its text and what is shown for it
+let rowOf = new Map(); // from the number of a latent to its place in the columns of the index
+let listed = { key: null, rows: [] };
+
+window.saeDashboard = {
+  index: (data) => {
+    index = data;
+  },
+  tokens: (data) => {
+    tokens = data;
+  },
+  latents: (block, records) => latentBlocks.set(block, records),
+  text: (block, texts) => textBlocks.set(block, texts),
+};
+
+function script(name) {
+  if (!scripts.has(name)) {
+    scripts.set(
+      name,
+      new Promise((resolve, reject) => {
+        const element = h("script", { src: `data/${name}` });
+        element.onload = resolve;
+        element.onerror = () => {
+          scripts.delete(name);
+          reject(new Error(`data/${name} cannot be read; copy the whole folder of the dashboard`));
+        };
+        document.head.append(element);
+      }),
+    );
+  }
+  return scripts.get(name);
+}
+
+async function fromBlock(blocks, kind, number, perFile) {
+  const block = Math.floor(number / perFile);
+  await script(`${kind}-${String(block).padStart(3, "0")}.js`);
+  return blocks.get(block)[number - block * perFile];
+}
+
+function route() {
+  const [path, query] = location.hash.replace(/^#/, "").split(/\?(.*)/s);
+  const given = new URLSearchParams(query || "");
+  const sort = ["density", index.scoreName, "max"].includes(given.get("sort")) ? given.get("sort") : "latent";
+  const natural = sort === "latent" ? "asc" : "desc";
+  const found = /^\/latent\/(\d+)$/.exec(path);
+  return {
+    latent: found ? Number(found[1]) : null,
+    q: given.get("q") || "",
+    sort,
+    dir: ["asc", "desc"].includes(given.get("dir")) ? given.get("dir") : natural,
+    dead: given.get("dead") === "1",
+    page: Math.max(1, Number.parseInt(given.get("page"), 10) || 1),
+  };
+}
+
+function address(view) {
+  const query = new URLSearchParams();
+  if (view.q) query.set("q", view.q);
+  if (view.sort !== "latent") query.set("sort", view.sort);
+  if (view.dir !== (view.sort === "latent" ? "asc" : "desc")) query.set("dir", view.dir);
+  if (view.dead) query.set("dead", "1");
+  if (view.latent === null && view.page > 1) query.set("page", view.page);
+  const path = view.latent === null ? "/" : `/latent/${view.latent}`;
+  return `#${path}${String(query) && `?${query}`}`;
+}

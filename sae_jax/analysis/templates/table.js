@@ -1,0 +1,203 @@
+// The table of all latents, with the summary above it.
+"use strict";
+
+const ROWS_PER_PAGE = 100;
+
+function list(view) {
+  const key = JSON.stringify([view.q, view.sort, view.dir, view.dead]);
+  if (listed.key === key) return listed.rows;
+  const wanted = view.q.toLowerCase();
+  const asNumber = /^\s*#?(\d+)\s*$/.exec(view.q);
+  const exact = asNumber ? Number(asNumber[1]) : -1;
+  const matches = searchable.map((text) => text.includes(wanted));
+  const found = (ids) => ids.some((id) => matches[id]);
+  const rows = [];
+  index.latents.forEach((latent, row) => {
+    const match = !wanted || found(index.topTokens[row]) || found(index.topLogits[row]);
+    if (latent === exact || (match && (view.dead || index.density[row] > 0))) rows.push(row);
+  });
+  const column = { density: index.density, max: index.max, [index.scoreName]: index.score }[view.sort];
+  const sign = view.dir === "asc" ? 1 : -1;
+  // The sort is stable: ties stay in order of number.
+  rows.sort((a, b) => sign * (column ? column[a] - column[b] : a - b));
+  listed = { key, rows };
+  return rows;
+}
+
+function configRows(value, name) {
+  if (value === null || typeof value !== "object")
+    return [h("tr", null, h("th", { scope: "row" }, name), h("td", null, String(value)))];
+  return Object.entries(value).flatMap(([key, item]) => configRows(item, name ? `${name}.${key}` : key));
+}
+
+function summary() {
+  const nShown = index.latents.length;
+  const silentShare = ((100 * index.nSilent) / index.nLatents).toFixed(1);
+  const facts = {
+    "latents":
+      nShown === index.nLatents ? nShown : `${COUNT.format(nShown)} of ${COUNT.format(index.nLatents)}`,
+    "tokens sampled": index.nRows,
+    "silent in the sample": `${COUNT.format(index.nSilent)} (${silentShare} %)`,
+    ...index.metrics,
+  };
+  const { counts, edges } = index.densityHistogram;
+  const ticks = [];
+  for (let power = Math.ceil(edges[0]); power <= 0; power++) ticks.push([power, power ? `1e${power}` : "1"]);
+  const config = configRows(index.config, "");
+  return h(
+    "section.summary",
+    { "aria-label": "Summary" },
+    h(
+      "div",
+      null,
+      h(
+        "dl.facts",
+        null,
+        ...Object.entries(facts).map(([name, value]) =>
+          h("div", null, h("dt", null, name), h("dd", null, number(value))),
+        ),
+      ),
+      config.length
+        ? h(
+            "details",
+            null,
+            h("summary", null, "Configuration"),
+            h("table", null, h("tbody", null, ...config)),
+          )
+        : null,
+    ),
+    h(
+      "figure",
+      null,
+      h("figcaption", null, "How often latents fire (share of tokens)"),
+      histogram(counts, edges, "Histogram of log10 firing rate", 360, ticks),
+    ),
+  );
+}
+
+function bar(value, from, to) {
+  const share = Math.min(1, Math.max(0, (value - from) / (to - from || 1)));
+  return h("span.bar", { "aria-hidden": "true", "--share": share.toFixed(3) });
+}
+
+function chips(ids) {
+  return ids.map((id) => h("span.chip", null, token(id)));
+}
+
+function table(view, shown) {
+  const columns = [
+    ["latent", "Latent", "Number of the latent"],
+    ["density", "Density", "Share of tokens on which the latent is active"],
+    [index.scoreName, index.scoreName === "effect" ? "Effect" : "Energy", scoreMeaning()],
+    ["max", "Max", "Largest activation in the sample"],
+  ];
+  const heads = columns.map(([sort, name, meaning]) => {
+    const current = view.sort === sort;
+    const natural = sort === "latent" ? "asc" : "desc";
+    const dir = current ? (view.dir === "asc" ? "desc" : "asc") : natural;
+    const arrow = current ? (view.dir === "asc" ? " ↑" : " ↓") : "";
+    const sorted = current ? { "aria-sort": view.dir === "asc" ? "ascending" : "descending" } : {};
+    return h(
+      "th.number",
+      { scope: "col", ...sorted },
+      h("a", { href: address({ ...view, sort, dir, page: 1 }), title: meaning }, name + arrow),
+    );
+  });
+  const lowest = index.densityHistogram.edges[0];
+  const highest = index.score.reduce((a, b) => Math.max(a, b), 0);
+  const rows = shown.map((row) => {
+    const latent = index.latents[row];
+    const density = index.density[row];
+    return h(
+      density ? "tr" : "tr.dead",
+      null,
+      h("td.number", null, h("a", { href: address({ ...view, latent }) }, String(latent))),
+      h(
+        "td.number",
+        null,
+        density ? number(density) : "silent",
+        bar(density ? Math.log10(density) : lowest, lowest, 0),
+      ),
+      h("td.number", null, number(index.score[row]), bar(index.score[row], 0, highest)),
+      h("td.number", null, number(index.max[row])),
+      h("td.chips", null, ...chips(index.topTokens[row])),
+      h("td.chips", null, ...chips(index.topLogits[row])),
+    );
+  });
+  const hasLogits = index.scoreName === "effect";
+  return h(
+    "div.scroll",
+    null,
+    h(
+      hasLogits ? "table.latents" : "table.latents.nologits",
+      null,
+      h(
+        "thead",
+        null,
+        h(
+          "tr",
+          null,
+          ...heads,
+          h(
+            "th",
+            { scope: "col", title: "Tokens under the 25 strongest activations, commonest first" },
+            "Fires on",
+          ),
+          h("th", { scope: "col", title: "Tokens whose logits rise most" }, "Promotes"),
+        ),
+      ),
+      h("tbody", null, ...rows),
+    ),
+  );
+}
+
+function scoreMeaning() {
+  return index.scoreName === "effect"
+    ? "Root mean square over the vocabulary of the centred logit effect, at the mean active value"
+    : "Mean over all tokens of (activation × decoder norm)²";
+}
+
+function pager(view, nPages) {
+  const to = (page, name) =>
+    page < 1 || page > nPages
+      ? h("span.off", null, name)
+      : h("a", { href: address({ ...view, page }) }, name);
+  return h(
+    "nav.pager",
+    { "aria-label": "Pages" },
+    to(view.page - 1, "← Previous"),
+    `page ${view.page} of ${nPages}`,
+    to(view.page + 1, "Next →"),
+  );
+}
+
+function showTable(view) {
+  document.title = index.title;
+  const rows = list(view);
+  const nPages = Math.max(1, Math.ceil(rows.length / ROWS_PER_PAGE));
+  const current = { ...view, page: Math.min(view.page, nPages) };
+  const part = rows.slice((current.page - 1) * ROWS_PER_PAGE, current.page * ROWS_PER_PAGE);
+  main.replaceChildren(
+    view.q ? "" : summary(),
+    h(
+      "div.above",
+      null,
+      h(
+        "p",
+        { role: "status" },
+        `${COUNT.format(rows.length)} latent${rows.length === 1 ? "" : "s"}`,
+        ...(view.q ? [" for “", ...visible(view.q), "”"] : []),
+      ),
+      h(
+        "a",
+        { href: address({ ...current, dead: !view.dead, page: 1 }) },
+        view.dead ? "Hide silent latents" : "Show silent latents",
+      ),
+      pager(current, nPages),
+    ),
+    table(current, part),
+    rows.length
+      ? pager(current, nPages)
+      : h("p.empty", null, "No latent fires on, or promotes, such a token. A number finds a latent."),
+  );
+}

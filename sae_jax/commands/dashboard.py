@@ -1,0 +1,91 @@
+"""`sae-jax dashboard RUN --out DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from sae_jax import config, lm
+from sae_jax.activations.store import open_activations
+from sae_jax.analysis.collect import collect_set
+from sae_jax.analysis.dashboard import write_dashboard
+from sae_jax.analysis.examples import Activations
+from sae_jax.commands import runtime
+from sae_jax.commands.evaluate import SHOWN
+from sae_jax.progress import Progress, console
+from sae_jax.train.checkpoint import load, read_config
+from sae_jax.types import UsageError
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """Write a static site that shows the latents of a run. Needs a set made from text."""
+
+    run: tyro.conf.Positional[str]
+    """directory of the run"""
+    out: str
+    """directory of the site; open index.html in it"""
+    data: str | None = None
+    """the activation set, if it moved; default: the run's own"""
+    model: str | None = None
+    """another reference for the language model, if it moved"""
+    tokens: int = 400_000
+    """tokens of the set's text to show examples from"""
+    ema: bool = False
+    """show the averaged weights instead of the live ones"""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UsageError(f"--tokens={self.tokens} must be at least 1")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, collect, write."""
+    command = config.parse(Dashboard, argv, "sae-jax dashboard")
+    runtime.warn_of_idle_gpu()
+    dashboard(command)
+    console.print(f"{Path(command.out) / 'index.html'}")
+
+
+def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
+    """Write the site; returns the activations it shows and the sequences that these index, i32[n, context]."""
+    facts = read_config(Path(command.run))
+    sae = load(command.run, ema=command.ema)
+    activations = open_activations(command.data or facts["data"])
+    source = activations.source(facts["site"])
+    with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
+        table, sequences = collect_set(sae, activations, source.name, command.tokens, progress.update)
+    evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
+    reference = command.model or source.model
+    with Progress("dashboard", table.n_latents, "latents") as progress:
+        write_dashboard(
+            command.out,
+            table=table,
+            sequences=sequences,
+            token_strings=_token_strings(command.model or activations.spec.tokenizer),
+            w_dec=np.asarray(sae.w_dec),
+            logit_effects=_logit_effects(reference, source.hook) if reference else None,
+            title=command.run,
+            metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
+            config=facts,
+            progress=lambda done, _: progress.update(done),
+        )
+    return table, sequences
+
+
+def _token_strings(reference: str) -> list[str]:
+    tokenizer = lm.tokenizer(reference)
+    return tokenizer.tokens(range(tokenizer.size))
+
+
+def _logit_effects(reference: str, hook: str) -> Any:
+    model = lm.load(reference)
+    effect = jax.jit(lm.logit_effect, static_argnums=1)
+    site = lm.parse_hook(hook, model.spec)
+    return lambda rows_ND: np.asarray(effect(model, site, rows_ND))

@@ -1,0 +1,94 @@
+"""Recipes: one YAML file says how to harvest, what to train and on which mesh; each command takes its part.
+
+    harvest:  {...}   HarvestConfig          site: resid_post.2       the source to train on
+    sae:      {...}   the variant's Config   train: {...}             TrainConfig        mesh: {...}  MeshConfig
+
+The whole file is checked whichever command reads it, so a misspelt key is found at the first one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from sae_jax import config
+from sae_jax.activations.harvest import HarvestConfig
+from sae_jax.mesh import MeshConfig
+from sae_jax.progress import console
+from sae_jax.saes import base
+from sae_jax.train.state import TrainConfig
+from sae_jax.types import UsageError
+
+S = TypeVar("S")
+C = TypeVar("C")
+
+DEFAULT_VARIANT = "topk"
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[S]):
+    """Everything a recipe file may say."""
+
+    sae: S
+    site: str | None = None
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
+    """A command's dataclass from recipe files (leading arguments) and flags; flags win, later files win.
+
+    Args:
+        command: a dataclass; if it is generic its parameter is the variant's config.
+        argv: `[RECIPE.yaml ...] [--key=value ...]`.
+        prog: for the help text.
+
+    Raises:
+        UsageError: one line that names the file or flag, the key or value, and what is allowed.
+    """
+    n_files = next((i for i, token in enumerate(argv) if token.startswith("-")), len(argv))
+    files, flags = argv[:n_files], list(argv[n_files:])
+    contents = [config.read_yaml(path) for path in files]
+    variant = _typed_variant(flags) or next(
+        (v for c in reversed(contents) if (v := (c.get("sae") or {}).get("variant"))), DEFAULT_VARIANT
+    )
+    recipe: Any = Recipe[base.config_class(variant)]
+    parsed = command[base.config_class(variant)] if getattr(command, "__parameters__", ()) else command
+    wanted = {f.name for f in dataclasses.fields(command)} & {f.name for f in dataclasses.fields(Recipe)}
+    tokens: list[str] = []
+    for path, content in zip(files, contents, strict=True):
+        content = _for_variant(path, content, variant)
+        config.check_keys(content, config.known_keys(recipe), path)
+        try:
+            config.parse(recipe, config.to_tokens(content), prog)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        tokens += config.to_tokens({key: value for key, value in content.items() if key in wanted})
+    return config.parse(parsed, [*tokens, *flags], prog)
+
+
+def _typed_variant(flags: list[str]) -> str | None:
+    """The last --sae.variant among the flags, in either spelling."""
+    found = None
+    for i, token in enumerate(flags):
+        if token.startswith("--sae.variant="):
+            found = token.partition("=")[2]
+        elif token == "--sae.variant" and i + 1 < len(flags):
+            found = flags[i + 1]
+    return found
+
+
+def _for_variant(path: str, content: dict[str, Any], variant: str) -> dict[str, Any]:
+    """The file's content where a flag changed the variant: `sae` keys that the new one lacks go, with a notice."""
+    sae = content.get("sae")
+    if not isinstance(sae, dict) or sae.get("variant", variant) == variant:
+        return content
+    own = config.known_keys(base.config_class(str(sae["variant"])))
+    known = config.known_keys(base.config_class(variant))
+    dropped = [key for key in sae if key in own - known]
+    if dropped:
+        console.print(f"{path}: {variant} has no {', '.join(dropped)}; left out")
+    return {**content, "sae": {**{k: v for k, v in sae.items() if k not in dropped}, "variant": variant}}

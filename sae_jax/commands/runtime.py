@@ -1,0 +1,50 @@
+"""What a command does before it touches a device."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+from pathlib import Path
+
+import jax
+
+from sae_jax.progress import console
+from sae_jax.types import UsageError
+
+_WE_WERE_TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start_distributed() -> None:
+    """Join the other processes of this job, or start a job of one.
+
+    Told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch/local.sh), or found by JAX under
+    Slurm, MPI and on TPU hosts. A single process needs it too: only then is SIGTERM caught and agreed upon, so that
+    the loop can save before the machine is taken away.
+    """
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    told = [os.environ.get(name) for name in _WE_WERE_TOLD]
+    if all(told):
+        jax.distributed.initialize(told[0], int(told[1] or 1), int(told[2] or 0))
+    elif any(told[1:]):
+        raise UsageError(f"set all of {', '.join(_WE_WERE_TOLD)}, or none of them")
+    elif "SLURM_STEP_NODELIST" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ or _has_tpu():
+        jax.distributed.initialize()
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
+
+
+def warn_of_idle_gpu() -> None:
+    """One line if there is a GPU that JAX does not use."""
+    if jax.default_backend() == "cpu" and Path("/dev/nvidia0").exists() and not os.environ.get("JAX_PLATFORMS"):
+        console.print(
+            "warning: this machine has a GPU but JAX runs on the CPU; pip install 'sae_jax[cuda13]'", markup=False
+        )
+
+
+def _has_tpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))

@@ -1,0 +1,87 @@
+"""`sae-jax train RECIPE --data SET --out RUN`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import jax
+
+from sae_jax import config
+from sae_jax import mesh as meshes
+from sae_jax.activations.loader import Loader
+from sae_jax.activations.sample import sample_rows
+from sae_jax.activations.store import ActivationSet, open_activations
+from sae_jax.commands import recipe, runtime
+from sae_jax.progress import console
+from sae_jax.saes.base import sample_statistics
+from sae_jax.train import loop
+from sae_jax.train.state import TrainConfig
+from sae_jax.types import UsageError
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Train(Generic[S]):
+    """Train a sparse autoencoder on an activation set. Repeat the command to resume."""
+
+    data: str
+    """activation set to train on"""
+    out: str
+    """directory of the run"""
+    sae: S
+    site: str | None = None
+    """source of the set; may be left out if there is only one"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: meshes.MeshConfig = field(default_factory=meshes.MeshConfig)
+    allow_partial: bool = False
+    """train although some shards of the set are not there yet"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, join the other processes, train."""
+    command = recipe.parse(Train, argv, "sae-jax train")
+    runtime.start_distributed()
+    train(command)
+
+
+def train(command: Train) -> int:
+    """The run that `command` describes; the step it stands at."""
+    runtime.warn_of_idle_gpu()
+    mesh = meshes.make_mesh(command.mesh)
+    meshes.check_divides(mesh, command.sae.n_latents, command.train.batch_size)
+    activations = open_activations(command.data, command.allow_partial)
+    site = choose_site(activations, command.site)
+    facts = {
+        "data": os.path.abspath(command.data) if "://" not in command.data else command.data,
+        "set": activations.spec.sha256,
+        "site": site,
+        "d_model": activations.source(site).d,
+        **{name: config.to_dict(getattr(command, name)) for name in ("sae", "train", "mesh")},
+    }
+    place = (jax.process_index(), jax.process_count())
+    with Loader(activations, (site,), command.train.batch_size, command.train.seed, *place) as loader:
+        step = loop.train(
+            Path(command.out),
+            facts,
+            command.sae,
+            command.train,
+            mesh,
+            loader,
+            site,
+            lambda: sample_statistics(sample_rows(activations, site), command.sae.input_norm),
+        )
+    if jax.process_index() == 0:
+        console.print(f"{command.out}: step {step} of {command.train.steps}")
+    return step
+
+
+def choose_site(activations: ActivationSet, site: str | None) -> str:
+    """The source to work on. Raises UsageError if it does not exist, or none was named and there are several."""
+    if site is None and len(activations.sources) > 1:
+        raise UsageError(f"{activations.path} has {', '.join(activations.sources)}; choose one with --site")
+    return activations.source(site or activations.sources[0]).name

@@ -1,0 +1,160 @@
+"""Values from YAML files and flags into frozen dataclasses, and back to JSON.
+
+    YAML file --flatten--> ["--sae.k=32", ...] --+
+                                                 +--> one tyro parser --> dataclass --> resolved JSON
+    flags the user typed ------------------------+
+
+A file and a flag take the same road, so a value is typed and refused alike wherever it came from, and later tokens
+win. Only mechanism lives here: config classes sit beside the code they configure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+import yaml
+
+from sae_jax.types import UsageError
+
+C = TypeVar("C")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError if it is missing, is not a mapping or repeats a key."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the path of a recipe such as configs/demo.yaml") from None
+    try:
+        content = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds {type(content).__name__}, not `key: value` pairs")
+    return content
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mapping -> dotted keys: {"sae": {"k": 4}} gives ("sae.k", 4)."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_tokens(values: dict[str, Any]) -> list[str]:
+    """Nested mapping -> the command-line tokens that say the same."""
+    tokens: list[str] = []
+    for key, value in flatten(values):
+        if isinstance(value, bool):
+            head, _, leaf = key.rpartition(".")
+            tokens.append(f"--{key}" if value else f"--{head + '.' if head else ''}no-{leaf}")
+        elif isinstance(value, list | tuple):
+            tokens += [f"--{key}", *map(str, value)]
+        else:
+            tokens.append(f"--{key}={value}")
+    return tokens
+
+
+def known_keys(cls: type, prefix: str = "") -> set[str]:
+    """Dotted names of all leaf fields of a (nested, possibly parametrised) dataclass."""
+    keys = set()
+    for name, kind in _field_types(cls).items():
+        nested = getattr(kind, "__origin__", kind)
+        keys |= known_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(nested) else {prefix + name}
+    return keys
+
+
+def check_keys(values: dict[str, Any], known: set[str], source: str) -> None:
+    """Refuse a key that no dataclass has, with the nearest one that exists."""
+    for key, _ in flatten(values):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise UsageError(f"{source}: unknown key {key!r}{hint}")
+
+
+def parse(cls: type[C], tokens: Sequence[str], prog: str) -> C:
+    """Tokens -> a `cls`. `--help` prints and exits 0; anything wrong raises UsageError in one line."""
+    _check_flags(tokens, known_keys(cls))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=list(tokens), prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_first_paragraph(said.getvalue())) from None
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """The inverse of `to_dict`, through the same parser."""
+    return parse(cls, to_tokens(values), prog="config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A resolved config as plain nested values, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: str | Path) -> Any | None:
+    """The content of a JSON file; None if there is none."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; a recipe that says two things is refused instead."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _field_types(cls: Any) -> dict[str, Any]:
+    origin = getattr(cls, "__origin__", cls)
+    bound = dict(zip(getattr(origin, "__parameters__", ()), getattr(cls, "__args__", ()), strict=False))
+    return {name: bound.get(kind, kind) for name, kind in get_type_hints(origin).items()}
+
+
+def _check_flags(tokens: Sequence[str], known: set[str]) -> None:
+    for token in tokens:
+        if not token.startswith("--") or token in ("--help", "--"):
+            continue
+        key = token[2:].partition("=")[0].replace("-", "_")
+        head, _, leaf = key.rpartition(".")
+        positive = (f"{head}." if head else "") + leaf.removeprefix("no_")
+        if key not in known and positive not in known:
+            check_keys({key: None}, known, f"flag {token.partition('=')[0]}")
+
+
+def _first_paragraph(box: str) -> str:
+    """The first message of one of tyro's boxes, as one line."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│ ")
+        if set(text) <= set("─╰╯"):
+            break
+        lines.append(text)
+    return " ".join(lines) or box.strip()

@@ -1,0 +1,107 @@
+"""How well and how sparsely a dictionary rewrites activations, accumulated over a set of any size.
+
+    fvu               E||x - x_hat||^2 / E||x - E x||^2, both over the whole set: a ratio of sums
+    nmse_uncentered   E||x - x_hat||^2 / E||x||^2
+    gamma             E||x_hat||^2 / E[x . x_hat]; 1 is unbiased, below 1 is shrinkage (Rajamanoharan et al. 2024,
+                      arXiv 2404.16014)
+
+Blocks are summed in f32 on the device and added up in float64 on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.saes.base import AbstractSae
+from sae_jax.types import Code
+
+DENSITY_EDGES = np.arange(-6.0, 0.01, 0.25)  # of log10 firing rate
+
+
+class Reconstruction:
+    """Running sums over blocks of rows; `result()` gives the metrics of all rows seen."""
+
+    def __init__(self, n_latents: int) -> None:
+        self._sums: dict[str, Any] | None = None
+        self._fired_F = np.zeros(n_latents, np.int64)
+        self._l0 = np.zeros(0, np.int64)
+
+    def add(self, sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array | None = None) -> jax.Array:
+        """Count a block of rows f32[N, D]; rows where `keep_N` is False are left out. Returns x_hat f32[N, D]."""
+        x_ND = jnp.asarray(x_ND, jnp.float32)
+        keep_N = jnp.ones(x_ND.shape[0], bool) if keep_N is None else jnp.asarray(keep_N, bool)
+        if self._sums is None:
+            # Sums of squares are taken around the first block's mean: activations far from the origin would
+            # lose their variance to rounding otherwise.
+            self._centre_D = keep_N.astype(jnp.float32) @ x_ND / max(int(keep_N.sum()), 1)
+        sums, fired_F, l0_N, x_hat_ND = _block_sums(sae, x_ND, keep_N, self._centre_D)
+        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
+        self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
+        self._fired_F += np.asarray(fired_F, np.int64)
+        histogram = np.bincount(np.asarray(l0_N)[np.asarray(keep_N)], minlength=len(self._l0))
+        histogram[: len(self._l0)] += self._l0
+        self._l0 = histogram
+        return x_hat_ND
+
+    @property
+    def firing_rates(self) -> np.ndarray:
+        """Share of the rows seen on which each latent was active, f64[F]."""
+        return self._fired_F / max(float(self._sums["rows"]) if self._sums else 0.0, 1.0)
+
+    def result(self) -> dict[str, Any]:
+        """fvu, nmse_uncentered, l0, cosine, gamma, silent_fraction, and the distributions behind them."""
+        if self._sums is None or self._sums["rows"] == 0:
+            raise ValueError("no rows were added")
+        s, n = self._sums, self._sums["rows"]
+        centre_D = np.asarray(self._centre_D, np.float64)
+        mean_D = s["offset_D"] / n + centre_D
+        variance = s["offset2"] - n * ((mean_D - centre_D) ** 2).sum()
+        rates = self.firing_rates
+        counts, _ = np.histogram(np.log10(np.maximum(rates[rates > 0], 1e-6)), DENSITY_EDGES)
+        return {
+            "n_rows": int(n),
+            "fvu": s["error2"] / variance,
+            "nmse_uncentered": s["error2"] / s["x2"],
+            "l0": float(self._l0 @ np.arange(len(self._l0)) / n),
+            "l0_histogram": self._l0.tolist(),
+            "cosine": s["cosine"] / n,
+            "gamma": s["x_hat2"] / s["product"] if s["product"] else float("nan"),
+            "silent_fraction": float((rates == 0).mean()),
+            "density_histogram": {"log10_edges": DENSITY_EDGES.round(2).tolist(), "counts": counts.tolist()},
+        }
+
+
+@jax.jit
+def _block_sums(sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array, centre_D: jax.Array):
+    code: Code = sae.encode(x_ND)
+    x_hat_ND = sae(x_ND)
+    x2_N, x_hat2_N, product_N = (x_ND**2).sum(-1), (x_hat_ND**2).sum(-1), (x_ND * x_hat_ND).sum(-1)
+    offset_ND = x_ND - centre_D[None]
+    weight_N = keep_N.astype(jnp.float32)
+    cosine_N = product_N / jnp.maximum(jnp.sqrt(x2_N * x_hat2_N), 1e-30)
+    active_NK = (code.values > 0) & keep_N[:, None]
+    sums = {
+        "rows": keep_N.sum(),
+        "x2": weight_N @ x2_N,
+        "x_hat2": weight_N @ x_hat2_N,
+        "product": weight_N @ product_N,
+        "error2": weight_N @ ((x_ND - x_hat_ND) ** 2).sum(-1),
+        "offset_D": weight_N @ offset_ND,
+        "offset2": weight_N @ (offset_ND**2).sum(-1),
+        "cosine": weight_N @ cosine_N,
+    }
+    fired_F = jnp.zeros(sae.b_enc.shape[0], jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))
+    return sums, fired_F, (code.values > 0).sum(-1), x_hat_ND
+
+
+def pca_fvu(train_ND: np.ndarray, test_ND: np.ndarray, rank: int) -> float:
+    """FVU on test rows of the best rank-`rank` affine reconstruction of the training rows (float64, host)."""
+    mean_D = train_ND.mean(0, dtype=np.float64)
+    _, _, components_KD = np.linalg.svd(np.cov(train_ND.T.astype(np.float64)))
+    offset_ND = test_ND - mean_D
+    error_ND = offset_ND - offset_ND @ components_KD[:rank].T @ components_KD[:rank]
+    return float((error_ND**2).sum() / ((test_ND - test_ND.mean(0)) ** 2).sum())

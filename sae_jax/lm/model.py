@@ -1,0 +1,78 @@
+"""A language model, and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from sae_jax.lm import weights
+from sae_jax.lm.spec import Spec
+from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
+from sae_jax.types import UsageError, UserError
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "bundled_lm"
+
+_HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
+@struct.dataclass
+class LanguageModel:
+    """A decoder's parameters with what they are; a pytree whose leaves are the parameters."""
+
+    params: dict[str, Any]  # spec.shapes
+    spec: Spec = struct.field(pytree_node=False)
+    reference: str = struct.field(pytree_node=False, default="")  # what the user called it
+    digest: str = struct.field(pytree_node=False, default="")  # sha256 of the weight files
+    path: str = struct.field(pytree_node=False, default="")  # the folder it came from
+
+
+def load(reference: str, dtype: DTypeLike = jnp.float32) -> LanguageModel:
+    """The language model that `reference` names, with parameters in `dtype` on the default device.
+
+    Raises UsageError for a reference that names nothing, and UserError for a model that cannot be fetched, is
+    damaged, or belongs to a family that is not supported.
+    """
+    folder = locate(reference)
+    spec = weights.read_spec(folder)
+    return LanguageModel(
+        params=weights.read_params(folder, spec, dtype),
+        spec=spec,
+        reference=reference,
+        digest=weights.digest(folder),
+        path=str(folder),
+    )
+
+
+def tokenizer(reference: str) -> Tokenizer:
+    """The tokenizer of the model that `reference` names; errors as `load`."""
+    return read_tokenizer(locate(reference))
+
+
+def locate(reference: str) -> Path:
+    """The local folder of a model; a hub model is fetched, or found in the local cache when offline."""
+    if reference == "bundled":
+        return BUNDLED
+    if Path(reference).is_dir():
+        return Path(reference)
+    match = _HUB.fullmatch(reference)
+    if match is None:
+        raise UsageError(f"model {reference!r} is no folder; use bundled, a folder, or hub-id[@revision]")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=_FILES)
+        )
+    except (OSError, ValueError) as error:
+        # Every error of the hub client and its transport is one of the two; the first line says which it was.
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"model {reference!r} is no folder, is not in the hub's cache and cannot be fetched ({reason}); "
+            "check the name and the network"
+        ) from error

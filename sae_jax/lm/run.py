@@ -1,0 +1,179 @@
+"""The forward pass: logits, captured activations and edits, as one pure function of a model and token ids.
+
+Layers that nobody touches run in `lax.scan`, so compile time does not grow with depth; layers with an edit or
+a capture are traced one by one. A run that wants no logits ends after the last layer it must reach.
+
+`run` is traced by its caller: wrap it, with its edits, in `jax.jit` with the model as an argument. It runs
+without a mesh and, as the data-parallel program, under `jax.set_mesh` of an explicit one: results are split
+over rows as `ids` are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.lm.block import block
+from sae_jax.lm.hooks import Hook, check_hook
+from sae_jax.lm.logits import unembed
+from sae_jax.lm.model import LanguageModel
+from sae_jax.lm.spec import Spec
+from sae_jax.types import UsageError
+
+Edits = Mapping[tuple[int, str], Callable[[jax.Array], jax.Array]]
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the positions seen so far: S slots, of which the first `length` are set."""
+
+    keys: jax.Array  # [L, B, S, H, d]
+    values: jax.Array  # [L, B, S, H, d]
+    length: jax.Array  # i32[]
+
+
+@struct.dataclass
+class Output:
+    """What a run was asked for; `None` for what it was not."""
+
+    acts: dict[Hook, jax.Array]  # [B, T, width], heads apart at attn_z: [B, T, H, d]
+    logits: jax.Array | None  # f32[B, T, V]
+    cache: Cache | None  # the given cache with these T positions appended
+
+
+def run(
+    model: LanguageModel,
+    ids_BT: jax.Array,
+    *,
+    edits: Edits | None = None,
+    capture: Iterable[tuple[int, str]] = (),
+    stop_at: int | None = None,
+    logits: bool = True,
+    cache: Cache | None = None,
+) -> Output:
+    """One forward pass.
+
+    Args:
+        model: the language model.
+        ids_BT: i32 token ids, T at most the model's context.
+        edits: at each hook, a function of the activation that returns its replacement, shape and dtype kept.
+        capture: hooks whose activations to return, after the edit if there is one.
+        stop_at: run layers 0 to stop_at - 1 only; then there are no logits. By default all layers, or with
+            logits=False those up to the last captured hook: edits beyond it have no effect and are skipped.
+        logits: whether to compute them.
+        cache: earlier positions of the same sequences; ids continue after them.
+
+    Raises:
+        UsageError: for a hook the model has not or stop_at cuts off, an edit that changes shape or dtype, or
+            more positions than the context.
+    """
+    spec = model.spec
+    edit_at = {check_hook(hook, spec): edit for hook, edit in (edits or {}).items()}
+    captured = {check_hook(hook, spec) for hook in capture}
+    if stop_at is None and not logits:
+        n_layers = 1 + max((hook.layer for hook in captured), default=-1)
+    else:
+        n_layers = _layers_before(stop_at, {*edit_at, *captured}, spec)
+    n_new = ids_BT.shape[1]
+    n_slots = n_new if cache is None else cache.keys.shape[2]
+    if n_slots > spec.n_context:
+        raise UsageError(
+            f"{n_slots} positions exceed the model's context of {spec.n_context}; use shorter sequences"
+        )
+
+    first = jnp.int32(0) if cache is None else cache.length
+    position_T = first + jnp.arange(n_new, dtype=jnp.int32)
+    mask_TS = jnp.arange(n_slots, dtype=jnp.int32)[None, :] <= position_T[:, None]
+    x_BTD = _lookup(model.params["embed"], ids_BT) + model.params["positions"][position_T][None]
+
+    acts: dict[Hook, jax.Array] = {}
+    stored = () if cache is None else (cache.keys, cache.values)
+
+    def run_layer(x_BTD, stored, layer, tap):
+        def extend(k_BTHd, v_BTHd):
+            nonlocal stored
+            if not stored:
+                return k_BTHd, v_BTHd
+            stored = tuple(
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, first, 0, 0))
+                for old, new in zip(stored, (k_BTHd, v_BTHd), strict=True)
+            )
+            return stored[0][layer], stored[1][layer]
+
+        params = jax.tree.map(lambda stack: stack[layer], model.params["layers"])
+        return block(spec, params, x_BTD, mask_TS, tap, extend), stored
+
+    def tap_at(layer):
+        def tap(point, value):
+            hook = Hook(layer, point)
+            if hook in edit_at:
+                value = _same_type(edit_at[hook](value), value, hook)
+            if hook in captured:
+                acts[hook] = value
+            return value
+
+        return tap
+
+    touched = sorted({hook.layer for hook in {*edit_at, *captured} if hook.layer < n_layers})
+    begin = 0
+    for end in (*touched, n_layers):
+        if begin < end:
+            # The body indexes the stack of all layers: slicing it first would copy the segment's weights.
+            (x_BTD, stored), _ = jax.lax.scan(
+                lambda carry, layer: (run_layer(*carry, layer, lambda point, value: value), None),
+                (x_BTD, stored),
+                jnp.arange(begin, end, dtype=jnp.int32),
+            )
+        if end < n_layers:
+            x_BTD, stored = run_layer(x_BTD, stored, end, tap_at(end))
+        begin = end + 1
+
+    return Output(
+        acts=acts,
+        logits=unembed(model.params, spec, x_BTD) if logits and n_layers == spec.n_layers else None,
+        cache=None if cache is None else Cache(*stored, length=first + n_new),
+    )
+
+
+def empty_cache(model: LanguageModel, ids_BT: jax.Array, n_slots: int) -> Cache:
+    """A cache with no position in it, for the rows of `ids` (split as they are), of `n_slots` tokens each."""
+    spec = model.spec
+    shape = (spec.n_layers, ids_BT.shape[0], n_slots, spec.n_heads, spec.d_head)
+    ids_sharding = jax.typeof(ids_BT).sharding
+    sharding = None if ids_sharding.mesh.empty else P(None, ids_sharding.spec[0])
+    keys, values = (jnp.zeros(shape, model.params["embed"].dtype, out_sharding=sharding) for _ in range(2))
+    return Cache(keys=keys, values=values, length=jnp.int32(0))
+
+
+def _layers_before(stop_at: int | None, hooks: Iterable[Hook], spec: Spec) -> int:
+    stop_at = spec.n_layers if stop_at is None else stop_at
+    if not 0 <= stop_at <= spec.n_layers:
+        raise UsageError(
+            f"stop_at={stop_at} is not a number of layers of this model; use 0 to {spec.n_layers}"
+        )
+    for hook in hooks:
+        if hook.layer >= stop_at:
+            raise UsageError(f"stop_at={stop_at} never reaches hook {hook}; use {hook.layer + 1} or more")
+    return stop_at
+
+
+def _same_type(new: jax.Array, old: jax.Array, hook: Hook) -> jax.Array:
+    # A wrong shape may broadcast, and a wrong dtype promote, without a word.
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise UsageError(
+            f"the edit at {hook} returned {new.dtype}{list(new.shape)}; "
+            f"it must return {old.dtype}{list(old.shape)} as it got"
+        )
+    return new
+
+
+def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    # On an explicit mesh a gather does not say where its result lives: it lives where the ids do.
+    sharding = jax.typeof(ids_BT).sharding
+    if sharding.mesh.empty:
+        return table_VD[ids_BT]
+    return table_VD.at[ids_BT].get(out_sharding=P(*sharding.spec, None))

@@ -1,0 +1,89 @@
+"""Text to token ids and back, for any model folder with a Hugging Face tokenizer.
+
+A folder with tokenizer.json is read by the `tokenizers` library alone: importing `transformers` takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from sae_jax.types import UserError
+
+
+class Tokenizer:
+    """A model's vocabulary: encodes documents, decodes ids, and knows the token between documents."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:
+        """Wrap `backend`; UserError without a beginning or end token to separate documents with."""
+        separator_id = eos_id if bos_id is None else bos_id
+        if separator_id is None:
+            raise UserError(
+                "the tokenizer names no bos_token and no eos_token; add one to tokenizer_config.json"
+            )
+        self._backend = backend
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.separator_id: int = separator_id
+
+    @property
+    def size(self) -> int:
+        """Number of tokens; a model's embedding may have more rows, as padding."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text: what a harvest may leave out."""
+        return tuple(
+            sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without beginning or end tokens."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids; a special token is written out, bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text of each id by itself."""
+        return self._backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder; UserError if it has none that can be read."""
+    path = folder / "tokenizer.json"
+    try:
+        if path.exists():
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            bos, eos = _special_tokens(folder)
+        else:
+            from transformers import AutoTokenizer
+
+            loaded: Any = AutoTokenizer.from_pretrained(folder)
+            backend, bos, eos = loaded.backend_tokenizer, loaded.bos_token, loaded.eos_token
+    except Exception as error:
+        # Both libraries raise bare Exceptions for a damaged or missing file.
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
+    bos_id, eos_id = (None if token is None else backend.token_to_id(token) for token in (bos, eos))
+    return Tokenizer(backend, bos_id, eos_id)
+
+
+def _special_tokens(folder: Path) -> list[str | None]:
+    stated = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            stated.update(json.loads((folder / name).read_text(encoding="utf-8")))
+    # Older files spell a token as {"content": "<s>", ...}.
+    return [
+        token["content"] if isinstance(token, dict) else token
+        for token in (stated.get("bos_token"), stated.get("eos_token"))
+    ]

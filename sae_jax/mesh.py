@@ -1,0 +1,78 @@
+"""The only home of mesh axes and of how arrays lie on them.
+
+    data     rows of a batch are split over it; weights are gathered along it where they are used (FSDP)
+    latent   the dictionary is split over it: each latent shard owns a contiguous range of latents
+
+Every array belongs to one of the roles below. The axes are Explicit: a sharding is part of an array's type, so an
+operation that would have to guess is refused when the program is traced. One device is a 1 x 1 mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.types import UsageError
+
+DATA = "data"
+LATENT = "latent"
+
+DICT = P((LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
+ROWS = P((DATA, LATENT))  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
+CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
+REPLICATED = P()
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged. `latent=0` takes all devices that `data` leaves."""
+
+    data: int = 1
+    """rows are split this many ways; keep it the smallest that feeds the devices"""
+    latent: int = 0
+    """the dictionary is split this many ways; 0 = all devices / data"""
+
+    def __post_init__(self) -> None:
+        if self.data < 1 or self.latent < 0:
+            raise UsageError(f"mesh.data={self.data} mesh.latent={self.latent}: data must be >= 1 and latent >= 0")
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The (data, latent) mesh over `devices` (default: all visible). Raises UsageError if they do not divide."""
+    devices = jax.devices() if devices is None else devices
+    latent = config.latent or len(devices) // config.data
+    if config.data * latent != len(devices):
+        raise UsageError(
+            f"mesh.data={config.data} x mesh.latent={latent} is {config.data * latent} devices, but {len(devices)} "
+            f"are visible; choose two numbers whose product is {len(devices)}"
+        )
+    return jax.make_mesh((config.data, latent), (DATA, LATENT), (AxisType.Explicit,) * 2, devices=devices)
+
+
+def check_divides(mesh: Mesh, n_latents: int, batch_size: int) -> None:
+    """Refuse a dictionary or a batch that the mesh cannot split evenly, naming the nearest sizes that it can."""
+    for name, size in (("sae.n_latents", n_latents), ("train.batch_size", batch_size)):
+        if size % mesh.size:
+            below = size // mesh.size * mesh.size
+            cure = f"use {below} or {below + mesh.size}" if below else f"use {mesh.size}"
+            raise UsageError(f"{name}={size} does not divide over {mesh.size} devices; {cure}")
+
+
+def current() -> jax.sharding.AbstractMesh | None:
+    """The mesh in use (`jax.set_mesh`), or None on plain single-device arrays such as those of `load()`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def axis_size(name: str) -> int:
+    """How many ways the mesh in use splits along `name`; 1 without a mesh."""
+    mesh = current()
+    return 1 if mesh is None else mesh.shape[name]
+
+
+def sharding(mesh: Mesh, role: P) -> NamedSharding:
+    """Where an array of this role lies on a concrete mesh."""
+    return NamedSharding(mesh, role)

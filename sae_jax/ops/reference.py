@@ -1,0 +1,31 @@
+"""Plain dense forms of the ops, for tests and for reading: no mesh, no blocks, no hand-written gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax.types import Code
+
+
+def encode_topk(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
+    """See ops/encode.py."""
+    pre_BF = jnp.einsum(
+        "bd,fd->bf", (x_BD - b_pre_D[None]).astype(dtype), w_enc_FD.astype(dtype), preferred_element_type=jnp.float32
+    )
+    pre_BF = pre_BF + b_enc_F[None]
+    if allowed_F is not None:
+        pre_BF = jnp.where(allowed_F[None], pre_BF, -jnp.inf)
+    values_BK, index_BK = jax.lax.top_k(jnp.where(pre_BF == 0, 0.0, pre_BF), k)
+    return Code(index_BK, jax.nn.relu(values_BK))
+
+
+def decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
+    """See ops/sparse.py."""
+    return jnp.einsum("bk,bkd->bd", code.values, w_dec_FD[code.indices])
+
+
+def to_dense(code: Code, n_latents: int) -> jax.Array:
+    """A code as f32[B, n_latents]."""
+    rows_B1 = jnp.arange(code.indices.shape[0])[:, None]
+    return jnp.zeros((code.indices.shape[0], n_latents)).at[rows_B1, code.indices].add(code.values)

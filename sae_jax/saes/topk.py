@@ -1,0 +1,168 @@
+"""TopK autoencoder with AuxK.
+
+    pre = W_enc (x - b_dec) + b_enc      z = ReLU(keep_k(pre))      x_hat = W_dec^T z + b_dec
+    loss = s * mean((x - x_hat)^2) + aux_coefficient * L_aux,       s = 1 / mean((x - mean x)^2) of a first sample
+
+L_aux lets the k_aux strongest dead latents explain the error that the live ones leave, e = sg(x - x_hat), decoded
+without bias. A latent is dead when it has not fired for `train.dead_after_tokens` tokens, this batch counted.
+Decoder rows have unit norm: their gradient is projected before the moments see it, the rows renormalised after.
+
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from sae_jax import mesh
+from sae_jax.ops import encode, sparse
+from sae_jax.saes import base, losses
+from sae_jax.saes.base import AbstractSae, Batch, Outcome, Sample, Statistics
+from sae_jax.types import Code, UsageError
+
+N_PROBES = 256  # random unit vectors that set the encoder's scale
+
+
+@dataclass(frozen=True)
+class Config:
+    """TopK with AuxK."""
+
+    variant: Literal["topk"] = "topk"
+    """the file in sae_jax/saes/ that is trained"""
+    n_latents: int = 32768
+    """width of the dictionary"""
+    k: int = 32
+    """active latents a token"""
+    input_norm: base.InputNorm = "none"
+    """per-vector normalisation applied to inputs and undone on outputs"""
+    aux_coefficient: float = 1 / 32
+    """weight of the AuxK loss; 0 turns it off"""
+    k_aux: int = 0
+    """dead latents that explain the error; 0 = the power of two nearest d_model / 2"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """inputs of the encoder product; weights, sums, selection and losses are float32"""
+
+    def __post_init__(self) -> None:
+        if self.n_latents < 1:
+            raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1")
+        if not 1 <= self.k <= self.n_latents:
+            raise UsageError(f"sae.k={self.k} must be between 1 and sae.n_latents={self.n_latents}")
+        if self.aux_coefficient < 0 or self.k_aux < 0:
+            raise UsageError(f"sae.aux_coefficient={self.aux_coefficient} and sae.k_aux={self.k_aux} must be >= 0")
+
+    def init(self, key: jax.Array, sample: Sample) -> TopK:
+        """Decoder = transposed encoder with unit rows, bias = geometric median, encoder scaled to reconstruct.
+
+        The encoder is divided by r, the mean norm of the reconstruction of random unit vectors around the bias.
+        """
+        d_model = sample.median.shape[0]
+        w_enc = base.linear_rows(key, self.n_latents, d_model)
+        sae = TopK(
+            w_enc=w_enc,
+            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            w_dec=base.unit_rows(w_enc),
+            b_dec=sample.median,
+            config=self,
+        )
+        r = _response(sae, jax.random.fold_in(key, 1))
+        return sae.replace(w_enc=w_enc / jnp.where(r > 0, r, 1.0))
+
+
+@struct.dataclass
+class TopK(AbstractSae):
+    """A TopK autoencoder; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), D]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), D], unit rows
+    b_dec: jax.Array  # f32[D]
+    config: Config = struct.field(pytree_node=False)
+
+    def encode(self, x: Any) -> Code:
+        """See AbstractSae. With an input_norm the values are in normalised units."""
+        x = base.as_rows(x, self.b_dec.shape[0])
+        code = _encode_rows(self, x.reshape(-1, x.shape[-1]))
+        return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], -1), code)
+
+    def decode(self, code: Code) -> jax.Array:
+        """See AbstractSae. With an input_norm the result is in normalised units."""
+        lead = code.indices.shape[:-1]
+        flat = Code(*(jnp.asarray(f).reshape(math.prod(lead), -1) for f in (code.indices, code.values)))
+        return _decode_rows(self, flat).reshape(*lead, -1)
+
+    def __call__(self, x: Any) -> jax.Array:
+        """See AbstractSae."""
+        x = base.as_rows(x, self.b_dec.shape[0])
+        return _reconstruct_rows(self, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+    def objective(
+        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """See AbstractSae and the head of this file."""
+        x_BD, mean, scale = base.normalise(batch.x, self.config.input_norm)
+        y_BD = (batch.y - mean) / scale
+        w_dec = base.tangent_to_rows(self.w_dec)
+        code = self._encode(x_BD, self.config.k)
+        x_hat_BD = sparse.decode(code, w_dec) + self.b_dec[None]
+        loss = statistics.loss_scale * ((x_hat_BD - y_BD) ** 2).mean()
+        # Counters before AuxK: a latent that fires in this very batch is not dead.
+        fired_F = sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE)
+        statistics = statistics.after(fired_F, batch.x.shape[0])
+        metrics = {}
+        if self.config.aux_coefficient:
+            error_BD = lax.stop_gradient(y_BD - x_hat_BD)
+            metrics["aux_loss"] = lax.cond(
+                statistics.dead.any(),
+                lambda: self._auxiliary_loss(x_BD, error_BD, w_dec, statistics.dead),
+                lambda: jnp.float32(0),
+            )
+            loss = loss + self.config.aux_coefficient * metrics["aux_loss"]
+        return loss, Outcome(code, x_hat_BD * scale + mean, statistics, metrics)
+
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """Unit decoder rows again."""
+        return state.replace(sae=state.sae.replace(w_dec=base.unit_rows(state.sae.w_dec)))
+
+    def _encode(self, x_BD: jax.Array, k: int, allowed_F: jax.Array | None = None) -> Code:
+        dtype = jnp.dtype(self.config.dtype)
+        return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, allowed_F, k, dtype)
+
+    def _auxiliary_loss(self, x_BD: jax.Array, error_BD: jax.Array, w_dec: jax.Array, dead_F: jax.Array) -> jax.Array:
+        d_model = x_BD.shape[1]
+        k_aux = self.config.k_aux or 2 ** round(math.log2(max(d_model / 2, 1)))
+        # With fewer dead latents than k_aux the surplus slots hold live ones at -inf, which ReLU makes 0.
+        code = self._encode(x_BD, min(k_aux, self.config.n_latents), dead_F)
+        return losses.auxiliary_ratio(error_BD, sparse.decode(code, w_dec))
+
+
+@jax.jit
+def _encode_rows(sae: TopK, x_BD: jax.Array) -> Code:
+    return sae._encode(base.normalise(x_BD, sae.config.input_norm)[0], sae.config.k)
+
+
+@jax.jit
+def _decode_rows(sae: TopK, code: Code) -> jax.Array:
+    return sparse.decode(code, sae.w_dec) + sae.b_dec[None]
+
+
+@jax.jit
+def _reconstruct_rows(sae: TopK, x_BD: jax.Array) -> jax.Array:
+    normed_BD, mean, scale = base.normalise(x_BD, sae.config.input_norm)
+    return _decode_rows(sae, sae._encode(normed_BD, sae.config.k)) * scale + mean
+
+
+def _response(sae: TopK, key: jax.Array) -> jax.Array:
+    """Mean norm of the reconstruction, less the bias, of random unit vectors around the bias."""
+    d_model = sae.b_dec.shape[0]
+    n_devices = mesh.axis_size(mesh.DATA) * mesh.axis_size(mesh.LATENT)
+    placed = {} if mesh.current() is None else {"out_sharding": mesh.ROWS}
+    probes_PD = jax.random.normal(key, (math.ceil(N_PROBES / n_devices) * n_devices, d_model), **placed)
+    code = sae._encode(base.unit_rows(probes_PD) + sae.b_dec[None], sae.config.k)
+    return jnp.linalg.norm(sparse.decode(code, sae.w_dec), axis=-1).mean()

@@ -1,0 +1,136 @@
+"""What a run is made of: its settings, its state, and how the state begins.
+
+One tree says everything about the state: `initial` creates each array where it will live, so `abstract` of the same
+function gives the shapes, dtypes and shardings that a checkpoint is restored into, on any mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from sae_jax import mesh
+from sae_jax.saes import base
+from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
+from sae_jax.types import UsageError
+
+# What may differ when a run is resumed: everything else would make it another run.
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.tensorboard",
+    "mesh.data",
+    "mesh.latent",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, data order, optimiser and bookkeeping of a run."""
+
+    steps: int = 10_000
+    """optimiser steps"""
+    batch_size: int = 8192
+    """token activations a step, over all devices"""
+    lr: float | None = None
+    """learning rate, constant; None = 2e-4 / sqrt(n_latents / 2^14)"""
+    seed: int = 0
+    """of the weights and of the order of the data"""
+    clip: float = 1.0
+    """global gradient norm is cut to this; 0 = off"""
+    ema: float = 0.999
+    """decay of the averaged weights; 0 = none are kept"""
+    dead_after_tokens: int = 10_000_000
+    """a latent that has not fired for this many tokens is dead"""
+    checkpoint_every: int = 1000
+    """steps"""
+    log_every: int = 10
+    """steps"""
+    tensorboard: bool = False
+    """also write metrics for TensorBoard, under RUN/tensorboard"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "dead_after_tokens", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.dead_after_tokens + self.batch_size >= 2**31:
+            raise UsageError(f"train.dead_after_tokens={self.dead_after_tokens} must stay below 2^31 - batch_size")
+        if self.lr is not None and self.lr <= 0:
+            raise UsageError(f"train.lr={self.lr} must be above 0")
+        if self.clip < 0:
+            raise UsageError(f"train.clip={self.clip} must be >= 0; 0 turns it off")
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"train.ema={self.ema} must be in [0, 1); 0 turns it off")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"train.seed={self.seed} must be in [0, 2^31)")
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes during a run. `step` is also the position in the data."""
+
+    step: jax.Array  # i32[], optimiser steps done
+    sae: AbstractSae  # f32 master weights, DICT and REPLICATED
+    moments: optax.OptState  # Adam's, placed like the weights
+    average: Any  # running average of the weights, not yet bias-corrected; None when train.ema is 0
+    statistics: Statistics
+    key: jax.Array  # a step's randomness is this key folded with the step
+
+
+def learning_rate(config: TrainConfig, n_latents: int) -> float:
+    """The configured rate, or 2e-4 / sqrt(n_latents / 2^14) (Gao et al. 2024, arXiv 2406.04093, appendix A.3)."""
+    return config.lr if config.lr is not None else 2e-4 / (n_latents / 2**14) ** 0.5
+
+
+def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformation:
+    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate."""
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    rate = learning_rate(config, n_latents)
+    return optax.chain(*clip, optax.scale_by_adam(0.9, 0.999, 6.25e-10), optax.scale(-rate))
+
+
+def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample) -> TrainState:
+    """The state before the first step, born sharded on the mesh in use. Run under jit."""
+    key = jax.random.key(config.seed)
+    sae = sae_config.init(jax.random.fold_in(key, 0), sample)
+    return TrainState(
+        step=jnp.int32(0),
+        sae=sae,
+        moments=optimiser(config, sae_config.n_latents).init(sae),  # pyrefly: ignore[bad-argument-type]
+        average=jax.tree.map(jnp.zeros_like, sae) if config.ema else None,
+        statistics=Statistics(
+            silent=base.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
+            dead_after=jnp.int32(config.dead_after_tokens),
+            loss_scale=1 / sample.variance,
+        ),
+        key=jax.random.fold_in(key, 1),
+    )
+
+
+def abstract(
+    sae_config: SaeConfig, config: TrainConfig, d_model: int, place: Mesh | jax.sharding.Sharding
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing anything.
+
+    `place` is the mesh to spread the state over (the one in use), or one sharding for every array.
+    """
+    sample = Sample(
+        median=jax.ShapeDtypeStruct((d_model,), jnp.float32),  # type: ignore[arg-type]
+        variance=jax.ShapeDtypeStruct((), jnp.float32),  # type: ignore[arg-type]
+    )
+    state = jax.eval_shape(lambda sample: initial(sae_config, config, sample), sample)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A leaf that no op placed (a scalar, the key) says nothing of a mesh; it is replicated.
+        spec = getattr(leaf.sharding, "spec", mesh.REPLICATED)
+        where = mesh.sharding(place, spec) if isinstance(place, Mesh) else place
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(placed, state)

@@ -1,0 +1,62 @@
+"""One optimiser step, pure: (state, batch) -> (state, metrics).
+
+objective and gradient -> clip, Adam -> constraints of the variant -> running average
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sae_jax.saes import losses
+from sae_jax.saes.base import Batch, SaeConfig
+from sae_jax.train.state import TrainConfig, TrainState, optimiser
+
+Metrics = dict[str, jax.Array]
+
+
+def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step of a run. The state it is given is donated: its memory holds the next one."""
+    tx = optimiser(config, sae_config.n_latents)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = jax.tree.map(lambda x: x.astype(jnp.float32), batch)
+        key = jax.random.fold_in(state.key, state.step)
+        objective_key, after_key = jax.random.split(key)
+
+        def objective(sae):
+            return sae.objective(batch, state.statistics, state.step, objective_key)
+
+        with jax.named_scope("objective"):
+            (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
+        with jax.named_scope("optimiser"):
+            updates, moments = tx.update(gradients, state.moments, state.sae)  # pyrefly: ignore[bad-argument-type]
+            state = state.replace(
+                step=state.step + 1,
+                sae=optax.apply_updates(state.sae, updates),  # pyrefly: ignore[bad-argument-type]
+                moments=moments,
+                statistics=outcome.statistics,
+            )
+            state = state.sae.after_step(state, after_key)
+            if config.ema:
+                average = optax.incremental_update(state.sae, state.average, 1 - config.ema)
+                state = state.replace(average=average)
+        return state, {
+            "loss": loss,
+            "fvu": losses.batch_fvu(batch.y, outcome.x_hat),
+            "l0": (outcome.code.values > 0).sum(-1).mean(dtype=jnp.float32),
+            "dead_fraction": outcome.statistics.dead.mean(dtype=jnp.float32),
+            "grad_norm": optax.tree.norm(gradients),
+            **outcome.metrics,
+        }
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def averaged(state: TrainState, decay: float):
+    """The averaged weights with the bias of their zero start removed: m / (1 - decay^t)."""
+    correction = 1 - jnp.float32(decay) ** state.step
+    return jax.tree.map(lambda m: m / correction, state.average)

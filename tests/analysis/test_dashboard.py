@@ -1,0 +1,395 @@
+"""The site's data against plain numpy, and the site itself in a headless browser, opened from disk."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+
+from sae_jax.analysis import dashboard, examples
+from sae_jax.types import UsageError, UserError
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it to test the page itself")
+
+PWN = "document.documentElement.dataset.pwned=1"
+TOKENS = [
+    "the",
+    " cat",
+    "\n",
+    f"<script>{PWN}</script>",
+    "</script>",
+    "\"'`${1}",
+    "🙂",
+    "\udce2\udc80",
+    "שלום",
+    "\t",
+    f'<img src=x onerror="{PWN}">',
+    "&amp;",
+    "\u202e",
+    "<!--",
+]
+N_SEQ, N_POS, D, F = 12, 150, 16, 300
+DEAD, FAR, DENSE = 20, 290, 291
+
+
+@functools.cache
+def inputs():
+    """Latent f < 14 fires on token f, FAR (in the second file) on " cat", DENSE everywhere, others never."""
+    rng = np.random.default_rng(0)
+    sequences = rng.choice(len(TOKENS), (N_SEQ, N_POS), p=np.arange(1, 15) / 105).astype(np.int32)
+    sequences = sequences[:, ::-1].copy()
+    seq, pos = np.divmod(np.arange(N_SEQ * N_POS), N_POS)
+    token = sequences[seq, pos]
+    values = rng.uniform(1, 2, (len(token), 3)).astype(np.float32) * [1 + token[0] * 0, 3, 0.5]
+    values[token != 1, 1] = 0
+    indices = np.stack([token, np.full_like(token, FAR), np.full_like(token, DENSE)], axis=1)
+    kept = pos > 0  # the first token of a sequence has no row, as when special tokens are masked
+    block = [x[kept] for x in (indices, values.astype(np.float32), token, seq, pos)]
+    w_dec = rng.normal(size=(F, D)).astype(np.float32)
+    w_dec[7] = w_dec[3] * 2 + 0.1 * w_dec[7]
+    unembed = rng.normal(size=(D, len(TOKENS) + 2)).astype(np.float32)
+    unembed[:, len(TOKENS) :] = 100  # padding of the vocabulary
+    return examples.collect([block], F), sequences, w_dec, unembed
+
+
+def write(out, **changes):
+    table, sequences, w_dec, unembed = inputs()
+    arguments = {
+        "table": table,
+        "sequences": sequences,
+        "token_strings": TOKENS,
+        "w_dec": w_dec,
+        "logit_effects": lambda rows: rows @ unembed,
+        "title": "<b>run</b> & co",
+        "metrics": {"fvu": np.float32(0.25), "ce": float("nan"), "note": "</script>"},
+        "config": {"sae": {"k": 3, "name": "<i>x</i>"}},
+    }
+    dashboard.write_dashboard(out, **(arguments | changes))
+    return out
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("dashboard") / "site")
+
+
+def read(site, name):
+    text = (site / "data" / f"{name}.js").read_text()
+    return json.loads("[" + text[text.index("(") + 1 : text.rindex(")")] + "]")
+
+
+# ---- data
+
+
+def test_index_columns(site):
+    table, _, w_dec, unembed = inputs()
+    (index,) = read(site, "index")
+    np.testing.assert_allclose(index["density"], table.density, rtol=1e-3)
+    assert index["nSilent"] == F - len(TOKENS) - 2
+    assert index["metrics"] == {"fvu": 0.25, "ce": None, "note": "</script>"}
+    effect = w_dec @ unembed[:, : len(TOKENS)]
+    for latent in (1, FAR, DENSE, DEAD):
+        _, values = table.of(latent)
+        mean = values.mean() if len(values) else 0
+        assert index["score"][latent] == pytest.approx(effect[latent].std() * mean, rel=2e-3)
+        assert index["max"][latent] == pytest.approx(values.max(initial=0), rel=1e-3)
+    assert index["topTokens"][FAR] == [1]
+    assert index["topTokens"][DEAD] == []
+    assert index["topLogits"][5] == np.argsort(-effect[5])[:3].tolist()
+
+
+def test_energy_stands_in_for_effect_without_a_language_model(tmp_path):
+    table, _, w_dec, _ = inputs()
+    (index,) = read(write(tmp_path / "site", logit_effects=None), "index")
+    assert index["scoreName"] == "energy"
+    expected = (table.of(DENSE)[1] ** 2).sum() / table.n_rows * (w_dec[DENSE] ** 2).sum()
+    assert index["score"][DENSE] == pytest.approx(expected, rel=1e-3)
+    assert index["topLogits"][DENSE] == []
+
+
+def test_record_of_a_latent(site):
+    table, sequences, w_dec, unembed = inputs()
+    block, records = read(site, "latents-001")
+    record = records[FAR - 256]
+    assert block == 1
+    top = table.top(FAR, 20, one_per_sequence=True)
+    assert record["nTop"] == len(top.seq)
+    assert record["seq"][: len(top.seq)] == top.seq.tolist()
+    windows = [sequences[s, max(0, p - 20) : p + 11] for s, p in zip(record["seq"], record["pos"], strict=True)]
+    ids = np.frombuffer(base64.b64decode(record["ids"]), "<u2")
+    np.testing.assert_array_equal(ids, np.concatenate(windows))
+    dense = np.zeros((N_SEQ, N_POS))
+    rows, values = table.of(FAR)
+    dense[table.seq[rows], table.pos[rows]] = values
+    for seq, pos, flat in zip(record["seq"], record["pos"], record["values"], strict=True):
+        expected = np.zeros(N_POS)
+        expected[max(0, pos - 128) : pos + 129] = dense[seq, max(0, pos - 128) : pos + 129]
+        got = np.zeros(N_POS)
+        got[pos + np.array(flat[::2], int)] = flat[1::2]
+        np.testing.assert_allclose(got, expected, rtol=1e-3)
+    effect = w_dec[FAR] @ unembed[:, : len(TOKENS)]
+    effect -= effect.mean()
+    assert [token for token, _ in record["down"]] == np.argsort(effect)[:10].tolist()
+    np.testing.assert_allclose([value for _, value in record["up"]], np.sort(effect)[::-1][:10], rtol=2e-3)
+    assert sum(count for _, _, count, _ in record["intervals"]) == record["count"] == len(values)
+
+
+@pytest.mark.parametrize("n", [3, 500])
+def test_decoder_neighbours_are_the_largest_cosines(n):
+    _, _, w_dec, _ = inputs()
+    unit = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, -2)
+    latents = np.arange(5, F, 7)
+    near, got = dashboard.decoder_neighbours(w_dec, latents, n)
+    n = min(n, F - 1)
+    np.testing.assert_allclose(got, -np.sort(-cosine[latents], axis=1)[:, :n], atol=1e-6)
+    np.testing.assert_allclose(cosine[latents[:, None], near], got, atol=1e-6)
+
+
+def test_three_bytes_hold_large_vocabularies():
+    ids = np.array([5, 70_000, 2**24 - 1], np.int32)
+    read_back = np.frombuffer(base64.b64decode(dashboard._packed(ids, 3)), np.uint8).reshape(-1, 3)
+    np.testing.assert_array_equal(read_back @ [1, 256, 65536], ids)
+
+
+def test_rounding_keeps_four_digits():
+    assert dashboard._short(np.array([0.0, 1234567.0, -0.000123456, 9.99999])) == [0, 1235000, -0.0001235, 10]
+
+
+def test_data_files_are_ascii_without_tags(site):
+    for path in (site / "data").iterdir():
+        assert "<" not in path.read_bytes().decode("ascii")
+
+
+# ---- the folder
+
+
+def test_a_folder_that_is_no_dashboard_is_left_alone(tmp_path):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "index.html").write_text("my thesis")
+    with pytest.raises(UsageError, match="is not a dashboard; choose another folder"):
+        write(out)
+    assert [p.name for p in tmp_path.rglob("*")] == ["thesis", "index.html"]
+
+
+def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
+    out = write(tmp_path / "site")
+    (out / "old").touch()
+
+    def fail(rows):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        write(out, logit_effects=fail)
+    assert (out / "old").exists()
+    seen = []
+    write(out, latents=np.array([FAR, 3]), progress=lambda done, of: seen.append((done, of)))
+    assert not (out / "old").exists()
+    assert seen == [(2, 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+    assert read(out, "index")[0]["latents"] == [3, FAR]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"w_dec": np.ones((7, D), np.float32)}, "w_dec has 7 rows for 300 latents"),
+        ({"token_strings": TOKENS[:3]}, "has no text; give more than 3 token_strings"),
+        ({"sequences": np.zeros((N_SEQ, 20), np.int32)}, "lies outside sequences of shape"),
+        ({"sequences": np.zeros((N_SEQ, N_POS), np.int32)}, "tokens of the rows differ from sequences"),
+        ({"latents": np.array([1, 300])}, "latent 300 does not exist; choose from 0 to 299"),
+        ({"latents": np.array([], int)}, "no latents to show"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "site", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the page
+
+
+def browse(site, route="", *, drive="", url=None):
+    """The markup at a route, after `drive` (JavaScript) has run; fails on any error in the console."""
+    if drive:
+        page = (site / "index.html").read_text()
+        later = f'addEventListener("load", () => setTimeout(async () => {{ {drive} }}, 500))'
+        (site / "driven.html").write_text(page.replace("</body>", f"<script>{later}</script></body>"))
+    url = url or f"file://{site}/{'driven' if drive else 'index'}.html"
+    profile = site.parent / "profile"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", "--dump-dom", url + route]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    shutil.rmtree(profile, ignore_errors=True)
+    console = [line for line in done.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
+    assert not console
+    dom = done.stdout.decode()
+    assert not re.search(r"<html[^>]*pwned", dom)
+    return dom
+
+
+def visit(site, *routes):
+    """The markup of the main part at each route in turn, following links within one open page."""
+    drive = f"""
+        const seen = [];
+        for (const route of {json.dumps(routes)}) {{
+            location.hash = route;
+            await new Promise((done) => setTimeout(done, 300));
+            seen.push(document.querySelector("main").innerHTML);
+        }}
+        const pre = document.createElement("pre");
+        pre.textContent = JSON.stringify(seen);
+        document.body.append(pre);
+    """
+    dom = browse(site, drive=drive)
+    return json.loads(html.unescape(dom[dom.rindex("<pre>") + 5 : dom.rindex("</pre>")]))
+
+
+def text(dom):
+    body = re.sub(r"(?s)<script.*?</script>", "", dom[max(0, dom.find("<body")) :])
+    return html.unescape(re.sub(r"<[^>]*>", "", body))
+
+
+def listed(dom):
+    return [int(n) for n in re.findall(r'<td class="number"><a href="#/latent/(\d+)', dom)]
+
+
+@needs_browser
+def test_table_shows_living_latents_and_the_summary(site):
+    dom = browse(site)
+    shown = text(dom)
+    assert listed(dom) == [*range(len(TOKENS)), FAR, DENSE]
+    assert "16 latents" in shown
+    assert "<b>run</b> & co" in shown
+    assert "fvu0.25" in shown
+    assert "ce\u2013" in shown
+    assert "sae.name<i>x</i>" in shown
+    assert f"<script>{PWN}</script>" in shown
+    assert r"\xe2\x80" in shown
+    assert r"\u{202e}" in shown
+    assert "שלום" in shown
+    assert "🙂" in shown
+    assert "↵" in shown
+    assert len(re.findall("<rect", dom)) == 40
+
+
+@needs_browser
+def test_address_sorts_filters_and_pages_the_table(site):
+    density = inputs()[0].density
+    (index,) = read(site, "index")
+    order = sorted([*range(len(TOKENS)), FAR, DENSE], key=lambda f: (-density[f], f))
+    cat = [f for f in order if 1 in index["topTokens"][f] + index["topLogits"][f]]
+    assert FAR in cat
+
+    by_density, rising, cats, escaped, number, page = visit(
+        site,
+        "#/?sort=density",
+        "#/?sort=density&dir=asc",
+        "#/?q=%20CAT&sort=max",
+        r"#/?q=\xE2\x80",
+        f"#/?q={DEAD}",
+        "#/?dead=1&page=3",
+    )
+    assert listed(by_density) == order
+    assert listed(rising)[-1] == DENSE
+    assert listed(cats) == sorted(cat, key=lambda f: -index["max"][f])
+    assert "for “·CAT”" in text(cats)
+    assert 7 in listed(escaped)
+    assert DEAD in listed(number)
+    assert listed(page) == list(range(200, 300))
+
+
+@needs_browser
+def test_page_of_a_latent(site):
+    table = inputs()[0]
+    dom = browse(site, f"#/latent/{FAR}")
+    shown = text(dom)
+    top = table.top(FAR, 20, one_per_sequence=True)
+    assert f"Latent {FAR}" in shown
+    assert f"{len(table.of(FAR)[0])} of {table.n_rows:,} tokens" in shown
+    assert "Interval 5 of 5" in shown
+    assert "Promoted tokens" in shown
+    contexts = re.findall(r'<li class="context" data-seq="(\d+)" data-pos="(\d+)"', dom)
+    places = list(zip(top.seq.astype(str), top.pos.astype(str), strict=True))
+    assert contexts[: len(places)] == places
+    peaks = re.findall(r'<span class="token peak" data-id="(\d+)" data-pos="(\d+)" data-value="([\d.]+)"', dom)
+    assert {token for token, _, _ in peaks} == {"1"}
+    np.testing.assert_allclose([float(v) for _, _, v in peaks[: len(places)]], top.value, rtol=1e-3)
+    assert f'href="#/latent/{FAR - 277}" rel="prev"' in dom  # 13, the living latent before it in the table
+    assert f'href="#/latent/{DENSE}" rel="next"' in dom
+    assert len(re.findall("<rect", dom)) == 40
+
+
+@needs_browser
+def test_pages_with_nothing_to_show_say_so(site):
+    silent, missing = visit(site, f"#/latent/{DEAD}", "#/latent/999")
+    assert "Silent on all 1,788 tokens" in text(silent)
+    assert "No page for latent 999; the last is 299" in text(missing)
+
+
+@needs_browser
+def test_hostile_tokens_stay_text_in_contexts(site):
+    shown = text(browse(site, "#/latent/3"))
+    assert f"<script>{PWN}</script>" in shown
+    assert f'<img·src=x·onerror="{PWN}">' in shown
+    assert "&amp;" in shown
+    assert "<!--" in shown
+
+
+@needs_browser
+def test_keys_search_and_whole_sequences(site):
+    press = "document.dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true, cancelable: true}));"
+    wait = "await new Promise((done) => setTimeout(done, 300));"
+    forward = browse(site, "#/latent/13?sort=latent", drive=press % "ArrowRight")
+    assert f"<h1>Latent {FAR}</h1>" in forward
+    typed = "document.activeElement.value = 'cat'; document.activeElement.dispatchEvent(new Event('input'));"
+    found = browse(site, "#/latent/2", drive=press % "/" + typed + wait)
+    assert FAR in listed(found)
+    opened = browse(site, f"#/latent/{FAR}", drive="document.querySelector('.context button').click();" + wait)
+    whole = re.search(r'<p class="whole">(.*?)</p>', opened, re.S)
+    assert whole is not None
+    assert len(re.findall(r'<span class="token', whole[1])) == N_POS
+
+
+@needs_browser
+def test_a_static_server_serves_it_as_well(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        dom = browse(site, f"#/latent/{FAR}", url=f"http://127.0.0.1:{server.server_port}/index.html")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert f"<h1>Latent {FAR}</h1>" in dom
+
+
+@needs_browser
+def test_a_missing_file_is_named(site, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    (tmp_path / "site" / "data" / "latents-001.js").unlink()
+    shown = text(browse(tmp_path / "site", f"#/latent/{FAR}"))
+    assert "data/latents-001.js cannot be read; copy the whole folder of the dashboard" in shown
+
+
+@needs_browser
+def test_an_error_in_the_console_would_be_seen(site):
+    with pytest.raises(AssertionError):
+        browse(site, drive="console.error('x');")

@@ -1,0 +1,72 @@
+"""What splicing a dictionary into the bundled language model does, in cases whose answer is known."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from sae_jax import lm
+from sae_jax.evaluation.splice import evaluate_on_text
+from sae_jax.types import Code
+
+HOOK = lm.Hook(2, "resid_post")
+
+
+@struct.dataclass
+class Scaled:
+    """A dictionary that returns its input times a factor."""
+
+    factor: Any
+    b_enc: Any
+
+    def encode(self, x):
+        return Code(jnp.zeros((*x.shape[:-1], 1), jnp.int32), jnp.ones((*x.shape[:-1], 1)))
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lm.load("bundled")
+
+
+@pytest.fixture(scope="module")
+def batches(model):
+    return [np.random.default_rng(i).integers(1, model.spec.n_vocab, (2, 12)) for i in range(2)]
+
+
+def measure(model, batches, factor, keep=lambda ids, norm: np.ones(ids.shape, bool)):
+    mean = np.full(model.spec.d_model, 0.1)
+    return evaluate_on_text(Scaled(jnp.float32(factor), jnp.zeros(4)), model, HOOK, mean, batches, keep, lambda n: None)
+
+
+def test_the_identity_changes_nothing(model, batches):
+    got = measure(model, batches, 1.0)
+    assert got["ce_sae"] == pytest.approx(got["ce_clean"], abs=1e-4)
+    assert got["kl"] == pytest.approx(0, abs=1e-5)
+    assert got["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    assert got["fvu"] == pytest.approx(0, abs=1e-9)
+    assert got["n_predictions"] == 2 * 2 * 11
+
+
+def test_zeros_are_the_zero_ablation(model, batches):
+    got = measure(model, batches, 0.0)
+    assert got["ce_sae"] == pytest.approx(got["ce_zero"], rel=1e-5)
+    assert got["kl"] > 0.1
+    assert got["loss_recovered_zero"] == pytest.approx(0, abs=1e-5)
+
+
+def test_left_out_positions_keep_their_activations(model, batches):
+    got = measure(model, batches, 0.0, keep=lambda ids, norm: np.arange(ids.size).reshape(ids.shape) < 1)
+    everywhere = measure(model, batches, 0.0)
+    assert got["n_rows"] == 2
+    assert abs(got["ce_sae"] - got["ce_clean"]) < abs(everywhere["ce_sae"] - everywhere["ce_clean"])
+
+
+def test_clean_cross_entropy_is_the_models_own(model, batches):
+    got = measure(model, batches, 1.0)
+    nll = [np.asarray(lm.cross_entropy(lm.run(model, ids).logits, ids)).mean() for ids in batches]
+    assert got["ce_clean"] == pytest.approx(np.mean(nll), rel=1e-4)

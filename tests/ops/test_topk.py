@@ -1,0 +1,64 @@
+"""Selection: exact, with its tie rule, on one device and over every split of the dictionary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_jax import mesh as meshes
+from sae_jax.ops import spmd, topk
+from tests.oracles import topk as oracle
+
+MESHES = [(1, 8), (2, 4), (8, 1)]
+
+
+def pre_activations(seed: int, n_rows: int, width: int, kind: str) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    pre = rng.standard_normal((n_rows, width)).astype(np.float32)
+    if kind == "ties":
+        pre = rng.integers(-3, 3, (n_rows, width)).astype(np.float32)
+        pre[pre == 0] = rng.choice(np.float32([0.0, -0.0]), (pre == 0).sum())
+    if kind == "negative":
+        pre = -np.abs(pre)
+    return pre
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 7, 64, 2048]), st.sampled_from(["normal", "ties", "negative"]))
+@settings(max_examples=15, deadline=None)
+def test_top_k_is_the_oracle(seed, width, kind):
+    pre = pre_activations(seed, 4, width, kind)
+    for k in {1, min(5, width), min(width, 64)}:
+        values, indices = topk.top_k(jnp.asarray(pre), k)
+        expected = oracle.select(pre, k)
+        np.testing.assert_array_equal(indices, expected)
+        np.testing.assert_array_equal(values, np.take_along_axis(pre, expected, 1))
+
+
+def test_two_stage_selection_is_used_and_agrees(monkeypatch):
+    pre = pre_activations(0, 16, 2048, "ties")
+    two_stage = topk.top_k(jnp.asarray(pre), 5)
+    monkeypatch.setattr(topk, "TWO_STAGE_FROM", 10**9)
+    whole = topk.top_k(jnp.asarray(pre), 5)
+    jax.tree.map(np.testing.assert_array_equal, two_stage, whole)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(("kind", "k"), [("normal", 5), ("ties", 5), ("negative", 3), ("ties", 64), ("normal", 9)])
+def test_sharded_selection_is_the_oracle(shape, kind, k):
+    """Given equal pre-activations, every mesh chooses the latents that the oracle chooses."""
+    pre = pre_activations(1, 16, 64, kind)
+    mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+    n_local = 64 // shape[1]
+
+    def local(pre_bf):
+        values, indices = topk.top_k(pre_bf, min(k, n_local))
+        wins = jnp.arange(values.shape[1])[None] < topk.n_winners(values, k)[:, None]
+        return jnp.where(wins, indices + spmd.first_latent(n_local), -1)
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(pre, meshes.sharding(mesh, meshes.CODE))
+        chosen = np.asarray(jax.jit(spmd.per_device(local, (meshes.CODE,), meshes.CODE))(placed))
+    for row, expected in zip(chosen, oracle.select(pre, k), strict=True):
+        assert sorted(row[row >= 0]) == sorted(expected)

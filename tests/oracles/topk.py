@@ -1,0 +1,75 @@
+"""Float64 numpy definition of the TopK autoencoder with AuxK, written from the equations; imports nothing of ours."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def select(pre_BF: np.ndarray, k: int) -> np.ndarray:
+    """Indices [B, k] of the k largest of each row, larger first, ties to the lower index, -0.0 equal to 0.0."""
+    return np.stack([sorted(range(len(row)), key=lambda f: (-row[f], f))[:k] for row in pre_BF + 0.0])
+
+
+@dataclass
+class Result:
+    z_BF: np.ndarray
+    x_hat_BD: np.ndarray
+    loss: float
+    aux_loss: float
+    silent_F: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+def objective(x_BD, w_enc, b_enc, w_dec, b_dec, k, scale, silent_F, dead_after, aux_coefficient, k_aux) -> Result:
+    """Loss s * MSE + c * L_aux and its gradients; the decoder's lose their component along each unit row."""
+    n_rows, d_model = x_BD.shape
+    x_in = x_BD - b_dec
+    pre = x_in @ w_enc.T + b_enc
+    z = _code(pre, k)
+    x_hat = z @ w_dec + b_dec
+    loss = scale * np.mean((x_hat - x_BD) ** 2)
+
+    g_x_hat = 2 * scale * (x_hat - x_BD) / (n_rows * d_model)
+    g_w_dec, g_pre = z.T @ g_x_hat, (g_x_hat @ w_dec.T) * (z > 0)
+    g_b_dec = g_x_hat.sum(0)
+
+    fired = (z > 1e-3).any(0)
+    silent_F = np.where(fired, 0, np.minimum(silent_F + n_rows, dead_after + 1))
+    dead = silent_F > dead_after
+    aux = 0.0
+    if dead.any():
+        error = x_BD - x_hat
+        z_aux = _code(np.where(dead, pre, -np.inf), min(k_aux, dead.sum()))
+        error_hat = z_aux @ w_dec
+        total = ((error - error.mean(0)) ** 2).sum()
+        aux = ((error - error_hat) ** 2).sum() / total
+        g_error_hat = aux_coefficient * 2 * (error_hat - error) / total
+        g_w_dec = g_w_dec + z_aux.T @ g_error_hat
+        g_pre = g_pre + (g_error_hat @ w_dec.T) * (z_aux > 0)
+    return Result(
+        z_BF=z,
+        x_hat_BD=x_hat,
+        loss=loss + aux_coefficient * aux,
+        aux_loss=aux,
+        silent_F=silent_F,
+        gradients={
+            "w_enc": g_pre.T @ x_in,
+            "b_enc": g_pre.sum(0),
+            "w_dec": g_w_dec - (g_w_dec * w_dec).sum(1, keepdims=True) * w_dec,
+            "b_dec": g_b_dec - g_pre.sum(0) @ w_enc,
+        },
+    )
+
+
+def _code(pre_BF: np.ndarray, k: int) -> np.ndarray:
+    z_BF = np.zeros_like(pre_BF)
+    for b, chosen in enumerate(select(pre_BF, k)):
+        z_BF[b, chosen] = np.maximum(pre_BF[b, chosen], 0)
+    return z_BF
+
+
+def adam(weight, gradient, mean, square, step, rate, b1=0.9, b2=0.999, eps=6.25e-10):
+    """One Adam step (Kingma and Ba 2015, algorithm 1): new weight and moments; `step` counts from 1."""
+    mean, square = b1 * mean + (1 - b1) * gradient, b2 * square + (1 - b2) * gradient**2
+    update = (mean / (1 - b1**step)) / (np.sqrt(square / (1 - b2**step)) + eps)
+    return weight - rate * update, mean, square

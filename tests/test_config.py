@@ -1,0 +1,103 @@
+"""Values from files and flags: typed alike, refused alike, and back again."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_jax import config
+from sae_jax.commands import recipe
+from sae_jax.commands.train import Train
+from sae_jax.train.state import TrainConfig
+from sae_jax.types import UsageError
+
+YAML = """\
+site: resid_post.2
+sae: {variant: topk, n_latents: 256, k: 8}
+train:
+  steps: 7
+  lr: 4e-4
+  tensorboard: true
+harvest:
+  hooks: [resid_post.1, resid_post.2]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def parse(*argv: str) -> Train:
+    return recipe.parse(Train, [*argv, "--data=set", "--out=run"], "sae-jax train")
+
+
+def test_file_then_flags(write):
+    command = parse(write(YAML), "--sae.k=16", "--train.no-tensorboard")
+    assert (command.sae.k, command.sae.n_latents, command.train.steps) == (16, 256, 7)
+    assert command.train.lr == 4e-4  # YAML 1.1 calls this a string
+    assert command.train.tensorboard is False
+    assert command.site == "resid_post.2"
+
+
+def test_later_files_win(write):
+    assert parse(write(YAML), write("train: {steps: 9}", "b.yaml")).train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (YAML.replace("k: 8", "kk: 8"), [], r"recipe.yaml: unknown key 'sae.kk'; did you mean sae.k\?"),
+        (YAML.replace("hooks", "hookz"), [], r"recipe.yaml: unknown key 'harvest.hookz'"),  # another command's part
+        (YAML.replace("steps: 7", "steps: thirty"), [], r"recipe.yaml: .*train.steps.*thirty"),
+        (YAML, ["--train.stepz=4"], r"flag --train.stepz: unknown key .*did you mean train.steps"),
+        (YAML, ["--train.steps=x"], "train.steps"),
+        (YAML, ["--sae.k=300"], "sae.k=300 must be between 1 and sae.n_latents=256"),
+        (YAML, ["--sae.variant=nothing"], "sae.variant='nothing' does not exist; there are: .*topk"),
+        (YAML + "site: other\n", [], "stands twice"),
+        ("- a\n- b\n", [], "holds list"),
+        ("a: [1,\n", [], "not valid YAML"),
+        (YAML, ["--harvest.tokens=5"], "unknown key 'harvest.tokens'"),  # train does not harvest
+    ],
+)
+def test_mistakes_get_one_line(write, text, flags, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse(write(text), *flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(UsageError, match=r"nowhere\.yaml"):
+        parse("nowhere.yaml")
+
+
+@given(
+    st.builds(
+        TrainConfig,
+        steps=st.integers(1, 10**9),
+        batch_size=st.integers(1, 2**20),
+        lr=st.none() | st.floats(1e-9, 1.0),
+        ema=st.floats(0, 0.999),
+        tensorboard=st.booleans(),
+    )
+)
+def test_json_round_trip(value):
+    assert config.from_dict(TrainConfig, config.to_dict(value)) == value
+
+
+def test_flatten_and_known_keys_agree():
+    keys = config.known_keys(TrainConfig, "train.")
+    assert keys == {f"train.{field.name}" for field in dataclasses.fields(TrainConfig)}
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    config.write_json(tmp_path / "a.json", {"x": 1})
+    config.write_json(tmp_path / "a.json", {"x": 2})
+    assert config.read_json(tmp_path / "a.json") == {"x": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert config.read_json(tmp_path / "b.json") is None

@@ -1,0 +1,68 @@
+"""Who may import whom: only leftward in the order below, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sae_jax"
+
+ORDER = [
+    {"types", "config", "mesh", "progress"},
+    {"ops"},
+    {"saes", "lm"},
+    {"activations"},
+    {"train"},
+    {"evaluation", "analysis", "scaling", "interchange", "plan"},
+    {"commands"},
+]
+# Within a level only these know each other; saes and lm do not.
+PEERS = {("config", "types"), ("mesh", "types"), ("progress", "types")}
+# train is fed by a batch source and knows neither the language model nor the set.
+FORBIDDEN = {("train", "lm"), ("train", "activations")}
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of sae_jax's parts that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("sae_jax.")}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_leftward(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    assert part in LEVEL, f"{part} has no place in the order; give it one"
+    for other in imports_of(path) - {part}:
+        if other in LEVEL:
+            leftward = LEVEL[other] < LEVEL[part] or (part, other) in PEERS
+            assert leftward, f"{path.relative_to(ROOT)} imports {other}"
+            assert (part, other) not in FORBIDDEN, f"{path.relative_to(ROOT)} imports {other}"
+
+
+def test_oracles_import_numpy_alone():
+    for path in (ROOT / "tests" / "oracles").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        roots = {
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert roots <= {"numpy", "dataclasses", "math", "typing", "collections"}, f"{path.name}: {roots}"
+
+
+def test_nothing_imports_an_experiment():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        assert "import experiments" not in path.read_text().replace('"import experiments"', "")

@@ -1,0 +1,69 @@
+"""One optimiser step against numpy: objective, clip, Adam, unit rows, running average."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax.saes import base, topk
+from sae_jax.train.state import TrainConfig, initial, learning_rate
+from sae_jax.train.step import averaged, make_step
+from sae_jax.types import UsageError
+from tests.oracles import topk as oracle
+
+B, D, F, K = 16, 8, 32, 4
+NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_steps_follow_the_oracle(clip):
+    """Project the decoder's gradient, clip, Adam, renormalise, average: three steps, so that moments matter."""
+    sae_config = topk.Config(n_latents=F, k=K, dtype="float32", k_aux=5)
+    config = TrainConfig(batch_size=B, lr=0.01, clip=clip, ema=0.9, dead_after_tokens=10)
+    rows = np.random.default_rng(0).standard_normal((3, B, D)).astype(np.float32)
+    state = jax.jit(lambda s: initial(sae_config, config, s))(base.sample_statistics(rows.reshape(-1, D), "none"))
+    weights = {name: np.asarray(getattr(state.sae, name), np.float64) for name in NAMES}
+    moments = {name: (0.0, 0.0) for name in NAMES}
+    average = {name: np.zeros_like(value) for name, value in weights.items()}
+    scale, silent = float(state.statistics.loss_scale), np.zeros(F, int)
+    reached_aux = False
+    with jax.numpy_dtype_promotion("standard"):
+        step = make_step(sae_config, config)
+        for t, x in enumerate(rows, start=1):
+            want = oracle.objective(np.float64(x), *weights.values(), K, scale, silent, 10, 1 / 32, 5)
+            silent, gradients = want.silent_F, want.gradients
+            norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+            for name in NAMES:
+                gradient = gradients[name] * (clip / max(norm, clip) if clip else 1)
+                weights[name], *moments[name] = oracle.adam(weights[name], gradient, *moments[name], t, 0.01)
+            weights["w_dec"] /= np.linalg.norm(weights["w_dec"], axis=1, keepdims=True)
+            average = {name: 0.9 * average[name] + 0.1 * weights[name] for name in NAMES}
+            state, metrics = step(state, base.Batch(jnp.asarray(x), jnp.asarray(x)))
+            np.testing.assert_allclose(metrics["loss"], want.loss, rtol=1e-4)
+            np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+            centred = ((x - x.mean(0)) ** 2).sum()
+            np.testing.assert_allclose(metrics["fvu"], ((x - want.x_hat_BD) ** 2).sum() / centred, rtol=1e-4)
+            np.testing.assert_allclose(metrics["l0"], (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
+            np.testing.assert_allclose(metrics["dead_fraction"], (silent > 10).mean(), rtol=1e-6)
+            reached_aux |= (silent > 10).any()
+        assert reached_aux, "the case should reach AuxK"
+        corrected = averaged(state, 0.9)
+    for name in NAMES:
+        # Adam divides by the root of tiny second moments: rounding of f32 gradients shows in single entries.
+        np.testing.assert_allclose(getattr(state.sae, name), weights[name], atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(getattr(corrected, name), average[name] / (1 - 0.9**3), atol=2e-4, err_msg=name)
+
+
+def test_learning_rate_rule():
+    assert learning_rate(TrainConfig(), 2**14) == pytest.approx(2e-4)
+    assert learning_rate(TrainConfig(), 2**20) == pytest.approx(2e-4 / 8)
+    assert learning_rate(TrainConfig(lr=1e-3), 2**20) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"clip": -1.0}, {"ema": 1.0}, {"dead_after_tokens": 2**31}],
+)
+def test_bad_settings_are_refused(setting):
+    with pytest.raises(UsageError, match=f"train.{next(iter(setting))}"):
+        TrainConfig(**setting)
