@@ -1,4 +1,4 @@
-"""A language model, and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`."""
+"""A language model and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike

@@ -113,7 +113,9 @@ def save(
         # save_file writes the buffer and ignores strides: a transposed view would be stored scrambled.
         full_name = name if name == _HEAD else family.prefix + name
         stored[full_name] = np.ascontiguousarray(tensor, dtype=dtype)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(stored, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # save_file leaves it readable by its owner alone
     config = {
         "architectures": [family.architecture],
         "model_type": spec.family,
