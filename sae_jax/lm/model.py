@@ -58,7 +58,7 @@ def locate(reference: str) -> Path:
     """The local folder of a model; a hub model is fetched, or found in the local cache when offline."""
     if reference == "bundled":
         return BUNDLED
-    if Path(reference).is_dir():
+    if reference and Path(reference).is_dir():  # an empty name would be the current folder
         return Path(reference)
     match = _HUB.fullmatch(reference)
     if match is None:
