@@ -47,7 +47,7 @@ log = logging.getLogger("train_bundled_lm")
 class Config:
     """What to train; the defaults made the bundled model."""
 
-    out: Path
+    out: Path = Path("build/bundled_lm")
     """Folder to write."""
     steps: int = 1500
     """Optimiser steps."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, run
@@ -118,6 +118,18 @@ def test_an_explicit_mesh_splits_rows_and_changes_no_number(model, split):
         )
     assert got[0][1].acts[hook].sharding.spec == P(*split, *[None] * (4 - len(split)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+def test_an_auto_mesh_may_split_the_parameters(model, ids_BT):
+    mesh = jax.make_mesh((2,), ("latent",), axis_types=(AxisType.Auto,))
+    halves = {"q.w": P(None, None, "latent"), "up.w": P(None, None, "latent"), "down.w": P(None, "latent")}
+
+    def place(path, p):
+        return jax.device_put(p, NamedSharding(mesh, halves.get(path[-1].key, P())))
+
+    split = jax.tree.map_with_path(place, model)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(jit_run(split, ids_BT).logits, oracle(model, ids_BT)[0], atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import shutil
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -33,7 +34,9 @@ def test_what_is_saved_is_loaded(folder, model):
     loaded = load(str(folder))
     assert_same(loaded, model)
     assert (loaded.reference, loaded.path) == (str(folder), str(folder))
-    assert load(str(folder), "bfloat16").params["layers"]["q.w"].dtype == "bfloat16"
+    weights.save(folder, SPEC, model.params, dtype=jnp.bfloat16)
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), model)
+    assert_same(load(str(folder), jnp.bfloat16), half)
 
 
 def test_the_digest_is_that_of_the_weights(folder):
@@ -98,9 +101,14 @@ def damage_config(**change):
         (damage_config(vocab_size=24), r"'wte\.weight' in shape \(23, 16\)"),
         (damage_config(n_head=3), r"n_head=3 does not divide n_embd=16"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), r"lacks 'n_embd'"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            r"no tensor 'wte\.weight'",
+        ),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(folder, damage, message):
