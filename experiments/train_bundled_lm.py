@@ -4,8 +4,8 @@ Question: is a GPT-2 of about a million parameters, trained on the Python standa
 enough to give readable latents, and cheap enough that anybody can make it again?
 Guess: about 1.4 bits a byte on held-out files after a thousand steps, in under half an hour on two cores.
 Command: python experiments/train_bundled_lm.py --out sae_jax/assets/bundled_lm
-Cost: ANSWER_COST
-Answer: ANSWER_TEXT
+Cost: 17 minutes on two shared cores, 0.4 s a step (10 minutes) when they are idle.
+Answer: yes. 1.283 bits a byte on held-out files after 1,500 steps (JAX 0.10.2, Python 3.11.7); 2.6 MB in all.
 
 Recipe: byte-level BPE of 2,048 tokens; 4 layers, d_model 128, 4 heads, context 128, tied head; batches of 32
 sequences at random places; Muon (Jordan et al. 2024, as optax.contrib.muon) for the six matrices of a block,
@@ -47,7 +47,7 @@ log = logging.getLogger("train_bundled_lm")
 class Config:
     """What to train; the defaults made the bundled model."""
 
-    out: Path
+    out: Path = Path("build/bundled_lm")
     """Folder to write."""
     steps: int = 1500
     """Optimiser steps."""

@@ -23,6 +23,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,17 +148,21 @@ def stdlib_files(*, held_out: bool) -> Iterator[tuple[str, str]]:
         held_out: the files kept from all training, instead of all others.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*")):
-        *folders, base = name.split("/")
-        wanted = base.endswith(".py") or base.upper().startswith("LICENSE")
-        if not wanted or not _STDLIB_SKIPPED.isdisjoint(folders) or _is_held_out(base) != held_out:
-            continue
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _STDLIB_SKIPPED]
+        paths += [
+            Path(folder, name).relative_to(root)
+            for name in files
+            if (name.endswith(".py") or name.upper().startswith("LICENSE")) and _is_held_out(name) == held_out
+        ]
+    for path in sorted(paths, key=Path.as_posix):
         try:
-            text = (root / name).read_text(encoding="utf-8")
+            text = (root / path).read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue  # not the user's to cure
         if len(text) in _STDLIB_CHARACTERS:
-            yield name, text
+            yield path.as_posix(), text
 
 
 def _is_held_out(file_name: str) -> bool:
@@ -169,7 +174,7 @@ def _local_files(reference: str) -> list[Path]:
     path = Path(reference)
     if path.is_file():
         return [path]
-    if path.is_dir():
+    if path.is_dir() and reference:  # an empty name would be the current folder
         files = [file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file()]
         if not files:
             raise UserError(
@@ -182,7 +187,7 @@ def _local_files(reference: str) -> list[Path]:
                 f"text {reference!r} does not exist; use stdlib, heldout, hf:dataset[@revision][:split], "
                 "a file, a directory or a glob"
             )
-    return sorted(files, key=lambda file: file.as_posix())
+    return sorted(files, key=Path.as_posix)
 
 
 def _from_file(path: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A language model, and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`."""
+"""A language model and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def locate(reference: str) -> Path:
     """The local folder of a model; a hub model is fetched, or found in the local cache when offline."""
     if reference == "bundled":
         return BUNDLED
-    if Path(reference).is_dir():
+    if reference and Path(reference).is_dir():  # an empty name would be the current folder
         return Path(reference)
     match = _HUB.fullmatch(reference)
     if match is None:

@@ -3,9 +3,9 @@
 Layers that nobody touches run in `lax.scan`, so compile time does not grow with depth; layers with an edit or
 a capture are traced one by one. A run that wants no logits ends after the last layer it must reach.
 
-`run` is traced by its caller: wrap it, with its edits, in `jax.jit` with the model as an argument. It runs
-without a mesh and, as the data-parallel program, under `jax.set_mesh` of an explicit one: results are split
-over rows as `ids` are.
+`run` is traced by its caller: wrap it, with its edits, in `jax.jit` with the model as an argument. On an
+explicit mesh, parameters stay whole on every device and results are split over rows as `ids` are; edits see
+that mesh too. Parameters that are split need a mesh of Auto axes.
 """
 
 from __future__ import annotations

@@ -73,6 +73,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         # Both libraries raise bare Exceptions for a damaged or missing file.
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
+    if (
+        backend.get_vocab_size(with_added_tokens=False) == 0
+    ):  # what transformers makes of a folder without one
+        raise UserError(f"{folder} has no tokenizer; copy the tokenizer.json of the model into it")
     bos_id, eos_id = (None if token is None else backend.token_to_id(token) for token in (bos, eos))
     return Tokenizer(backend, bos_id, eos_id)
 

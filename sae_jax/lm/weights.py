@@ -27,25 +27,16 @@ _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"  # stands beside the prefixed base model in every family
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder; UserError if it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); get the file again") from None
-    return config
-
-
 def read_spec(folder: Path) -> Spec:
     """The Spec that a folder's config.json states; UserError for an unsupported family or setting."""
-    config = read_config(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder")
+    config = _read_json(path)
     try:
         return family_of(config, str(folder)).read_spec(config)
     except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} lacks {error}; the file is damaged") from None
+        raise UserError(f"{path} lacks {error}; get the file again") from None
 
 
 def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
@@ -113,7 +104,9 @@ def save(
         # save_file writes the buffer and ignores strides: a transposed view would be stored scrambled.
         full_name = name if name == _HEAD else family.prefix + name
         stored[full_name] = np.ascontiguousarray(tensor, dtype=dtype)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(stored, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # save_file leaves it readable by its owner alone
     config = {
         "architectures": [family.architecture],
         "model_type": spec.family,
@@ -138,8 +131,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those its index lists, else all there are; UserError if none."""
     index = folder / _INDEX
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
+        return [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no *.safetensors; convert the model's weights to safetensors first")
@@ -183,3 +175,13 @@ def _stored_shape(spec: Spec, ours: tuple[str, ...], layer: int | None) -> tuple
     tree = shapes(spec)
     shape = tree[ours[0]] if layer is None else tree["layers"][ours[0]][1:]
     return (*shape[:-1], shape[-1] * len(ours))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); get the file again") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} is not a JSON object; get the file again")
+    return parsed

@@ -1,0 +1,227 @@
+"""The main job through its commands, small: text, set, run, evaluation, page; and what bad input gets."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+import sae_jax
+from sae_jax.commands import main as cli
+from sae_jax.commands import runtime
+
+RECIPE = {
+    "harvest": {
+        "model": "bundled",
+        "hooks": ["resid_post.1", "mlp_out.1"],
+        "context": 16,
+        "tokens": 4096,
+        "batch_tokens": 512,
+        "heldout": "heldout",
+    },
+    "site": "resid_post.1",
+    "sae": {"variant": "topk", "n_latents": 64, "k": 4, "dtype": "float32"},
+    "train": {
+        "steps": 12,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "checkpoint_every": 5,
+        "log_every": 4,
+        "dead_after_tokens": 300,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_distributed():
+    """The test process has used JAX already; joining a job of one must come first, and is tested in processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "start_distributed", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A recipe, a text, the set and the run made of them."""
+    work = tmp_path_factory.mktemp("pipeline")
+    text = work / "text"
+    text.mkdir()
+    for i in range(6):
+        body = "\n".join(f"def name_{i}_{j}(self):\n    return self.value + {j}" for j in range(80))
+        (text / f"{i}.py").write_text(body)
+    recipe = {**RECIPE, "harvest": {**RECIPE["harvest"], "text": str(text)}}
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run(work, "harvest", "--out", work / "set")
+    run(work, "train", "--data", work / "set", "--out", work / "run")
+    return work
+
+
+def run(work, command, *arguments, code=0):
+    argv = [command, *([str(work / "recipe.yaml")] if command in ("harvest", "train") else []), *map(str, arguments)]
+    assert cli.main(argv) == code, argv
+
+
+def refused(capsys, work, command, *arguments, code=2):
+    """The one line that a refused command says."""
+    capsys.readouterr()
+    run(work, command, *arguments, code=code)
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert "Traceback" not in said
+    return said
+
+
+def tree_digest(root):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_set_holds_what_was_asked(work):
+    activations = sae_jax.open_activations(work / "set")
+    assert activations.sources == ("resid_post.1", "mlp_out.1")
+    index = activations.read_index(0)
+    # No separators; and every row's token is the one its sequence has there.
+    assert (index["token"] != 0).all()
+    sequences = activations.read_sequences(index["seq"])
+    np.testing.assert_array_equal(sequences[np.arange(len(sequences)), index["pos"]], index["token"])
+
+
+def test_rows_are_the_models_activations(work):
+    from sae_jax import lm
+
+    activations = sae_jax.open_activations(work / "set")
+    index, rows = activations.read_index(0), activations.read_chunk("mlp_out.1", 0)
+    ids = activations.read_sequences(index["seq"][:4])
+    acts = lm.run(lm.load("bundled"), ids, capture=[(1, "mlp_out")], logits=False).acts[(1, "mlp_out")]
+    want = np.asarray(acts)[np.arange(4), index["pos"][:4]]
+    np.testing.assert_allclose(np.float32(rows[:4]), want, rtol=2e-2, atol=2e-2)  # stored in bfloat16
+
+
+def test_harvest_again_changes_nothing(work):
+    before = tree_digest(work / "set")
+    run(work, "harvest", "--out", work / "set")
+    assert tree_digest(work / "set") == before
+
+
+def test_shards_of_two_workers_are_those_of_one(work, tmp_path):
+    run(work, "harvest", "--out", tmp_path / "set", "--shard", "1/2")
+    with pytest.raises(sae_jax.UserError, match="shards are committed"):
+        sae_jax.open_activations(tmp_path / "set")
+    run(work, "harvest", "--out", tmp_path / "set", "--shard", "0/2")
+    whole, parts = tree_digest(work / "set"), tree_digest(tmp_path / "set")
+    assert list(whole.values()) == list(parts.values())
+
+
+def test_run_loads_and_reconstructs(work):
+    sae, averaged = sae_jax.load(work / "run"), sae_jax.load(work / "run", ema=True)
+    rows = sae_jax.open_activations(work / "set").read_chunk("resid_post.1", 0).astype(np.float32)
+    fvu = [((rows - np.asarray(s(rows))) ** 2).sum() / ((rows - rows.mean(0)) ** 2).sum() for s in (sae, averaged)]
+    assert max(fvu) < 0.9
+    assert not np.array_equal(sae.w_enc, averaged.w_enc)
+
+
+def test_metrics_have_the_stable_names(work):
+    rows = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 4, 8, 12]
+    for name in ("step", "tokens", "fvu", "l0", "dead_fraction", "tokens_per_second"):
+        assert np.isfinite([row[name] for row in rows]).all(), name
+    config = json.loads((work / "run" / "config.json").read_text())
+    assert config["sae"]["variant"] == "topk"
+    assert config["train"]["dead_after_tokens"] == 300
+
+
+def test_evaluate_on_text_and_on_rows(work, tmp_path):
+    run(work, "evaluate", work / "run", "--tokens", 256)
+    result = json.loads((work / "run" / "evaluation.json").read_text())
+    assert result["text"] == "heldout"
+    assert result["ce_clean"] < result["ce_sae"]
+    assert result["ce_clean"] < min(result["ce_zero"], result["ce_mean"])
+    assert 0 < result["fvu"] < 1.5
+    rows = np.asarray(sae_jax.open_activations(work / "set").read_chunk("resid_post.1", 0), np.float32)
+    sae_jax.write_activations(tmp_path / "own", {"resid_post.1": rows})
+    run(work, "evaluate", work / "run", "--data", tmp_path / "own")
+    result = json.loads((work / "run" / "evaluation.json").read_text())
+    assert result["text"] is None
+    assert "ce_clean" not in result
+
+
+def test_dashboard_is_written(work, tmp_path):
+    run(work, "dashboard", work / "run", "--out", tmp_path / "site", "--tokens", 2000)
+    assert (tmp_path / "site" / "index.html").exists()
+
+
+def test_verify_and_damage(work, tmp_path, capsys):
+    run(work, "verify", work / "set")
+    for name, damage in {
+        "deleted": lambda s: next((s / "acts" / "resid_post.1" / "c").glob("1/*")).unlink(),
+        "truncated": lambda s: (s / "commits" / "2.json").write_text("{"),
+    }.items():
+        damaged = tmp_path / name
+        shutil.copytree(work / "set", damaged)
+        damage(damaged)
+        before = tree_digest(damaged)
+        for command in (["verify", damaged], ["train", "--data", damaged, "--out", tmp_path / "r"]):
+            capsys.readouterr()
+            run(work, *command, code=1)
+            said = capsys.readouterr().err
+            assert ("resid_post.1/c/1" if name == "deleted" else "commits/2.json") in said, said
+            assert "Traceback" not in said
+        run(work, "evaluate", work / "run", "--data", damaged, code=1)
+        assert tree_digest(damaged) == before
+
+
+def test_flipped_byte_is_found_by_whoever_reads_it(work, tmp_path, capsys):
+    damaged = tmp_path / "set"
+    shutil.copytree(work / "set", damaged)
+    path = next((damaged / "acts" / "resid_post.1" / "c").glob("0/*"))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(bytes(data))
+    for command in (["verify", damaged], ["train", "--data", damaged, "--out", tmp_path / "r", "--train.steps", 60]):
+        capsys.readouterr()
+        run(work, *command, code=1)
+        assert "resid_post.1/c/0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--sae.kk=3"], "did you mean sae.k?"),
+        ("train", ["--sae.k=65"], "sae.k=65 must be between 1 and sae.n_latents=64"),
+        ("train", ["--mesh.latent=3"], "8 are visible"),
+        ("train", ["--sae.n_latents=60"], "sae.n_latents=60 does not divide over 8 devices"),
+        ("train", ["--site=resid_post.7"], "resid_post.1, mlp_out.1"),
+        ("train", ["--train.lr=fast"], "train.lr"),
+        ("harvest", ["--harvest.hooks", "resid_post.9"], "resid_post.9"),
+        ("harvest", ["--harvest.hooks", "resid.1"], "resid_pre"),
+        ("harvest", ["--harvest.context=1000"], "harvest.context=1000"),
+        ("harvest", ["--harvest.text=/nowhere"], "/nowhere"),
+        ("harvest", ["--shard=2/2"], "0 <= i < n"),
+        ("harvest", ["--harvest.hooks", "resid_post.0"], "already a set"),
+    ],
+)
+def test_usage_errors_are_one_line(work, tmp_path, capsys, command, arguments, message):
+    where = ["--data", work / "set", "--out", tmp_path / "run"] if command == "train" else ["--out", tmp_path / "set"]
+    if message == "already a set":
+        where = ["--out", work / "set"]
+    said = refused(capsys, work, command, *where, *arguments)
+    assert message in said
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_resume_with_other_settings_is_refused(work, capsys):
+    arguments = ["--data", work / "set", "--out", work / "run", "--sae.k=5"]
+    assert "sae.k=4, not 5" in refused(capsys, work, "train", *arguments)
+
+
+def test_unknown_things_are_named(work, tmp_path, capsys):
+    assert "there is no command" in refused(capsys, work, "trane")
+    assert "not a run" in refused(capsys, work, "evaluate", tmp_path, code=1)
+    assert "dataset.json" in refused(capsys, work, "verify", tmp_path, code=1)
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in cli.COMMANDS)

@@ -1,0 +1,16 @@
+"""Fixtures of the language-model tests."""
+
+import jax
+import pytest
+
+from tests.lm.tiny import SPEC, random_model
+
+
+@pytest.fixture(scope="session")
+def model():
+    return random_model(SPEC)
+
+
+@pytest.fixture(scope="session")
+def ids_BT():  # noqa: N802, fixtures are named as the locals they become
+    return jax.random.randint(jax.random.key(1), (3, 9), 0, SPEC.n_vocab)

@@ -1,0 +1,162 @@
+import json
+import shutil
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sae_jax.lm import load, tokenizer, weights
+from sae_jax.types import UsageError, UserError
+from tests.lm.tiny import SPEC
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    weights.save(tmp_path, SPEC, model.params)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    """Put `change` of the tensors in the place of the tensors."""
+    path = folder / "model.safetensors"
+    save_file({name: np.ascontiguousarray(a) for name, a in change(load_file(path)).items()}, path)
+
+
+def assert_same(loaded, model):
+    assert loaded.spec == model.spec
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+
+
+def test_what_is_saved_is_loaded(folder, model):
+    loaded = load(str(folder))
+    assert_same(loaded, model)
+    assert (loaded.reference, loaded.path) == (str(folder), str(folder))
+    weights.save(folder, SPEC, model.params, dtype=jnp.bfloat16)
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), model)
+    assert_same(load(str(folder), jnp.bfloat16), half)
+
+
+def test_the_digest_is_that_of_the_weights(folder):
+    before = load(str(folder)).digest
+    assert len(before) == 64
+    assert load(str(folder)).digest == before
+    rewrite(folder, lambda tensors: tensors | {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"] + 1})
+    assert load(str(folder)).digest != before
+
+
+def test_base_checkpoints_have_no_prefix_and_carry_mask_buffers(folder, model):
+    def as_on_the_hub(tensors):
+        named = {name.removeprefix("transformer."): a for name, a in tensors.items()}
+        mask = np.tril(np.ones((1, 1, 12, 12), np.float32))
+        return (
+            named
+            | {f"h.{i}.attn.bias": mask for i in range(4)}
+            | {"h.0.attn.masked_bias": np.float32([-1e4])}
+        )
+
+    rewrite(folder, as_on_the_hub)
+    assert_same(load(str(folder)), model)
+
+
+def test_shards_are_read_through_their_index(folder, model):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    save_file({"wte.weight": np.zeros(1, np.float32)}, folder / "unrelated.safetensors")
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(load(str(folder)), model)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"b\.safetensors"):
+        load(str(folder))
+
+
+def damage_truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_config(**change):
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, r"model\.safetensors cannot be read"),
+        (damage_config(model_type="opt"), r"'opt', which is not supported; supported: gpt2"),
+        (damage_config(scale_attn_by_inverse_layer_idx=True), r"scale_attn_by_inverse_layer_idx=True"),
+        (damage_config(activation_function="swish2"), r"'swish2' is not implemented.*gelu_new"),
+        (damage_config(n_layer=5), r"no tensor 'h\.4\.ln_1\.weight'"),
+        (damage_config(vocab_size=24), r"'wte\.weight' in shape \(23, 16\)"),
+        (damage_config(n_head=3), r"n_head=3 does not divide n_embd=16"),
+        (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), r"lacks 'n_embd'"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            r"no tensor 'wte\.weight'",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reference", ["/no/such/folder", "./nowhere", "a/b/c", "name@", ""])
+def test_a_reference_to_nothing_is_refused(reference):
+    with pytest.raises(UsageError, match="use bundled, a folder, or hub-id"):
+        load(reference)
+
+
+def test_a_hub_model_is_fetched_at_its_revision(folder, model, monkeypatch):
+    asked = []
+
+    def fetch(repo, *, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert_same(load("owner/name@v1.0"), model)
+    load("name")
+    assert asked == [("owner/name", "v1.0"), ("name", None)]
+
+
+def test_a_hub_model_out_of_reach_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"'owner/name' .* cannot be fetched \(no network\)") as caught:
+        load("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    with pytest.raises(UserError, match=r"no tokenizer; copy the tokenizer\.json"):
+        tokenizer(str(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        tokenizer(str(folder))
+
+
+def test_a_tokenizer_without_a_separator_is_refused(tmp_path):
+    bundled = weights.__file__.removesuffix("lm/weights.py") + "assets/bundled_lm/tokenizer.json"
+    shutil.copy(bundled, tmp_path)
+    with pytest.raises(UserError, match="no bos_token and no eos_token"):
+        tokenizer(str(tmp_path))
