@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_jax.activations.ingest import write_activations
     from sae_jax.activations.store import ActivationSet, open_activations
-    from sae_jax.activations.write import write_activations
     from sae_jax.saes.base import AbstractSae
     from sae_jax.train.checkpoint import load
     from sae_jax.types import Code, UsageError, UserError
@@ -40,7 +40,7 @@ _HOMES = {
     "UserError": "sae_jax.types",
     "load": "sae_jax.train.checkpoint",
     "open_activations": "sae_jax.activations.store",
-    "write_activations": "sae_jax.activations.write",
+    "write_activations": "sae_jax.activations.ingest",
 }
 
 

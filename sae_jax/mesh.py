@@ -67,6 +67,11 @@ def current() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+def placed(role: P) -> P | None:
+    """`role` where there is a mesh to place an array on, else None: for the `out_sharding` of what makes arrays."""
+    return None if current() is None else role
+
+
 def axis_size(name: str) -> int:
     """How many ways the mesh in use splits along `name`; 1 without a mesh."""
     mesh = current()

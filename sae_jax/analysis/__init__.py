@@ -1,1 +1,1 @@
-"""TODO."""
+"""What latents mean: their strongest contexts, their effects, and pages to look at them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sae_jax.activations.store import ActivationSet
-from sae_jax.analysis.examples import Activations, collect
+from sae_jax.analysis.examples import Activations, SparseBlock, collect
 from sae_jax.saes.base import AbstractSae
 
 MAX_SHARDS = 8  # text is spread over this many places of the set
@@ -50,13 +50,14 @@ def collect_set(
             x_ND = activations.read_chunk(source, int(chunk))[mine].astype(np.float32)
             yield x_ND, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
 
-    def codes() -> Iterator[tuple[np.ndarray, ...]]:
+    def codes() -> Iterator[SparseBlock]:
         done = 0
-        for x_ND, *place in _in_blocks(rows()):
+        for x_ND, token, seq, pos in _in_blocks(rows()):
             # Every block has the same shape, or each ragged one would compile the encoder again.
             padded_ND = np.pad(x_ND, ((0, BLOCK - len(x_ND)), (0, 0)))
             code = sae.encode(padded_ND)
-            yield np.asarray(code.indices)[: len(x_ND)], np.asarray(code.values)[: len(x_ND)], *place
+            indices, values = (np.asarray(field)[: len(x_ND)] for field in (code.indices, code.values))
+            yield indices, values, token, seq, pos
             done += len(x_ND)
             progress(done)
 

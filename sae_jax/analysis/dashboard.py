@@ -157,13 +157,9 @@ def _refuse_to_overwrite(out_dir: Path) -> None:
         raise UsageError(f"{out_dir} exists and is not a dashboard; choose another folder or remove it")
 
 
-def _check(
-    table: Activations, sequences: np.ndarray, n_tokens: int, w_dec: np.ndarray, latents: np.ndarray
-) -> None:
+def _check(table: Activations, sequences: np.ndarray, n_tokens: int, w_dec: np.ndarray, latents: np.ndarray) -> None:
     if len(w_dec) != table.n_latents:
-        raise UserError(
-            f"w_dec has {len(w_dec)} rows for {table.n_latents} latents; give one row for each latent"
-        )
+        raise UserError(f"w_dec has {len(w_dec)} rows for {table.n_latents} latents; give one row for each latent")
     strange = latents[(latents < 0) | (latents >= table.n_latents)]
     if strange.size:
         raise UserError(f"latent {strange[0]} does not exist; choose from 0 to {table.n_latents - 1}")
@@ -308,9 +304,7 @@ def _logit_ends(
         up, down = _largest_of_rows(effect_NV, n_ends), _largest_of_rows(-effect_NV, n_ends)
         shown.tokens[up[0]] = shown.tokens[down[0]] = True
         for i, spread in enumerate(effect_NV.std(axis=1)):
-            ends.append(
-                _LogitEnds(_pairs(up[0][i], up[1][i]), _pairs(down[0][i], -down[1][i]), float(spread))
-            )
+            ends.append(_LogitEnds(_pairs(up[0][i], up[1][i]), _pairs(down[0][i], -down[1][i]), float(spread)))
     return ends
 
 
@@ -340,9 +334,7 @@ def _write_texts(data: Path, sequences: np.ndarray, shown: _Shown) -> int:
             continue
         part = sequences[low : low + per_file]
         shown.tokens[part[used]] = True
-        texts = [
-            _packed(ids, shown.bytes_per_token) if use else 0 for ids, use in zip(part, used, strict=True)
-        ]
+        texts = [_packed(ids, shown.bytes_per_token) if use else 0 for ids, use in zip(part, used, strict=True)]
         _write_script(data / f"text-{low // per_file:03d}.js", "text", low // per_file, texts)
     return per_file
 

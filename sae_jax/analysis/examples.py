@@ -328,9 +328,7 @@ def _largest(values: np.ndarray, m: int) -> np.ndarray:
     return candidates[np.argsort(-values[candidates], kind="stable")[:m]]
 
 
-def _best_per_latent(
-    latent_A: np.ndarray, value_A: np.ndarray, m: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best_per_latent(latent_A: np.ndarray, value_A: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices of each latent's m largest positive values, their latents and ranks; ties to the first."""
     # The bits of a positive float order like an integer, so one integer sort does latents and values.
     falling_A = np.uint32(0xFFFFFFFF) - value_A.view(np.uint32)
@@ -342,9 +340,7 @@ def _best_per_latent(
     return order[keep], latent[keep], rank[keep]
 
 
-def _merge(
-    kept: Strongest, values_BF: np.ndarray, token: np.ndarray, seq: np.ndarray, pos: np.ndarray
-) -> None:
+def _merge(kept: Strongest, values_BF: np.ndarray, token: np.ndarray, seq: np.ndarray, pos: np.ndarray) -> None:
     """Enter the values of some rows into `kept`, in place."""
     if np.isnan(values_BF).any():
         raise UserError("a feature value is not a number; check the activations")

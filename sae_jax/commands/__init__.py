@@ -1,1 +1,1 @@
-"""TODO."""
+"""One file per command: parse, call the library, show the result."""

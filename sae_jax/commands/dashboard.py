@@ -58,7 +58,9 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     facts = read_config(Path(command.run))
     sae = load(command.run, ema=command.ema)
     activations = open_activations(command.data or facts["data"])
-    source = activations.source(facts["site"])
+    source, tokenizer = activations.source(facts["site"]), command.model or activations.spec.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{activations.path} has no text to show; make the set with `sae-jax harvest`")
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(sae, activations, source.name, command.tokens, progress.update)
     evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
@@ -68,9 +70,9 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
             command.out,
             table=table,
             sequences=sequences,
-            token_strings=_token_strings(command.model or activations.spec.tokenizer),
+            token_strings=_token_strings(tokenizer),
             w_dec=np.asarray(sae.w_dec),
-            logit_effects=_logit_effects(reference, source.hook) if reference else None,
+            logit_effects=_logit_effects(reference, source.hook) if reference and source.hook else None,
             title=command.run,
             metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
             config=facts,

@@ -55,8 +55,9 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
     variant = _typed_variant(flags) or next(
         (v for c in reversed(contents) if (v := (c.get("sae") or {}).get("variant"))), DEFAULT_VARIANT
     )
-    recipe: Any = Recipe[base.config_class(variant)]
-    parsed = command[base.config_class(variant)] if getattr(command, "__parameters__", ()) else command
+    own: Any = base.config_class(variant)
+    recipe: Any = Recipe[own]
+    parsed = command[own] if getattr(command, "__parameters__", ()) else command
     wanted = {f.name for f in dataclasses.fields(command)} & {f.name for f in dataclasses.fields(Recipe)}
     tokens: list[str] = []
     for path, content in zip(files, contents, strict=True):

@@ -30,7 +30,9 @@ class Reconstruction:
         self._fired_F = np.zeros(n_latents, np.int64)
         self._l0 = np.zeros(0, np.int64)
 
-    def add(self, sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array | None = None) -> jax.Array:
+    def add(
+        self, sae: AbstractSae, x_ND: jax.Array | np.ndarray, keep_N: jax.Array | np.ndarray | None = None
+    ) -> jax.Array:
         """Count a block of rows f32[N, D]; rows where `keep_N` is False are left out. Returns x_hat f32[N, D]."""
         x_ND = jnp.asarray(x_ND, jnp.float32)
         keep_N = jnp.ones(x_ND.shape[0], bool) if keep_N is None else jnp.asarray(keep_N, bool)

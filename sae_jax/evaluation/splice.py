@@ -25,7 +25,7 @@ from sae_jax.evaluation.reconstruction import Reconstruction
 from sae_jax.saes.base import AbstractSae
 
 
-def evaluate_on_text(
+def splice(
     sae: AbstractSae,
     model: lm.LanguageModel,
     hook: lm.Hook,
@@ -48,15 +48,13 @@ def evaluate_on_text(
     reconstruction = Reconstruction(sae.b_enc.shape[0])
     sums: dict[str, float] = {}
     n_predictions = n_sequences = 0
-    mean_D = jnp.asarray(mean_D, jnp.float32)
     for ids_BT in batches:
-        ids_BT = np.asarray(ids_BT, np.int32)
-        x_BTD, clean_BTV = _clean(model, ids_BT, hook)
+        x_BTD, clean_BTV = _clean(model, jnp.asarray(ids_BT, jnp.int32), hook)
         keep_BT = jnp.asarray(keep(ids_BT, np.asarray(jnp.linalg.norm(x_BTD, axis=-1))))
         x_hat_ND = reconstruction.add(sae, x_BTD.reshape(-1, x_BTD.shape[-1]), keep_BT.ravel())
         replaced = {"sae": x_hat_ND.reshape(x_BTD.shape), "zero": jnp.zeros_like(x_BTD)}
-        replaced["mean"] = jnp.broadcast_to(mean_D, x_BTD.shape)
-        block = {"clean": lm.cross_entropy(clean_BTV, ids_BT).sum()}
+        replaced["mean"] = jnp.broadcast_to(jnp.asarray(mean_D, jnp.float32), x_BTD.shape)
+        block = {"clean": lm.cross_entropy(clean_BTV, jnp.asarray(ids_BT)).sum()}
         for name, y_BTD in replaced.items():
             cross_entropy, kl = _spliced(model, ids_BT, hook, y_BTD, keep_BT, clean_BTV)
             block[name] = cross_entropy
@@ -88,6 +86,7 @@ def _recovered(ablated: float, spliced: float, clean: float) -> float:
 @partial(jax.jit, static_argnames="hook")
 def _clean(model: lm.LanguageModel, ids_BT: jax.Array, hook: lm.Hook) -> tuple[jax.Array, jax.Array]:
     out = lm.run(model, ids_BT, capture=(hook,))
+    assert out.logits is not None
     return out.acts[hook].reshape(*ids_BT.shape, -1).astype(jnp.float32), out.logits
 
 
@@ -100,6 +99,7 @@ def _spliced(model, ids_BT, hook, y_BTD, keep_BT, clean_BTV) -> tuple[jax.Array,
         return jnp.where(keep_BT.reshape(*keep_BT.shape, *(1,) * (x.ndim - 2)), y, x)
 
     logits_BTV = lm.run(model, ids_BT, edits={hook: edit}).logits
+    assert logits_BTV is not None
     clean_log_BTV, log_BTV = (jax.nn.log_softmax(z[:, :-1]) for z in (clean_BTV, logits_BTV))
     kl = (jnp.exp(clean_log_BTV) * (clean_log_BTV - log_BTV)).sum()
     return lm.cross_entropy(logits_BTV, ids_BT).sum(), kl

@@ -23,9 +23,7 @@ class Family:
     prefix: str  # what full checkpoints put before every name but the head's; base checkpoints leave it out
     layer_list: str  # the name that the layer number follows
     top: dict[str, str]  # tensor name -> ours
-    layer: dict[
-        str, tuple[str, ...]
-    ]  # module name -> ours; several share the tensor in equal parts of its last axis
+    layer: dict[str, tuple[str, ...]]  # module name -> ours; several share the tensor in equal parts of its last axis
 
 
 def family_of(config: Mapping[str, Any], reference: str) -> Family:
@@ -50,9 +48,7 @@ def _read_gpt2(config: Mapping[str, Any]) -> Spec:
             raise UserError(f"GPT-2 with {key}={config[key]} is not implemented; it must be {needed}")
     d_model = config["n_embd"]
     if d_model % config["n_head"]:
-        raise UserError(
-            f"n_head={config['n_head']} does not divide n_embd={d_model}; the config.json is damaged"
-        )
+        raise UserError(f"n_head={config['n_head']} does not divide n_embd={d_model}; the config.json is damaged")
     return Spec(
         family="gpt2",
         n_layers=config["n_layer"],

@@ -55,9 +55,7 @@ def generate(
     if temperature < 0:
         raise UsageError(f"temperature={temperature} is negative; use 0 for the most likely token, or more")
     fixed_edits = tuple(sorted((edits or {}).items(), key=lambda item: item[0]))
-    return _generate(
-        model, ids_BT, n_new, key, fixed_edits, edit_args, temperature > 0, jnp.float32(temperature)
-    )
+    return _generate(model, ids_BT, n_new, key, fixed_edits, edit_args, temperature > 0, jnp.float32(temperature))
 
 
 @functools.partial(jax.jit, static_argnames=("n_new", "fixed_edits", "sample"))

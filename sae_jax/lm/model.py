@@ -66,9 +66,7 @@ def locate(reference: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=_FILES)
-        )
+        return Path(huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=_FILES))
     except (OSError, ValueError) as error:
         # Every error of the hub client and its transport is one of the two; the first line says which it was.
         reason = str(error).partition("\n")[0]

@@ -81,9 +81,7 @@ def run(
     n_new = ids_BT.shape[1]
     n_slots = n_new if cache is None else cache.keys.shape[2]
     if n_slots > spec.n_context:
-        raise UsageError(
-            f"{n_slots} positions exceed the model's context of {spec.n_context}; use shorter sequences"
-        )
+        raise UsageError(f"{n_slots} positions exceed the model's context of {spec.n_context}; use shorter sequences")
 
     first = jnp.int32(0) if cache is None else cache.length
     position_T = first + jnp.arange(n_new, dtype=jnp.int32)
@@ -152,9 +150,7 @@ def empty_cache(model: LanguageModel, ids_BT: jax.Array, n_slots: int) -> Cache:
 def _layers_before(stop_at: int | None, hooks: Iterable[Hook], spec: Spec) -> int:
     stop_at = spec.n_layers if stop_at is None else stop_at
     if not 0 <= stop_at <= spec.n_layers:
-        raise UsageError(
-            f"stop_at={stop_at} is not a number of layers of this model; use 0 to {spec.n_layers}"
-        )
+        raise UsageError(f"stop_at={stop_at} is not a number of layers of this model; use 0 to {spec.n_layers}")
     for hook in hooks:
         if hook.layer >= stop_at:
             raise UsageError(f"stop_at={stop_at} never reaches hook {hook}; use {hook.layer + 1} or more")

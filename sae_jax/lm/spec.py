@@ -37,8 +37,7 @@ class Spec:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise UserError(
-                f"activation function {self.activation!r} is not implemented; "
-                f"implemented: {', '.join(ACTIVATIONS)}"
+                f"activation function {self.activation!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}"
             )
 
 

@@ -24,9 +24,7 @@ class Tokenizer:
         """Wrap `backend`; UserError without a beginning or end token to separate documents with."""
         separator_id = eos_id if bos_id is None else bos_id
         if separator_id is None:
-            raise UserError(
-                "the tokenizer names no bos_token and no eos_token; add one to tokenizer_config.json"
-            )
+            raise UserError("the tokenizer names no bos_token and no eos_token; add one to tokenizer_config.json")
         self._backend = backend
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -40,9 +38,7 @@ class Tokenizer:
     @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids that stand for no text: what a harvest may leave out."""
-        return tuple(
-            sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
-        )
+        return tuple(sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without beginning or end tokens."""
@@ -73,9 +69,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         # Both libraries raise bare Exceptions for a damaged or missing file.
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
-    if (
-        backend.get_vocab_size(with_added_tokens=False) == 0
-    ):  # what transformers makes of a folder without one
+    if backend.get_vocab_size(with_added_tokens=False) == 0:  # what transformers makes of a folder without one
         raise UserError(f"{folder} has no tokenizer; copy the tokenizer.json of the model into it")
     bos_id, eos_id = (None if token is None else backend.token_to_id(token) for token in (bos, eos))
     return Tokenizer(backend, bos_id, eos_id)

@@ -60,9 +60,7 @@ def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dic
         if name not in found:
             raise UserError(f"{folder} has no tensor {name!r}; its safetensors and config.json do not match")
         if found[name].shape != shape:
-            raise UserError(
-                f"{folder} has {name!r} in shape {found[name].shape}; its config.json implies {shape}"
-            )
+            raise UserError(f"{folder} has {name!r} in shape {found[name].shape}; its config.json implies {shape}")
 
     params: dict[str, Any] = {"layers": {}}
     stacks: dict[str, list[np.ndarray]] = {}

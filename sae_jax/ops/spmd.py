@@ -15,7 +15,7 @@ from jax import lax
 from sae_jax import mesh
 from sae_jax.types import Code
 
-CODES: Any = Code(mesh.CODE, mesh.CODE)
+CODES: Any = Code(*(mesh.CODE, mesh.CODE))  # pyrefly: ignore[bad-argument-type] (specs in the shape of a code)
 
 
 def per_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

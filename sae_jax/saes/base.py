@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import importlib
 import pkgutil
+from dataclasses import replace
 from typing import Any, Literal, Protocol, Self
 
 import jax
@@ -49,7 +50,7 @@ class Statistics:
     def after(self, fired_F: jax.Array, n_tokens: int) -> Self:
         """Counters after a batch of `n_tokens` in which `fired_F` fired."""
         aged_F = jnp.minimum(self.silent + n_tokens, self.dead_after + 1)
-        return self.replace(silent=jnp.where(fired_F, 0, aged_F))  # type: ignore[attr-defined]
+        return replace(self, silent=jnp.where(fired_F, 0, aged_F))
 
     @property
     def dead(self) -> jax.Array:
@@ -205,10 +206,10 @@ tangent_to_rows.defvjp(lambda w_FD: (w_FD, w_FD), _tangent)
 def linear_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
     """f32[F, D], DICT: U(-1/sqrt(D), 1/sqrt(D)), a linear layer's usual default. Born sharded on a mesh."""
     bound = d_model**-0.5
-    placed = {} if mesh.current() is None else {"out_sharding": mesh.DICT}
-    return jax.random.uniform(key, (n_latents, d_model), jnp.float32, -bound, bound, **placed)
+    shape = (n_latents, d_model)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound, out_sharding=mesh.placed(mesh.DICT))
 
 
 def zeros(shape: tuple[int, ...], role: Any, dtype: Any = jnp.float32) -> jax.Array:
     """Zeros placed by role where there is a mesh."""
-    return jnp.zeros(shape, dtype, **({} if mesh.current() is None else {"out_sharding": role}))
+    return jnp.zeros(shape, dtype, out_sharding=mesh.placed(role))

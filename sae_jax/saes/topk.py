@@ -13,7 +13,7 @@ Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 240
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -72,7 +72,7 @@ class Config:
             config=self,
         )
         r = _response(sae, jax.random.fold_in(key, 1))
-        return sae.replace(w_enc=w_enc / jnp.where(r > 0, r, 1.0))
+        return replace(sae, w_enc=w_enc / jnp.where(r > 0, r, 1.0))
 
 
 @struct.dataclass
@@ -128,7 +128,7 @@ class TopK(AbstractSae):
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again."""
-        return state.replace(sae=state.sae.replace(w_dec=base.unit_rows(state.sae.w_dec)))
+        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
 
     def _encode(self, x_BD: jax.Array, k: int, allowed_F: jax.Array | None = None) -> Code:
         dtype = jnp.dtype(self.config.dtype)
@@ -162,7 +162,7 @@ def _response(sae: TopK, key: jax.Array) -> jax.Array:
     """Mean norm of the reconstruction, less the bias, of random unit vectors around the bias."""
     d_model = sae.b_dec.shape[0]
     n_devices = mesh.axis_size(mesh.DATA) * mesh.axis_size(mesh.LATENT)
-    placed = {} if mesh.current() is None else {"out_sharding": mesh.ROWS}
-    probes_PD = jax.random.normal(key, (math.ceil(N_PROBES / n_devices) * n_devices, d_model), **placed)
+    shape = (math.ceil(N_PROBES / n_devices) * n_devices, d_model)
+    probes_PD = jax.random.normal(key, shape, out_sharding=mesh.placed(mesh.ROWS))
     code = sae._encode(base.unit_rows(probes_PD) + sae.b_dec[None], sae.config.k)
     return jnp.linalg.norm(sparse.decode(code, sae.w_dec), axis=-1).mean()

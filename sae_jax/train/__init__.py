@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training: state, step, loop, checkpoints and the record of a run."""

@@ -32,9 +32,9 @@ class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it waits for the save under way."""
 
     def __init__(self, run: Path) -> None:
-        policy = ocp.training.preservation_policies.LatestN(KEPT)
+        policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
-            (run / "checkpoints").absolute(), preservation_policy=policy, cleanup_tmp_directories=True
+            str((run / "checkpoints").absolute()), preservation_policy=policy, cleanup_tmp_directories=True
         )
 
     @property

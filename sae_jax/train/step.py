@@ -6,6 +6,7 @@ objective and gradient -> clip, Adam -> constraints of the variant -> running av
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
         with jax.named_scope("optimiser"):
             updates, moments = tx.update(gradients, state.moments, state.sae)  # pyrefly: ignore[bad-argument-type]
-            state = state.replace(
+            state = replace(
+                state,
                 step=state.step + 1,
                 sae=optax.apply_updates(state.sae, updates),  # pyrefly: ignore[bad-argument-type]
                 moments=moments,
@@ -42,8 +44,8 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             )
             state = state.sae.after_step(state, after_key)
             if config.ema:
-                average = optax.incremental_update(state.sae, state.average, 1 - config.ema)
-                state = state.replace(average=average)
+                average = jax.tree.map(lambda m, w: config.ema * m + (1 - config.ema) * w, state.average, state.sae)
+                state = replace(state, average=average)
         return state, {
             "loss": loss,
             "fvu": losses.batch_fvu(batch.y, outcome.x_hat),

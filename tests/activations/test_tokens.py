@@ -53,9 +53,7 @@ def test_sequences_are_the_joined_documents_cut_up(jsonl, texts, context, start,
     assert {row.dtype for row in got} == {np.dtype(np.int32)}
     np.testing.assert_array_equal(np.stack(got), expected)
     part = list(sequences(reference, Bytes(), context, start, start + length))
-    np.testing.assert_array_equal(
-        np.array(part, np.int32).reshape(-1, context), expected[start : start + length]
-    )
+    np.testing.assert_array_equal(np.array(part, np.int32).reshape(-1, context), expected[start : start + length])
     np.testing.assert_array_equal(list(sequences(reference, Bytes(), context, start)), got[start:])
 
 
@@ -73,9 +71,7 @@ def test_files_directories_and_globs_give_their_documents_in_order_of_path(tmp_p
 
 def test_the_digest_changes_with_the_text_and_with_its_boundaries(tmp_path):
     path = tmp_path / "a.jsonl"
-    digests = {
-        text_digest(write_jsonl(path, texts)) for texts in (["ab", "c"], ["a", "bc"], ["ab", "d"], ["abc"])
-    }
+    digests = {text_digest(write_jsonl(path, texts)) for texts in (["ab", "c"], ["a", "bc"], ["ab", "d"], ["abc"])}
     assert len(digests) == 4
     assert text_digest(str(path)) == text_digest(str(path))
     assert text_digest("hf:owner/data@abc:test") == "hf:owner/data@abc:test"
@@ -130,9 +126,7 @@ def test_the_standard_library_is_split_by_name_once_and_for_all():
 
 def test_the_bundled_held_out_text_follows_the_rule_of_the_running_python():
     names = [json.loads(line)["name"] for line in tokens.HELDOUT.read_text(encoding="utf-8").splitlines()]
-    assert {Path(name).name for name in names}.isdisjoint(
-        Path(name).name for name, _ in stdlib_files(held_out=False)
-    )
+    assert {Path(name).name for name in names}.isdisjoint(Path(name).name for name, _ in stdlib_files(held_out=False))
     assert len(list(documents("heldout"))) == len(names)
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import struct
 
 from sae_jax import lm
-from sae_jax.evaluation.splice import evaluate_on_text
+from sae_jax.evaluation.splice import splice
 from sae_jax.types import Code
 
 HOOK = lm.Hook(2, "resid_post")
@@ -40,7 +40,7 @@ def batches(model):
 
 def measure(model, batches, factor, keep=lambda ids, norm: np.ones(ids.shape, bool)):
     mean = np.full(model.spec.d_model, 0.1)
-    return evaluate_on_text(Scaled(jnp.float32(factor), jnp.zeros(4)), model, HOOK, mean, batches, keep, lambda n: None)
+    return splice(Scaled(jnp.float32(factor), jnp.zeros(4)), model, HOOK, mean, batches, keep, lambda n: None)
 
 
 def test_the_identity_changes_nothing(model, batches):

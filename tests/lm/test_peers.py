@@ -49,8 +49,6 @@ def test_logits_hidden_states_and_greedy_text_are_equal(folder):
     ids_BT = jnp.asarray(ids, jnp.int32)
     ours = jax.jit(lambda model, ids_BT: run(model, ids_BT, capture=hooks))(model, ids_BT)
     np.testing.assert_allclose(ours.logits, theirs.logits.numpy(), atol=1e-4)
-    for (
-        hook
-    ) in hooks:  # transformers lists the embedding first and puts the last block through the final norm
+    for hook in hooks:  # transformers lists the embedding first and puts the last block through the final norm
         np.testing.assert_allclose(ours.acts[hook], theirs.hidden_states[hook.layer].numpy(), atol=1e-4)
     np.testing.assert_array_equal(generate(model, ids_BT, 12, jax.random.key(0)), text.numpy())

@@ -22,9 +22,7 @@ def oracle(model, ids_BT, edits=None):
     return gpt2.forward(params, np.asarray(ids_BT), model.spec.n_heads, model.spec.activation, edits=edits)
 
 
-@pytest.mark.parametrize(
-    "change", [{}, *({"n_layers": 1, "activation": name} for name in ("gelu", "relu", "silu"))]
-)
+@pytest.mark.parametrize("change", [{}, *({"n_layers": 1, "activation": name} for name in ("gelu", "relu", "silu"))])
 def test_logits_and_every_point_agree_with_the_oracle(change, ids_BT):
     model = random_model(dataclasses.replace(SPEC, **change))
     everywhere = tuple(hook for hook in EVERYWHERE if hook.layer < model.spec.n_layers)

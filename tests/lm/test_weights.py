@@ -51,11 +51,7 @@ def test_base_checkpoints_have_no_prefix_and_carry_mask_buffers(folder, model):
     def as_on_the_hub(tensors):
         named = {name.removeprefix("transformer."): a for name, a in tensors.items()}
         mask = np.tril(np.ones((1, 1, 12, 12), np.float32))
-        return (
-            named
-            | {f"h.{i}.attn.bias": mask for i in range(4)}
-            | {"h.0.attn.masked_bias": np.float32([-1e4])}
-        )
+        return named | {f"h.{i}.attn.bias": mask for i in range(4)} | {"h.0.attn.masked_bias": np.float32([-1e4])}
 
     rewrite(folder, as_on_the_hub)
     assert_same(load(str(folder)), model)

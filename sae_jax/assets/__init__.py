@@ -1,0 +1,1 @@
+"""The bundled language model and its held-out text, which make everything run with no network."""
