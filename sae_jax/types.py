@@ -11,6 +11,10 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+from sae_jax.errors import UsageError, UserError
+
+__all__ = ["Code", "UsageError", "UserError"]
+
 
 @struct.dataclass
 class Code:
@@ -23,18 +27,3 @@ class Code:
 
     indices: jax.Array  # i32[B, K]
     values: jax.Array  # f32[B, K], >= 0
-
-
-class UserError(Exception):
-    """Something a user can cause and cure. The message is one line: the value, the limit, the cure.
-
-    Commands print it without a traceback and leave with `exit_code`.
-    """
-
-    exit_code = 1
-
-
-class UsageError(UserError):
-    """A wrong argument: a misspelt key, a value out of range, a name that does not exist."""
-
-    exit_code = 2

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sae_jax"
 
 ORDER = [
+    {"errors"},
     {"types", "config", "mesh", "progress"},
     {"ops"},
     {"saes", "lm"},

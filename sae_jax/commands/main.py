@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from sae_jax.errors import UsageError, UserError
 from sae_jax.progress import console
-from sae_jax.types import UsageError, UserError
 
 COMMANDS = {
     "harvest": "text through a language model into an activation set on disk",
