@@ -130,9 +130,7 @@ def write_tokenizer(out: Path, texts: list[str], vocabulary: int) -> None:
 
 def pack(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """All texts as one stream of ids, a separator before each."""
-    return np.concatenate(
-        [np.array([tokenizer.separator_id, *ids], np.int32) for ids in tokenizer.encode(texts)]
-    )
+    return np.concatenate([np.array([tokenizer.separator_id, *ids], np.int32) for ids in tokenizer.encode(texts)])
 
 
 def train(spec: Spec, params: dict, stream: np.ndarray, steps: int, config: Config) -> dict:
@@ -185,9 +183,7 @@ def make_optimizer(steps: int, config: Config) -> optax.GradientTransformation:
 
 def heldout_nats(spec: Spec, params: dict, stream: np.ndarray) -> float:
     """Mean nats a token over contexts that overlap by one token, so that every token but the first counts."""
-    score = jax.jit(
-        lambda params, ids_BT: cross_entropy(run(LanguageModel(params, spec), ids_BT).logits, ids_BT)
-    )
+    score = jax.jit(lambda params, ids_BT: cross_entropy(run(LanguageModel(params, spec), ids_BT).logits, ids_BT))
     stride = spec.n_context - 1
     n_rows = (len(stream) - 1) // stride
     rows = np.stack([stream[i * stride : i * stride + spec.n_context] for i in range(n_rows)])

@@ -52,9 +52,7 @@ def main(config: Benchmark) -> None:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         activations = write(config, Path(folder) / "set")
         raw = Path(folder) / "rows.bin"
-        np.concatenate(
-            [as_bits(activations.read_chunk("acts", i)) for i in range(activations.n_chunks)]
-        ).tofile(raw)
+        np.concatenate([as_bits(activations.read_chunk("acts", i)) for i in range(activations.n_chunks)]).tofile(raw)
         steps = config.epochs * activations.n_rows // config.batch_size
         with Loader(activations, ("acts",), config.batch_size, seed=0) as loader:
             row_ids = [loader.row_ids(step) for step in range(steps)]
@@ -108,15 +106,11 @@ def report(config: Benchmark, results: list[dict[str, float]], gigabytes: float,
         "ratio": ratios,
     }
     for name, values in rows.items():
-        table.add_row(
-            name, *(f"{value:.2f}" for value in (min(values), float(np.median(values)), max(values)))
-        )
+        table.add_row(name, *(f"{value:.2f}" for value in (min(values), float(np.median(values)), max(values))))
     Console().print(table)
     if config.out is not None:
         record = {"config": asdict(config), "gigabytes": gigabytes, "order": order, "results": results}
-        config.out.write_text(
-            json.dumps({**record, "ratio_median": float(np.median(ratios))}, default=str, indent=1)
-        )
+        config.out.write_text(json.dumps({**record, "ratio_median": float(np.median(ratios))}, default=str, indent=1))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ class Files:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        self.context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}}
-        )
+        self.context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}})
         if "://" in self.path:
             self.local = None
             spec: str | dict = self.path.rstrip("/") + "/"
@@ -106,9 +104,7 @@ class Files:
             except OSError as error:
                 raise UserError(f"cannot read {self.name(key)}: {error.strerror}") from error
             if done < len(target):
-                raise UserError(
-                    f"{self.name(key)} is cut short: it ends {len(target) - done} bytes too early"
-                )
+                raise UserError(f"{self.name(key)} is cut short: it ends {len(target) - done} bytes too early")
             return
         try:
             found = self.store.read(key, byte_range=slice(offset, offset + len(target))).result()

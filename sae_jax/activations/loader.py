@@ -61,6 +61,8 @@ class Loader:
             )
         if not 0 <= process_index < process_count:
             raise UsageError(f"process_index={process_index} is not below process_count={process_count}")
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"seed={seed}; it must be 0 or more and below 2^64")
         if not sources:
             raise UsageError(f"no source to read; the set has {', '.join(activations.sources)}")
         self.activations = activations
@@ -191,14 +193,13 @@ class _Window:
         """The next batch. With lease, its arrays may be in memory that is used again once they are gone."""
         self._read_ahead()
         for run in self.plans.pop(self.step):
-            group, reads = self.groups[run.group]
+            _, reads = self.groups[run.group]
             for read in reads:
                 read.result()
             reads.clear()
-            if group.last_step == self.step:
-                del self.groups[run.group]
         slot = self.slots.pop(self.step)
         self.step += 1
+        self.groups = {key: found for key, found in self.groups.items() if found[0].last_step >= self.step}
         self._take_back()
         if lease and len(self.leases) < MAX_LEASES:
             self.leases[slot] = len(self.rows)
@@ -261,9 +262,7 @@ class _Window:
         try:
             scratch = self.scratch.pop()  # the last one used, which is in the cache
         except IndexError:
-            scratch = np.empty(
-                max(r[0].nbytes for r in self.rows.values()) * self.set.spec.chunk_rows, np.uint8
-            )
+            scratch = np.empty(max(r[0].nbytes for r in self.rows.values()) * self.set.spec.chunk_rows, np.uint8)
         rows = scratch[: n_rows * n_bytes].view(target.dtype).reshape(n_rows, -1)
         self.set.read_chunk_into(name, chunk, rows)
         wanted = places.result()[part]
@@ -279,9 +278,7 @@ class _Window:
     def _lease(self, rows: np.ndarray, slot: int) -> np.ndarray:
         """A batch that returns its slot when it is gone. Every view of it keeps it alive."""
         bits = as_bits(self._batch(rows, slot))
-        batch = np.frombuffer(
-            bits.data, rows.dtype
-        )  # an array of its own: views of `rows` would refer to that
+        batch = np.frombuffer(bits.data, rows.dtype)  # an array of its own: views of `rows` would refer to that
         weakref.finalize(batch, self.returned.append, slot)
         return batch.reshape(bits.shape)
 

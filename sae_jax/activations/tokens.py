@@ -135,9 +135,7 @@ def sequences(
             yield stream[i * context : (i + 1) * context].copy()  # a view would keep the whole stream alive
         number, rest = number + n_whole, stream[n_whole * context :]
     if number == 0:
-        raise UserError(
-            f"text {reference!r} has {len(rest)} tokens, less than one context of {context}; use more text"
-        )
+        raise UserError(f"text {reference!r} has {len(rest)} tokens, less than one context of {context}; use more text")
 
 
 def stdlib_files(*, held_out: bool) -> Iterator[tuple[str, str]]:
@@ -172,9 +170,7 @@ def _local_files(reference: str) -> list[Path]:
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file()]
         if not files:
-            raise UserError(
-                f"directory {reference!r} holds no text; it needs files in {', '.join(_SUFFIXES)}"
-            )
+            raise UserError(f"directory {reference!r} holds no text; it needs files in {', '.join(_SUFFIXES)}")
     else:
         files = [Path(name) for name in glob.glob(reference, recursive=True) if Path(name).is_file()]
         if not files:
@@ -195,9 +191,7 @@ def _from_file(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield _text_field(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it, or name other files"
-        ) from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it, or name other files") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -231,9 +225,7 @@ def _from_hub(reference: str) -> Iterator[str]:
     except Exception as error:
         # The client raises whatever its transport does; the first line says which it was.
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"dataset {reference!r} cannot be read: {reason}; check its name and the network"
-        ) from error
+        raise UserError(f"dataset {reference!r} cannot be read: {reason}; check its name and the network") from error
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
