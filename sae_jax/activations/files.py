@@ -12,6 +12,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +88,14 @@ class Files:
             if len(pending) == REQUESTS_IN_FLIGHT:
                 yield pending.popleft()
         yield from pending
+
+    def announce(self, key: str, offset: int, n_bytes: int) -> None:
+        """Asks the disk to fetch a range that will be read soon, without waiting; does nothing at a URL."""
+        if self.local is None or not hasattr(os, "posix_fadvise"):
+            return
+        # An object that cannot be opened is reported by the read.
+        with suppress(OSError), open(self.local / key, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, key: str, offset: int, out: np.ndarray) -> None:
         """Fills a contiguous array with the object's bytes from offset on.

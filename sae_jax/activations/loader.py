@@ -8,6 +8,7 @@ few more.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -26,8 +27,9 @@ from sae_jax.activations.spec import DTYPES, as_bits
 from sae_jax.activations.store import ActivationSet
 from sae_jax.types import UsageError
 
-READS_IN_FLIGHT = 8
-CHUNKS_AHEAD = 16  # read before they are needed
+LOCAL_THREADS = (os.cpu_count() or 1) + 1  # the disk reads ahead of them; more only take turns at the processor
+REMOTE_THREADS = 16  # each waits for one request
+CHUNKS_AHEAD = 16  # asked for before they are needed
 BATCHES_AHEAD = 2  # complete batches that wait for the consumer
 MAX_LEASES = BATCHES_AHEAD + 3  # batches that the consumer has without a copy: it may keep more, as copies
 
@@ -187,7 +189,8 @@ class _Window:
         self.leases: dict[int, int] = {}  # slots that the consumer has -> arrays of it that are alive
         self.returned: deque[int] = deque()  # filled by finalizers, in whatever thread they run
         self.scratch: list[np.ndarray] = []
-        self.pool = ThreadPoolExecutor(READS_IN_FLIGHT, "activation-read")
+        n_threads = REMOTE_THREADS if self.set.files.local is None else min(LOCAL_THREADS, REMOTE_THREADS)
+        self.pool = ThreadPoolExecutor(n_threads, "activation-read")
 
     def next(self, lease: bool) -> dict[str, np.ndarray]:
         """The next batch. With lease, its arrays may be in memory that is used again once they are gone."""
@@ -242,6 +245,8 @@ class _Window:
         end = 0
         for chunk, first, n_rows in zip(group.chunks, group.first_row, group.n_rows, strict=True):
             part = slice(end, end + n_rows)
+            for name in self.rows:
+                self.set.announce_chunk(name, chunk)
             reads += [self.pool.submit(self._read, n, chunk, first, part, places) for n in self.rows]
             end += n_rows
         self.groups[key] = (group, reads)

@@ -216,6 +216,12 @@ class ActivationSet:
         shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
         self._read_block(f"acts/{source}", shard, place, out)
 
+    def announce_chunk(self, source: str, chunk: int) -> None:
+        """Tells a local disk that `read_chunk` will come soon, so that it fetches many chunks at once."""
+        array = self.arrays[f"acts/{source}"]
+        shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
+        self.files.announce(array.shard_key(shard), place * array.chunk_bytes, array.chunk_bytes)
+
     def read_index(self, chunk: int) -> dict[str, np.ndarray]:
         """Origin of the rows of a chunk: "token", "seq", "pos", each int32 [n]. UsageError without text."""
         self._need_text()
