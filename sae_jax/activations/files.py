@@ -12,6 +12,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +33,7 @@ class Files:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        self.context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}}
-        )
+        self.context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}})
         if "://" in self.path:
             self.local = None
             spec: str | dict = self.path.rstrip("/") + "/"
@@ -90,6 +89,14 @@ class Files:
                 yield pending.popleft()
         yield from pending
 
+    def announce(self, key: str, offset: int, n_bytes: int) -> None:
+        """Asks the disk to fetch a range that will be read soon, without waiting; does nothing at a URL."""
+        if self.local is None or not hasattr(os, "posix_fadvise"):
+            return
+        # An object that cannot be opened is reported by the read.
+        with suppress(OSError), open(self.local / key, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), offset, n_bytes, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, key: str, offset: int, out: np.ndarray) -> None:
         """Fills a contiguous array with the object's bytes from offset on.
 
@@ -106,9 +113,7 @@ class Files:
             except OSError as error:
                 raise UserError(f"cannot read {self.name(key)}: {error.strerror}") from error
             if done < len(target):
-                raise UserError(
-                    f"{self.name(key)} is cut short: it ends {len(target) - done} bytes too early"
-                )
+                raise UserError(f"{self.name(key)} is cut short: it ends {len(target) - done} bytes too early")
             return
         try:
             found = self.store.read(key, byte_range=slice(offset, offset + len(target))).result()

@@ -218,24 +218,17 @@ def _block(
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     arrays = {source: _as_numpy(values) for source, values in block.items()}
     shapes = {source: values.shape for source, values in arrays.items()}
-    if (
-        any(len(shape) < 2 for shape in shapes.values())
-        or len({shape[:-1] for shape in shapes.values()}) != 1
-    ):
+    if any(len(shape) < 2 for shape in shapes.values()) or len({shape[:-1] for shape in shapes.values()}) != 1:
         raise UsageError(f"block {number} has shapes {shapes}; rows are [..., d], alike in all but d")
     tokens_BT = None
     if tokens is not None:
         tokens_BT = _as_numpy(tokens)
         lead = next(iter(shapes.values()))[:-1]
         if tokens_BT.ndim != 2 or tokens_BT.shape != lead:
-            raise UsageError(
-                f"block {number}: tokens are {tokens_BT.shape}; rows [n, context, d] need {lead}"
-            )
+            raise UsageError(f"block {number}: tokens are {tokens_BT.shape}; rows [n, context, d] need {lead}")
     with np.errstate(over="ignore"):  # a value too large for dtype is refused with its row when it is written
         # A copy: a generator may fill the same array again.
-        return {
-            s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()
-        }, tokens_BT
+        return {s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()}, tokens_BT
 
 
 def _as_numpy(values: Any) -> np.ndarray:

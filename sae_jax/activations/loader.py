@@ -8,6 +8,7 @@ few more.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -26,8 +27,9 @@ from sae_jax.activations.spec import DTYPES, as_bits
 from sae_jax.activations.store import ActivationSet
 from sae_jax.types import UsageError
 
-READS_IN_FLIGHT = 8
-CHUNKS_AHEAD = 16  # read before they are needed
+LOCAL_THREADS = (os.cpu_count() or 1) + 1  # the disk reads ahead of them; more only take turns at the processor
+REMOTE_THREADS = 16  # each waits for one request
+CHUNKS_AHEAD = 16  # asked for before they are needed
 BATCHES_AHEAD = 2  # complete batches that wait for the consumer
 MAX_LEASES = BATCHES_AHEAD + 3  # batches that the consumer has without a copy: it may keep more, as copies
 
@@ -61,6 +63,8 @@ class Loader:
             )
         if not 0 <= process_index < process_count:
             raise UsageError(f"process_index={process_index} is not below process_count={process_count}")
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"seed={seed}; it must be 0 or more and below 2^64")
         if not sources:
             raise UsageError(f"no source to read; the set has {', '.join(activations.sources)}")
         self.activations = activations
@@ -185,20 +189,20 @@ class _Window:
         self.leases: dict[int, int] = {}  # slots that the consumer has -> arrays of it that are alive
         self.returned: deque[int] = deque()  # filled by finalizers, in whatever thread they run
         self.scratch: list[np.ndarray] = []
-        self.pool = ThreadPoolExecutor(READS_IN_FLIGHT, "activation-read")
+        n_threads = REMOTE_THREADS if self.set.files.local is None else min(LOCAL_THREADS, REMOTE_THREADS)
+        self.pool = ThreadPoolExecutor(n_threads, "activation-read")
 
     def next(self, lease: bool) -> dict[str, np.ndarray]:
         """The next batch. With lease, its arrays may be in memory that is used again once they are gone."""
         self._read_ahead()
         for run in self.plans.pop(self.step):
-            group, reads = self.groups[run.group]
+            _, reads = self.groups[run.group]
             for read in reads:
                 read.result()
             reads.clear()
-            if group.last_step == self.step:
-                del self.groups[run.group]
         slot = self.slots.pop(self.step)
         self.step += 1
+        self.groups = {key: found for key, found in self.groups.items() if found[0].last_step >= self.step}
         self._take_back()
         if lease and len(self.leases) < MAX_LEASES:
             self.leases[slot] = len(self.rows)
@@ -241,6 +245,8 @@ class _Window:
         end = 0
         for chunk, first, n_rows in zip(group.chunks, group.first_row, group.n_rows, strict=True):
             part = slice(end, end + n_rows)
+            for name in self.rows:
+                self.set.announce_chunk(name, chunk)
             reads += [self.pool.submit(self._read, n, chunk, first, part, places) for n in self.rows]
             end += n_rows
         self.groups[key] = (group, reads)
@@ -261,9 +267,7 @@ class _Window:
         try:
             scratch = self.scratch.pop()  # the last one used, which is in the cache
         except IndexError:
-            scratch = np.empty(
-                max(r[0].nbytes for r in self.rows.values()) * self.set.spec.chunk_rows, np.uint8
-            )
+            scratch = np.empty(max(r[0].nbytes for r in self.rows.values()) * self.set.spec.chunk_rows, np.uint8)
         rows = scratch[: n_rows * n_bytes].view(target.dtype).reshape(n_rows, -1)
         self.set.read_chunk_into(name, chunk, rows)
         wanted = places.result()[part]
@@ -279,9 +283,7 @@ class _Window:
     def _lease(self, rows: np.ndarray, slot: int) -> np.ndarray:
         """A batch that returns its slot when it is gone. Every view of it keeps it alive."""
         bits = as_bits(self._batch(rows, slot))
-        batch = np.frombuffer(
-            bits.data, rows.dtype
-        )  # an array of its own: views of `rows` would refer to that
+        batch = np.frombuffer(bits.data, rows.dtype)  # an array of its own: views of `rows` would refer to that
         weakref.finalize(batch, self.returned.append, slot)
         return batch.reshape(bits.shape)
 

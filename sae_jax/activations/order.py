@@ -64,9 +64,7 @@ class RowOrder:
         self.chunk_n_rows, self.batch_size, self.seed = chunk_n_rows, batch_size, seed
         self.n_rows = int(chunk_n_rows.sum())
         n_chunks = len(chunk_n_rows)
-        budget = (
-            min(max(n_chunks * chunk_bytes // GROUP_SHARE, MIN_GROUP_BYTES), MAX_GROUP_BYTES) // chunk_bytes
-        )
+        budget = min(max(n_chunks * chunk_bytes // GROUP_SHARE, MIN_GROUP_BYTES), MAX_GROUP_BYTES) // chunk_bytes
         self.n_readers = _n_readers(min(n_chunks // MIN_CHUNKS_PER_READER, budget // 2), batch_size)
         # At most half a reader's chunks: the next epoch is read while the last groups are used.
         most = min(n_chunks, 2 * budget) // (2 * self.n_readers)

@@ -28,9 +28,7 @@ DTYPES = {
 }
 INDEX_NAMES = ("token", "seq", "pos")
 
-CHUNK_BYTES = (
-    4 << 20
-)  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
+CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
 SHARD_BYTES_ALL_SOURCES = 1 << 30  # the writer holds one shard of every source in memory
 MIN_CHUNKS = 128  # chunks are what is shuffled: a small set gets small ones
@@ -98,10 +96,10 @@ class SetSpec:
         for field in ("n_shards", "shard_rows", "chunk_rows"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{field}={getattr(self, field)}; it must be at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed={self.seed}; it must be 0 or more and below 2^64")
         if self.shard_rows % self.chunk_rows:
-            raise UsageError(
-                f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}"
-            )
+            raise UsageError(f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}")
         if (self.context is None) != (self.sequences_per_shard is None):
             raise UsageError("give both context and sequences_per_shard (a set with text) or neither")
         if self.context is not None and self.sequences_per_shard is not None:
@@ -128,9 +126,7 @@ class SetSpec:
         for source in self.sources:
             if source.name == name:
                 return source
-        raise UsageError(
-            f"the set has no source {name!r}; it has {', '.join(source.name for source in self.sources)}"
-        )
+        raise UsageError(f"the set has no source {name!r}; it has {', '.join(source.name for source in self.sources)}")
 
     @property
     def sha256(self) -> str:

@@ -133,9 +133,7 @@ class Writer:
         if sequences is not None:
             given["sequences"] = sequences
         if given.keys() != self.arrays.keys():
-            raise UsageError(
-                f"a shard of this set is {', '.join(self.arrays)}; got {', '.join(given) or 'none'}"
-            )
+            raise UsageError(f"a shard of this set is {', '.join(self.arrays)}; got {', '.join(given) or 'none'}")
         n_rows = len(next(iter(sources.values())))
         blocks, stats = {}, {}
         for path, array in self.arrays.items():
@@ -218,6 +216,12 @@ class ActivationSet:
         shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
         self._read_block(f"acts/{source}", shard, place, out)
 
+    def announce_chunk(self, source: str, chunk: int) -> None:
+        """Tells a local disk that `read_chunk` will come soon, so that it fetches many chunks at once."""
+        array = self.arrays[f"acts/{source}"]
+        shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
+        self.files.announce(array.shard_key(shard), place * array.chunk_bytes, array.chunk_bytes)
+
     def read_index(self, chunk: int) -> dict[str, np.ndarray]:
         """Origin of the rows of a chunk: "token", "seq", "pos", each int32 [n]. UsageError without text."""
         self._need_text()
@@ -262,15 +266,11 @@ def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
     files = Files(path)
     for array in array_specs(spec).values() if files.read("dataset.json") is None else ():
         if files.keys("commits/"):
-            raise UserError(
-                f"{files.path} holds shards but no dataset.json: its writing was cut off; delete it"
-            )
+            raise UserError(f"{files.path} holds shards but no dataset.json: its writing was cut off; delete it")
         files.open_array(array, "create")
     existing = files.write_if_absent("dataset.json", spec.to_json())
     if existing is not None and (difference := _parse(files, existing).first_difference(spec)):
-        raise UsageError(
-            f"{files.path} is already a set in which {difference}; use the same settings or another path"
-        )
+        raise UsageError(f"{files.path} is already a set in which {difference}; use the same settings or another path")
     return Writer(files, spec)
 
 
@@ -295,9 +295,7 @@ def read_spec(files: Files) -> SetSpec:
     if text is not None:
         return _parse(files, text)
     if files.keys("commits/"):
-        raise UserError(
-            f"{files.path} has shards but no dataset.json: its writing was cut off; write it again"
-        )
+        raise UserError(f"{files.path} has shards but no dataset.json: its writing was cut off; write it again")
     raise UserError(f"{files.path} is not an activation set: it has no dataset.json")
 
 

@@ -40,13 +40,11 @@ def shard_content(shard: int) -> tuple[dict, dict, np.ndarray]:
     random = np.random.default_rng(shard)
     sequences = random.integers(0, 100, (8, 5), np.int32)
     seq, pos = np.divmod(np.sort(random.permutation(40)[: SHARD_N_ROWS[shard]]), 5)
-    sources = {
-        source.name: random.standard_normal((len(seq), source.d), np.float32) for source in TEXT_SPEC.sources
-    }
+    sources = {source.name: random.standard_normal((len(seq), source.d), np.float32) for source in TEXT_SPEC.sources}
     return sources, {"token": sequences[seq, pos], "seq": seq + shard * 8, "pos": pos}, sequences
 
 
-def write_text_set(path: Path, shards: tuple[int, ...] = (0, 1, 2)) -> Path:
+def write_text_set(path: Path | str, shards: tuple[int, ...] = (0, 1, 2)) -> Path | str:
     writer = create(path, TEXT_SPEC)
     for shard in shards:
         writer.write_shard(shard, *shard_content(shard))
@@ -101,6 +99,19 @@ def test_any_zarr_reader_sees_the_same_rows(tmp_path: Path) -> None:
     array = ts.open({"driver": "zarr3", "kvstore": f"file://{tmp_path}/set/acts/resid.0/"}).result()
     assert array.shape == (120, 6)
     np.testing.assert_array_equal(array[80:88].read().result(), activations.read_chunk("resid.0", 5))
+
+
+def test_urls_go_through_the_same_format(tmp_path: Path) -> None:
+    write_text_set(tmp_path / "local")
+    write_text_set(f"file://{tmp_path}/url")
+    assert tree(tmp_path / "local") == tree(tmp_path / "url")
+    local, url = open_activations(tmp_path / "local"), open_activations(f"file://{tmp_path}/url")
+    for source in local.sources:
+        np.testing.assert_array_equal(all_rows(local, source), all_rows(url, source))
+    np.testing.assert_array_equal(local.read_sequences([0, 23]), url.read_sequences([0, 23]))
+    (tmp_path / "url/acts/resid.0/c/0/0").unlink()
+    with pytest.raises(UserError, match=f"file://{tmp_path}/url/acts/resid.0/c/0/0 is missing"):
+        all_rows(url, "resid.0")
 
 
 def test_statistics_equal_numpy(tmp_path: Path) -> None:
@@ -266,9 +277,7 @@ for shard in range(1000):
 
 
 def test_killed_writer_leaves_whole_shards(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, tmp_path / "set"], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "set"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(5):
         process.stdout.readline()
@@ -326,6 +335,7 @@ def test_wrong_shards_refused(tmp_path: Path) -> None:
     [
         ({"shard_rows": 41}, "not a multiple of chunk_rows"),
         ({"n_shards": 0}, "n_shards=0"),
+        ({"seed": -1}, "seed=-1"),
         ({"context": None}, "both context and sequences_per_shard"),
         ({"sequences_per_shard": 9}, "do not fit in shard_rows=40; use at most 8"),
         ({"sources": ()}, "at least one source"),
@@ -404,9 +414,7 @@ def test_several_sources_with_tokens_from_jax_and_numpy(tmp_path: Path) -> None:
     first, second = random.standard_normal((2, 60, 16, 4), np.float32)
     tokens = random.integers(0, 50, (60, 16))
     given_rows = {"first": jnp.asarray(first, jnp.bfloat16), "second": second}
-    activations = write_activations(
-        tmp_path / "set", given_rows, tokens=tokens, dtype="float32", tokenizer="t"
-    )
+    activations = write_activations(tmp_path / "set", given_rows, tokens=tokens, dtype="float32", tokenizer="t")
     assert activations.spec.tokenizer == "t"
     for chunk in (0, activations.n_chunks - 1):
         index = activations.read_index(chunk)
@@ -446,9 +454,7 @@ def test_rows_that_cannot_be_written(tmp_path: Path) -> None:
         write_activations(tmp_path / "dtype", rows, dtype="int8")
 
 
-def test_existing_and_cut_off_sets_are_not_written_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_and_cut_off_sets_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_activations(tmp_path / "set", np.ones((9, 2)))
     before = tree(tmp_path / "set")
     with pytest.raises(UsageError, match="is an activation set already"):
