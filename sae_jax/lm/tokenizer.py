@@ -16,6 +16,11 @@ import tokenizers
 
 from sae_jax.types import UserError
 
+# How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others in order from U+0100.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
+
 
 class Tokenizer:
     """A model's vocabulary: encodes documents, decodes ids, and knows the token between documents."""
@@ -49,8 +54,14 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of each id by itself."""
-        return self._backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
+        """The text of each id by itself; bytes that are no UTF-8 alone as the handler `surrogateescape` decodes them."""
+        texts = self._backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
+        for place, i in enumerate(ids):
+            stored = self._backend.id_to_token(int(i)) or ""
+            if "\ufffd" in texts[place] and all(character in _BYTE_OF for character in stored):
+                data = bytes(_BYTE_OF[character] for character in stored)
+                texts[place] = data.decode("utf-8", "surrogateescape")
+        return texts
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
