@@ -47,15 +47,10 @@ def test_a_folder_without_tokenizer_json_is_read_through_transformers(tmp_path, 
     loaded = tokenizer(str(tmp_path))
     assert loaded.encode(["def f(x):"]) == vocabulary.encode(["def f(x):"])
     assert loaded.separator_id == 0
-"""The bundled tokenizer's vocabulary, as text."""
-
-from sae_jax import lm
 
 
-def test_the_parts_of_a_character_join_to_its_bytes():
-    tokenizer = lm.tokenizer("bundled")
+def test_the_parts_of_a_character_join_to_its_bytes(vocabulary):
     text = "é → 語 def"
-    ids = tokenizer.encode([text])[0]
-    parts = tokenizer.tokens(ids)
+    parts = vocabulary.tokens(vocabulary.encode([text])[0])
     assert b"".join(part.encode("utf-8", "surrogateescape") for part in parts) == text.encode()
-    assert "\ufffd" not in "".join(tokenizer.tokens(range(tokenizer.size)))
+    assert "\ufffd" not in "".join(vocabulary.tokens(range(vocabulary.size)))
