@@ -90,7 +90,11 @@ class Loader:
         if self._window is None or self._window.step != step:
             self._end_window()
             self._window = _Window(self, step)
-        return self._window.next(lease=False)
+        try:
+            return self._window.next(lease=False)
+        except BaseException:
+            self._end_window()
+            raise
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yields (step, batch) from start_step on, without end, reading ahead on threads.
@@ -183,7 +187,7 @@ class _Window:
             source = self.set.source(name)
             self.rows[name] = np.empty((len(self.free) * self.share, source.d), DTYPES[source.dtype])
         self.slots: dict[int, int] = {}  # step -> slot
-        self.plans: dict[int, list[Run]] = {}  # step -> its pieces
+        self.plans: dict[int, dict[GroupKey, Run]] = {}  # step -> its pieces, in order
         self.groups: dict[GroupKey, tuple[Group, list[Future]]] = {}  # on their way, or needed again
         self.sought = start_step  # the groups of all steps before this one are on their way
         self.leases: dict[int, int] = {}  # slots that the consumer has -> arrays of it that are alive
@@ -195,8 +199,8 @@ class _Window:
     def next(self, lease: bool) -> dict[str, np.ndarray]:
         """The next batch. With lease, its arrays may be in memory that is used again once they are gone."""
         self._read_ahead()
-        for run in self.plans.pop(self.step):
-            _, reads = self.groups[run.group]
+        for key in self.plans.pop(self.step):
+            _, reads = self.groups[key]
             for read in reads:
                 read.result()
             reads.clear()
@@ -217,28 +221,28 @@ class _Window:
     def _read_ahead(self) -> None:
         """Starts reading groups in the order of need, until one reaches beyond the horizon."""
         while self.sought < self.step + self.horizon:
-            for run in self._plan(self.sought):
-                if run.group not in self.groups:
-                    group = self.order.group(run.group)
+            for key in self._plan(self.sought):
+                if key not in self.groups:
+                    group = self.order.group(key)
                     if group.last_step >= self.step + self.horizon:
                         return
-                    self._load(run.group, group)
+                    self._load(key, group)
             self.sought += 1
 
-    def _plan(self, step: int) -> list[Run]:
+    def _plan(self, step: int) -> dict[GroupKey, Run]:
         if step not in self.plans:
-            self.plans[step] = self.order.runs(step, self.loader.process_index, self.loader.process_count)
+            runs = self.order.runs(step, self.loader.process_index, self.loader.process_count)
+            self.plans[step] = {run.group: run for run in runs}
         return self.plans[step]
 
     def _load(self, key: GroupKey, group: Group) -> None:
         """Starts reading a group into the batches it reaches."""
         targets = []
         for step in range(max(group.first_step, self.step), group.last_step + 1):
-            for run in self._plan(step):
-                if run.group == key:
-                    if step not in self.slots:
-                        self.slots[step] = self.free.pop()
-                    targets.append((run, self.slots[step] * self.share + run.target))
+            if run := self._plan(step).get(key):
+                if step not in self.slots:
+                    self.slots[step] = self.free.pop()
+                targets.append((run, self.slots[step] * self.share + run.target))
         # Submitted first, so no thread waits for it in vain.
         places = self.pool.submit(self._places, key, int(group.n_rows.sum()), targets)
         reads: list[Future] = []

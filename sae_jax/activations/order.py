@@ -1,11 +1,10 @@
 """The order of rows in training: which rows make the batch of step t, as a function of (set, seed, t) alone.
 
-An epoch is a fresh permutation of the set's chunks; laid end to end, their valid rows are positions 0 ... N
-- 1. V virtual readers own equal contiguous spans of these. A reader takes the chunks of its span in groups
-of G and permutes the rows within a group. The stream deals one row from each reader in turn: position q of
-the epoch is row q // V of reader q % V. Epochs follow each other with no remainder dropped and batch t is
-positions [t * B, (t + 1) * B) of that endless stream, so each row comes once an epoch whatever N, V and B
-are.
+An epoch is a fresh permutation of the set's chunks; laid end to end, their N valid rows are its positions. V
+virtual readers own equal contiguous spans of them. A reader takes the chunks of its span in groups of G and
+permutes the rows within a group. The stream deals one row from each reader in turn: position q of the epoch
+is row q // V of reader q % V. Epochs follow each other with no remainder dropped and batch t is positions
+[t * B, (t + 1) * B) of that endless stream, so each row comes once an epoch whatever N, V and B are.
 
 Inside a batch, rows lie reader by reader. A process that takes its contiguous share of the batch thus needs
 only its own readers, and the batch is the same array, in the same order, for every number of processes. V

@@ -176,6 +176,8 @@ def test_damage_surfaces_in_the_consumer(tmp_path: Path) -> None:
             list(islice(loader.batches(), 9))
         with pytest.raises(UserError, match="is not what was written"):
             list(map(loader.batch, range(9)))
+        with pytest.raises(UserError, match="is not what was written"):
+            list(map(loader.batch, range(8, -1, -1)))
     file.unlink()
     with Loader(activations, ("a",), 16, seed=0) as loader, pytest.raises(UserError, match="acts/a/c/1/0"):
         list(islice(loader.batches(), 9))
