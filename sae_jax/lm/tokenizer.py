@@ -54,7 +54,7 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of each id by itself; bytes that are no UTF-8 alone as the handler `surrogateescape` decodes them."""
+        """The text of each id by itself; bytes that are no UTF-8 as the error handler "surrogateescape" has them."""
         texts = self._backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
         for place, i in enumerate(ids):
             stored = self._backend.id_to_token(int(i)) or ""

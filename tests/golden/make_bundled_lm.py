@@ -22,9 +22,7 @@ HOOK = Hook(2, "resid_post")
 def numbers() -> dict[str, np.ndarray]:
     """Two sequences of held-out text, the logits at every 8th position and the activations at HOOK."""
     ids_BT = np.stack(list(sequences("heldout", tokenizer("bundled"), 32, stop=2)))
-    out = jax.jit(lambda model, ids_BT: run(model, ids_BT, capture=[HOOK]))(
-        load("bundled"), jnp.asarray(ids_BT)
-    )
+    out = jax.jit(lambda model, ids_BT: run(model, ids_BT, capture=[HOOK]))(load("bundled"), jnp.asarray(ids_BT))
     return {"ids": ids_BT, "logits": np.asarray(out.logits)[:, 7::8], "acts": np.asarray(out.acts[HOOK])}
 
 

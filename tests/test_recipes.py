@@ -1,0 +1,61 @@
+"""Every recipe in configs/ parses and trains a step at a toy size; every experiment runs its --smoke."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sae_jax.commands import recipe
+from sae_jax.commands.harvest import Harvest
+from sae_jax.commands.train import Train
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "smoke: bool" in path.read_text())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_is_valid_and_tells_its_story(path):
+    train = recipe.parse(Train, [str(path), "--data=set", "--out=run"], "sae-jax train")
+    harvest = recipe.parse(Harvest, [str(path), "--out=set"], "sae-jax harvest")
+    assert train.site in harvest.harvest.hooks
+    assert path.read_text().startswith("#"), "its head says where it comes from and how to run it"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_trains_at_a_toy_size(path, tmp_path):
+    """Its own settings, on the bundled model's residual stream and eight latents of the width."""
+    import jax
+    import numpy as np
+
+    from sae_jax.saes import base
+    from sae_jax.train.state import initial
+    from sae_jax.train.step import make_step
+
+    toy = ["--sae.n_latents=64", "--sae.k=4", "--train.batch_size=16", "--sae.dtype=float32"]
+    command = recipe.parse(Train, [str(path), "--data=set", "--out=run", *toy], "sae-jax train")
+    rows = np.float32(np.random.default_rng(0).standard_normal((64, 8)))
+    sample = base.sample_statistics(rows, command.sae.input_norm)
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda s: initial(command.sae, command.train, s))(sample)
+        _, metrics = make_step(command.sae, command.train)(state, base.Batch(rows[:16], rows[:16]))
+    assert np.isfinite(float(metrics["loss"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiment_runs(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(path), "--smoke", "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_experiment_can_be_smoked():
+    scripts = {path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text()}
+    assert scripts == set(EXPERIMENTS)
