@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ def start_distributed() -> None:
     the loop can save before the machine is taken away.
     """
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    _leave_errors_of_checkpoints_to_us()
     told = [os.environ.get(name) for name in _WE_WERE_TOLD]
     if all(told):
         jax.distributed.initialize(told[0], int(told[1] or 1), int(told[2] or 0))
@@ -44,6 +47,19 @@ def warn_of_idle_gpu() -> None:
         console.print(
             "warning: this machine has a GPU but JAX runs on the CPU; pip install 'sae_jax[cuda13]'", markup=False
         )
+
+
+def _leave_errors_of_checkpoints_to_us() -> None:
+    """train/checkpoint.py says in one line what is wrong; Orbax and tensorstore would add pages from their threads."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        # From each write that was under way when another one failed and Orbax closed the loop.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _has_tpu() -> bool:

@@ -1,6 +1,7 @@
 """Saving a run and taking it up again, on the same mesh or another; reading an SAE back.
 
-A checkpoint is one Orbax step directory, RUN/checkpoints/<step>/, that exists whole or not at all:
+A checkpoint is one Orbax step directory, RUN/checkpoints/<step>/. A save that is cut off leaves none; one that is
+damaged afterwards is set aside as checkpoints/damaged-<step> and the run goes on from the one before.
 
     sae          master weights            average      running average of the weights (train.ema above 0)
     moments      the optimiser's           run          step, statistics (counters, constants), PRNG key
@@ -10,15 +11,21 @@ RUN/config.json beside them holds the resolved config. Only this file knows Orba
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import config as configs
+from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
 from sae_jax.train.state import MAY_CHANGE, TrainConfig, TrainState, abstract
@@ -29,34 +36,89 @@ KEPT = 2  # a save that is cut off must leave the one before it
 
 
 class Checkpoints:
-    """The checkpoints of one run. A context manager: leaving it waits for the save under way."""
+    """The checkpoints of one run. A context manager: leaving it waits for the save under way.
 
-    def __init__(self, run: Path) -> None:
+    Only the command that trains may have one with `writes`: it removes what saves that were cut off have left.
+    """
+
+    def __init__(self, run: Path, writes: bool = True) -> None:
+        self._folder = (run / "checkpoints").absolute()
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
-            str((run / "checkpoints").absolute()), preservation_policy=policy, cleanup_tmp_directories=True
+            str(self._folder), preservation_policy=policy, cleanup_tmp_directories=writes
         )
+        # When a save is done, Orbax's thread asks JAX about preemption at the step of that save, and JAX takes the last
+        # step it was asked about for the step this process is at: a SIGTERM then was agreed upon for a step that had
+        # passed, and never seen.
+        self._orbax._manager.reached_preemption = lambda step: False
 
     @property
     def latest(self) -> int | None:
-        """The last complete step, or None."""
+        """The step of the newest checkpoint, which may still be on its way to the disk; None if there is none."""
         return None if self._orbax.latest is None else self._orbax.latest.step
 
     def save(self, step: int, state: TrainState) -> None:
-        """Queue a save; returns once the arrays are copied, so that the state may be donated."""
+        """Queue a save; returns once the arrays are copied, so that the state may be donated.
+
+        Raises UserError if this save or the one before it cannot be written.
+        """
         if self.latest != step:
-            self._orbax.save_checkpointables_async(step, _to_tree(state), force=True)
+            with self._reported():
+                self._orbax.save_checkpointables_async(step, _to_tree(state), force=True)
+
+    def wait(self) -> None:
+        """Return when all saves are on the disk. Raises UserError if one cannot be written."""
+        with self._reported():
+            self._orbax.wait()
 
     def restore(self, target: TrainState) -> TrainState:
-        """The last complete state, placed as `target` (abstract, see train/state.py) says."""
-        tree = self._orbax.load_checkpointables(None, _to_tree(target))
+        """The newest state that can be read, placed as `target` (abstract, see train/state.py) says.
+
+        Checkpoints that cannot be read are set aside once an older one has been. UserError if none can be.
+        """
+        step, tree = self.read(_to_tree(target))
+        damaged = [c.step for c in self._orbax.checkpoints if c.step > step]
+        if damaged:
+            if jax.process_index() == 0:
+                for newer in damaged:
+                    shutil.rmtree(self._folder / f"damaged-{newer}", ignore_errors=True)
+                    (self._folder / str(newer)).rename(self._folder / f"damaged-{newer}")
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._orbax.reload()
         return TrainState(sae=tree["sae"], moments=tree["moments"], average=tree.get("average"), **tree["run"])
+
+    def read(self, target: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """(step, the parts in `target`) of the newest checkpoint that all processes can read."""
+        problem = ""
+        for step in reversed([checkpoint.step for checkpoint in self._orbax.checkpoints]):
+            tree, problem = {}, ""
+            try:
+                tree = self._orbax.load_checkpointables(step, target)
+            except Exception as error:  # Orbax passes on whatever the layers below it raise
+                problem = _reason(error)
+            if not multihost_utils.process_allgather(np.array(bool(problem))).any():
+                return step, tree
+            if jax.process_index() == 0:
+                console.print(f"{self._folder / str(step)} cannot be read: {problem}", markup=False)
+        raise UserError(f"{self._folder}: no checkpoint can be read ({problem}); restore one, or give another --out")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._orbax.close()
+        with self._reported():
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Errors of the storage below, in one line that says what remains."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"cannot write to {self._folder}: {_reason(error)}; see to the disk and repeat the command, which goes "
+                f"on from the last checkpoint"
+            ) from error
 
 
 def load(run: str | Path, ema: bool = False) -> AbstractSae:
@@ -78,13 +140,13 @@ def load(run: str | Path, ema: bool = False) -> AbstractSae:
     train_config = configs.from_dict(TrainConfig, facts["train"])
     if ema and not train_config.ema:
         raise UsageError(f"{run}: train.ema was 0, so the run kept no averaged weights; load it without ema")
-    with Checkpoints(run) as checkpoints:
+    with Checkpoints(run, writes=False) as checkpoints:
         if checkpoints.latest is None:
             raise UserError(f"{run}: no complete checkpoint yet; let training reach train.checkpoint_every steps")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = _to_tree(abstract(sae_config, train_config, facts["d_model"], here))
         part = "average" if ema else "sae"
-        tree = checkpoints._orbax.load_checkpointables(None, {part: target[part], "run": target["run"]})
+        _, tree = checkpoints.read({part: target[part], "run": target["run"]})
     if not ema:
         return tree["sae"]
     state = TrainState(sae=None, moments=None, average=tree["average"], **tree["run"])  # type: ignore[arg-type]
@@ -111,6 +173,14 @@ def check_resumable(run: Path, facts: dict[str, Any]) -> None:
                 f"{run} was started with {key}={before.get(key)}, not {now.get(key)}; keep it to resume, "
                 f"or give another --out"
             )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
