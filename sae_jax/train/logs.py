@@ -6,11 +6,14 @@ the file reads as if the run had never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from sae_jax import config as configs
 
 WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that differ between two runs of the same steps
 
@@ -18,13 +21,16 @@ WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that diffe
 class Metrics:
     """Appends to RUN/metrics.jsonl and, if asked, to TensorBoard. A context manager."""
 
-    def __init__(self, run: Path, start_step: int, tensorboard: bool, silent: bool) -> None:
+    def __init__(
+        self, run: Path, start_step: int, wanted: Callable[[int], bool], tensorboard: bool, silent: bool
+    ) -> None:
         self._file = self._board = None
         if silent:
             return
         path = run / "metrics.jsonl"
-        kept = [row for row in read_metrics(run) if row["step"] <= start_step]
-        _replace(path, kept)
+        # The row of start_step may be there only because an earlier attempt was to end at that step.
+        last = start_step if wanted(start_step) else start_step - 1
+        _replace(path, [row for row in read_metrics(run) if row["step"] <= last])
         self._file = path.open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -35,8 +41,12 @@ class Metrics:
         """One logged step; flushed at once, so that a killed run loses nothing it said."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as problem:
+            problem.filename = self._file.name  # a write that fails, on a full disk, does not say where
+            raise
         if self._board:
             for name, value in row.items():
                 if name != "step":
@@ -47,7 +57,8 @@ class Metrics:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self._file.close()
         if self._board:
             self._board.close()
 
@@ -88,6 +99,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    configs.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -71,7 +71,7 @@ def train(
 
     Raises:
         UsageError: `run` was started with other settings.
-        UserError: the loss is not finite; RUN/failure.json names the step and its rows.
+        UserError: the loss is not finite; RUN/failure-<process>.json names the step and its rows.
     """
     first = jax.process_index() == 0
     meshes.check_divides(mesh, sae_config.n_latents, config.batch_size)
@@ -92,7 +92,7 @@ def train(
         record = _Recorder(config, loader, start)
         done = start
         with (
-            logs.Metrics(run, start, config.tensorboard, not first) as metrics_file,
+            logs.Metrics(run, start, record.wanted, config.tensorboard, not first) as metrics_file,
             Progress("train", config.steps, "steps", start, silent=not first) as progress,
         ):
             pending = None
@@ -106,8 +106,12 @@ def train(
                 if pending is not None:
                     _finish(run, pending, record, metrics_file, progress, attempt, checkpoints)
                 done, pending = step + 1, (step + 1, metrics)
-                stopping = multihost_utils.reached_preemption_sync_point(done)
-                if done % config.checkpoint_every == 0 or stopping or done == config.steps:
+                # JAX counts from 0: a SIGTERM from before the first question is agreed upon for step 1 of the attempt.
+                stopping = multihost_utils.reached_preemption_sync_point(done - start)
+                if _is_due(done, config) or stopping:
+                    # The save before this one ends before this step is on record. With two saves an interval, a run
+                    # is thus never further than one interval from its last complete checkpoint.
+                    checkpoints.wait()
                     _finish(run, pending, record, metrics_file, progress, attempt, checkpoints)
                     pending = None
                     checkpoints.save(done, state)
@@ -118,6 +122,11 @@ def train(
             console.print(f"stopped by SIGTERM at step {done}; the same command goes on from there")
     attempt.record(done, "finished" if done >= config.steps else "preempted")
     return done
+
+
+def _is_due(step: int, config: TrainConfig) -> bool:
+    """Whether a checkpoint is begun at this step: on the interval, half-way between, and at the end."""
+    return step % config.checkpoint_every in (0, config.checkpoint_every // 2) or step == config.steps
 
 
 class _Recorder:
@@ -159,7 +168,8 @@ def _finish(
     """Fetch a step's metrics; stop on a loss that is not finite, log the step if it is due."""
     step, device_metrics = pending
     metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-    if not np.isfinite(metrics["loss"]):
+    # A gradient that is not finite spoils the weights that a checkpoint of this very step would hold.
+    if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
         _fail(run, step, metrics, record, attempt, checkpoints)
     if record.wanted(step):
         row = record.row(step, metrics)
@@ -173,14 +183,15 @@ def _finish(
 
 def _fail(run, step, metrics, record: _Recorder, attempt: logs.Attempts, checkpoints: Checkpoints) -> None:
     """Leave what is needed to replay the step: its number, its rows, and the checkpoint before it."""
+    checkpoints.wait()
     attempt.record(step - 1, "failed")
     path = run / f"failure-{jax.process_index()}.json"
     rows = record._loader.row_ids(step - 1).tolist()
     facts = {"step": step, "metrics": {k: str(v) for k, v in metrics.items()}, "row_ids": rows}
     configs.write_json(path, {**facts, "last_checkpoint": checkpoints.latest})
     raise UserError(
-        f"loss is {metrics['loss']} at step {step}; {path} names its rows and the checkpoint before it; "
-        f"lower train.lr or look at these rows of the set"
+        f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}; {path} names its rows and "
+        f"the checkpoint before it; lower train.lr or look at these rows of the set"
     )
 
 

@@ -50,7 +50,7 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     """a latent that has not fired for this many tokens is dead"""
     checkpoint_every: int = 1000
-    """steps"""
+    """a run that is killed repeats at most this many steps; saves begin twice as often"""
     log_every: int = 10
     """steps"""
     tensorboard: bool = False
