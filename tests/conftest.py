@@ -1,11 +1,29 @@
-"""Test set-up: eight CPU devices, and JAX as strict as it can be."""
+"""Test set-up: eight CPU devices, JAX as strict as it can be, and one run that several tests compare theirs with."""
 
 import os
+from pathlib import Path
 
 # Before JAX starts, which reads it once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
+
+from tests import runs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small activation set on disk."""
+    return runs.write_set(tmp_path_factory.mktemp("set") / "set")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one device that nothing disturbed."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    runs.complete(runs.train_command(small_set, run, "--train.checkpoint-every=100"))
+    return run

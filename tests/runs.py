@@ -1,0 +1,156 @@
+"""Real training runs in processes of their own: started, watched, killed, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sae_jax import config as configs
+from sae_jax import write_activations
+from sae_jax.saes import base
+from sae_jax.train import logs
+from sae_jax.train.checkpoint import Checkpoints, read_config
+from sae_jax.train.state import TrainConfig, TrainState, abstract
+
+ROOT = Path(__file__).parent.parent
+STEPS = 200
+SECONDS = 120  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
+D_MODEL = 8
+
+SETTINGS = (
+    "--sae.n-latents=64",
+    "--sae.k=4",
+    "--sae.dtype=float32",
+    "--train.batch-size=64",
+    "--train.dead-after-tokens=1000",  # small, so that AuxK acts
+    "--train.log-every=1",
+)
+
+
+def write_set(path: Path, outlier: int | None = None) -> Path:
+    """A set of 1024 rows, sparse combinations of 32 directions; the square of row `outlier` overflows."""
+    rng = np.random.default_rng(0)
+    code_BA = rng.exponential(size=(1024, 32)) * (rng.random((1024, 32)) < 0.1)
+    rows_BD = code_BA @ rng.normal(size=(32, D_MODEL)) + 1
+    if outlier is not None:
+        rows_BD[outlier] = 1e20
+    write_activations(path, rows_BD.astype(np.float32), dtype="float32")
+    return path
+
+
+def environment(n_devices: int = 1) -> dict[str, str]:
+    """Of a process that shall see this checkout and that many CPU devices."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def command(*words: str | Path) -> list[str]:
+    """`sae-jax words...` of this checkout."""
+    return [sys.executable, "-m", "sae_jax.commands.main", *map(str, words)]
+
+
+def train_command(data: Path, run: Path, *flags: str) -> list[str]:
+    """`sae-jax train` with the settings that these tests share."""
+    return command("train", "--data", data, "--out", run, *SETTINGS, f"--train.steps={STEPS}", *flags)
+
+
+def start(words: Sequence[str], n_devices: int = 1) -> subprocess.Popen[str]:
+    """A process that runs on; end it with `finish`."""
+    return subprocess.Popen(words, env=environment(n_devices), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """(exit code, what it said), killing it if it does not end."""
+    try:
+        said = process.communicate(timeout=SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"still running after {SECONDS} s: {process.communicate()[1]}") from None
+    return process.returncode, said
+
+
+def complete(words: Sequence[str], n_devices: int = 1) -> str:
+    """Run to the end, which must be a good one; what it said."""
+    code, said = finish(start(words, n_devices))
+    assert code == 0, said
+    return said
+
+
+def step_of(run: Path) -> int:
+    """The last step in the log of a run."""
+    rows = logs.read_metrics(run)
+    return rows[-1]["step"] if rows else 0
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    """Return once `condition()` holds; fail if the process ends or time is up before."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"ended or hung before its time: {process.communicate()[1]}")
+        time.sleep(0.005)
+
+
+def attempts(run: Path) -> list[dict]:
+    """RUN/attempts.jsonl."""
+    return logs.read_lines(run / "attempts.jsonl")
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The log of a run without wall-clock fields."""
+    return [{k: v for k, v in row.items() if k not in logs.WALL_CLOCK} for row in logs.read_metrics(run)]
+
+
+def target_of(run: Path) -> TrainState:
+    """What the state of a run is read into: everything on one device."""
+    facts = read_config(run)
+    sae_config = configs.from_dict(base.config_class(facts["sae"]["variant"]), facts["sae"])
+    train_config = configs.from_dict(TrainConfig, facts["train"])
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return abstract(sae_config, train_config, facts["d_model"], here)
+
+
+def state_of(run: Path) -> TrainState:
+    """The newest state of a run."""
+    with Checkpoints(run, writes=False) as saved:
+        return saved.restore(target_of(run))
+
+
+def bits(state: TrainState) -> dict[str, bytes]:
+    """Every leaf of a state, byte for byte."""
+    plain = state.replace(key=jax.random.key_data(state.key))
+    return {
+        jax.tree_util.keystr(p): np.asarray(leaf).tobytes() for p, leaf in jax.tree_util.tree_leaves_with_path(plain)
+    }
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Same bits in every array of the state, same log, wall-clock fields apart."""
+    assert checkpoints(run)[-1] == checkpoints(reference)[-1]
+    ours, theirs = bits(state_of(run)), bits(state_of(reference))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    assert json.dumps(rows_of(run)) == json.dumps(rows_of(reference))
+
+
+def assert_metrics_close(rows: list[dict], reference: list[dict]) -> None:
+    """The same steps, and metrics that differ by no more than the order of sums may change them."""
+    assert [row["step"] for row in rows] == [row["step"] for row in reference]
+    for row, expected in zip(rows, reference, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)

@@ -1,0 +1,313 @@
+"""Runs that are killed, preempted, damaged or moved go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.activations.loader import Loader
+from sae_jax.activations.sample import sample_rows
+from sae_jax.activations.store import open_activations
+from sae_jax.commands import main, runtime
+from sae_jax.saes import topk
+from sae_jax.saes.base import sample_statistics
+from sae_jax.train import logs, loop
+from sae_jax.train.checkpoint import Checkpoints, check_resumable, load, read_config
+from sae_jax.train.state import MAY_CHANGE, TrainConfig
+from sae_jax.types import UsageError, UserError
+from tests import runs
+
+RARELY = "--train.checkpoint-every=100"
+
+
+@pytest.fixture
+def copied(uninterrupted: Path, tmp_path: Path) -> Path:
+    """The uninterrupted run once more, to damage."""
+    run = tmp_path / "copied"
+    shutil.copytree(uninterrupted, run)
+    assert runs.checkpoints(run) == [150, 200]
+    return run
+
+
+# A save takes longer than a step here: with checkpoint_every=2 there is one under way at every moment.
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [10, 2])
+def test_killed_at_any_moment(small_set: Path, uninterrupted: Path, tmp_path: Path, every: int) -> None:
+    run, rng = tmp_path / "run", random.Random()
+    words = runs.train_command(small_set, run, f"--train.checkpoint-every={every}")
+    killed_at = []
+    for _ in range(4):
+        process = runs.start(words)
+        runs.wait_for(lambda: len(runs.attempts(run)) > len(killed_at), process)
+        until = runs.attempts(run)[-1]["start_step"] + every + rng.randint(1, 15)
+        runs.wait_for(lambda until=until: runs.step_of(run) >= until, process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        runs.finish(process)
+        killed_at.append(runs.step_of(run))
+    runs.complete([*words, RARELY])
+    attempts = runs.attempts(run)
+    assert [attempt["outcome"] for attempt in attempts] == ["running"] * 4 + ["finished"]
+    for step, after in zip(killed_at, attempts[1:], strict=True):
+        assert 0 < after["start_step"] <= step <= after["start_step"] + every
+    runs.assert_same_run(run, uninterrupted)
+    assert [path.name for path in (run / "checkpoints").iterdir() if not path.name.isdigit()] == []
+
+
+@pytest.mark.slow
+def test_sigterm(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """In the middle of steps and saves, and before the first step of an attempt: saved where it stops, exit code 0."""
+    run = tmp_path / "run"
+    words = runs.train_command(small_set, run, "--train.checkpoint-every=1")
+    process = runs.start(words)
+    runs.wait_for(lambda: runs.step_of(run) >= 10, process)
+    process.send_signal(signal.SIGTERM)
+    code, said = runs.finish(process)
+    stopped = runs.attempts(run)[-1]
+    assert (code, stopped["outcome"]) == (0, "preempted"), said
+    assert 10 <= stopped["end_step"] == runs.step_of(run) == runs.checkpoints(run)[-1] < runs.STEPS
+    assert f"stopped by SIGTERM at step {stopped['end_step']}" in said
+
+    process = runs.start(words)
+    runs.wait_for(lambda: len(runs.attempts(run)) == 2, process)
+    process.send_signal(signal.SIGTERM)
+    code, said = runs.finish(process)
+    again = runs.attempts(run)[-1]
+    assert (code, again["outcome"], again["start_step"]) == (0, "preempted", stopped["end_step"]), said
+    assert runs.checkpoints(run)[-1] == again["end_step"] < runs.STEPS
+
+    runs.complete([*words, RARELY])
+    runs.assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_other_meshes(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """(1, 8), then (2, 4), then one device: the same batches, and metrics equal to rounding."""
+    run = tmp_path / "run"
+    for steps, n_devices, data in ((20, 8, 1), (40, 8, 2), (60, 1, 1)):
+        flags = (f"--train.steps={steps}", f"--mesh.data={data}", RARELY)
+        runs.complete(runs.train_command(small_set, run, *flags), n_devices)
+    assert [(a["start_step"], a["mesh"]["data"], a["mesh"]["latent"]) for a in runs.attempts(run)] == [
+        (0, 1, 8),
+        (20, 2, 4),
+        (40, 1, 1),
+    ]
+    runs.assert_metrics_close(runs.rows_of(run), runs.rows_of(uninterrupted)[:60])
+
+
+@pytest.mark.slow
+def test_row_that_overflows(tmp_path: Path) -> None:
+    """One line, exit code 1, what is needed to replay the step, and checkpoints as they were; again on resume."""
+    data = runs.write_set(tmp_path / "set", outlier=600)
+    with Loader(open_activations(data), ("acts",), 64, 0) as loader:
+        bad = next(step for step in range(16) if np.abs(loader.batch(step)["acts"]).max() > 1e19)
+        rows = loader.row_ids(bad).tolist()
+    assert bad > 4
+    run = tmp_path / "run"
+    words = runs.train_command(data, run, "--train.checkpoint-every=4")
+    for attempt in range(2):
+        code, said = runs.finish(runs.start(words))
+        assert code == 1
+        assert f"sae-jax: loss is inf, gradient norm 0.0 at step {bad + 1}; " in said
+        assert len(said.splitlines()) == 1
+        failure = json.loads((run / "failure-0.json").read_text())
+        assert (failure["step"], failure["row_ids"]) == (bad + 1, rows)
+        assert failure["last_checkpoint"] == runs.checkpoints(run)[-1] == bad // 2 * 2
+        assert int(runs.state_of(run).step) == failure["last_checkpoint"]
+        assert runs.attempts(run)[attempt]["outcome"] == "failed"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(where)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk(small_set: Path, uninterrupted: Path, tmp_path: Path, small_disk: Path) -> None:
+    """One line, exit code 1; with space again the run goes on."""
+    run = small_disk / "run"
+    words = runs.train_command(small_set, run, "--train.checkpoint-every=10")
+    ballast = small_disk / "ballast"
+    process = runs.start(words)
+    runs.wait_for(lambda: runs.step_of(run) >= 30, process)
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    code, said = runs.finish(process)
+    assert code == 1
+    assert len(said.splitlines()) == 1
+    assert said.startswith("sae-jax: ")
+    assert "space" in said
+    ballast.unlink()
+    runs.complete(words)
+    assert runs.attempts(run)[-1]["start_step"] > 0
+    runs.assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_damaged_newest_checkpoint(small_set: Path, copied: Path, uninterrupted: Path) -> None:
+    """The run goes on from the one before, says so, and keeps what it could not read."""
+    data = next((copied / "checkpoints/200/moments/ocdbt.process_0/d").iterdir())
+    os.truncate(data, data.stat().st_size // 2)
+    said = runs.complete(runs.train_command(small_set, copied, RARELY))
+    assert "checkpoints/200 cannot be read: " in said
+    assert runs.attempts(copied)[-1]["start_step"] == 150
+    assert (copied / "checkpoints/damaged-200").is_dir()
+    runs.assert_same_run(copied, uninterrupted)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _halve(pattern: str):
+    def damage(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            os.truncate(path, path.stat().st_size // 2)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _empty,
+        lambda folder: shutil.rmtree(folder / "moments"),
+        _halve("sae/_METADATA"),
+        _halve("run/manifest.ocdbt"),
+        _halve("sae/ocdbt.process_0/d/*"),
+    ],
+    ids=["empty", "a part missing", "tree cut", "manifest cut", "arrays cut"],
+)
+def test_reads_the_newest_that_can_be_read(copied: Path, damage) -> None:
+    damage(copied / "checkpoints/200")
+    assert np.isfinite(load(copied).w_enc).all()
+    assert runs.checkpoints(copied) == [150, 200]  # who only reads changes nothing
+    with Checkpoints(copied) as checkpoints:
+        assert int(checkpoints.restore(runs.target_of(copied)).step) == 150
+        assert checkpoints.latest == 150
+    assert runs.checkpoints(copied) == [150]
+
+
+def test_nothing_is_set_aside_when_no_checkpoint_can_be_read(copied: Path) -> None:
+    for step in (150, 200):
+        _empty(copied / f"checkpoints/{step}")
+    with Checkpoints(copied) as checkpoints, pytest.raises(UserError, match=r"no checkpoint can be read .*--out"):
+        checkpoints.restore(runs.target_of(copied))
+    assert runs.checkpoints(copied) == [150, 200]
+
+
+def test_remains_of_a_cut_save(copied: Path) -> None:
+    """They go when training resumes. A reader leaves them: they may be a save that is under way."""
+    remains = copied / "checkpoints/250.orbax-checkpoint-tmp-7"
+    shutil.copytree(copied / "checkpoints/200", remains)
+    load(copied)
+    assert remains.exists()
+    with Checkpoints(copied) as checkpoints:
+        assert int(checkpoints.restore(runs.target_of(copied)).step) == 200
+        checkpoints.save(250, runs.state_of(copied))
+    assert not remains.exists()
+    assert runs.checkpoints(copied) == [200, 250]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("sae.k", 5), ("train.seed", 1), ("train.lr", 1e-3), ("sae.n_latents", 128)]
+)
+def test_forbidden_change(copied: Path, small_set: Path, key: str, value, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
+    words = runs.train_command(small_set, copied, f"--{key.replace('_', '-')}={value}")
+    assert main.main(words[words.index("train") :]) == 2
+    said = capsys.readouterr().err
+    assert f"{copied} was started with {key}=" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_allowed_changes(copied: Path) -> None:
+    facts = read_config(copied)
+    for key in MAY_CHANGE:
+        part, name = key.split(".")
+        facts[part][name] = 7
+    check_resumable(copied, facts)
+    with pytest.raises(UsageError):
+        check_resumable(copied, {**facts, "site": "other"})
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 10, 1000])
+def test_marks(every: int) -> None:
+    """Two marks apart is at most one interval: the older of two saves is on the disk before the younger begins."""
+    config = TrainConfig(steps=10**6, checkpoint_every=every)
+    marks = [step for step in range(1, 5 * every + 1) if loop._is_due(step, config)]
+    assert all(step in marks for step in range(every, 5 * every + 1, every))
+    assert all(later - earlier <= max(every, 2) for earlier, later in zip(marks, marks[2:], strict=False))
+
+
+class Poisoned:
+    """Batches of the small set, but for a NaN in one of them."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, loader: Loader, bad_step: int) -> None:
+        self._loader, self._bad_step = loader, bad_step
+        self.row_ids = loader.row_ids
+
+    def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for step, rows in self._loader.batches(start_step):
+            if step == self._bad_step:
+                rows["acts"][3, 4] = np.nan
+            yield step, rows
+
+
+def test_nan(small_set: Path, tmp_path: Path) -> None:
+    """Found although the next step was queued by then, on a mesh; the checkpoint of the very step is not written."""
+    config = TrainConfig(steps=20, batch_size=64, checkpoint_every=4, log_every=1)
+    sae_config = topk.Config(n_latents=64, k=4)
+    activations = open_activations(small_set)
+    mesh = meshes.make_mesh(meshes.MeshConfig(data=2))
+    facts = {"d_model": runs.D_MODEL, "train": dataclasses.asdict(config)}
+    sample = sample_statistics(sample_rows(activations, "acts"), "none")
+    stopped = pytest.raises(UserError, match=r"loss is nan.* at step 8")
+    # optax does not pass under strict promotion.
+    with jax.numpy_dtype_promotion("standard"), Loader(activations, ("acts",), 64, 0) as loader, stopped:
+        poisoned = Poisoned(loader, 7)
+        loop.train(tmp_path, facts, sae_config, config, mesh, poisoned, "acts", lambda: sample)
+    failure = json.loads((tmp_path / "failure-0.json").read_text())
+    assert (failure["step"], failure["last_checkpoint"]) == (8, 6)
+    assert runs.checkpoints(tmp_path) == [4, 6]
+    assert [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step}) for step in (1, 10, 20, 25, 30)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4']))
+
+    def steps_from(start: int) -> list[int]:
+        with logs.Metrics(tmp_path, start, lambda step: step == 1 or step % 10 == 0, False, False):
+            return [row["step"] for row in logs.read_metrics(tmp_path)]
+
+    assert steps_from(30) == [1, 10, 20, 25, 30]
+    assert steps_from(25) == [1, 10, 20]  # 25 was logged because the run was to end there
+    assert steps_from(10) == [1, 10]
