@@ -1,5 +1,5 @@
 # Two commands need nothing but Python >= 3.11 and make: `make demo` and `make test`.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers

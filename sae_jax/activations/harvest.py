@@ -94,7 +94,7 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
     forward = _Forward(model, config)
     special = np.asarray(tokenizer.special_ids, np.int32)
 
-    rows_written, began, pending = 0, time.monotonic(), None
+    rows_written, tokens_run, began, pending = 0, 0, time.monotonic(), None
     with Progress("harvest", total, "tokens", finished) as progress, ThreadPoolExecutor(1) as disk:
         for number, ids_ST in _shards(config, tokenizer, todo, per_shard):
             blocks = {name: [] for name in forward.names}
@@ -105,7 +105,7 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
                     blocks[name].append(block)
                 norms.append(norm_BTS)
                 seen += len(norm_BTS)
-                rate = (rows_written + seen * config.context) / (time.monotonic() - began)
+                rate = (tokens_run + seen * config.context) / (time.monotonic() - began)
                 progress.update(
                     finished + seen * config.context, f"{rows_written:,} rows written  {rate:,.0f} tokens/s"
                 )
@@ -121,8 +121,10 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
             pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
             rows_written += len(seq_N)
             finished += len(ids_ST) * config.context
+            tokens_run += len(ids_ST) * config.context
         if pending is not None:
             pending.result()
+            progress.update(finished, f"{rows_written:,} rows written")
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
     else:

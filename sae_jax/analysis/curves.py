@@ -20,6 +20,8 @@ def plot_training(metrics: list[dict[str, Any]], path: Path) -> None:
         axis.set(xlabel="tokens", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[1].set_ylim(0, 1.1 * max(row["l0"] for row in metrics))
+    axes[2].set_ylim(0, max(0.05, 1.1 * max(row["dead_fraction"] for row in metrics)))
     axes[2].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     figure.savefig(path, dpi=110)
     plt.close(figure)

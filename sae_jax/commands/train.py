@@ -45,6 +45,8 @@ class Train(Generic[S]):
 def run(argv: Sequence[str]) -> None:
     """Parse, join the other processes, train."""
     command = recipe.parse(Train, argv, "sae-jax train")
+    if "://" in command.out:
+        raise UsageError(f"--out={command.out}: a run needs a directory that all processes share; URLs are for sets")
     runtime.start_distributed()
     train(command)
 

@@ -1,0 +1,96 @@
+"""What a harvest leaves out, and what it does when the text is shorter than the set."""
+
+import numpy as np
+import pytest
+
+from sae_jax.activations import harvest as module
+from sae_jax.activations.harvest import HarvestConfig, harvest, keep
+from sae_jax.activations.store import open_activations
+from sae_jax.types import UsageError
+
+
+def test_special_tokens_and_large_norms_are_left_out():
+    ids = np.array([[0, 5, 6, 7], [8, 0, 9, 5]])
+    norms = np.ones((2, 4, 2))
+    norms[0, 1, 1] = 50  # far out at one site only: the row is dropped at all of them
+    norms[0, 0] = 1000  # a special token does not move the median
+    kept = keep(ids, norms, np.array([0]), 10.0)
+    np.testing.assert_array_equal(kept, [[False, False, True, True], [True, False, True, True]])
+    np.testing.assert_array_equal(keep(ids, norms, np.array([0]), None), ids != 0)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text("import os\nprint(os.getcwd())\n" * 60)
+    return str(tmp_path / "text.txt")
+
+
+def small(text, **settings):
+    return HarvestConfig(**{"text": text, "context": 16, "batch_tokens": 64, "hooks": ("resid_post.0",), **settings})
+
+
+def test_all_of_a_text(text, tmp_path):
+    spec = harvest(small(text), str(tmp_path / "set"))
+    activations = open_activations(tmp_path / "set")
+    index = [activations.read_index(i) for i in range(activations.n_chunks)]
+    places = {(s, p) for part in index for s, p in zip(part["seq"], part["pos"], strict=True)}
+    n_sequences = sum(c.n_sequences for c in activations.commits.values())
+    # Every position once, but the separator at the head of the document.
+    assert len(places) == activations.n_rows == n_sequences * 16 - 1
+    assert spec.context == 16
+
+
+def test_a_text_that_ends_early_leaves_empty_shards_not_missing_ones(text, tmp_path):
+    harvest(small(text, tokens=16 * 400), str(tmp_path / "set"))
+    activations = open_activations(tmp_path / "set")
+    assert 0 < activations.n_rows < 16 * 400
+    assert min(commit.n_rows for commit in activations.commits.values()) == 0
+
+
+def test_the_set_does_not_depend_on_the_batch(text, tmp_path, monkeypatch):
+    """How many sequences run at once is this machine's affair; the rows are the same to rounding."""
+    harvest(small(text), str(tmp_path / "a"))
+    harvest(small(text, batch_tokens=256), str(tmp_path / "b"))
+    a, b = (open_activations(tmp_path / name) for name in "ab")
+    for chunk in range(a.n_chunks):
+        np.testing.assert_array_equal(a.read_index(chunk)["token"], b.read_index(chunk)["token"])
+        rows = [np.float32(s.read_chunk("resid_post.0", chunk)) for s in (a, b)]
+        np.testing.assert_allclose(*rows, rtol=1e-2, atol=1e-2)
+
+
+def test_norm_masks_use_the_shards_own_median(text, tmp_path):
+    harvest(small(text, max_norm_multiple=1.05), str(tmp_path / "set"))
+    harvest(small(text), str(tmp_path / "all"))
+    assert open_activations(tmp_path / "set").n_rows < open_activations(tmp_path / "all").n_rows
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hooks": ()},
+        {"hooks": ("resid_post.0", "resid_post.0")},
+        {"context": 1},
+        {"tokens": 3},
+        {"dtype": "int8"},
+        {"max_norm_multiple": 0.5},
+        {"batch_tokens": 4},
+        {"context": 4096, "batch_tokens": 8192},
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(text, tmp_path, settings):
+    with pytest.raises(UsageError) as caught:
+        harvest(small(text, **settings), str(tmp_path / "set"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "set").exists()
+
+
+def test_batches_come_back_in_order(text):
+    from sae_jax import lm
+
+    model = lm.load("bundled")
+    ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
+    forward = module._Forward(model, small(text))
+    got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
+    want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
+    np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
