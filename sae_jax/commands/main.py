@@ -39,7 +39,13 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 failure, 2 usage, 130 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if code and "jax" in sys.modules:
+        importlib.import_module("sae_jax.commands.runtime").leave_the_others(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage() + "\n")
         return 0 if argv else 2

@@ -7,15 +7,18 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import jax
+from jax._src import distributed  # whether this is one of several, without starting the devices
 
 from sae_jax.progress import console
 from sae_jax.types import UsageError
 
 _WE_WERE_TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SECONDS_TO_SAY_WHY = 5.0
 
 
 def start_distributed() -> None:
@@ -39,6 +42,20 @@ def start_distributed() -> None:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
+
+
+def leave_the_others(code: int) -> None:
+    """End this process now if it is one of several. It failed, and the usual way out waits for the others for minutes.
+
+    They may have failed as well, and the first process coordinates: when it goes they are cut off in what they say.
+    """
+    job = distributed.global_state
+    if job.client is None or job.num_processes == 1:
+        return
+    if job.process_id == 0:
+        time.sleep(SECONDS_TO_SAY_WHY)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def warn_of_idle_gpu() -> None:
