@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,14 +71,32 @@ def start(words: Sequence[str], n_devices: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=environment(n_devices), cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that it has started, oldest first."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 to the process and to those that it has started."""
+    for pid in [process.pid, *children(process)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """(exit code, what it said), killing it if it does not end."""
     try:
         said = process.communicate(timeout=SECONDS)[1]
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill(process)
         raise AssertionError(f"still running after {SECONDS} s: {process.communicate()[1]}") from None
     return process.returncode, said
+
+
+def local(n: int, words: Sequence[str]) -> list[str]:
+    """The same command as n processes that work as one."""
+    return [str(ROOT / "launch/local.sh"), str(n), *words]
 
 
 def complete(words: Sequence[str], n_devices: int = 1) -> str:
@@ -97,7 +117,7 @@ def wait_for(condition, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + SECONDS
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
+            kill(process)
             raise AssertionError(f"ended or hung before its time: {process.communicate()[1]}")
         time.sleep(0.005)
 

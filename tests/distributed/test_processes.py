@@ -1,0 +1,124 @@
+"""Several processes work as one: launch/local.sh starts them, JAX joins them over the loopback interface."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sae_jax import write_activations
+from tests import runs
+
+pytestmark = pytest.mark.slow
+
+
+def test_one_two_and_four_processes(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Each goes on from the checkpoint of the others, sees the same batches and computes the same to rounding."""
+    run = tmp_path / "run"
+
+    def words(steps: int) -> list[str]:
+        return runs.train_command(small_set, run, "--train.checkpoint-every=100", f"--train.steps={steps}")
+
+    runs.complete(runs.local(2, words(20)))
+    runs.complete(words(40))
+    runs.complete(runs.local(2, [*words(60), "--mesh.data=2"]), n_devices=2)
+    runs.complete(runs.local(4, words(80)))
+    found = [(a["start_step"], a["end_step"], a["n_processes"], a["mesh"]["latent"]) for a in runs.attempts(run)]
+    assert found == [(0, 20, 2, 2), (20, 40, 1, 1), (40, 60, 2, 2), (60, 80, 4, 4)]
+    runs.assert_metrics_close(runs.rows_of(run), runs.rows_of(uninterrupted)[:80])
+    assert sorted(path.name for path in run.iterdir()) == [
+        "attempts.jsonl",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+    ]
+
+
+def test_sigterm(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """To all processes, then to one of them only: all stop and save at the same step, with exit code 0."""
+    run = tmp_path / "run"
+    words = runs.local(2, runs.train_command(small_set, run, "--train.checkpoint-every=10", "--train.steps=100000"))
+    for attempt in range(2):
+        process = runs.start(words)
+        runs.wait_for(lambda n=attempt: len(runs.attempts(run)) > n, process)
+        begun = runs.attempts(run)[-1]["start_step"]
+        runs.wait_for(lambda begun=begun: runs.step_of(run) >= begun + 3, process)
+        os.kill(process.pid if attempt == 0 else runs.children(process)[1], signal.SIGTERM)
+        code, said = runs.finish(process)
+        assert code == 0, said
+        stopped = runs.attempts(run)[attempt]
+        assert stopped["outcome"] == "preempted"
+        assert begun + 3 <= stopped["end_step"] == runs.checkpoints(run)[-1]
+        assert said.count(f"stopped by SIGTERM at step {stopped['end_step']};") == 1
+    assert runs.attempts(run)[1]["start_step"] == runs.attempts(run)[0]["end_step"]
+    rows = runs.rows_of(run)
+    runs.assert_metrics_close(rows[: runs.STEPS], runs.rows_of(uninterrupted)[: len(rows)])
+
+
+def test_one_process_fails(tmp_path: Path) -> None:
+    """The chunk that one of them cannot read ends all of them, soon, with its message and its exit code."""
+    rows_BD = np.random.default_rng(0).normal(size=(60_000, 8)).astype(np.float32)
+    write_activations(tmp_path / "set", rows_BD, dtype="float32")
+    with (tmp_path / "set/acts/acts/c/0/0").open("r+b") as shard:
+        shard.seek(440_000)  # beyond the sample that all of them read when they begin
+        shard.write(b"\xff\xff\xff\xff")
+    words = runs.train_command(tmp_path / "set", tmp_path / "run", "--train.batch-size=2048", "--train.log-every=100")
+    began = time.monotonic()
+    code, said = runs.finish(runs.start(runs.local(2, words)))
+    assert code == 1, said
+    assert said.count("is not what was written") == 1
+    assert time.monotonic() - began < 60
+
+
+def test_harvest(tmp_path: Path) -> None:
+    """Two processes that know nothing of each other write, byte for byte, what one writes."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n\n\n" for i in range(300)))
+    flags = (f"--harvest.text={text}", "--harvest.context=32", "--harvest.tokens=2048")
+    runs.complete(runs.command("harvest", "--out", tmp_path / "one", *flags))
+    share = " ".join(runs.command("harvest", "--out", tmp_path / "two", *flags))
+    runs.complete(runs.local(2, ["bash", "-c", f"{share} --shard $JAX_PROCESS_ID/$JAX_NUM_PROCESSES"]))
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    one = contents(tmp_path / "one")
+    assert sum(name.startswith("acts/") and "/c/" in name for name in one) == 4
+    assert contents(tmp_path / "two") == one
+
+
+@pytest.mark.parametrize(
+    ("script", "sent", "code"),
+    [
+        ("exit 0", None, 0),
+        ("[ $JAX_PROCESS_ID = 1 ] && exit 7; exit 0", None, 7),
+        ("trap 'exit 0' TERM; touch $0.$JAX_PROCESS_ID; while :; do sleep 0.1; done", signal.SIGTERM, 0),
+        ("trap 'exit 5' INT; touch $0.$JAX_PROCESS_ID; while :; do sleep 0.1; done", signal.SIGINT, 5),
+        ("[ $JAX_PROCESS_ID = 1 ] && exit 9; trap '' TERM; exec sleep 60", None, 9),
+    ],
+    ids=["all end well", "one fails", "SIGTERM", "Ctrl-C", "one fails and another hangs"],
+)
+def test_exit_codes_and_signals_of_the_launcher(tmp_path: Path, script: str, sent: int | None, code: int) -> None:
+    process = runs.start(runs.local(3, ["bash", "-c", script, str(tmp_path / "up")]))
+    if sent is not None:
+        runs.wait_for(lambda: len(list(tmp_path.iterdir())) == 3, process)
+        process.send_signal(sent)
+    began = time.monotonic()
+    assert runs.finish(process)[0] == code
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("words", [[], ["2"], ["0", "true"], ["two", "true"]])
+def test_wrong_use_of_the_launcher(words: list[str]) -> None:
+    done = subprocess.run([runs.ROOT / "launch/local.sh", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "usage: launch/local.sh N COMMAND...\n")
+
+
+@pytest.mark.parametrize("path", sorted((runs.ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
+def test_launch_scripts_parse(path: Path) -> None:
+    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
