@@ -24,13 +24,13 @@ def test_one_two_and_four_processes(small_set: Path, uninterrupted: Path, tmp_pa
     def words(steps: int) -> list[str]:
         return runs.train_command(small_set, run, "--train.checkpoint-every=100", f"--train.steps={steps}")
 
-    runs.complete(runs.local(2, words(20)))
-    runs.complete(words(40))
-    runs.complete(runs.local(2, [*words(60), "--mesh.data=2"]), n_devices=2)
-    runs.complete(runs.local(4, words(80)))
+    runs.complete(runs.local(2, words(10)))
+    runs.complete(words(20))
+    runs.complete(runs.local(2, [*words(30), "--mesh.data=2"]), n_devices=2)
+    runs.complete(runs.local(4, words(34)))
     found = [(a["start_step"], a["end_step"], a["n_processes"], a["mesh"]["latent"]) for a in runs.attempts(run)]
-    assert found == [(0, 20, 2, 2), (20, 40, 1, 1), (40, 60, 2, 2), (60, 80, 4, 4)]
-    runs.assert_metrics_close(runs.rows_of(run), runs.rows_of(uninterrupted)[:80])
+    assert found == [(0, 10, 2, 2), (10, 20, 1, 1), (20, 30, 2, 2), (30, 34, 4, 4)]
+    runs.assert_metrics_close(runs.rows_of(run), runs.rows_of(uninterrupted)[:34])
     assert sorted(path.name for path in run.iterdir()) == [
         "attempts.jsonl",
         "checkpoints",
