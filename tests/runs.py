@@ -106,6 +106,11 @@ def complete(words: Sequence[str], n_devices: int = 1) -> str:
     return said
 
 
+def one_line(said: str) -> bool:
+    """Whether a command said one thing beside its progress, which a slow machine shows and a fast one does not."""
+    return len([line for line in said.splitlines() if not line.startswith("train: ")]) == 1
+
+
 def step_of(run: Path) -> int:
     """The last step in the log of a run."""
     rows = logs.read_metrics(run)

@@ -9,7 +9,9 @@ and spread over machines by `--shard i/n`, with nothing else between them.
 
 from __future__ import annotations
 
+import glob
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -139,26 +141,35 @@ def plan(config: HarvestConfig, model: lm.LanguageModel, tokenizer: lm.Tokenizer
         raise UsageError(f"harvest.hooks names a site twice: {', '.join(config.hooks)}")
     if config.context > model.spec.n_context:
         raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
-    n_sequences = config.tokens // config.context or sum(
-        1 for _ in tokens.sequences(config.text, tokenizer, config.context)
-    )
+    model_reference, text = _from_anywhere(config.model), _from_anywhere(config.text)
+    heldout = None if config.heldout is None else _from_anywhere(config.heldout)
+    digest = tokens.text_digest(text)
+    if heldout is not None and tokens.text_digest(heldout) == digest:
+        raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
+    n_sequences = config.tokens // config.context
+    if not n_sequences:
+        n_sequences = sum(1 for _ in tokens.sequences(text, tokenizer, config.context))
+    elif not text.startswith("hf:"):
+        # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
+        n_bytes = sum(len(document.encode()) + 1 for document in tokens.documents(text))
+        n_sequences = min(n_sequences, -(-n_bytes // config.context))
     widths = [lm.hook_width(model.spec, hook) for hook in hooks]
     n_shards, shard_rows, chunk_rows = layout(
         n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
     )
     return SetSpec(
         sources=tuple(
-            SourceSpec(str(hook), width, config.dtype, config.model, model.digest, str(hook))
+            SourceSpec(str(hook), width, config.dtype, model_reference, model.digest, str(hook))
             for hook, width in zip(hooks, widths, strict=True)
         ),
         n_shards=n_shards,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
         seed=config.seed,
-        tokenizer=config.model,
-        text=config.text,
-        text_digest=tokens.text_digest(config.text),
-        heldout=config.heldout,
+        tokenizer=model_reference,
+        text=text,
+        text_digest=digest,
+        heldout=heldout,
         context=config.context,
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=config.max_norm_multiple,
@@ -185,6 +196,11 @@ def read_sites(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook,
     flat = {str(hook): acts[hook].reshape(*ids_BT.shape, -1) for hook in hooks}
     norm_BTS = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in flat.values()], -1)
     return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
+
+
+def _from_anywhere(reference: str) -> str:
+    """A reference that means the same in another working directory: local paths become absolute."""
+    return os.path.abspath(reference) if os.path.exists(reference) or glob.has_magic(reference) else reference
 
 
 class _Forward:

@@ -17,6 +17,7 @@ One host at a time should own a shard. Rows are little-endian on disk and hosts 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -186,6 +187,16 @@ class ActivationSet:
         self.chunk_n_rows = np.minimum(spec.chunk_rows, shard_n_rows - self.chunk_in_shard * spec.chunk_rows)
         self._stats = reduce_stats(spec, commits)
         self._sequence_block = lru_cache(maxsize=4)(self._read_sequence_block)
+
+    @property
+    def content(self) -> str:
+        """SHA-256, hex, of the spec and of the digests of all committed shards: what a run was trained on."""
+        sha = hashlib.sha256(self.spec.sha256.encode())
+        for shard, commit in sorted(self.commits.items()):
+            sha.update(f"{shard} {commit.n_rows}".encode())
+            for path, digests_C in sorted(commit.digests.items()):
+                sha.update(path.encode() + digests_C.tobytes())
+        return sha.hexdigest()
 
     @property
     def n_chunks(self) -> int:

@@ -81,7 +81,7 @@ def write_dashboard(
     """
     latents = np.arange(table.n_latents) if latents is None else np.unique(latents)
     out_dir = Path(out_dir).absolute()
-    _refuse_to_overwrite(out_dir)
+    refuse_to_overwrite(out_dir)
     _check(table, sequences, len(token_strings), w_dec, latents)
 
     building = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.new")
@@ -149,7 +149,8 @@ def decoder_neighbours(w_dec: np.ndarray, latents: np.ndarray, n: int) -> tuple[
     return near_LN, cosine_LN
 
 
-def _refuse_to_overwrite(out_dir: Path) -> None:
+def refuse_to_overwrite(out_dir: Path) -> None:
+    """UsageError if there is something at `out_dir` that is not a dashboard."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     page = out_dir / "index.html"

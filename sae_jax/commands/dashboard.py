@@ -12,14 +12,13 @@ import numpy as np
 import tyro
 
 from sae_jax import config, lm
-from sae_jax.activations.store import open_activations
 from sae_jax.analysis.collect import collect_set
-from sae_jax.analysis.dashboard import write_dashboard
+from sae_jax.analysis.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.analysis.examples import Activations
 from sae_jax.commands import runtime
-from sae_jax.commands.evaluate import SHOWN
+from sae_jax.commands.evaluate import SHOWN, open_set
 from sae_jax.progress import Progress, console
-from sae_jax.train.checkpoint import load, read_config
+from sae_jax.train.checkpoint import load_run
 from sae_jax.types import UsageError
 
 
@@ -55,15 +54,18 @@ def run(argv: Sequence[str]) -> None:
 
 def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     """Write the site; returns the activations it shows and the sequences that these index, i32[n, context]."""
-    facts = read_config(Path(command.run))
-    sae = load(command.run, ema=command.ema)
-    activations = open_activations(command.data or facts["data"])
+    refuse_to_overwrite(Path(command.out))
+    run = load_run(command.run, ema=command.ema)
+    sae, facts = run.sae, run.facts
+    activations = open_set(command.data, facts)
     source, tokenizer = activations.source(facts["site"]), command.model or activations.spec.tokenizer
     if tokenizer is None:
         raise UsageError(f"{activations.path} has no text to show; make the set with `sae-jax harvest`")
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(sae, activations, source.name, command.tokens, progress.update)
     evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
+    if (evaluation.get("step"), evaluation.get("weights")) != (run.step, "ema" if command.ema else "live"):
+        evaluation = {}  # of other weights than are shown
     reference = command.model or source.model
     with Progress("dashboard", table.n_latents, "latents") as progress:
         write_dashboard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,10 @@ def run(argv: Sequence[str]) -> None:
     out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
     runtime.warn_of_idle_gpu()
     activations_path, run_path = str(out / "activations"), str(out / "run")
-    settings = recipe.parse(recipe.Recipe, argv[:1], "sae-jax demo")
+    files = itertools.takewhile(lambda token: not token.startswith("-"), argv)
+    settings = recipe.parse(recipe.Recipe, list(files), "sae-jax demo")
+    if settings.harvest.heldout is None:
+        raise UsageError("the demo measures on held-out text; name one with harvest.heldout in the recipe")
 
     harvest(settings.harvest, activations_path)
     train(Train(activations_path, run_path, settings.sae, settings.site, settings.train, settings.mesh))
@@ -61,8 +65,7 @@ def run(argv: Sequence[str]) -> None:
 
     activations = open_activations(activations_path)
     text = held_out(activations, result["site"], EVERYTHING)
-    if text is None:
-        raise UsageError("the demo compares on held-out text; name one with harvest.heldout")
+    assert text is not None
     summary = {
         **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
         **{name: result[name] for name in ("loss_recovered", "kl")},

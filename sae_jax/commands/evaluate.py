@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_jax import config
-from sae_jax.activations.store import open_activations
+from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import runtime
 from sae_jax.evaluation.measure import measure
-from sae_jax.train.checkpoint import load, read_config
-from sae_jax.train.logs import read_metrics
+from sae_jax.train.checkpoint import load_run
 from sae_jax.types import UsageError
 
 SHOWN = (
@@ -71,17 +70,20 @@ def run(argv: Sequence[str]) -> None:
 
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """All metrics of a run, as written to RUN/evaluation.json."""
-    path = Path(command.run)
-    facts = read_config(path)
-    sae = load(path, ema=command.ema)
-    activations = open_activations(command.data or facts["data"])
+    run = load_run(command.run, ema=command.ema)
+    facts = run.facts
+    activations = open_set(command.data, facts)
     width = activations.source(facts["site"]).d
     if width != facts["d_model"]:
         raise UsageError(f"{activations.path}: {facts['site']} has {width} dimensions, the run {facts['d_model']}")
-    result = measure(sae, activations, facts["site"], command.tokens, command.batch_tokens, command.model)
-    if logged := read_metrics(path):
-        # Of the run, over train.dead_after_tokens; silent_fraction is over the rows measured here.
-        result = {"dead_fraction": logged[-1]["dead_fraction"], **result}
-    result = {"weights": "ema" if command.ema else "live", **result}
-    config.write_json(path / "evaluation.json", result)
+    result = measure(run.sae, activations, facts["site"], command.tokens, command.batch_tokens, command.model)
+    # dead_fraction is over the run's last train.dead_after_tokens, silent_fraction over the rows measured here.
+    weights = "ema" if command.ema else "live"
+    result = {"step": run.step, "weights": weights, "dead_fraction": run.dead_fraction, **result}
+    config.write_json(Path(command.run) / "evaluation.json", result)
     return result
+
+
+def open_set(data: str | None, facts: dict[str, Any]) -> ActivationSet:
+    """The set at `data`, or else the run's own, which may be partial if the run was allowed that."""
+    return open_activations(data or facts["data"], allow_partial=data is None and facts["allow_partial"])

@@ -60,7 +60,8 @@ def train(command: Train) -> int:
     site = choose_site(activations, command.site)
     facts = {
         "data": os.path.abspath(command.data) if "://" not in command.data else command.data,
-        "set": activations.spec.sha256,
+        "set": activations.content,
+        "allow_partial": command.allow_partial,
         "site": site,
         "d_model": activations.source(site).d,
         **{name: config.to_dict(getattr(command, name)) for name in ("sae", "train", "mesh")},

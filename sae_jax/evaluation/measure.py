@@ -45,17 +45,21 @@ def measure(
         mean_D = activations.stats(source).mean
         return {
             **where,
-            **splice(sae, text.model, text.hook, mean_D, text.batches(size), text.keep, progress.update),
+            **splice(sae, text.model, text.hook, mean_D, text.batches(size), text.keep, text.special, progress.update),
         }
 
 
 def _on_rows(sae: AbstractSae, activations: ActivationSet, source: str, n_rows: int) -> dict[str, Any]:
+    """Metrics on whole chunks spread evenly over the set, as few as hold `n_rows` rows."""
     reconstruction = Reconstruction(sae.b_enc.shape[0])
-    total, done, chunk = min(n_rows, activations.n_rows), 0, 0
-    with Progress("evaluate", total, "rows") as progress:
-        while done < total:
-            rows_ND = activations.read_chunk(source, chunk)[: total - done].astype(np.float32)
-            reconstruction.add(sae, rows_ND)
-            done, chunk = done + len(rows_ND), chunk + 1
+    size = activations.spec.chunk_rows
+    wanted = min(-(-n_rows // size), activations.n_chunks)
+    with Progress("evaluate", wanted, "chunks") as progress:
+        chunks = np.linspace(0, activations.n_chunks - 1, wanted).round().astype(int)
+        for done, chunk in enumerate(chunks, start=1):
+            rows_ND = activations.read_chunk(source, int(chunk)).astype(np.float32)
+            # The last chunk of a shard is short; filled up, it does not compile anew.
+            keep_N = np.arange(size) < len(rows_ND)
+            reconstruction.add(sae, np.pad(rows_ND, ((0, size - len(rows_ND)), (0, 0))), keep_N)
             progress.update(done)
     return reconstruction.result()

@@ -39,7 +39,7 @@ class Reconstruction:
         if self._sums is None:
             # Sums of squares are taken around the first block's mean: activations far from the origin would
             # lose their variance to rounding otherwise.
-            self._centre_D = keep_N.astype(jnp.float32) @ x_ND / max(int(keep_N.sum()), 1)
+            self._centre_D = x_ND.mean(0, where=keep_N[:, None])
         sums, fired_F, l0_N, x_hat_ND = _block_sums(sae, x_ND, keep_N, self._centre_D)
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
         self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
@@ -88,13 +88,13 @@ def _block_sums(sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array, centre_D: 
     active_NK = (code.values > 0) & keep_N[:, None]
     sums = {
         "rows": keep_N.sum(),
-        "x2": weight_N @ x2_N,
-        "x_hat2": weight_N @ x_hat2_N,
-        "product": weight_N @ product_N,
-        "error2": weight_N @ ((x_ND - x_hat_ND) ** 2).sum(-1),
-        "offset_D": weight_N @ offset_ND,
-        "offset2": weight_N @ (offset_ND**2).sum(-1),
-        "cosine": weight_N @ cosine_N,
+        "x2": (weight_N * x2_N).sum(),
+        "x_hat2": (weight_N * x_hat2_N).sum(),
+        "product": (weight_N * product_N).sum(),
+        "error2": (weight_N * ((x_ND - x_hat_ND) ** 2).sum(-1)).sum(),
+        "offset_D": (weight_N[:, None] * offset_ND).sum(0),
+        "offset2": (weight_N * (offset_ND**2).sum(-1)).sum(),
+        "cosine": (weight_N * cosine_N).sum(),
     }
     fired_F = jnp.zeros(sae.b_enc.shape[0], jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))
     return sums, fired_F, (code.values > 0).sum(-1), x_hat_ND

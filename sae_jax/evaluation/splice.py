@@ -7,7 +7,7 @@
     kl                KL(clean || reconstruction), mean over tokens            nats
 
 Positions that the activation set leaves out (special tokens, sinks) keep their activations and count in no
-reconstruction metric. Cross-entropy is over all next-token predictions.
+reconstruction metric. Predictions from or of a special token count in no cross-entropy and no divergence.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def splice(
     mean_D: np.ndarray,
     batches: Iterable[np.ndarray],
     keep: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    special: np.ndarray,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Reconstruction and downstream metrics over batches of token sequences.
@@ -42,7 +43,8 @@ def splice(
         hook: the site.
         mean_D: f64[D], what mean ablation puts there.
         batches: i32[B, T] token ids; a short last batch costs a second compilation.
-        keep: (ids [B, T], norms [B, T]) -> bool [B, T], positions that the set would hold.
+        keep: (ids [B, T], norms [B, T]) -> bool [B, T], positions whose activations are replaced and measured.
+        special: token ids that stand for no text.
         progress: called with the number of sequences done.
     """
     reconstruction = Reconstruction(sae.b_enc.shape[0])
@@ -54,15 +56,17 @@ def splice(
         x_hat_ND = reconstruction.add(sae, x_BTD.reshape(-1, x_BTD.shape[-1]), keep_BT.ravel())
         replaced = {"sae": x_hat_ND.reshape(x_BTD.shape), "zero": jnp.zeros_like(x_BTD)}
         replaced["mean"] = jnp.broadcast_to(jnp.asarray(mean_D, jnp.float32), x_BTD.shape)
-        block = {"clean": lm.cross_entropy(clean_BTV, jnp.asarray(ids_BT)).sum()}
+        text_BT = ~np.isin(ids_BT, special)
+        counted_BT = jnp.asarray(text_BT[:, :-1] & text_BT[:, 1:], jnp.float32)
+        block = {"clean": (lm.cross_entropy(clean_BTV, jnp.asarray(ids_BT)) * counted_BT).sum()}
         for name, y_BTD in replaced.items():
-            cross_entropy, kl = _spliced(model, ids_BT, hook, y_BTD, keep_BT, clean_BTV)
+            cross_entropy, kl = _spliced(model, ids_BT, hook, y_BTD, keep_BT, counted_BT, clean_BTV)
             block[name] = cross_entropy
             if name == "sae":
                 block["kl"] = kl
         for name, value in jax.device_get(block).items():
             sums[name] = sums.get(name, 0.0) + float(value)
-        n_predictions += ids_BT.shape[0] * (ids_BT.shape[1] - 1)
+        n_predictions += int(counted_BT.sum())
         n_sequences += ids_BT.shape[0]
         progress(n_sequences)
     ce = {name: total / n_predictions for name, total in sums.items()}
@@ -91,7 +95,7 @@ def _clean(model: lm.LanguageModel, ids_BT: jax.Array, hook: lm.Hook) -> tuple[j
 
 
 @partial(jax.jit, static_argnames="hook")
-def _spliced(model, ids_BT, hook, y_BTD, keep_BT, clean_BTV) -> tuple[jax.Array, jax.Array]:
+def _spliced(model, ids_BT, hook, y_BTD, keep_BT, counted_BT, clean_BTV) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy and KL(clean || spliced) of the next-token predictions."""
 
     def edit(x):
@@ -101,5 +105,5 @@ def _spliced(model, ids_BT, hook, y_BTD, keep_BT, clean_BTV) -> tuple[jax.Array,
     logits_BTV = lm.run(model, ids_BT, edits={hook: edit}).logits
     assert logits_BTV is not None
     clean_log_BTV, log_BTV = (jax.nn.log_softmax(z[:, :-1]) for z in (clean_BTV, logits_BTV))
-    kl = (jnp.exp(clean_log_BTV) * (clean_log_BTV - log_BTV)).sum()
-    return lm.cross_entropy(logits_BTV, ids_BT).sum(), kl
+    kl_BT = (jnp.exp(clean_log_BTV) * (clean_log_BTV - log_BTV)).sum(-1)
+    return (lm.cross_entropy(logits_BTV, ids_BT) * counted_BT).sum(), (kl_BT * counted_BT).sum()

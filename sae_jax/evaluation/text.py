@@ -26,7 +26,7 @@ class HeldOut:
     max_norm_multiple: float | None  # as in the set
 
     def keep(self, ids_BT: np.ndarray, norm_BT: np.ndarray) -> np.ndarray:
-        """bool[B, T]: positions that the set would hold."""
+        """bool[B, T]: what the set would hold, norms compared with the median of these sequences, not of a shard."""
         return keep(ids_BT, norm_BT[..., None], self.special, self.max_norm_multiple)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:

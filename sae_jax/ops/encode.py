@@ -23,6 +23,7 @@ from sae_jax.ops import sparse, spmd, topk
 from sae_jax.types import Code
 
 PRE_BYTES = 64 * 2**20  # budget for one block of pre-activations
+EXACT = lax.Precision.HIGHEST  # float32 means float32: accelerators would round the inputs of a product by default
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -63,7 +64,10 @@ def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
         n_local = w_FD.shape[0]
 
         def block(x_bD):
-            pre_bF = jnp.einsum("bd,fd->bf", x_bD.astype(dtype), w_FD, preferred_element_type=jnp.float32) + b_F[None]
+            pre_bF = jnp.einsum(
+                "bd,fd->bf", x_bD.astype(dtype), w_FD, precision=EXACT, preferred_element_type=jnp.float32
+            )
+            pre_bF = pre_bF + b_F[None]
             return topk.top_k(pre_bF, min(k, n_local))
 
         values_BK, index_BK = _in_row_blocks(block, x_BD, n_local)
@@ -91,7 +95,7 @@ def _backward(k, dtype, saved, cotangent: Code):
         g_BK = jnp.where(code.values > 0, g_BK, 0.0)
         g_w_FD = sparse.scatter_rows(index_BK, g_BK, x_BD, n_local)
         g_b_F = jnp.zeros(n_local).at[index_BK.ravel()].add(g_BK.ravel())
-        g_b_pre_D = -spmd.total(g_b_F @ w_FD)
+        g_b_pre_D = -spmd.total(jnp.matmul(g_b_F, w_FD, precision=EXACT))
         # Dropped by the compiler wherever x is data, which needs no gradient.
         g_x_RD = spmd.reduce_scatter(sparse.gather_rows(index_BK, g_BK, w_FD), mesh.LATENT)
         g_w_RD, g_b_R = (spmd.reduce_scatter(g, mesh.DATA) for g in (g_w_FD, g_b_F))
@@ -107,12 +111,12 @@ encode_topk.defvjp(_forward_saving, _backward)
 
 
 def _in_row_blocks(block, x_BD: jax.Array, width: int):
-    """`block` over the fewest equal row blocks whose pre-activations fit the budget."""
+    """`block` over the fewest row blocks whose pre-activations fit the budget; the last is filled up with zeros."""
     n_rows = x_BD.shape[0]
-    n_blocks = next(
-        n for n in range(1, n_rows + 1) if n_rows % n == 0 and (n_rows // n * width * 4 <= PRE_BYTES or n == n_rows)
-    )
-    if n_blocks == 1:
+    n_blocks = -(-n_rows * width * 4 // PRE_BYTES)
+    if n_blocks <= 1:
         return block(x_BD)
-    outputs = lax.map(block, x_BD.reshape(n_blocks, n_rows // n_blocks, -1))
-    return jax.tree.map(lambda y: y.reshape(n_rows, *y.shape[2:]), outputs)
+    size = -(-n_rows // (n_blocks * 8)) * 8
+    padded_BD = jnp.pad(x_BD, ((0, -n_rows % size), (0, 0)))
+    outputs = lax.map(block, padded_BD.reshape(-1, size, x_BD.shape[1]))
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:n_rows], outputs)

@@ -15,6 +15,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -121,15 +122,28 @@ class Checkpoints:
             ) from error
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The end of a run, so far."""
+
+    sae: AbstractSae  # plain arrays on the default device, no mesh
+    step: int  # of the checkpoint they come from
+    dead_fraction: float  # latents that had not fired for train.dead_after_tokens
+    facts: dict[str, Any]  # RUN/config.json
+
+
 def load(run: str | Path, ema: bool = False) -> AbstractSae:
-    """The SAE of a run, from its last checkpoint.
+    """The SAE of a run, from its last checkpoint, as plain arrays on the default device; errors as `load_run`.
 
     Args:
         run: the directory that `sae-jax train` wrote.
         ema: the averaged weights instead of the live ones.
+    """
+    return load_run(run, ema).sae
 
-    Returns:
-        An SAE of plain arrays on the default device, no mesh.
+
+def load_run(run: str | Path, ema: bool = False) -> Loaded:
+    """As `load`, with what else the checkpoint and the config say.
 
     Raises:
         UserError: no run there, no checkpoint yet, or averages asked of a run that kept none.
@@ -146,11 +160,9 @@ def load(run: str | Path, ema: bool = False) -> AbstractSae:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = _to_tree(abstract(sae_config, train_config, facts["d_model"], here))
         part = "average" if ema else "sae"
-        _, tree = checkpoints.read({part: target[part], "run": target["run"]})
-    if not ema:
-        return tree["sae"]
-    state = TrainState(sae=None, moments=None, average=tree["average"], **tree["run"])  # type: ignore[arg-type]
-    return averaged(state, train_config.ema)
+        step, tree = checkpoints.read({part: target[part], "run": target["run"]})
+    sae = averaged(tree["average"], tree["run"]["step"], train_config.ema) if ema else tree["sae"]
+    return Loaded(sae, step, float(tree["run"]["statistics"].dead.mean()), facts)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -168,11 +180,14 @@ def check_resumable(run: Path, facts: dict[str, Any]) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, now = dict(configs.flatten(read_config(run))), dict(configs.flatten(facts))
     for key in sorted(before.keys() | now.keys()):
-        if key not in MAY_CHANGE and before.get(key) != now.get(key):
-            raise UsageError(
-                f"{run} was started with {key}={before.get(key)}, not {now.get(key)}; keep it to resume, "
-                f"or give another --out"
-            )
+        if key in MAY_CHANGE or before.get(key) == now.get(key):
+            continue
+        if key == "set":
+            raise UsageError(f"{run} was started on other rows than {facts['data']} holds now; give another --out")
+        raise UsageError(
+            f"{run} was started with {key}={before.get(key)}, not {now.get(key)}; keep it to resume, "
+            f"or give another --out"
+        )
 
 
 def _reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from sae_jax.train import logs
 from sae_jax.train.checkpoint import Checkpoints, check_resumable
 from sae_jax.train.state import TrainConfig, abstract, initial
 from sae_jax.train.step import make_step
-from sae_jax.types import UserError
+from sae_jax.types import UsageError, UserError
 
 
 class Batches(Protocol):
@@ -64,7 +64,7 @@ def train(
         mesh: devices; batches are split over all of them.
         loader: rows of any step.
         site: the source that is encoded and reconstructed.
-        sample: called once, for a fresh run, to learn what initialisation needs to know of the data.
+        sample: called once, for a run without checkpoint, to learn what initialisation needs to know of the data.
 
     Returns:
         The step the run stands at.
@@ -75,18 +75,21 @@ def train(
     """
     first = jax.process_index() == 0
     meshes.check_divides(mesh, sae_config.n_latents, config.batch_size)
-    if (run / "config.json").exists():
+    # Both may refuse, so before anything is written.
+    if resuming := (run / "config.json").exists():
         check_resumable(run, facts)
-    if first:
-        run.mkdir(parents=True, exist_ok=True)
-        configs.write_json(run / "config.json", facts)
+    begin = None if resuming else sample()
 
     with jax.set_mesh(mesh), Checkpoints(run) as checkpoints:
         if checkpoints.latest is None:
-            state = jax.jit(lambda sample: initial(sae_config, config, sample))(sample())
+            state = jax.jit(lambda begin: initial(sae_config, config, begin))(begin or sample())
         else:
             state = checkpoints.restore(abstract(sae_config, config, facts["d_model"], mesh))
         start = int(state.step)
+        if start > config.steps:
+            raise UsageError(f"{run} stands at step {start}; train.steps={config.steps} must be at least that")
+        if first:
+            configs.write_json(run / "config.json", facts)
         attempt = logs.Attempts(run, start, not first, mesh=dict(mesh.shape), n_processes=jax.process_count())
         step_fn = make_step(sae_config, config)
         record = _Recorder(config, loader, start)
@@ -104,7 +107,7 @@ def train(
                     # The CPU client deadlocks with more than some thirty collective programs in flight.
                     jax.block_until_ready(metrics)
                 if pending is not None:
-                    _finish(run, pending, record, metrics_file, progress, attempt, checkpoints)
+                    _finish(run, pending, loader, record, metrics_file, progress, attempt, checkpoints)
                 done, pending = step + 1, (step + 1, metrics)
                 # JAX counts from 0: a SIGTERM from before the first question is agreed upon for step 1 of the attempt.
                 stopping = multihost_utils.reached_preemption_sync_point(done - start)
@@ -112,7 +115,7 @@ def train(
                     # The save before this one ends before this step is on record. With two saves an interval, a run
                     # is thus never further than one interval from its last complete checkpoint.
                     checkpoints.wait()
-                    _finish(run, pending, record, metrics_file, progress, attempt, checkpoints)
+                    _finish(run, pending, loader, record, metrics_file, progress, attempt, checkpoints)
                     pending = None
                     checkpoints.save(done, state)
                     attempt.record(done, "running")
@@ -159,6 +162,7 @@ class _Recorder:
 def _finish(
     run: Path,
     pending: tuple[int, dict[str, jax.Array]],
+    loader: Batches,
     record: _Recorder,
     metrics_file: logs.Metrics,
     progress: Progress,
@@ -170,7 +174,7 @@ def _finish(
     metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
     # A gradient that is not finite spoils the weights that a checkpoint of this very step would hold.
     if not np.isfinite(metrics["loss"] + metrics["grad_norm"]):
-        _fail(run, step, metrics, record, attempt, checkpoints)
+        _fail(run, step, metrics, loader, attempt, checkpoints)
     if record.wanted(step):
         row = record.row(step, metrics)
         metrics_file.write(row)
@@ -181,12 +185,12 @@ def _finish(
         )
 
 
-def _fail(run, step, metrics, record: _Recorder, attempt: logs.Attempts, checkpoints: Checkpoints) -> None:
+def _fail(run: Path, step: int, metrics, loader: Batches, attempt: logs.Attempts, checkpoints: Checkpoints) -> None:
     """Leave what is needed to replay the step: its number, its rows, and the checkpoint before it."""
     checkpoints.wait()
     attempt.record(step - 1, "failed")
     path = run / f"failure-{jax.process_index()}.json"
-    rows = record._loader.row_ids(step - 1).tolist()
+    rows = loader.row_ids(step - 1).tolist()
     facts = {"step": step, "metrics": {k: str(v) for k, v in metrics.items()}, "row_ids": rows}
     configs.write_json(path, {**facts, "last_checkpoint": checkpoints.latest})
     raise UserError(

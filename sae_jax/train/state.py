@@ -22,6 +22,8 @@ from sae_jax.types import UsageError
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
+    "data",  # where the set lies; its content is compared
+    "allow_partial",
     "train.steps",
     "train.log_every",
     "train.checkpoint_every",

@@ -5,8 +5,10 @@ objective and gradient -> clip, Adam -> constraints of the variant -> running av
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
     return jax.jit(step, donate_argnums=0)
 
 
-def averaged(state: TrainState, decay: float):
-    """The averaged weights with the bias of their zero start removed: m / (1 - decay^t)."""
-    correction = 1 - jnp.float32(decay) ** state.step
-    return jax.tree.map(lambda m: m / correction, state.average)
+def averaged(average: Any, step: jax.Array, decay: float) -> Any:
+    """The averaged weights after `step` steps, the bias of their zero start removed: m / (1 - decay^t)."""
+    correction = -jnp.expm1(step.astype(jnp.float32) * math.log(decay))  # 1 - decay^t would cancel near 1
+    return jax.tree.map(lambda m: m / correction, average)

@@ -40,8 +40,9 @@ def test_all_of_a_text(text, tmp_path):
     assert spec.context == 16
 
 
-def test_a_text_that_ends_early_leaves_empty_shards_not_missing_ones(text, tmp_path):
-    harvest(small(text, tokens=16 * 400), str(tmp_path / "set"))
+def test_a_text_that_ends_early_leaves_empty_shards_not_missing_ones(tmp_path):
+    (tmp_path / "indented.txt").write_text("        " * 800)  # many bytes a token
+    harvest(small(str(tmp_path / "indented.txt"), tokens=16 * 400), str(tmp_path / "set"))
     activations = open_activations(tmp_path / "set")
     assert 0 < activations.n_rows < 16 * 400
     assert min(commit.n_rows for commit in activations.commits.values()) == 0
@@ -56,6 +57,26 @@ def test_the_set_does_not_depend_on_the_batch(text, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a.read_index(chunk)["token"], b.read_index(chunk)["token"])
         rows = [np.float32(s.read_chunk("resid_post.0", chunk)) for s in (a, b)]
         np.testing.assert_allclose(*rows, rtol=1e-2, atol=1e-2)
+
+
+def test_references_are_good_from_any_folder(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("def other():\n    return 1\n" * 40)
+    spec = harvest(small("text.txt", heldout="other.txt"), str(tmp_path / "set"))
+    assert (spec.text, spec.heldout, spec.tokenizer) == (text, str(tmp_path / "other.txt"), "bundled")
+
+
+@pytest.mark.parametrize("heldout", ["text.txt", "missing.txt"])
+def test_held_out_text_is_checked_before_the_work(text, tmp_path, monkeypatch, heldout):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=heldout):
+        harvest(small(text, heldout=heldout), str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_short_text_is_cut_small_however_much_was_asked_for(text, tmp_path):
+    spec = harvest(small(text, tokens=10**9), str(tmp_path / "set"))
+    assert spec.shard_rows < 2000
 
 
 def test_norm_masks_use_the_shards_own_median(text, tmp_path):

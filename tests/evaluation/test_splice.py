@@ -40,7 +40,9 @@ def batches(model):
 
 def measure(model, batches, factor, keep=lambda ids, norm: np.ones(ids.shape, bool)):
     mean = np.full(model.spec.d_model, 0.1)
-    return splice(Scaled(jnp.float32(factor), jnp.zeros(4)), model, HOOK, mean, batches, keep, lambda n: None)
+    return splice(
+        Scaled(jnp.float32(factor), jnp.zeros(4)), model, HOOK, mean, batches, keep, np.array([0]), lambda n: None
+    )
 
 
 def test_the_identity_changes_nothing(model, batches):
@@ -64,6 +66,17 @@ def test_left_out_positions_keep_their_activations(model, batches):
     everywhere = measure(model, batches, 0.0)
     assert got["n_rows"] == 2
     assert abs(got["ce_sae"] - got["ce_clean"]) < abs(everywhere["ce_sae"] - everywhere["ce_clean"])
+
+
+def test_predictions_from_and_of_special_tokens_do_not_count(model, batches):
+    marked = [ids.copy() for ids in batches]
+    marked[0][0, 3] = 0
+    got = measure(model, marked, 1.0)
+    assert got["n_predictions"] == 2 * 2 * 11 - 2
+    nll = [np.asarray(lm.cross_entropy(lm.run(model, ids).logits, ids)) for ids in marked]
+    counted = [(ids[:, :-1] != 0) & (ids[:, 1:] != 0) for ids in marked]
+    want = sum((n * c).sum() for n, c in zip(nll, counted, strict=True)) / (2 * 2 * 11 - 2)
+    assert got["ce_clean"] == pytest.approx(want, rel=1e-4)
 
 
 def test_clean_cross_entropy_is_the_models_own(model, batches):

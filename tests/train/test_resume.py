@@ -123,7 +123,7 @@ def test_row_that_overflows(tmp_path: Path) -> None:
         code, said = runs.finish(runs.start(words))
         assert code == 1
         assert f"sae-jax: loss is inf, gradient norm 0.0 at step {bad + 1}; " in said
-        assert len(said.splitlines()) == 1
+        assert runs.one_line(said)
         failure = json.loads((run / "failure-0.json").read_text())
         assert (failure["step"], failure["row_ids"]) == (bad + 1, rows)
         assert failure["last_checkpoint"] == runs.checkpoints(run)[-1] == bad // 2 * 2
@@ -158,7 +158,7 @@ def test_full_disk(small_set: Path, uninterrupted: Path, tmp_path: Path, small_d
             file.write(bytes(4096))
     code, said = runs.finish(process)
     assert code == 1
-    assert len(said.splitlines()) == 1
+    assert runs.one_line(said)
     assert said.startswith("sae-jax: ")
     assert "space" in said
     ballast.unlink()
@@ -243,7 +243,7 @@ def test_forbidden_change(copied: Path, small_set: Path, key: str, value, capsys
     assert main.main(words[words.index("train") :]) == 2
     said = capsys.readouterr().err
     assert f"{copied} was started with {key}=" in said
-    assert len(said.splitlines()) == 1
+    assert runs.one_line(said)
 
 
 def test_allowed_changes(copied: Path) -> None:

@@ -47,7 +47,7 @@ def test_steps_follow_the_oracle(clip):
             np.testing.assert_allclose(metrics["dead_fraction"], (silent > 10).mean(), rtol=1e-6)
             reached_aux |= (silent > 10).any()
         assert reached_aux, "the case should reach AuxK"
-        corrected = averaged(state, 0.9)
+        corrected = averaged(state.average, state.step, 0.9)
     for name in NAMES:
         # Adam divides by the root of tiny second moments: rounding of f32 gradients shows in single entries.
         np.testing.assert_allclose(getattr(state.sae, name), weights[name], atol=2e-4, err_msg=name)
