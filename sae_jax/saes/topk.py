@@ -89,13 +89,14 @@ class TopK(AbstractSae):
         """See AbstractSae. With an input_norm the values are in normalised units."""
         x = base.as_rows(x, self.b_dec.shape[0])
         code = _encode_rows(self, x.reshape(-1, x.shape[-1]))
-        return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], -1), code)
+        return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], field.shape[-1]), code)
 
     def decode(self, code: Code) -> jax.Array:
         """See AbstractSae. With an input_norm the result is in normalised units."""
         lead = code.indices.shape[:-1]
-        flat = Code(*(jnp.asarray(f).reshape(math.prod(lead), -1) for f in (code.indices, code.values)))
-        return _decode_rows(self, flat).reshape(*lead, -1)
+        n_rows, n_slots = math.prod(lead), code.indices.shape[-1]
+        flat = Code(*(jnp.asarray(field).reshape(n_rows, n_slots) for field in (code.indices, code.values)))
+        return _decode_rows(self, flat).reshape(*lead, self.b_dec.shape[0])
 
     def __call__(self, x: Any) -> jax.Array:
         """See AbstractSae."""

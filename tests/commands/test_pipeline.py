@@ -217,6 +217,46 @@ def test_resume_with_other_settings_is_refused(work, capsys):
     assert "sae.k=4, not 5" in refused(capsys, work, "train", *arguments)
 
 
+def test_a_run_stays_with_its_rows_wherever_they_lie(work, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    sae_jax.write_activations(tmp_path / "a", {"resid_post.1": rng.standard_normal((512, 8))})
+    small = ["--out", tmp_path / "run", "--train.steps"]
+    run(work, "train", "--data", tmp_path / "a", *small, 4)
+    (tmp_path / "a").rename(tmp_path / "b")
+    run(work, "train", "--data", tmp_path / "b", *small, 8)
+    sae_jax.write_activations(tmp_path / "c", {"resid_post.1": rng.standard_normal((512, 8))})
+    said = refused(capsys, work, "train", "--data", tmp_path / "c", *small, 12)
+    assert "other rows" in said
+    assert "stands at step 8" in refused(capsys, work, "train", "--data", tmp_path / "b", *small, 7)
+
+
+def test_a_set_that_cannot_be_learned_leaves_no_run_behind(work, tmp_path, capsys):
+    sae_jax.write_activations(tmp_path / "set", {"resid_post.1": np.ones((512, 8))})
+    said = refused(capsys, work, "train", "--data", tmp_path / "set", "--out", tmp_path / "run")
+    assert "variance" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_page_shows_metrics_of_the_weights_it_shows(work, tmp_path):
+    def page(*flags):
+        run(work, "dashboard", work / "run", "--out", tmp_path / "site", "--tokens", 500, *flags)
+        return "".join(path.read_text() for path in (tmp_path / "site").rglob("*.js"))
+
+    run(work, "evaluate", work / "run", "--tokens", 256, "--ema")
+    result = json.loads((work / "run" / "evaluation.json").read_text())
+    assert (result["step"], result["weights"]) == (60, "ema")
+    assert "loss_recovered" in page("--ema")
+    assert "loss_recovered" not in page()
+
+
+def test_a_partial_set_can_be_trained_on_and_looked_at(work, tmp_path):
+    run(work, "harvest", "--out", tmp_path / "set", "--shard", "0/2")
+    run(work, "train", "--data", tmp_path / "set", "--out", tmp_path / "run", code=1)
+    run(work, "train", "--data", tmp_path / "set", "--out", tmp_path / "run", "--allow-partial", "--train.steps", 5)
+    run(work, "evaluate", tmp_path / "run", "--tokens", 256)
+    run(work, "dashboard", tmp_path / "run", "--out", tmp_path / "site", "--tokens", 500)
+
+
 def test_unknown_things_are_named(work, tmp_path, capsys):
     assert "there is no command" in refused(capsys, work, "trane")
     assert "not a run" in refused(capsys, work, "evaluate", tmp_path, code=1)

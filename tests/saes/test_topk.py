@@ -170,6 +170,9 @@ def test_public_calls_take_any_shape_and_any_array_library():
 
     np.testing.assert_array_equal(sae.encode(Foreign(x)).indices, sae.encode(x).indices)
     assert isinstance(sae.encode(x), Code)
+    nothing = sae.encode(x[:0])
+    assert nothing.values.shape == (0, K)
+    assert sae.decode(nothing).shape == sae(x[:0]).shape == (0, D)
     with pytest.raises(UsageError, match="d_model=8"):
         sae.encode(x[:, :5])
 

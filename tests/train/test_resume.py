@@ -249,8 +249,8 @@ def test_forbidden_change(copied: Path, small_set: Path, key: str, value, capsys
 def test_allowed_changes(copied: Path) -> None:
     facts = read_config(copied)
     for key in MAY_CHANGE:
-        part, name = key.split(".")
-        facts[part][name] = 7
+        *parts, name = key.split(".")
+        (facts[parts[0]] if parts else facts)[name] = 7
     check_resumable(copied, facts)
     with pytest.raises(UsageError):
         check_resumable(copied, {**facts, "site": "other"})
