@@ -1,4 +1,4 @@
-"""The only home of mesh axes and of how arrays lie on them.
+"""The home of mesh axes and of how the arrays of a run lie on them.
 
     data     rows of a batch are split over it; weights are gathered along it where they are used (FSDP)
     latent   the dictionary is split over it: each latent shard owns a contiguous range of latents

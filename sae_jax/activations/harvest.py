@@ -21,10 +21,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sae_jax import lm
+from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console
@@ -208,8 +207,8 @@ class _Forward:
 
     def __init__(self, model: lm.LanguageModel, config: HarvestConfig) -> None:
         devices = jax.local_devices()
-        self._mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Explicit,), devices=devices)
-        self._model = jax.device_put(model, NamedSharding(self._mesh, P()))
+        self._mesh = meshes.make_mesh(meshes.MeshConfig(), devices)
+        self._model = jax.device_put(model, meshes.sharding(self._mesh, meshes.REPLICATED))
         self._hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
         self._dtype = config.dtype
         self.names = tuple(str(hook) for hook in self._hooks)
@@ -224,7 +223,7 @@ class _Forward:
             # A short last batch is filled up: another shape would compile the model again.
             ids_BT = np.concatenate([ids_BT, np.zeros((self._batch - n, ids_BT.shape[1]), np.int32)])
             with jax.set_mesh(self._mesh):
-                placed = jax.device_put(ids_BT, NamedSharding(self._mesh, P("data")))
+                placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.ROWS))
                 result = read_sites(self._model, placed, self._hooks, self._dtype)
             if queued is not None:
                 yield _fetch(*queued)
