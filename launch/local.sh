@@ -4,11 +4,13 @@
 #   launch/local.sh N COMMAND...
 #
 #   launch/local.sh 2 sae-jax train recipe.yaml --data SET --out RUN
-#   launch/local.sh 4 bash -c 'sae-jax harvest recipe.yaml --out SET --shard $JAX_PROCESS_ID/$JAX_NUM_PROCESSES'
+#   launch/local.sh 4 bash -c 'CUDA_VISIBLE_DEVICES=$JAX_PROCESS_ID \
+#       sae-jax harvest recipe.yaml --out SET --shard $JAX_PROCESS_ID/$JAX_NUM_PROCESSES'
 #
-# On a machine with GPUs process i gets GPU i. SIGTERM and Ctrl-C are passed on to all processes. When one fails, the
-# others, which would wait for it, have ten seconds to say why they fail too; then they are killed. The exit code is
-# that of the first one that failed, or 0.
+# On a machine with GPUs process i of a command whose processes join, as those of train do, gets GPU i. Harvest workers
+# do not join, and each would take all GPUs: CUDA_VISIBLE_DEVICES gives worker i GPU i, and does no harm elsewhere.
+# SIGTERM and Ctrl-C are passed on to all processes. When one fails, the others, which would wait for it, have ten
+# seconds to say why they fail too; then they are killed. The exit code is that of the first one that failed, or 0.
 set -um # -m: without job control, background processes of a script ignore Ctrl-C
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then

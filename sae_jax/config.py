@@ -23,7 +23,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 import yaml
 
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, UserError
 
 C = TypeVar("C")
 
@@ -31,15 +31,21 @@ C = TypeVar("C")
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageError if it is missing, is not a mapping or repeats a key."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the path of a recipe such as configs/demo.yaml") from None
     try:
         content = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that does not exist, for one
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds {type(content).__name__}, not `key: value` pairs")
+    try:
+        list(flatten(content))
+    except RecursionError:
+        raise UsageError(f"{path}: an alias (*name) stands inside what it repeats; write the values out") from None
     return content
 
 
@@ -90,11 +96,16 @@ def parse(cls: type[C], tokens: Sequence[str], prog: str) -> C:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=list(tokens), prog=prog)
+            parsed = tyro.cli(cls, args=list(tokens), prog=prog)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(_first_paragraph(said.getvalue())) from None
+    # No text means anything when empty, and an empty path would be the current directory.
+    for key, value in flatten(dataclasses.asdict(parsed)):  # type: ignore[call-overload]
+        if value == "":
+            raise UsageError(f"{key} is empty; give it a value or leave it out")
+    return parsed
 
 
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
@@ -125,10 +136,18 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
-def read_json(path: str | Path) -> Any | None:
-    """The content of a JSON file; None if there is none."""
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file. Raises UserError if it holds something else."""
     path = Path(path)
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:  # not JSON, or not even text
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object, so it is damaged; delete it and run the command that wrote it")
+    return content
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -10,7 +10,7 @@ from sae_jax import config
 from sae_jax.commands import recipe
 from sae_jax.commands.train import Train
 from sae_jax.train.state import TrainConfig
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, UserError
 
 YAML = """\
 site: resid_post.2
@@ -62,6 +62,19 @@ def test_later_files_win(write):
         (YAML + "site: other\n", [], "stands twice"),
         ("- a\n- b\n", [], "holds list"),
         ("a: [1,\n", [], "not valid YAML"),
+        ("a: 2024-13-45\n", [], "recipe.yaml: not valid YAML"),
+        ("sae: 5\n", [], "recipe.yaml: sae is 5; give it `key: value` pairs"),
+        ("sae: [1, 2]\n", [], r"recipe.yaml: sae is \[1, 2\]"),
+        ("train:\n", [], "recipe.yaml: train is None"),
+        ("sae: {variant: [topk]}\n", [], "recipe.yaml: sae.variant is"),
+        ("sae: &a {b: *a}\n", [], "recipe.yaml: an alias"),
+        (YAML, ["--site="], "site is empty"),
+        (YAML, ["--train.lr=nan"], "train.lr=nan must be above 0 and finite"),
+        (YAML, ["--train.lr=inf"], "train.lr=inf"),
+        (YAML, ["--train.clip=nan"], "train.clip=nan"),
+        (YAML, ["--sae.aux-coefficient=nan"], "sae.aux_coefficient=nan"),
+        (YAML.replace("hooks:", "max_norm_multiple: .nan\n  hooks:"), [], "harvest.max_norm_multiple=nan"),
+        (YAML, ["--sae.n-latents=2147483648"], "sae.n_latents=2147483648 must be at least 1 and below 2"),
         (YAML, ["--harvest.tokens=5"], "unknown key 'harvest.tokens'"),  # train does not harvest
     ],
 )
@@ -69,6 +82,18 @@ def test_mistakes_get_one_line(write, text, flags, message):
     with pytest.raises(UsageError, match=message) as caught:
         parse(write(text), *flags)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfes\x00")
+    with pytest.raises(UsageError, match=r"recipe\.yaml: not UTF-8 \(byte 0\)"):
+        parse(str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize("out", ["--out=", "--out"])
+def test_an_empty_path_is_refused(out):
+    with pytest.raises(UsageError, match="out is empty"):
+        recipe.parse(Train, ["--data=set", *([out] if out.endswith("=") else [out, ""])], "sae-jax train")
 
 
 def test_missing_file_is_named():
@@ -101,3 +126,10 @@ def test_write_json_replaces_whole_files(tmp_path):
     assert config.read_json(tmp_path / "a.json") == {"x": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert config.read_json(tmp_path / "b.json") is None
+
+
+@pytest.mark.parametrize("damage", [b'{"x": ', b"[1]", b"", b"\xff"])
+def test_damaged_json_is_named(tmp_path, damage):
+    (tmp_path / "a.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"a\.json: not a JSON object"):
+        config.read_json(tmp_path / "a.json")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -68,8 +69,8 @@ class HarvestConfig:
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"harvest.dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.max_norm_multiple is not None and self.max_norm_multiple <= 1:
-            raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1, or none")
+        if self.max_norm_multiple is not None and not 1 < self.max_norm_multiple < math.inf:
+            raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1 and finite, or none")
 
 
 def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) -> SetSpec:

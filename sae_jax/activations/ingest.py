@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -185,7 +185,12 @@ def _blocks(
 ) -> tuple[int | None, Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]]:
     """Total rows (None for a stream) and blocks: rows [n, d] of each source in dtype, tokens [m, context]."""
     named = rows if isinstance(rows, Mapping) else {name: rows}
+    if not named:
+        raise UsageError("rows name no source; give at least one array")
     if all(hasattr(values, "shape") for values in named.values()):
+        shapes = {source: tuple(values.shape) for source, values in named.items()}
+        if any(len(shape) < 2 for shape in shapes.values()):
+            raise UsageError(f"rows have shapes {shapes}; rows are [..., d]")
         lengths = {source: len(values) for source, values in named.items()}
         if len(set(lengths.values())) > 1:
             raise UsageError(f"all sources need the same rows, they have {lengths}")
@@ -194,9 +199,16 @@ def _blocks(
         step = max(1, SLICE_BYTES // max(row_bytes, 1))
         parts = [slice(low, low + step) for low in range(0, len(first), step)]
         stream = ({source: values[part] for source, values in named.items()} for part in parts)
+        if tokens is not None:
+            tokens = _as_numpy(tokens)
+            if tokens.shape != tuple(first.shape[:-1]):
+                raise UsageError(f"tokens are {tokens.shape}; rows [n, context, d] need {tuple(first.shape[:-1])}")
         token_stream = repeat(None) if tokens is None else (tokens[part] for part in parts)
         n_rows = math.prod(first.shape[:-1])
     else:
+        if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+            kinds = {source: type(values).__name__ for source, values in named.items()}
+            raise UsageError(f"rows are {kinds}; give arrays, a dict of arrays, or an iterator of either")
         stream = (block if isinstance(block, Mapping) else {name: block} for block in rows)
         token_stream = repeat(None) if tokens is None else iter(tokens)
         n_rows = None
@@ -220,12 +232,17 @@ def _block(
     shapes = {source: values.shape for source, values in arrays.items()}
     if any(len(shape) < 2 for shape in shapes.values()) or len({shape[:-1] for shape in shapes.values()}) != 1:
         raise UsageError(f"block {number} has shapes {shapes}; rows are [..., d], alike in all but d")
+    for source, values in arrays.items():
+        if not np.can_cast(values.dtype, np.float32, "same_kind"):
+            raise UsageError(f"block {number} of source {source} is {values.dtype}; rows are real numbers")
     tokens_BT = None
     if tokens is not None:
         tokens_BT = _as_numpy(tokens)
         lead = next(iter(shapes.values()))[:-1]
         if tokens_BT.ndim != 2 or tokens_BT.shape != lead:
             raise UsageError(f"block {number}: tokens are {tokens_BT.shape}; rows [n, context, d] need {lead}")
+        if tokens_BT.dtype.kind not in "iu" or (tokens_BT.size and not 0 <= tokens_BT.min() <= tokens_BT.max() < 2**31):
+            raise UsageError(f"block {number}: tokens are {tokens_BT.dtype}; they must be integers in [0, 2^31)")
     with np.errstate(over="ignore"):  # a value too large for dtype is refused with its row when it is written
         # A copy: a generator may fill the same array again.
         return {s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()}, tokens_BT

@@ -77,11 +77,6 @@ class Loader:
         self._window: _Window | None = None
         self._streams: list[Generator[tuple[int, dict[str, np.ndarray]], None, None]] = []
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches in one pass over the set; not a whole number in general."""
-        return self.order.n_rows / self.batch_size
-
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of the batch of a step, for each source: [B / P, d] in the source's dtype.
 

@@ -56,11 +56,6 @@ class Stats:
         """Population variance per dimension, f64[D]; zeros where there are no rows."""
         return self.m2 / max(self.count, 1)
 
-    @property
-    def mean_square_norm(self) -> float:
-        """Mean of the squared Euclidean norm of a row."""
-        return float((self.variance + self.mean * self.mean).sum())
-
     def to_json(self) -> dict:
         """A JSON object; float64 survives the round trip exactly."""
         return {"count": self.count, "mean": self.mean.tolist(), "m2": self.m2.tolist()}

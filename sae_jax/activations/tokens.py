@@ -208,6 +208,11 @@ def _text_field(line: str, place: str) -> str:
         text = None
     if not isinstance(text, str):
         raise UserError(f'{place} is not a JSON object with a string "text"; every line must be one')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        escape = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{place} has {escape}, half of a surrogate pair, which is no text; remove it") from None
     return text
 
 

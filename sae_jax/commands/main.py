@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +19,11 @@ COMMANDS = {
     "verify": "check every byte of an activation set",
     "demo": "all of the above on the bundled language model, offline, in minutes",
 }
+RESUMING = ("harvest", "train", "demo")
 INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+
+_FREE_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def usage() -> str:
@@ -38,10 +43,22 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 failure, 2 usage, 130 interrupted."""
-    code = _run(list(sys.argv[1:] if argv is None else argv))
-    if code and "jax" in sys.modules:
-        importlib.import_module("sae_jax.commands.runtime").leave_the_others(code)
+    """Run one command. Exit codes: 0 done, 1 failure, 2 usage, 130 interrupted.
+
+    Without `argv` the words are those of this process, which then does not outlive an interrupt.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+    except Exception:
+        _leave_the_others(1)
+        raise
+    if code:
+        _leave_the_others(code)
+    if code == INTERRUPTED and argv is None:
+        # The usual way out takes Python down under JAX's threads, which may be compiling, and ends in a segfault.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -54,17 +71,49 @@ def _run(argv: list[str]) -> int:
             raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
         importlib.import_module(f"sae_jax.commands.{argv[0]}").run(argv[1:])
     except UserError as error:
-        console.print(f"sae-jax: {error}", markup=False)
-        return error.exit_code
+        return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
-        console.print("sae-jax: interrupted; the same command goes on from what is on disk")
-        return INTERRUPTED
+        again = "goes on from what is on disk" if argv[0] in RESUMING else "starts over"
+        return _say(f"interrupted; the same command {again}", INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.filename is None and error.errno not in _FREE_SPACE:
             raise
-        console.print(f"sae-jax: {error.filename}: {error.strerror}; free space or choose another path", markup=False)
-        return 1
+        return _say(*_of_storage(error))
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _say(
+            f"out of memory: {str(error).splitlines()[0][:200]}; use a smaller sae.n_latents or batch, or more devices",
+            1,
+        )
     return 0
+
+
+def _say(line: str, code: int) -> int:
+    console.print(f"sae-jax: {line}", markup=False)
+    return code
+
+
+def _of_storage(error: OSError) -> tuple[str, int]:
+    """One line for an error of the file system, and the exit code."""
+    what = f"{error.filename or 'the disk'}: {error.strerror}"
+    if error.errno in _WRONG_PATH:
+        return f"{what}; choose another path", UsageError.exit_code
+    cure = "free space" if error.errno in _FREE_SPACE else "see that it exists and may be used"
+    return f"{what}; {cure} or choose another path", UserError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name, since JAX may not be imported yet: numpy raises MemoryError, XLA its own error for the devices.
+    from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    said = str(error)
+    return isinstance(error, MemoryError) or (from_xla and ("RESOURCE_EXHAUSTED" in said or "ut of memory" in said))
+
+
+def _leave_the_others(code: int) -> None:
+    # Only a command that has imported it can have joined others.
+    if runtime := sys.modules.get("sae_jax.commands.runtime"):
+        runtime.leave_the_others(code)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
     n_files = next((i for i, token in enumerate(argv) if token.startswith("-")), len(argv))
     files, flags = argv[:n_files], list(argv[n_files:])
     contents = [config.read_yaml(path) for path in files]
+    for path, content in zip(files, contents, strict=True):
+        _check_sections(path, content)
     variant = _typed_variant(flags) or next(
-        (v for c in reversed(contents) if (v := (c.get("sae") or {}).get("variant"))), DEFAULT_VARIANT
+        (v for c in reversed(contents) if (v := c.get("sae", {}).get("variant"))), DEFAULT_VARIANT
     )
     own: Any = base.config_class(variant)
     recipe: Any = Recipe[own]
@@ -69,6 +71,15 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
             raise UsageError(f"{path}: {error}") from None
         tokens += config.to_tokens({key: value for key, value in content.items() if key in wanted})
     return config.parse(parsed, [*tokens, *flags], prog)
+
+
+def _check_sections(path: str, content: dict[str, Any]) -> None:
+    for name in ("harvest", "sae", "train", "mesh"):
+        section = content.get(name, {})
+        if not isinstance(section, dict):
+            raise UsageError(f"{path}: {name} is {section!r}; give it `key: value` pairs or leave it out")
+        if not isinstance(section.get("variant", ""), str):
+            raise UsageError(f"{path}: {name}.variant is {section['variant']!r}; give a name such as {DEFAULT_VARIANT}")
 
 
 def _typed_variant(flags: list[str]) -> str | None:

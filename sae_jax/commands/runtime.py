@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -48,13 +49,17 @@ def leave_the_others(code: int) -> None:
     """End this process now if it is one of several. It failed, and the usual way out waits for the others for minutes.
 
     They may have failed as well, and the first process coordinates: when it goes they are cut off in what they say.
+    Called while an exception is handled, it shows that one first.
     """
     job = distributed.global_state
     if job.client is None or job.num_processes == 1:
         return
+    if sys.exception() is not None:
+        traceback.print_exc()
     if job.process_id == 0:
         time.sleep(SECONDS_TO_SAY_WHY)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -50,12 +50,14 @@ class Config:
     """inputs of the encoder product; weights, sums, selection and losses are float32"""
 
     def __post_init__(self) -> None:
-        if self.n_latents < 1:
-            raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1")
+        if not 1 <= self.n_latents < 2**31:
+            raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1 and below 2^31: indices are int32")
         if not 1 <= self.k <= self.n_latents:
             raise UsageError(f"sae.k={self.k} must be between 1 and sae.n_latents={self.n_latents}")
-        if self.aux_coefficient < 0 or self.k_aux < 0:
-            raise UsageError(f"sae.aux_coefficient={self.aux_coefficient} and sae.k_aux={self.k_aux} must be >= 0")
+        if not 0 <= self.aux_coefficient < math.inf:
+            raise UsageError(f"sae.aux_coefficient={self.aux_coefficient} must be >= 0 and finite; 0 turns AuxK off")
+        if self.k_aux < 0:
+            raise UsageError(f"sae.k_aux={self.k_aux} must be >= 0")
 
     def init(self, key: jax.Array, sample: Sample) -> TopK:
         """Decoder = transposed encoder with unit rows, bias = geometric median, encoder scaled to reconstruct.

@@ -166,14 +166,17 @@ def load_run(run: str | Path, ema: bool = False) -> Loaded:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """RUN/config.json. Raises UserError where there is none."""
+    """RUN/config.json. Raises UserError where there is none, or it lacks what describes a run."""
     path = run / "config.json"
+    needed = {"sae": dict, "train": dict, "d_model": int, "site": str, "data": str}
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(
-            f"{run}: not a run, {path} is missing or unreadable; give the --out of `sae-jax train`"
-        ) from None
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        facts = None
+    is_run = isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in needed.items())
+    if not is_run or "variant" not in facts["sae"]:
+        raise UserError(f"{run}: not a run, {path} is missing or damaged; give the --out of `sae-jax train`")
+    return facts
 
 
 def check_resumable(run: Path, facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ function gives the shapes, dtypes and shardings that a checkpoint is restored in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,10 @@ class TrainConfig:
                 raise UsageError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.dead_after_tokens + self.batch_size >= 2**31:
             raise UsageError(f"train.dead_after_tokens={self.dead_after_tokens} must stay below 2^31 - batch_size")
-        if self.lr is not None and self.lr <= 0:
-            raise UsageError(f"train.lr={self.lr} must be above 0")
-        if self.clip < 0:
-            raise UsageError(f"train.clip={self.clip} must be >= 0; 0 turns it off")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"train.lr={self.lr} must be above 0 and finite")
+        if not 0 <= self.clip < math.inf:
+            raise UsageError(f"train.clip={self.clip} must be >= 0 and finite; 0 turns it off")
         if not 0 <= self.ema < 1:
             raise UsageError(f"train.ema={self.ema} must be in [0, 1); 0 turns it off")
         if not 0 <= self.seed < 2**31:

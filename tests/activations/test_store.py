@@ -121,7 +121,6 @@ def test_statistics_equal_numpy(tmp_path: Path) -> None:
         assert stats.count == len(rows)
         np.testing.assert_allclose(stats.mean, rows.mean(axis=0), rtol=1e-13, atol=1e-15)
         np.testing.assert_allclose(stats.m2, ((rows - rows.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-12)
-        np.testing.assert_allclose(stats.mean_square_norm, (rows**2).sum(axis=1).mean(), rtol=1e-12)
         stored = json.loads((tmp_path / "set/stats.json").read_text())[source]
         assert stored["mean"] == stats.mean.tolist(), "stats.json is the same reduction, to the bit"
 
@@ -448,6 +447,25 @@ def test_rows_that_cannot_be_written(tmp_path: Path) -> None:
     blocks = (np.zeros((2, 3, 4)) for _ in range(2))
     with pytest.raises(UsageError, match="tokens end before block 1"):
         write_activations(tmp_path / "tokens", blocks, tokens=iter([np.zeros((2, 3), int)]))
+    texts = np.zeros((2, 3, 4))
+    for tokens in (np.zeros((2, 3)), np.full((2, 3), -1), np.full((2, 3), 2**31), np.zeros((2, 3), bool)):
+        with pytest.raises(UsageError, match=r"must be integers in \[0, 2\^31\)"):
+            write_activations(tmp_path / "tokens", texts, tokens=tokens)
+    for tokens in (np.zeros((3, 3), int), 5):
+        with pytest.raises(UsageError, match=r"rows \[n, context, d\] need \(2, 3\)"):
+            write_activations(tmp_path / "tokens", texts, tokens=tokens)
+    with pytest.raises(UsageError, match="name no source"):
+        write_activations(tmp_path / "none", {})
+    for none in (None, 5, {"a": [[1.0]]}):
+        with pytest.raises(UsageError, match="give arrays, a dict of arrays, or an iterator"):
+            write_activations(tmp_path / "none", none)
+    for shape in ((), (5,)):
+        with pytest.raises(UsageError, match=r"rows are \[\.\.\., d\]"):
+            write_activations(tmp_path / "shape", np.zeros(shape))
+    for dtype in (np.complex64, "M8[s]", "U4", object):
+        with pytest.raises(UsageError, match="rows are real numbers"):
+            write_activations(tmp_path / "kind", np.zeros((5, 4)).astype(dtype))
+    assert not list(tmp_path.glob("[tnsk]*/dataset.json"))
     with pytest.raises(UsageError, match="there are no rows"):
         write_activations(tmp_path / "none", iter([]))
     with pytest.raises(UsageError, match="dtype='int8'"):

@@ -84,6 +84,7 @@ def test_the_digest_changes_with_the_text_and_with_its_boundaries(tmp_path):
         (b'{"text": "a"}\nnonsense\n', r"a\.jsonl:2 is not a JSON object"),
         (b'{"body": "a"}\n', r'a\.jsonl:1 .*string "text"'),
         (b'{"text": 3}\n', r'a\.jsonl:1 .*string "text"'),
+        (b'{"text": "a"}\n{"text": "b\\ud800"}\n', r"a\.jsonl:2 has \\ud800, half of a surrogate pair"),
         (b'{"text": ""}\n', r"is empty"),
         (b"", r"is empty"),
     ],

@@ -1,5 +1,6 @@
 """What a command says before it touches a device."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from sae_jax.commands import main as cli
 from sae_jax.commands import runtime
 from sae_jax.types import UsageError
+from tests import runs
 
 
 def test_an_idle_gpu_earns_one_warning(monkeypatch, capsys):
@@ -34,7 +36,7 @@ def test_exit_codes(argv, code):
     assert cli.main(argv) == code
 
 
-def test_a_full_disk_and_an_interrupt_are_one_line(monkeypatch, capsys):
+def test_what_is_no_bug_is_one_line(monkeypatch, capsys):
     def full(argv):
         raise OSError(28, "No space left on device", "set/acts")
 
@@ -43,10 +45,46 @@ def test_a_full_disk_and_an_interrupt_are_one_line(monkeypatch, capsys):
 
     import sae_jax.commands.verify as command
 
-    for run, code, words in ((full, 1, "set/acts: No space left"), (interrupted, 130, "interrupted")):
+    def not_a_folder(argv):
+        raise NotADirectoryError(20, "Not a directory", "file.txt/x")
+
+    def too_large(argv):
+        raise type("JaxRuntimeError", (RuntimeError,), {})("RESOURCE_EXHAUSTED: Out of memory\nand pages more")
+
+    for run, code, words in (
+        (full, 1, "set/acts: No space left"),
+        (interrupted, 130, "interrupted; the same command starts over"),
+        (not_a_folder, 2, "file.txt/x: Not a directory; choose another path"),
+        (too_large, 1, "Out of memory; use a smaller sae.n_latents"),
+    ):
         monkeypatch.setattr(command, "run", run)
         capsys.readouterr()
         assert cli.main(["verify"]) == code
         said = capsys.readouterr().err.strip()
         assert words in said
         assert "\n" not in said
+
+
+def test_the_others_are_left_whatever_the_exception(monkeypatch):
+    import sae_jax.commands.verify as command
+
+    def bug(argv):
+        raise ZeroDivisionError
+
+    left = []
+    monkeypatch.setattr(runtime, "leave_the_others", left.append)
+    monkeypatch.setattr(command, "run", bug)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["verify"])
+    assert left == [1]
+
+
+def test_ctrl_c_in_a_process_that_trains_is_no_crash(small_set, tmp_path):
+    run = tmp_path / "run"
+    process = runs.start(runs.train_command(small_set, run, "--train.steps=1000000"))
+    runs.wait_for(run.exists, process)  # it compiles
+    process.send_signal(signal.SIGINT)
+    code, said = runs.finish(process)
+    assert code == cli.INTERRUPTED, said
+    assert "the same command goes on from what is on disk" in said
+    assert "Traceback" not in said

@@ -311,3 +311,10 @@ def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
     assert steps_from(30) == [1, 10, 20, 25, 30]
     assert steps_from(25) == [1, 10, 20]  # 25 was logged because the run was to end there
     assert steps_from(10) == [1, 10]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "5", '{"sae": 5}', "{", '{"sae": {}, "train": {}}'])
+def test_a_folder_without_the_settings_of_a_run_is_not_a_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"not a run, .*config\.json is missing or damaged"):
+        read_config(tmp_path)
