@@ -1,6 +1,7 @@
 """Test set-up: eight CPU devices, JAX as strict as it can be, and one run that several tests compare theirs with."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before JAX starts, which reads it once.
@@ -10,6 +11,9 @@ import jax
 import pytest
 
 from tests import runs
+
+# What a shell starts in the background has Ctrl-C ignored, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -11,9 +11,8 @@ neighbouring runs. The loader's time includes its start: threads, memory, the fi
 
 Guess beforehand: 0.5 to 1.0 of the memmap on two cores, as copying rows is most of the work of both.
 
-Answer, on two cores shared with other work, min / median / max of 7, 7 and 5 runs: d=768 0.41 / 0.57 / 0.69
-(load 3, 3.7 GB/s) and 0.33 / 0.55 / 0.62 (load 5, 2.1 GB/s); d=4096, 200,000 rows, batch 4096 0.43 / 0.73 / 0.84
-(load 3, 2.9 GB/s).
+Answer: 0.57 at d=768 on two cores with other work beside (median of 7; RESULTS.md). Earlier, under more load, 0.55 to
+0.57 at d=768 and 0.73 at d=4096, single runs down to 0.33.
 """
 
 from __future__ import annotations
