@@ -116,11 +116,6 @@ class SetSpec:
         """Whether every row knows its token, sequence and position."""
         return self.context is not None
 
-    @property
-    def chunks_per_shard(self) -> int:
-        """Chunks of a full shard."""
-        return self.shard_rows // self.chunk_rows
-
     def source(self, name: str) -> SourceSpec:
         """The source of that name. UsageError naming those which exist otherwise."""
         for source in self.sources:
