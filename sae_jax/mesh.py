@@ -3,12 +3,16 @@
     data     rows of a batch are split over it; weights are gathered along it where they are used (FSDP)
     latent   the dictionary is split over it: each latent shard owns a contiguous range of latents
 
+`latent` is three names, one for each direction of a TPU's torus: a collective over the whole torus at once compiles to
+an all-reduce of everything, one direction at a time it moves each byte once. Elsewhere two of the three have size 1.
+
 Every array belongs to one of the roles below. The axes are Explicit: a sharding is part of an array's type, so an
 operation that would have to guess is refused when the program is traced. One device is a 1 x 1 mesh.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -18,10 +22,11 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.types import UsageError
 
 DATA = "data"
-LATENT = "latent"
+LATENT = ("latent_x", "latent_y", "latent_z")
+AXES = (DATA, *LATENT)
 
-DICT = P((LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
-ROWS = P((DATA, LATENT))  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
+DICT = P((*LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
+ROWS = P((DATA, *LATENT))  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
 
@@ -49,7 +54,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh.data={config.data} x mesh.latent={latent} is {config.data * latent} devices, but {len(devices)} "
             f"are visible; choose two numbers whose product is {len(devices)}"
         )
-    return jax.make_mesh((config.data, latent), (DATA, LATENT), (AxisType.Explicit,) * 2, devices=devices)
+    shape = (config.data, *_directions(devices, config.data, latent))
+    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
 
 
 def check_divides(mesh: Mesh, n_latents: int, batch_size: int) -> None:
@@ -59,6 +65,11 @@ def check_divides(mesh: Mesh, n_latents: int, batch_size: int) -> None:
             below = size // mesh.size * mesh.size
             cure = f"use {below} or {below + mesh.size}" if below else f"use {mesh.size}"
             raise UsageError(f"{name}={size} does not divide over {mesh.size} devices; {cure}")
+
+
+def sizes(mesh: Mesh) -> dict[str, int]:
+    """How many ways a mesh splits along each axis of MeshConfig."""
+    return {"data": mesh.shape[DATA], "latent": math.prod(mesh.shape[name] for name in LATENT)}
 
 
 def current() -> jax.sharding.AbstractMesh | None:
@@ -72,12 +83,31 @@ def placed(role: P) -> P | None:
     return None if current() is None else role
 
 
-def axis_size(name: str) -> int:
-    """How many ways the mesh in use splits along `name`; 1 without a mesh."""
+def axis_size(axis: str | tuple[str, ...]) -> int:
+    """How many ways the mesh in use splits along `axis`, one name or several; 1 without a mesh."""
     mesh = current()
-    return 1 if mesh is None else mesh.shape[name]
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names(axis))
+
+
+def names(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names that `axis` stands for."""
+    return (axis,) if isinstance(axis, str) else axis
 
 
 def sharding(mesh: Mesh, role: P) -> NamedSharding:
     """Where an array of this role lies on a concrete mesh."""
     return NamedSharding(mesh, role)
+
+
+def _directions(devices: list[jax.Device], data: int, latent: int) -> tuple[int, int, int]:
+    """`latent` as sizes along the directions of a TPU's torus, of which `data` takes what it needs; else all in one."""
+    if devices[0].platform != "tpu":
+        return latent, 1, 1
+    coordinates = [(*device.coords, device.core_on_chip) for device in devices]
+    *torus, cores = (len(set(along)) for along in zip(*coordinates, strict=True))
+    torus[-1] *= cores
+    for i, size in enumerate(torus):
+        taken = math.gcd(size, data)
+        torus[i], data = size // taken, data // taken
+    # A slice that is no full torus, or a `data` that does not divide it, has no directions to speak of.
+    return (torus[0], torus[1], torus[2]) if math.prod(torus) == latent else (latent, 1, 1)

@@ -26,22 +26,31 @@ def per_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
     return jax.shard_map(local, mesh=current, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def gather(x: jax.Array, axis: str) -> jax.Array:
+def gather(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
     """Blocks of the leading dimension from all devices along `axis`, in order."""
-    return x if mesh.axis_size(axis) == 1 else lax.all_gather(x, axis, axis=0, tiled=True)
+    for name in reversed(_split(axis)):
+        x = lax.all_gather(x, name, axis=0, tiled=True)
+    return x
 
 
-def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
+def reduce_scatter(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
     """Sum over `axis`, each device keeping its block of the leading dimension."""
-    return x if mesh.axis_size(axis) == 1 else lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+    for name in _split(axis):
+        x = lax.psum_scatter(x, name, scatter_dimension=0, tiled=True)
+    return x
 
 
-def total(x: jax.Array) -> jax.Array:
-    """Sum over all devices."""
-    axes = tuple(name for name in (mesh.DATA, mesh.LATENT) if mesh.axis_size(name) > 1)
-    return lax.psum(x, axes) if axes else x
+def total(x: jax.Array, axis: str | tuple[str, ...] = mesh.AXES) -> jax.Array:
+    """Sum over `axis`, by default over all devices."""
+    names = _split(axis)
+    return lax.psum(x, names) if names else x
 
 
 def first_latent(n_local: int) -> jax.Array | int:
     """Number of the first latent of this device's latent shard, which holds `n_local` of them."""
-    return 0 if mesh.axis_size(mesh.LATENT) == 1 else lax.axis_index(mesh.LATENT) * n_local
+    return lax.axis_index(mesh.LATENT) * n_local if _split(mesh.LATENT) else 0
+
+
+def _split(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names of `axis` along which there is more than one device."""
+    return tuple(name for name in mesh.names(axis) if mesh.axis_size(name) > 1)

@@ -62,8 +62,8 @@ class Statistics:
 class Outcome:
     """What a step learns from an objective beside the loss."""
 
-    code: Code
     x_hat: jax.Array  # f32[B, D], ROWS, in the units of the batch
+    l0: jax.Array  # f32[], mean number of active latents a row
     statistics: Statistics
     metrics: dict[str, jax.Array]  # scalars to log under these names
 

@@ -127,7 +127,8 @@ class TopK(AbstractSae):
                 lambda: jnp.float32(0),
             )
             loss = loss + self.config.aux_coefficient * metrics["aux_loss"]
-        return loss, Outcome(code, x_hat_BD * scale + mean, statistics, metrics)
+        l0 = (code.values > 0).sum(-1).mean(dtype=jnp.float32)
+        return loss, Outcome(x_hat_BD * scale + mean, l0, statistics, metrics)
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again."""
@@ -164,7 +165,7 @@ def _reconstruct_rows(sae: TopK, x_BD: jax.Array) -> jax.Array:
 def _response(sae: TopK, key: jax.Array) -> jax.Array:
     """Mean norm of the reconstruction, less the bias, of random unit vectors around the bias."""
     d_model = sae.b_dec.shape[0]
-    n_devices = mesh.axis_size(mesh.DATA) * mesh.axis_size(mesh.LATENT)
+    n_devices = mesh.axis_size(mesh.AXES)
     shape = (math.ceil(N_PROBES / n_devices) * n_devices, d_model)
     probes_PD = jax.random.normal(key, shape, out_sharding=mesh.placed(mesh.ROWS))
     code = sae._encode(base.unit_rows(probes_PD) + sae.b_dec[None], sae.config.k)

@@ -90,7 +90,7 @@ def train(
             raise UsageError(f"{run} stands at step {start}; train.steps={config.steps} must be at least that")
         if first:
             configs.write_json(run / "config.json", facts)
-        attempt = logs.Attempts(run, start, not first, mesh=dict(mesh.shape), n_processes=jax.process_count())
+        attempt = logs.Attempts(run, start, not first, mesh=meshes.sizes(mesh), n_processes=jax.process_count())
         step_fn = make_step(sae_config, config)
         record = _Recorder(config, loader, start)
         done = start

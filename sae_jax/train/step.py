@@ -51,7 +51,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
         return state, {
             "loss": loss,
             "fvu": losses.batch_fvu(batch.y, outcome.x_hat),
-            "l0": (outcome.code.values > 0).sum(-1).mean(dtype=jnp.float32),
+            "l0": outcome.l0,
             "dead_fraction": outcome.statistics.dead.mean(dtype=jnp.float32),
             "grad_norm": optax.tree.norm(gradients),
             **outcome.metrics,
