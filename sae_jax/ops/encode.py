@@ -2,9 +2,11 @@
 
     pre = (x - b_pre) W_enc^T + b_enc,   z = ReLU(keep_k(pre))
 
-The product runs in row blocks, so that pre-activations never exceed a memory budget. Only the winners carry a
-gradient: the weights receive row scatter-adds, and the gradient of `b_pre` sums over the batch before it meets
-W_enc, which is one mat-vec instead of a product of full size.
+    rows exchanged a block at a time  ->  latent tiles, a running top-k over them  ->  row blocks of the product
+
+so that pre-activations never exceed a memory budget (ops/tuning.py), whatever the batch and the dictionary are. Only
+the winners carry a gradient: the weights receive row scatter-adds, and the gradient of `b_pre` sums over the batch
+before it meets W_enc, which is one mat-vec instead of a product of full size.
 
 Source: Gao et al. 2024, arXiv 2406.04093, sections 2.3 and D.
 """
@@ -18,105 +20,169 @@ import jax.numpy as jnp
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.mesh import DICT, REPLICATED, ROWS
-from sae_jax.ops import sparse, spmd, topk
+from sae_jax.mesh import CODE, DICT, REPLICATED, ROWS
+from sae_jax.ops import sparse, spmd, topk, tuning
 from sae_jax.types import Code
 
-PRE_BYTES = 64 * 2**20  # budget for one block of pre-activations
 EXACT = lax.Precision.HIGHEST  # float32 means float32: accelerators would round the inputs of a product by default
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def encode_topk(
-    x_BD: jax.Array,
-    w_enc_FD: jax.Array,
-    b_enc_F: jax.Array,
-    b_pre_D: jax.Array,
-    allowed_F: jax.Array | None,
-    k: int,
-    dtype: jnp.dtype,
-) -> Code:
+    x_BD: jax.Array, w_enc_FD: jax.Array, b_enc_F: jax.Array, b_pre_D: jax.Array, k: int, dtype: jnp.dtype
+) -> tuple[Code, jax.Array]:
     """The k largest pre-activations of each row, after ReLU.
 
     Args:
-        x_BD: f32[B, D], ROWS.
+        x_BD: [B, D], ROWS, any float type.
         w_enc_FD: f32[F, D], DICT.
-        b_enc_F: f32[F], DICT.
-        b_pre_D: f32[D], subtracted from x first.
-        allowed_F: bool[F], DICT; latents that may be chosen. None allows all.
+        b_enc_F: f32[F], DICT; -inf bars a latent.
+        b_pre_D: f32[D], subtracted from x first, in f32.
         k: active latents a row.
         dtype: what the product's inputs are rounded to; it accumulates in f32.
 
     Returns:
-        On one latent shard a public code, [B, min(k, F)]. On S shards [B, S * min(k, F/S)] as CODE: every shard's
-        own candidates, those that did not win with value 0.
+        The code. On one latent shard a public one, [B, min(k, F)]; on S shards [B, S * min(k, F/S)] as CODE: every
+        shard's own candidates, those that did not win with value 0.
+        And w_enc as it is. What uses the encoder again should use that one: the gradients of all uses then gather in
+        one buffer, where several would be added up.
     """
-    return _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype)
+    return _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype), w_enc_FD
 
 
-def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
-    def local(x_RD, w_RD, b_R, b_pre_D, allowed_R):
-        x_BD = spmd.gather(x_RD, mesh.LATENT) - b_pre_D[None]
-        w_FD = spmd.gather(w_RD, mesh.DATA).astype(dtype)
-        b_F = spmd.gather(b_R, mesh.DATA)
-        if allowed_R is not None:
-            b_F = jnp.where(spmd.gather(allowed_R, mesh.DATA), b_F, -jnp.inf)
-        n_local = w_FD.shape[0]
+def narrow(code: Code, k: int) -> Code:
+    """A code of `encode_topk` cut down to the k largest of each row. Fewer slots on one latent shard, else zeros."""
+
+    def local(code):
+        values_BK, index_BK = code.values[:, :k], code.indices[:, :k]
+        wins_B = topk.n_winners(lax.stop_gradient(values_BK), k)
+        return Code(index_BK, jnp.where(_prefix(wins_B, values_BK.shape[1]), values_BK, 0.0))
+
+    return spmd.per_device(local, (spmd.CODES,), spmd.CODES)(code)
+
+
+def product(x_bD: jax.Array, w_FD: jax.Array, equation: str) -> jax.Array:
+    """A product of two arrays of the same type, accumulated in f32."""
+    return jnp.einsum(equation, x_bD, w_FD, precision=EXACT, preferred_element_type=jnp.float32)
+
+
+def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """The k largest pre-activations of each row on one device: values f32[B, k] descending, indices i32[B, k].
+
+    Args:
+        x_BD: of type `dtype`, centred.
+        w_FD: f32[F, D], or already of type `dtype`.
+        b_F: f32[F].
+        k: at most F.
+        dtype: of the product's inputs.
+    """
+    cut = tuning.current()
+    n_rows, n_latents = len(x_BD), len(b_F)
+    n_blocks, size = spmd.even(n_rows, cut.block_rows)
+    # A tile that ends on a group's boundary, and holds the k that may all lie in it.
+    most = max(cut.block_bytes // (4 * size or 4), k, tuning.MIN_TILE) // topk.GROUP * topk.GROUP
+    n_tiles, tile = spmd.even(n_latents, max(most, k))
+    blocks_nbD = jnp.pad(x_BD, ((0, n_blocks * size - n_rows), (0, 0))).reshape(n_blocks, size, x_BD.shape[1])
+
+    def in_tile(first) -> tuple[jax.Array, jax.Array]:
+        # The last tile of an uneven cut reaches back over latents that were seen, so that all have one shape.
+        start = jnp.minimum(first, n_latents - tile)
+        w_tD = lax.dynamic_slice_in_dim(w_FD, start, tile).astype(dtype)
+        b_t = lax.dynamic_slice_in_dim(b_F, start, tile)
+        b_t = jnp.where(start + jnp.arange(tile, dtype=jnp.int32) < first, -jnp.inf, b_t)
 
         def block(x_bD):
-            pre_bF = jnp.einsum(
-                "bd,fd->bf", x_bD.astype(dtype), w_FD, precision=EXACT, preferred_element_type=jnp.float32
-            )
-            pre_bF = pre_bF + b_F[None]
-            return topk.top_k(pre_bF, min(k, n_local))
+            if cut.latent_major:
+                return topk.top_k_latent_major(product(w_tD, x_bD, "fd,bd->fb") + b_t[:, None], k)
+            return topk.top_k(product(x_bD, w_tD, "bd,fd->bf") + b_t[None], k)
 
-        values_BK, index_BK = _in_row_blocks(block, x_BD, n_local)
-        wins_BK = jnp.arange(values_BK.shape[1])[None] < topk.n_winners(values_BK, k)[:, None]
-        values_BK = jnp.where(wins_BK, jnp.maximum(values_BK, 0.0), 0.0)
-        return Code(index_BK + spmd.first_latent(n_local), values_BK)
+        values_nbK, index_nbK = lax.map(block, blocks_nbD) if n_blocks > 1 else block(blocks_nbD[0])
+        values_BK, index_BK = (y.reshape(n_blocks * size, k)[:n_rows] for y in (values_nbK, index_nbK))
+        return values_BK, index_BK + start
 
-    in_specs = (ROWS, DICT, DICT, REPLICATED, DICT if allowed_F is not None else None)
-    return spmd.per_device(local, in_specs, spmd.CODES)(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F)
-
-
-def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype):
-    code = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype)
-    return code, (x_BD, w_enc_FD, b_pre_D, code)
+    if n_tiles == 1:
+        return in_tile(jnp.int32(0))
+    firsts = tile * jnp.arange(1, n_tiles, dtype=jnp.int32)
+    return lax.scan(lambda best, first: (topk.merge(best, in_tile(first), k), None), in_tile(jnp.int32(0)), firsts)[0]
 
 
-def _backward(k, dtype, saved, cotangent: Code):
+def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype) -> Code:
+    def local(x_RD, w_RD, b_R, b_pre_D):
+        w_FD, b_F = gathered(w_RD, dtype), spmd.gather(b_R, mesh.DATA)
+        rows = spmd.row_blocks(*x_RD.shape)
+
+        def block(_, x_rD):
+            x_bD = spmd.gather(centred(x_rD, b_pre_D).astype(dtype), mesh.LATENT)
+            values_bK, index_bK = largest(x_bD, w_FD, b_F, min(k, len(b_F)), dtype)
+            wins_b = topk.n_winners(values_bK, k)
+            values_bK = jnp.where(_prefix(wins_b, values_bK.shape[1]), jnp.maximum(values_bK, 0.0), 0.0)
+            return None, Code(index_bK + spmd.first_latent(len(b_F)), values_bK)
+
+        return jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
+
+    in_specs = (ROWS, DICT, DICT, REPLICATED)
+    return spmd.per_device(local, in_specs, spmd.CODES)(x_BD, w_enc_FD, b_enc_F, b_pre_D)
+
+
+def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype):
+    code = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype)
+    return (code, w_enc_FD), (x_BD, w_enc_FD, b_pre_D, code)
+
+
+def _backward(k, dtype, saved, cotangent: tuple[Code, jax.Array]):
     x_BD, w_enc_FD, b_pre_D, code = saved
+    g_code, g_w_FD = cotangent
 
-    def local(x_RD, w_RD, b_pre_D, code, g_BK):
-        x_BD = spmd.gather(x_RD, mesh.LATENT) - b_pre_D[None]
-        w_FD = spmd.gather(w_RD, mesh.DATA)
-        n_local = w_FD.shape[0]
+    def local(x_RD, w_RD, b_pre_D, code, g_BK, g_w_RD):
+        n_local = len(w_RD) * mesh.axis_size(mesh.DATA)
+        rows = spmd.row_blocks(*x_RD.shape)
         index_BK = code.indices - spmd.first_latent(n_local)
         g_BK = jnp.where(code.values > 0, g_BK, 0.0)
-        g_w_FD = sparse.scatter_rows(index_BK, g_BK, x_BD, n_local)
+
+        def block(g_w_FD, blocks):
+            x_rD, index_bK, g_bK = blocks
+            x_bD = spmd.gather(shared_type(centred(x_rD, b_pre_D), dtype), mesh.LATENT)
+            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD), None
+
+        def block_of_x(_, blocks):
+            index_bK, g_bK = blocks
+            g_x_bD = sparse.gather_rows(index_bK, g_bK, w_FD)
+            return None, spmd.reduce_scatter(g_x_bD, mesh.LATENT)
+
+        codes = rows.shared(index_BK), rows.shared(g_BK)
+        g_w_RD, _ = sparse.accumulated(block, g_w_RD, (rows.own(x_RD), *codes))
         g_b_F = jnp.zeros(n_local).at[index_BK.ravel()].add(g_BK.ravel())
-        g_b_pre_D = -spmd.total(jnp.matmul(g_b_F, w_FD, precision=EXACT))
+        g_b_R = spmd.reduce_scatter(g_b_F, mesh.DATA)
+        g_b_pre_D = -spmd.total(jnp.matmul(g_b_R, w_RD, precision=EXACT))
         # Dropped by the compiler wherever x is data, which needs no gradient.
-        g_x_RD = spmd.reduce_scatter(sparse.gather_rows(index_BK, g_BK, w_FD), mesh.LATENT)
-        g_w_RD, g_b_R = (spmd.reduce_scatter(g, mesh.DATA) for g in (g_w_FD, g_b_F))
+        w_FD = spmd.gather(w_RD, mesh.DATA)
+        g_x_RD = rows.join_own(spmd.scan(block_of_x, None, codes)[1]).astype(x_RD.dtype)
         return g_x_RD, g_w_RD, g_b_R, g_b_pre_D
 
-    gradients = spmd.per_device(local, (ROWS, DICT, REPLICATED, spmd.CODES, mesh.CODE), (ROWS, DICT, DICT, REPLICATED))(
-        x_BD, w_enc_FD, b_pre_D, code, cotangent.values
+    in_specs = (ROWS, DICT, REPLICATED, spmd.CODES, CODE, DICT)
+    return spmd.per_device(local, in_specs, (ROWS, DICT, DICT, REPLICATED))(
+        x_BD, w_enc_FD, b_pre_D, code, g_code.values, g_w_FD
     )
-    return (*gradients, None)
 
 
 encode_topk.defvjp(_forward_saving, _backward)
 
 
-def _in_row_blocks(block, x_BD: jax.Array, width: int):
-    """`block` over the fewest row blocks whose pre-activations fit the budget; the last is filled up with zeros."""
-    n_rows = x_BD.shape[0]
-    n_blocks = -(-n_rows * width * 4 // PRE_BYTES)
-    if n_blocks <= 1:
-        return block(x_BD)
-    size = -(-n_rows // (n_blocks * 8)) * 8
-    padded_BD = jnp.pad(x_BD, ((0, -n_rows % size), (0, 0)))
-    outputs = lax.map(block, padded_BD.reshape(-1, size, x_BD.shape[1]))
-    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:n_rows], outputs)
+def centred(x_rD: jax.Array, b_pre_D: jax.Array) -> jax.Array:
+    """x - b_pre in f32."""
+    return x_rD.astype(jnp.float32) - b_pre_D[None]
+
+
+def shared_type(x_rD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows in the type that other latent shards get them in: the products' own halves what is sent."""
+    return x_rD.astype(dtype) if mesh.axis_size(mesh.LATENT) > 1 else x_rD
+
+
+def gathered(w_RD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The latent shard's weights from the devices of `data`, rounded before they are sent; as they are on one."""
+    return spmd.gather(w_RD.astype(dtype), mesh.DATA) if mesh.axis_size(mesh.DATA) > 1 else w_RD
+
+
+def _prefix(count_B: jax.Array, width: int) -> jax.Array:
+    """bool[B, width]: the first `count` slots of each row."""
+    return jnp.arange(width, dtype=count_B.dtype)[None] < count_B[:, None]

@@ -8,21 +8,25 @@ import jax.numpy as jnp
 from sae_jax.types import Code
 
 
-def encode_topk(x_BD, w_enc_FD, b_enc_F, b_pre_D, allowed_F, k, dtype) -> Code:
+def encode_topk(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype) -> tuple[Code, jax.Array]:
     """See ops/encode.py."""
     pre_BF = jnp.einsum(
         "bd,fd->bf", (x_BD - b_pre_D[None]).astype(dtype), w_enc_FD.astype(dtype), preferred_element_type=jnp.float32
     )
     pre_BF = pre_BF + b_enc_F[None]
-    if allowed_F is not None:
-        pre_BF = jnp.where(allowed_F[None], pre_BF, -jnp.inf)
     values_BK, index_BK = jax.lax.top_k(jnp.where(pre_BF == 0, 0.0, pre_BF), k)
-    return Code(index_BK, jax.nn.relu(values_BK))
+    return Code(index_BK, jax.nn.relu(values_BK)), w_enc_FD
 
 
-def decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
+def decode(code: Code, w_dec_FD: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     """See ops/sparse.py."""
-    return jnp.einsum("bk,bkd->bd", code.values, w_dec_FD[code.indices])
+    return jnp.einsum("bk,bkd->bd", code.values, w_dec_FD[code.indices]), w_dec_FD
+
+
+def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype) -> jax.Array:
+    """See ops/explain.py."""
+    code, _ = encode_topk(x_BD, w_enc_FD, jnp.where(allowed_F, b_enc_F, -jnp.inf), b_pre_D, k, dtype)
+    return ((error_BD - decode(code, w_dec_FD)[0]) ** 2).sum()
 
 
 def to_dense(code: Code, n_latents: int) -> jax.Array:

@@ -3,62 +3,85 @@
     x_hat = z W_dec
 
 The sum over shards is reduce-scattered, so the reconstruction of a row exists on one device only; its gradient
-is gathered on the way back.
+is gathered on the way back. On one latent shard every slot of a code is in use, and the slots are gone through one by
+one. On S shards a device's slots are mostly empty, about k/S of k are not: the active ones are counted off and taken
+in chunks, as many as there are, so that a device's work is its share and no row is ever dropped.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.mesh import DICT, ROWS
-from sae_jax.ops import spmd
+from sae_jax.mesh import CODE, DICT, ROWS
+from sae_jax.ops import spmd, tuning
 from sae_jax.types import Code
 
 
-@jax.custom_vjp
-def decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def decode(code: Code, w_dec_FD: jax.Array, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
     """Sum of the decoder rows of the active latents, without bias.
 
     Args:
-        code: [B, K], CODE on a mesh.
+        code: [B, K], CODE on a mesh. A slot of value 0 is empty: it adds nothing and has no gradient.
         w_dec_FD: f32[F, D], DICT.
+        dtype: in which the gradient of the reconstruction is sent to other latent shards.
 
     Returns:
-        f32[B, D], ROWS.
+        f32[B, D], ROWS; and w_dec as it is, for what uses the decoder again (see `encode.encode_topk`).
     """
-    return _decode(code, w_dec_FD)
+    return _decode(code, w_dec_FD), w_dec_FD
 
 
 def _decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
     def local(code, w_RD):
         w_FD = spmd.gather(w_RD, mesh.DATA)
-        index_BK = code.indices - spmd.first_latent(w_FD.shape[0])
-        return spmd.reduce_scatter(gather_rows(index_BK, code.values, w_FD), mesh.LATENT)
+        rows = spmd.row_blocks(len(code.values) // mesh.axis_size(mesh.LATENT), w_FD.shape[1])
+
+        def block(_, blocks):
+            index_bK, values_bK = blocks
+            return None, spmd.reduce_scatter(gather_rows(index_bK, values_bK, w_FD), mesh.LATENT)
+
+        index_BK = code.indices - spmd.first_latent(len(w_FD))
+        return rows.join_own(spmd.scan(block, None, (rows.shared(index_BK), rows.shared(code.values)))[1])
 
     return spmd.per_device(local, (spmd.CODES, DICT), ROWS)(code, w_dec_FD)
 
 
-def _decode_backward(saved, g_x_hat_BD: jax.Array):
+def _decode_backward(dtype, saved, cotangents: tuple[jax.Array, jax.Array]):
     code, w_dec_FD = saved
+    g_x_hat_BD, g_w_FD = cotangents
 
-    def local(code, w_RD, g_RD):
+    def local(code, w_RD, g_RD, g_w_RD):
         w_FD = spmd.gather(w_RD, mesh.DATA)
-        g_BD = spmd.gather(g_RD, mesh.LATENT)
-        index_BK = code.indices - spmd.first_latent(w_FD.shape[0])
-        g_values_BK = sampled_products(index_BK, g_BD, w_FD)
-        g_w_FD = scatter_rows(index_BK, code.values, g_BD, w_FD.shape[0])
-        return g_values_BK, spmd.reduce_scatter(g_w_FD, mesh.DATA)
+        rows = spmd.row_blocks(*g_RD.shape)
 
-    g_values_BK, g_w_FD = spmd.per_device(local, (spmd.CODES, DICT, ROWS), (mesh.CODE, DICT))(
-        code, w_dec_FD, g_x_hat_BD
+        def block(g_w_FD, blocks):
+            g_rD, index_bK, values_bK = blocks
+            if mesh.axis_size(mesh.LATENT) > 1:
+                g_rD = g_rD.astype(dtype)
+            g_bD = spmd.gather(g_rD, mesh.LATENT)
+            g_values_bK = sampled_products(index_bK, values_bK, g_bD, w_FD)
+            return scatter_rows(g_w_FD, index_bK, values_bK, g_bD), g_values_bK
+
+        index_BK = code.indices - spmd.first_latent(len(w_FD))
+        blocks = rows.own(g_RD), rows.shared(index_BK), rows.shared(code.values)
+        g_w_RD, g_values_nbK = accumulated(block, g_w_RD, blocks)
+        return g_w_RD, rows.join_shared(g_values_nbK)
+
+    g_w_FD, g_values_BK = spmd.per_device(local, (spmd.CODES, DICT, ROWS, DICT), (DICT, CODE))(
+        code, w_dec_FD, g_x_hat_BD, g_w_FD
     )
     return Code(None, g_values_BK), g_w_FD  # pyrefly: ignore[bad-argument-type] (integers have no gradient)
 
 
-decode.defvjp(lambda code, w_dec_FD: (_decode(code, w_dec_FD), (code, w_dec_FD)), _decode_backward)
+decode.defvjp(lambda code, w_dec_FD, dtype: ((_decode(code, w_dec_FD), w_dec_FD), (code, w_dec_FD)), _decode_backward)
 
 
 def fired(code: Code, n_latents: int, above: float) -> jax.Array:
@@ -73,35 +96,97 @@ def fired(code: Code, n_latents: int, above: float) -> jax.Array:
     return spmd.per_device(local, (spmd.CODES,), DICT)(code)
 
 
+def accumulated(block: Callable[..., Any], g_w_RD: jax.Array, blocks: Any) -> tuple[jax.Array, Any]:
+    """`spmd.scan` of a block that adds to a gradient of the latent shard, [F, D], of which this device owns [R, D].
+
+    It starts from what is there already, g_w_RD.
+    """
+    if mesh.axis_size(mesh.DATA) == 1:
+        return spmd.scan(block, g_w_RD, blocks)
+    zeros_FD = jnp.zeros((len(g_w_RD) * mesh.axis_size(mesh.DATA), g_w_RD.shape[1]))
+    g_w_FD, y = spmd.scan(block, zeros_FD, blocks)
+    return g_w_RD + spmd.reduce_scatter(g_w_FD, mesh.DATA), y
+
+
 def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array) -> jax.Array:
     """Weighted sum of the K chosen rows: f32[B, D]. One device."""
-
-    def add(sum_BD, slot):
-        index_B, weight_B = slot
-        return sum_BD + weight_B[:, None] * table_FD[index_B], None
-
     zeros_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
-    return lax.scan(add, zeros_BD, (index_BK.T, weight_BK.T))[0]
+    if not _mostly_empty():
+
+        def add(sum_BD, slot):
+            index_B, weight_B = slot
+            return sum_BD + weight_B[:, None] * table_FD[index_B], None
+
+        return lax.scan(add, zeros_BD, (index_BK.T, weight_BK.T))[0]
+
+    def add_pairs(sum_BD, pairs):
+        return sum_BD.at[pairs.row].add(pairs.take(weight_BK)[:, None] * table_FD[pairs.take(index_BK)])
+
+    return _for_active(weight_BK, table_FD.shape[1], add_pairs, zeros_BD)
 
 
-def scatter_rows(index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, n_latents: int) -> jax.Array:
-    """Each row, weighted, added to its K chosen latents: f32[F, D]. One device.
+def scatter_rows(sum_FD: jax.Array, index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array) -> jax.Array:
+    """`sum_FD` with each row, weighted, added to its K chosen latents: f32[F, D]. One device.
 
-    Slot by slot: one scatter of all B*K rows would first write them out, B*K*D numbers.
+    Slot by slot, or chunk by chunk: one scatter of all B*K rows would first write them out, B*K*D numbers.
     """
+    if not _mostly_empty():
 
-    def add(sum_FD, slot):
-        index_B, weight_B = slot
-        return sum_FD.at[index_B].add(weight_B[:, None] * rows_BD), None
+        def add(sum_FD, slot):
+            index_B, weight_B = slot
+            return sum_FD.at[index_B].add(weight_B[:, None] * rows_BD), None
 
-    zeros_FD = jnp.zeros((n_latents, rows_BD.shape[1]))
-    return lax.scan(add, zeros_FD, (index_BK.T, weight_BK.T))[0]
+        return lax.scan(add, sum_FD, (index_BK.T, weight_BK.T))[0]
+
+    def add_pairs(sum_FD, pairs):
+        rows_PD = rows_BD[pairs.row].astype(jnp.float32)
+        return sum_FD.at[pairs.take(index_BK)].add(pairs.take(weight_BK)[:, None] * rows_PD)
+
+    return _for_active(weight_BK, rows_BD.shape[1], add_pairs, sum_FD)
 
 
-def sampled_products(index_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array) -> jax.Array:
-    """Inner product of each row with its K chosen table rows: f32[B, K]. One device."""
+def sampled_products(index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array) -> jax.Array:
+    """Inner product of each row with its K chosen table rows, 0 where the weight is: f32[B, K]. One device."""
+    if not _mostly_empty():
 
-    def product(_, index_B):
-        return None, (rows_BD * table_FD[index_B]).sum(-1)
+        def product(_, index_B):
+            return None, (rows_BD * table_FD[index_B]).sum(-1)
 
-    return lax.scan(product, None, index_BK.T)[1].T
+        return jnp.where(weight_BK != 0, lax.scan(product, None, index_BK.T)[1].T, 0.0)
+
+    def set_pairs(products_BK, pairs):
+        rows_PD = rows_BD[pairs.row].astype(jnp.float32)
+        products_P = (rows_PD * table_FD[pairs.take(index_BK)]).sum(-1)
+        return products_BK.at[pairs.row, pairs.slot].add(jnp.where(pairs.is_one, products_P, 0.0))
+
+    return _for_active(weight_BK, rows_BD.shape[1], set_pairs, jnp.zeros(index_BK.shape))
+
+
+class _Pairs:
+    """A chunk of the active (row, slot) pairs of a code; past the last one weight is 0."""
+
+    def __init__(self, flat_P: jax.Array, is_one: jax.Array, width: int) -> None:
+        self.row, self.slot, self.is_one = flat_P // width, flat_P % width, is_one
+
+    def take(self, x_BK: jax.Array) -> jax.Array:
+        """x at the pairs, [P]; 0 past the last one."""
+        return jnp.where(self.is_one, x_BK[self.row, self.slot], 0)
+
+
+def _for_active(weight_BK: jax.Array, d_model: int, body: Callable, carry: jax.Array) -> jax.Array:
+    """`body` over the pairs whose weight is not 0, a chunk at a time and no more chunks than they fill."""
+    size = min(max(1, tuning.current().pair_bytes // (4 * d_model)), weight_BK.size)
+    upto_P = jnp.cumsum((weight_BK != 0).ravel(), dtype=jnp.int32)
+
+    def chunk(i, carry):
+        nth_P = i * size + 1 + jnp.arange(size, dtype=jnp.int32)
+        flat_P = jnp.searchsorted(upto_P, nth_P, method="scan_unrolled")  # the place of the nth active pair
+        is_one = nth_P <= upto_P[-1]
+        return body(carry, _Pairs(jnp.where(is_one, flat_P, 0), is_one, weight_BK.shape[1]))
+
+    return lax.fori_loop(0, -(-upto_P[-1] // size), chunk, carry)
+
+
+def _mostly_empty() -> bool:
+    """Whether a device's slots are its share of k among k: so on several latent shards."""
+    return mesh.axis_size(mesh.LATENT) > 1

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sae_jax import mesh
+from sae_jax.ops import spmd, tuning
 
 GROUP = 32  # members of a group in two-stage selection: a group's maxima vectorise, its members stay in cache
 TWO_STAGE_FROM = 8  # two-stage pays when there are at least this many groups for each of the k wanted
@@ -26,19 +27,31 @@ def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Returns:
         values f32[B, k] in descending order and their indices i32[B, k]; ties go to the lower index.
     """
-    # lax.top_k ranks -0.0 below 0.0; adding 0.0 instead of selecting would be optimised away.
-    pre_BF = jnp.where(pre_BF == 0, 0.0, pre_BF)
-    n_rows, width = pre_BF.shape
-    if width % GROUP or width // GROUP < TWO_STAGE_FROM * k:
-        values_BK, index_BK = lax.top_k(pre_BF, k)
-        return values_BK, index_BK
-    groups_BGM = pre_BF.reshape(n_rows, width // GROUP, GROUP)
-    _, group_BK = lax.top_k(groups_BGM.max(-1), k)
-    # Candidates must stand in order of latent, or the second stage would break ties by group maximum.
-    group_BK = jnp.sort(group_BK, axis=-1)
-    members_BC = jnp.take_along_axis(groups_BGM, group_BK[:, :, None], axis=1).reshape(n_rows, k * GROUP)
-    values_BK, slot_BK = lax.top_k(members_BC, k)
-    return values_BK, jnp.take_along_axis(group_BK, slot_BK // GROUP, axis=1) * GROUP + slot_BK % GROUP
+    pre_BF = _one_zero(pre_BF)
+    if not _in_two_stages(pre_BF.shape[1], k):
+        return _sorted_top_k(pre_BF, k)
+    groups_BGM = pre_BF.reshape(len(pre_BF), pre_BF.shape[1] // GROUP, GROUP)
+    group_BK = _best_groups(groups_BGM.max(-1), k)
+    return _best_members(jnp.take_along_axis(groups_BGM, group_BK[:, :, None], axis=1), group_BK, k)
+
+
+def top_k_latent_major(pre_FB: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`top_k` of pre-activations that lie f32[F, B]; results as there, [B, k]."""
+    if not _in_two_stages(pre_FB.shape[0], k):
+        return top_k(pre_FB.T, k)
+    n_rows = pre_FB.shape[1]
+    groups_GMB = _one_zero(pre_FB).reshape(len(pre_FB) // GROUP, GROUP, n_rows)
+    group_BK = _best_groups(groups_GMB.max(1).T, k)
+    rows_B = jnp.arange(n_rows, dtype=jnp.int32)
+    members_BKM = groups_GMB[group_BK[:, :, None], jnp.arange(GROUP)[None, None], rows_B[:, None, None]]
+    return _best_members(members_BKM, group_BK, k)
+
+
+def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+    """The k best of two sorted lists (values, indices) [B, ...], where every index of `a` is below those of `b`."""
+    values_BC, index_BC = (jnp.concatenate(pair, axis=1) for pair in zip(a, b, strict=True))
+    values_BK, slot_BK = lax.top_k(values_BC, k)
+    return values_BK, jnp.take_along_axis(index_BC, slot_BK, axis=1)
 
 
 def n_winners(values_BK: jax.Array, k: int) -> jax.Array:
@@ -59,9 +72,53 @@ def n_winners(values_BK: jax.Array, k: int) -> jax.Array:
     n_rows, width = values_BK.shape
     if n_shards == 1:
         return jnp.full((n_rows,), min(k, width), jnp.int32)
-    lists_SRK = lax.all_to_all(values_BK.reshape(n_shards, n_rows // n_shards, width), mesh.LATENT, 0, 0)
+    lists_SRK = spmd.swap(values_BK.reshape(n_shards, n_rows // n_shards, width))
     merged_RC = lists_SRK.transpose(1, 0, 2).reshape(n_rows // n_shards, n_shards * width)
     _, winner_RK = lax.top_k(merged_RC, min(k, n_shards * width))
     shard_S = jnp.arange(n_shards)
     count_SR = (winner_RK[None] // width == shard_S[:, None, None]).sum(-1, dtype=jnp.int32)
-    return lax.all_to_all(count_SR, mesh.LATENT, 0, 0).reshape(n_rows)
+    return spmd.swap(count_SR).reshape(n_rows)
+
+
+def threshold(values_BF: jax.Array, k: int) -> jax.Array:
+    """The k-th largest positive value of each row over all latent shards, f32[B]; 0 for a row with fewer than k.
+
+    By bisection on the bits, which order positive floats as integers: 31 counts are summed over the shards, whatever
+    k and the width are, where sorted lists of a large k would cost a sort and k values a row. Inside `per_device`.
+
+    Args:
+        values_BF: f32[B, F], this shard's values; those not above 0 are ignored.
+        k: rank of the value looked for.
+    """
+    bits_BF = lax.bitcast_convert_type(jnp.maximum(values_BF, 0.0), jnp.int32)
+
+    def lower(i, found_B):
+        tried_B = found_B | (1 << (30 - i))
+        count_B = spmd.total((bits_BF >= tried_B[:, None]).sum(-1, dtype=jnp.int32), mesh.LATENT)
+        return jnp.where(count_B >= k, tried_B, found_B)
+
+    return lax.bitcast_convert_type(lax.fori_loop(0, 31, lower, jnp.zeros(len(bits_BF), jnp.int32)), jnp.float32)
+
+
+def _in_two_stages(width: int, k: int) -> bool:
+    return tuning.current().two_stage and width % GROUP == 0 and width // GROUP >= TWO_STAGE_FROM * k
+
+
+def _one_zero(pre: jax.Array) -> jax.Array:
+    # lax.top_k ranks -0.0 below 0.0; adding 0.0 instead of selecting would be optimised away.
+    return jnp.where(pre == 0, 0.0, pre)
+
+
+def _sorted_top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    values_BK, index_BK = lax.top_k(pre_BF, k)
+    return values_BK, index_BK
+
+
+def _best_groups(best_BG: jax.Array, k: int) -> jax.Array:
+    """The k groups with the largest maxima, i32[B, k], in order of latent: else ties would go by group maximum."""
+    return jnp.sort(lax.top_k(best_BG, k)[1], axis=-1)
+
+
+def _best_members(members_BKM: jax.Array, group_BK: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    values_BK, slot_BK = lax.top_k(members_BKM.reshape(len(members_BKM), k * GROUP), k)
+    return values_BK, jnp.take_along_axis(group_BK, slot_BK // GROUP, axis=1) * GROUP + slot_BK % GROUP

@@ -144,9 +144,13 @@ def as_rows(x: Any, d_model: int) -> jax.Array:
 
 
 def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per-vector input normalisation: (normalised x, mean [B, 1], scale [B, 1]); undo with x * scale + mean."""
+    """Per-vector input normalisation: (normalised x, mean [B, 1], scale [B, 1]); undo with x * scale + mean.
+
+    In f32, except that "none" leaves x as it is, in its type: the ops take it from there a block at a time.
+    """
     if kind == "none":
-        return x_BD, jnp.zeros((), x_BD.dtype), jnp.ones((), x_BD.dtype)
+        return x_BD, jnp.float32(0), jnp.float32(1)
+    x_BD = x_BD.astype(jnp.float32)
     mean_B1 = x_BD.mean(-1, keepdims=True)
     centred_BD = x_BD - mean_B1
     square_B1 = (centred_BD**2).sum(-1, keepdims=True)

@@ -13,18 +13,20 @@ def squared_error(error_BD: jax.Array) -> jax.Array:
 
 def batch_fvu(x_BD: jax.Array, x_hat_BD: jax.Array) -> jax.Array:
     """Fraction of variance unexplained on one batch: a ratio of sums, centred on the batch's mean (f32[])."""
+    x_BD = x_BD.astype(jnp.float32)
     total = squared_error(x_BD - x_BD.mean(0, keepdims=True))
     return squared_error(x_BD - x_hat_BD) / jnp.where(total > 0, total, 1.0)
 
 
-def auxiliary_ratio(error_BD: jax.Array, error_hat_BD: jax.Array) -> jax.Array:
+def auxiliary_ratio(error_BD: jax.Array, unexplained: jax.Array) -> jax.Array:
     """AuxK loss: how much of the reconstruction error the dead latents leave unexplained; 0 where undefined.
 
-    mean ||e - e_hat||^2 / mean ||e - mean_batch e||^2. A perfect reconstruction has no error to explain; the
-    denominator is guarded before the division, because a mask after it would let NaN through to the gradient.
+    sum ||e - e_hat||^2 / sum ||e - mean_batch e||^2, the first given as `unexplained`. A perfect reconstruction has no
+    error to explain; the denominator is guarded before the division, because a mask after it would let NaN through to
+    the gradient.
 
     Source: Gao et al. 2024, arXiv 2406.04093, appendix A.2.
     """
-    total = squared_error(error_BD - error_BD.mean(0, keepdims=True))
-    ratio = squared_error(error_BD - error_hat_BD) / jnp.where(total > 0, total, 1.0)
+    total = ((error_BD - error_BD.mean(0, keepdims=True)) ** 2).sum()
+    ratio = unexplained / jnp.where(total > 0, total, 1.0)
     return jnp.where((total > 0) & jnp.isfinite(ratio), ratio, 0.0)

@@ -5,9 +5,11 @@
 
 L_aux lets the k_aux strongest dead latents explain the error that the live ones leave, e = sg(x - x_hat), decoded
 without bias. A latent is dead when it has not fired for `train.dead_after_tokens` tokens, this batch counted.
+Multi-TopK adds multi_topk * s * mean((x - x_hat')^2), x_hat' from the 4k largest of the same pre-activations, so that
+a code stays useful when it is cut at another k.
 Decoder rows have unit norm: their gradient is projected before the moments see it, the rows renormalised after.
 
-Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2, 5.3 and A.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import encode, sparse
+from sae_jax.ops import encode, explain, sparse
 from sae_jax.saes import base, losses
 from sae_jax.saes.base import AbstractSae, Batch, Outcome, Sample, Statistics
 from sae_jax.types import Code, UsageError
 
 N_PROBES = 256  # random unit vectors that set the encoder's scale
+MULTI = 4  # Multi-TopK's second reconstruction uses this many times k latents
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Config:
     """weight of the AuxK loss; 0 turns it off"""
     k_aux: int = 0
     """dead latents that explain the error; 0 = the power of two nearest d_model / 2"""
+    multi_topk: float = 0.0
+    """weight of a second reconstruction from 4k latents (Multi-TopK; 1/8 in the paper); 0 = none"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """inputs of the encoder product; weights, sums, selection and losses are float32"""
 
@@ -54,8 +59,9 @@ class Config:
             raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1 and below 2^31: indices are int32")
         if not 1 <= self.k <= self.n_latents:
             raise UsageError(f"sae.k={self.k} must be between 1 and sae.n_latents={self.n_latents}")
-        if not 0 <= self.aux_coefficient < math.inf:
-            raise UsageError(f"sae.aux_coefficient={self.aux_coefficient} must be >= 0 and finite; 0 turns AuxK off")
+        for name, what in (("aux_coefficient", "AuxK"), ("multi_topk", "Multi-TopK")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"sae.{name}={getattr(self, name)} must be >= 0 and finite; 0 turns {what} off")
         if self.k_aux < 0:
             raise UsageError(f"sae.k_aux={self.k_aux} must be >= 0")
 
@@ -110,22 +116,27 @@ class TopK(AbstractSae):
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         x_BD, mean, scale = base.normalise(batch.x, self.config.input_norm)
-        y_BD = (batch.y - mean) / scale
+        y_BD = (batch.y.astype(jnp.float32) - mean) / scale
         w_dec = base.tangent_to_rows(self.w_dec)
-        code = self._encode(x_BD, self.config.k)
-        x_hat_BD = sparse.decode(code, w_dec) + self.b_dec[None]
+        wide, w_enc = self._encode(x_BD, self.config.k * (MULTI if self.config.multi_topk else 1))
+        code = encode.narrow(wide, self.config.k) if self.config.multi_topk else wide
+        x_hat_BD, w_dec = self._decode(code, w_dec)
         loss = statistics.loss_scale * ((x_hat_BD - y_BD) ** 2).mean()
         # Counters before AuxK: a latent that fires in this very batch is not dead.
         fired_F = sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE)
         statistics = statistics.after(fired_F, batch.x.shape[0])
         metrics = {}
+        if self.config.multi_topk:
+            wide_hat_BD, w_dec = self._decode(wide, w_dec)
+            metrics["multi_loss"] = statistics.loss_scale * ((wide_hat_BD - y_BD) ** 2).mean()
+            loss = loss + self.config.multi_topk * metrics["multi_loss"]
         if self.config.aux_coefficient:
             error_BD = lax.stop_gradient(y_BD - x_hat_BD)
-            metrics["aux_loss"] = lax.cond(
-                statistics.dead.any(),
-                lambda: self._auxiliary_loss(x_BD, error_BD, w_dec, statistics.dead),
-                lambda: jnp.float32(0),
+            k_aux = self.config.k_aux or 2 ** round(math.log2(max(batch.x.shape[1] / 2, 1)))
+            left = explain.unexplained(
+                x_BD, error_BD, w_enc, self.b_enc, self.b_dec, w_dec, statistics.dead, k_aux, self._dtype
             )
+            metrics["aux_loss"] = losses.auxiliary_ratio(error_BD, left)
             loss = loss + self.config.aux_coefficient * metrics["aux_loss"]
         l0 = (code.values > 0).sum(-1).mean(dtype=jnp.float32)
         return loss, Outcome(x_hat_BD * scale + mean, l0, statistics, metrics)
@@ -134,32 +145,33 @@ class TopK(AbstractSae):
         """Unit decoder rows again."""
         return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
 
-    def _encode(self, x_BD: jax.Array, k: int, allowed_F: jax.Array | None = None) -> Code:
-        dtype = jnp.dtype(self.config.dtype)
-        return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, allowed_F, k, dtype)
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
 
-    def _auxiliary_loss(self, x_BD: jax.Array, error_BD: jax.Array, w_dec: jax.Array, dead_F: jax.Array) -> jax.Array:
-        d_model = x_BD.shape[1]
-        k_aux = self.config.k_aux or 2 ** round(math.log2(max(d_model / 2, 1)))
-        # With fewer dead latents than k_aux the surplus slots hold live ones at -inf, which ReLU makes 0.
-        code = self._encode(x_BD, min(k_aux, self.config.n_latents), dead_F)
-        return losses.auxiliary_ratio(error_BD, sparse.decode(code, w_dec))
+    def _encode(self, x_BD: jax.Array, k: int) -> tuple[Code, jax.Array]:
+        k = min(k, self.config.n_latents)
+        return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype)
+
+    def _decode(self, code: Code, w_dec: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_hat_BD, w_dec = sparse.decode(code, w_dec, self._dtype)
+        return x_hat_BD + self.b_dec[None], w_dec
 
 
 @jax.jit
 def _encode_rows(sae: TopK, x_BD: jax.Array) -> Code:
-    return sae._encode(base.normalise(x_BD, sae.config.input_norm)[0], sae.config.k)
+    return sae._encode(base.normalise(x_BD, sae.config.input_norm)[0], sae.config.k)[0]
 
 
 @jax.jit
 def _decode_rows(sae: TopK, code: Code) -> jax.Array:
-    return sparse.decode(code, sae.w_dec) + sae.b_dec[None]
+    return sae._decode(code, sae.w_dec)[0]
 
 
 @jax.jit
 def _reconstruct_rows(sae: TopK, x_BD: jax.Array) -> jax.Array:
     normed_BD, mean, scale = base.normalise(x_BD, sae.config.input_norm)
-    return _decode_rows(sae, sae._encode(normed_BD, sae.config.k)) * scale + mean
+    return _decode_rows(sae, sae._encode(normed_BD, sae.config.k)[0]) * scale + mean
 
 
 def _response(sae: TopK, key: jax.Array) -> jax.Array:
@@ -168,5 +180,5 @@ def _response(sae: TopK, key: jax.Array) -> jax.Array:
     n_devices = mesh.axis_size(mesh.AXES)
     shape = (math.ceil(N_PROBES / n_devices) * n_devices, d_model)
     probes_PD = jax.random.normal(key, shape, out_sharding=mesh.placed(mesh.ROWS))
-    code = sae._encode(base.unit_rows(probes_PD) + sae.b_dec[None], sae.config.k)
-    return jnp.linalg.norm(sparse.decode(code, sae.w_dec), axis=-1).mean()
+    code, w_dec = sae._encode(base.unit_rows(probes_PD) + sae.b_dec[None], sae.config.k)[0], sae.w_dec
+    return jnp.linalg.norm(sparse.decode(code, w_dec)[0], axis=-1).mean()

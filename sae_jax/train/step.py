@@ -26,7 +26,6 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
     tx = optimiser(config, sae_config.n_latents)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        batch = jax.tree.map(lambda x: x.astype(jnp.float32), batch)
         key = jax.random.fold_in(state.key, state.step)
         objective_key, after_key = jax.random.split(key)
 

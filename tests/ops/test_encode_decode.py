@@ -1,14 +1,19 @@
 """Encoding and sparse decoding against their dense references, values and gradients, on every mesh."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.ops import encode, reference, sparse
+from sae_jax.ops import encode, explain, reference, sparse, tuning
+from sae_jax.types import UsageError
 
 B, D, F, K = 16, 8, 64, 5
+# As many pieces as the sizes here allow: exchanged rows, pairs, rows and latents of a product; the last of each uneven.
+PIECES = tuning.Tuning(1, 3, latent_major=False, two_stage=False, exchange_bytes=7 * 4 * D, pair_bytes=3 * 4 * D)
 ROLES = (meshes.ROWS, meshes.DICT, meshes.DICT, meshes.REPLICATED, meshes.DICT)
 
 
@@ -23,49 +28,137 @@ def arrays():
     return tuple(np.float32(a) for a in order)
 
 
-def loss_with(encode_fn, decode_fn, k, allowed):
+def loss_with(encode_fn, decode_fn, k):
     def loss(x, w_enc, b_enc, b_pre, w_dec):
-        code = encode_fn(x, w_enc, b_enc, b_pre, allowed, k, jnp.float32)
-        return ((decode_fn(code, w_dec) + b_pre[None] - x) ** 2).mean()
+        code, _ = encode_fn(x, w_enc, b_enc, b_pre, k, jnp.float32)
+        return ((decode_fn(code, w_dec)[0] + b_pre[None] - x) ** 2).mean()
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
-@pytest.mark.parametrize(("k", "masked"), [(K, False), (20, True), (F, False)])
-def test_value_and_gradients_equal_dense_autodiff(arrays, shape, k, masked):
-    allowed = np.arange(F) % 3 == 0 if masked else None
-    expected = loss_with(reference.encode_topk, reference.decode, k, allowed)(*arrays)
+def on_mesh(shape, fn, arrays, roles=ROLES, devices=8):
     if shape is None:
-        got = loss_with(encode.encode_topk, sparse.decode, k, allowed)(*arrays)
-    else:
+        return fn(*arrays)
+    mesh = meshes.make_mesh(meshes.MeshConfig(*shape), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, meshes.sharding(mesh, role)) for a, role in zip(arrays, roles, strict=True)]
+        return fn(*placed)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("k", [K, 20, F])
+def test_value_and_gradients_equal_dense_autodiff(arrays, shape, k):
+    expected = loss_with(reference.encode_topk, reference.decode, k)(*arrays)
+    got = on_mesh(shape, loss_with(encode.encode_topk, sparse.decode, k), arrays)
+    if shape is not None:
         mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
-        with jax.set_mesh(mesh):
-            placed = [jax.device_put(a, meshes.sharding(mesh, role)) for a, role in zip(arrays, ROLES, strict=True)]
-            if masked:
-                allowed = jax.device_put(allowed, meshes.sharding(mesh, meshes.DICT))
-            got = loss_with(encode.encode_topk, sparse.decode, k, allowed)(*placed)
-            for gradient, role in zip(got[1], ROLES, strict=True):
-                assert gradient.sharding.is_equivalent_to(meshes.sharding(mesh, role), gradient.ndim)
+        for gradient, role in zip(got[1], ROLES, strict=True):
+            assert gradient.sharding.is_equivalent_to(meshes.sharding(mesh, role), gradient.ndim)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
-def test_row_blocks_do_not_change_the_result(arrays, monkeypatch):
-    whole = encode.encode_topk(*arrays[:4], None, K, jnp.float32)
-    monkeypatch.setattr(encode, "PRE_BYTES", 4 * F * 4)
-    blocked = encode.encode_topk(*arrays[:4], None, K, jnp.float32)
-    np.testing.assert_array_equal(whole.indices, blocked.indices)
-    np.testing.assert_allclose(whole.values, blocked.values, rtol=1e-6)
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("latent_major", [False, True])
+def test_pieces_do_not_change_the_result(arrays, shape, latent_major, monkeypatch):
+    monkeypatch.setattr(tuning, "MIN_TILE", 32)
+    expected = loss_with(reference.encode_topk, reference.decode, K)(*arrays)
+    with tuning.using(replace(PIECES, latent_major=latent_major)):
+        got = on_mesh(shape, loss_with(encode.encode_topk, sparse.decode, K), arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize(("n_allowed", "k"), [(0, 3), (2, 3), (30, 3), (F, 40), (F, F)])
+def test_explaining_equals_dense_autodiff(arrays, shape, n_allowed, k):
+    """None, few and many latents; fewer, as many and more than k."""
+    allowed = np.zeros(F, bool)
+    allowed[np.random.default_rng(3).permutation(F)[:n_allowed]] = True
+    error = np.random.default_rng(4).standard_normal((B, D)).astype(np.float32)
+
+    def loss_with(fn):
+        def loss(x, w_enc, b_enc, b_pre, w_dec, error, allowed):
+            return 0.5 * fn(x, error, w_enc, b_enc, b_pre, w_dec, allowed, k, jnp.float32)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3, 4)))
+
+    rows = (*arrays, error, allowed)
+    if n_allowed:
+        expected = loss_with(reference.unexplained)(*rows)
+    else:
+        expected = 0.0, tuple(np.zeros_like(a) for a in arrays[1:])
+    for cut in (tuning.current(), PIECES):
+        with tuning.using(cut):
+            got = on_mesh(shape, loss_with(explain.unexplained), rows, (*ROLES, meshes.ROWS, meshes.DICT))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def test_gradients_of_several_uses_gather_in_one(arrays):
+    """Weights handed on from op to op have the gradient of all their uses."""
+    x, w_enc, b_enc, b_pre, w_dec = map(jnp.asarray, arrays)
+
+    def loss(encode_fn, decode_fn, w_enc, w_dec):
+        code, w_enc = encode_fn(x, w_enc, b_enc, b_pre, K, jnp.float32)
+        again, w_enc = encode_fn(2 * x, w_enc, b_enc, b_pre, 2 * K, jnp.float32)
+        x_hat, w_dec = decode_fn(code, w_dec)
+        again_hat, w_dec = decode_fn(again, w_dec)
+        return ((x_hat - x) ** 2).sum() + 0.3 * (again_hat**2).sum() + (w_enc * w_dec).sum()
+
+    got = jax.grad(lambda *w: loss(encode.encode_topk, sparse.decode, *w), argnums=(0, 1))(w_enc, w_dec)
+    expected = jax.grad(lambda *w: loss(reference.encode_topk, reference.decode, *w), argnums=(0, 1))(w_enc, w_dec)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4)], ids=str)
+def test_a_narrowed_code_is_that_of_the_smaller_k(arrays, shape):
+    def both(x, w_enc, b_enc, b_pre, w_dec):
+        wide, _ = encode.encode_topk(x, w_enc, b_enc, b_pre, 4 * K, jnp.float32)
+        direct, _ = encode.encode_topk(x, w_enc, b_enc, b_pre, K, jnp.float32)
+        return [sparse.decode(code, w_dec)[0] for code in (encode.narrow(wide, K), direct)]
+
+    narrowed, direct = on_mesh(shape, jax.jit(both), arrays)
+    np.testing.assert_allclose(narrowed, direct, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 2)], ids=str)
+def test_a_device_decodes_its_share(arrays, shape):
+    """Decoding goes through as many chunks as the active latents of a device fill, not through all its slots."""
+    chunks = []
+    original = sparse._Pairs
+
+    class Counting(original):
+        def __init__(self, flat_P, is_one, width):
+            super().__init__(flat_P, is_one, width)
+            jax.debug.callback(lambda n: chunks.append(int(n)), is_one.sum())
+
+    def counted(*arrays):
+        code, _ = encode.encode_topk(*arrays[:4], K, jnp.float32)
+        return code.values, sparse.decode(code, arrays[4])[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "_Pairs", Counting)
+        values, _ = on_mesh(shape, jax.jit(counted), arrays, devices=shape[1])
+        jax.effects_barrier()
+    assert sum(chunks) == (np.asarray(values) > 0).sum()  # all devices together: B*k, not B*k*S
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"block_mib": 0}, {"block_rows": 0}, {"exchange_mib": -1}, {"block_mib": 1, "block_rows": 4096}],
+    ids=str,
+)
+def test_budgets_that_cannot_work_are_refused(settings):
+    with pytest.raises(UsageError, match=r"engine\."):
+        tuning.EngineConfig(**settings)
 
 
 def test_code_is_descending_and_never_negative(arrays):
-    code = encode.encode_topk(*arrays[:4], None, F, jnp.float32)
+    code, _ = encode.encode_topk(*arrays[:4], F, jnp.float32)
     assert (np.diff(code.values, axis=1) <= 0).all()
     assert (np.asarray(code.values) >= 0).all()
     assert (np.asarray(code.indices) >= 0).all()
 
 
 def test_fired_sees_each_active_latent(arrays):
-    code = encode.encode_topk(*arrays[:4], None, K, jnp.float32)
+    code, _ = encode.encode_topk(*arrays[:4], K, jnp.float32)
     dense = np.asarray(reference.to_dense(code, F))
     np.testing.assert_array_equal(sparse.fired(code, F, 1e-3), (dense > 1e-3).any(0))

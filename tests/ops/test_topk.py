@@ -62,3 +62,31 @@ def test_sharded_selection_is_the_oracle(shape, kind, k):
         chosen = np.asarray(jax.jit(spmd.per_device(local, (meshes.CODE,), meshes.CODE))(placed))
     for row, expected in zip(chosen, oracle.select(pre, k), strict=True):
         assert sorted(row[row >= 0]) == sorted(expected)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4)], ids=str)
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_threshold_is_the_kth_largest_positive_value(shape, k):
+    pre = pre_activations(2, 16, 64, "ties") + pre_activations(3, 16, 64, "normal") * np.float32([[1e-20], [1.0]] * 8)
+
+    def local(pre_bf):
+        return topk.threshold(pre_bf, k)
+
+    if shape is None:
+        got = jax.jit(local)(pre)
+    else:
+        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(pre, meshes.sharding(mesh, meshes.CODE))
+            got = jax.jit(spmd.per_device(local, (meshes.CODE,), jax.P("data")))(placed)
+    kth = np.sort(np.maximum(pre, 0), axis=1)[:, -k]
+    np.testing.assert_array_equal(got, kth)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
+def test_latent_major_selection_is_the_oracle(kind):
+    pre = pre_activations(4, 8, 2048, kind)
+    for k in (5, 200):
+        values, indices = topk.top_k_latent_major(jnp.asarray(pre.T), k)
+        np.testing.assert_array_equal(indices, oracle.select(pre, k))
+        np.testing.assert_array_equal(values, np.take_along_axis(pre, np.asarray(indices), 1))
