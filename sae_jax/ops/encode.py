@@ -13,7 +13,9 @@ Source: Gao et al. 2024, arXiv 2406.04093, sections 2.3 and D.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,6 @@ from sae_jax.types import Code
 EXACT = lax.Precision.HIGHEST  # float32 means float32: accelerators would round the inputs of a product by default
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def encode_topk(
     x_BD: jax.Array, w_enc_FD: jax.Array, b_enc_F: jax.Array, b_pre_D: jax.Array, k: int, dtype: jnp.dtype
 ) -> tuple[Code, jax.Array]:
@@ -47,7 +48,41 @@ def encode_topk(
         And w_enc as it is. What uses the encoder again should use that one: the gradients of all uses then gather in
         one buffer, where several would be added up.
     """
-    return _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype), w_enc_FD
+
+    def select(values_BK, index_BK, n_local):
+        return _prefix(topk.n_winners(values_BK, k), values_BK.shape[1]), ()
+
+    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, k, dtype)
+    return code, w_enc_FD
+
+
+def encode_batch_topk(
+    x_BD: jax.Array,
+    w_enc_FD: jax.Array,
+    b_enc_F: jax.Array,
+    b_pre_D: jax.Array,
+    k: int,
+    dtype: jnp.dtype,
+    width: int,
+) -> tuple[Code, jax.Array, topk.BatchSelection]:
+    """The B*k largest pre-activations of the whole batch, over all devices, after ReLU.
+
+    Args:
+        width: candidates of a row on a latent shard, say 4k. A row that might have had more is counted in
+            `n_saturated`: where that is not 0 the selection is not exact, and wants a larger width.
+        The others as in `encode_topk`.
+
+    Returns:
+        As `encode_topk`, with min(width, F/S) slots a shard; and what the selection found.
+
+    Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
+    """
+    n_kept = len(x_BD) * k
+
+    def select(values_BC, index_BC, n_local):
+        return topk.batch_winners(values_BC, index_BC, n_local, n_kept)
+
+    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype)
 
 
 def narrow(code: Code, k: int) -> Code:
@@ -106,32 +141,43 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
     return lax.scan(lambda best, first: (topk.merge(best, in_tile(first), k), None), in_tile(jnp.int32(0)), firsts)[0]
 
 
-def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype) -> Code:
+# (values_BC, index_BC, n_local) -> (which of a shard's candidates win, what else the selection found)
+Select = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, Any]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, select: Select, width: int, dtype: jnp.dtype):
+    """Code of the candidates that `select` keeps, w_enc, and what the selection found."""
+    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype)
+    return code, w_enc_FD, found
+
+
+def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype) -> tuple[Code, Any]:
     def local(x_RD, w_RD, b_R, b_pre_D):
         w_FD, b_F = gathered(w_RD, dtype), spmd.gather(b_R, mesh.DATA)
         rows = spmd.row_blocks(*x_RD.shape)
 
         def block(_, x_rD):
             x_bD = spmd.gather(centred(x_rD, b_pre_D).astype(dtype), mesh.LATENT)
-            values_bK, index_bK = largest(x_bD, w_FD, b_F, min(k, len(b_F)), dtype)
-            wins_b = topk.n_winners(values_bK, k)
-            values_bK = jnp.where(_prefix(wins_b, values_bK.shape[1]), jnp.maximum(values_bK, 0.0), 0.0)
-            return None, Code(index_bK + spmd.first_latent(len(b_F)), values_bK)
+            return None, largest(x_bD, w_FD, b_F, min(width, len(b_F)), dtype)
 
-        return jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
+        values_BC, index_BC = jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
+        wins_BC, found = select(values_BC, index_BC, len(b_F))
+        values_BC = jnp.where(wins_BC, jnp.maximum(values_BC, 0.0), 0.0)
+        return Code(index_BC + spmd.first_latent(len(b_F)), values_BC), found
 
     in_specs = (ROWS, DICT, DICT, REPLICATED)
-    return spmd.per_device(local, in_specs, spmd.CODES)(x_BD, w_enc_FD, b_enc_F, b_pre_D)
+    return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D)
 
 
-def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype):
-    code = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype)
-    return (code, w_enc_FD), (x_BD, w_enc_FD, b_pre_D, code)
+def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype):
+    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype)
+    return (code, w_enc_FD, found), (x_BD, w_enc_FD, b_pre_D, code)
 
 
-def _backward(k, dtype, saved, cotangent: tuple[Code, jax.Array]):
+def _backward(select, width, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
     x_BD, w_enc_FD, b_pre_D, code = saved
-    g_code, g_w_FD = cotangent
+    g_code, g_w_FD, _ = cotangent
 
     def local(x_RD, w_RD, b_pre_D, code, g_BK, g_w_RD):
         n_local = len(w_RD) * mesh.axis_size(mesh.DATA)
@@ -165,7 +211,7 @@ def _backward(k, dtype, saved, cotangent: tuple[Code, jax.Array]):
     )
 
 
-encode_topk.defvjp(_forward_saving, _backward)
+_encode.defvjp(_forward_saving, _backward)
 
 
 def centred(x_rD: jax.Array, b_pre_D: jax.Array) -> jax.Array:

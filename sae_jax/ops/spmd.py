@@ -63,7 +63,13 @@ def swap(x_SR: jax.Array) -> jax.Array:
 
 def first_latent(n_local: int) -> jax.Array | int:
     """Number of the first latent of this device's latent shard, which holds `n_local` of them."""
-    return lax.axis_index(mesh.LATENT) * n_local if _split(mesh.LATENT) else 0
+    return index(mesh.LATENT) * n_local
+
+
+def index(axis: str | tuple[str, ...]) -> jax.Array | int:
+    """This device's place along `axis`."""
+    names = _split(axis)
+    return lax.axis_index(names) if names else 0
 
 
 def _split(axis: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -6,8 +6,11 @@ with -0.0 equal to 0.0, the larger first, and of equal values the lowest latent 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from sae_jax import mesh
@@ -90,14 +93,83 @@ def threshold(values_BF: jax.Array, k: int) -> jax.Array:
         values_BF: f32[B, F], this shard's values; those not above 0 are ignored.
         k: rank of the value looked for.
     """
-    bits_BF = lax.bitcast_convert_type(jnp.maximum(values_BF, 0.0), jnp.int32)
+    bits_BF = _bits(values_BF)
 
-    def lower(i, found_B):
-        tried_B = found_B | (1 << (30 - i))
-        count_B = spmd.total((bits_BF >= tried_B[:, None]).sum(-1, dtype=jnp.int32), mesh.LATENT)
-        return jnp.where(count_B >= k, tried_B, found_B)
+    def at_least_k(bits_B):
+        count_B = (bits_BF >= bits_B[:, None]).sum(-1, dtype=jnp.int32)
+        return spmd.total(count_B, mesh.LATENT) >= k
 
-    return lax.bitcast_convert_type(lax.fori_loop(0, 31, lower, jnp.zeros(len(bits_BF), jnp.int32)), jnp.float32)
+    return _from_bits(_last_that(at_least_k, jnp.zeros(len(bits_BF), jnp.int32)))
+
+
+@struct.dataclass
+class BatchSelection:
+    """What a selection over a whole batch found."""
+
+    threshold: jax.Array  # f32[], the smallest value kept; 0 if all positive ones were
+    n_saturated: jax.Array  # i32[], lists of candidates kept to the last, which may have ended too early
+
+
+def batch_winners(
+    values_BC: jax.Array, index_BC: jax.Array, n_latents: int, n_kept: int
+) -> tuple[jax.Array, BatchSelection]:
+    """Which candidates are among the `n_kept` largest positive ones of all rows and latents. Inside `per_device`.
+
+    Ties go to the lower row, then to the lower latent. The value that separates them is found by bisection, 31 sums
+    over all devices; who wins among its equals by two more, only where they do not all win.
+
+    Args:
+        values_BC: f32[B, C], each row's C largest on this latent shard, descending.
+        index_BC: i32[B, C], their latents, counted within the shard.
+        n_latents: of this shard.
+        n_kept: over the whole batch, rows * k.
+
+    Returns:
+        bool[B, C], and what was found.
+
+    Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
+    """
+    bits_BC = _bits(values_BC)
+    zero = jnp.int32(0)
+
+    def count(keep_BC):
+        return spmd.total(keep_BC.sum(dtype=jnp.int32))
+
+    # A value of 0 is never kept: so the least that may separate is the smallest positive one.
+    least = jnp.maximum(_last_that(lambda bits: count(bits_BC >= bits) >= n_kept, zero), 1)
+    above_BC, equal_BC = bits_BC > least, bits_BC == least
+    n_free = n_kept - count(above_BC)
+
+    def first_of_equals():
+        n_rows = len(values_BC)
+        row_BC = jnp.broadcast_to(jnp.arange(n_rows, dtype=jnp.int32)[:, None], values_BC.shape)
+        row_BC = row_BC + spmd.index(mesh.DATA) * n_rows
+        latent_BC = index_BC + spmd.first_latent(n_latents)
+        row = _last_that(lambda row: count(equal_BC & (row_BC < row)) <= n_free, zero)
+        before_BC = equal_BC & (row_BC < row)
+        in_row_BC, n_left = equal_BC & (row_BC == row), n_free - count(before_BC)
+        latent = _last_that(lambda latent: count(in_row_BC & (latent_BC < latent)) <= n_left, zero)
+        return before_BC | (in_row_BC & (latent_BC < latent))
+
+    keep_BC = above_BC | lax.cond(count(equal_BC) > n_free, first_of_equals, lambda: equal_BC)
+    found_all = count(bits_BC > 0) <= n_kept
+    is_cut = jnp.int32(values_BC.shape[1] < n_latents)
+    n_saturated = is_cut * count(keep_BC[:, -1])
+    return keep_BC, BatchSelection(jnp.where(found_all, 0.0, _from_bits(least)), n_saturated)
+
+
+def _last_that(holds: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:
+    """The largest i32 >= 0 for which `holds`, elementwise; it holds up to some number and not beyond. 0 if never."""
+    return lax.fori_loop(0, 31, lambda i, found: jnp.where(holds(tried := found | (1 << (30 - i))), tried, found), zero)
+
+
+def _bits(values: jax.Array) -> jax.Array:
+    """Integers in the order of the values; 0 for those not above 0."""
+    return lax.bitcast_convert_type(jnp.maximum(values, 0.0), jnp.int32)
+
+
+def _from_bits(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _in_two_stages(width: int, k: int) -> bool:

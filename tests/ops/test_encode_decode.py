@@ -10,6 +10,7 @@ import pytest
 from sae_jax import mesh as meshes
 from sae_jax.ops import encode, explain, reference, sparse, tuning
 from sae_jax.types import UsageError
+from tests.oracles import topk as oracle
 
 B, D, F, K = 16, 8, 64, 5
 # As many pieces as the sizes here allow: exchanged rows, pairs, rows and latents of a product; the last of each uneven.
@@ -162,3 +163,54 @@ def test_fired_sees_each_active_latent(arrays):
     code, _ = encode.encode_topk(*arrays[:4], K, jnp.float32)
     dense = np.asarray(reference.to_dense(code, F))
     np.testing.assert_array_equal(sparse.fired(code, F, 1e-3), (dense > 1e-3).any(0))
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative", "saturated"])
+def test_batch_selection_is_the_oracle(arrays, shape, kind):
+    """The B*k largest of the batch over all devices, ties to the lower row and latent; too short lists are counted."""
+    x, w_enc, b_enc, b_pre, w_dec = arrays
+    width = 4 * K
+    if kind == "ties":
+        x, w_enc, b_enc, b_pre = (np.round(a) for a in (x, w_enc, b_enc, b_pre))
+    if kind == "negative":
+        b_enc = b_enc - 5
+    if kind == "saturated":
+        x, width = x * np.linspace(0.1, 9, B, dtype=np.float32)[:, None], 2
+
+    def encode_and_check(x, w_enc, b_enc, b_pre, w_dec):
+        code, _, found = encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, width)
+        return code, found
+
+    code, found = on_mesh(shape, jax.jit(encode_and_check), (x, w_enc, b_enc, b_pre, w_dec))
+    pre = (np.float64(x) - b_pre) @ np.float64(w_enc).T + b_enc
+    got = np.asarray(reference.to_dense(jax.tree.map(np.asarray, code), F))
+    if kind == "saturated":
+        assert int(found.n_saturated) > 0
+        return
+    expected = oracle.select_batch(pre, K)
+    np.testing.assert_array_equal(got > 0, expected)
+    np.testing.assert_allclose(got, np.where(expected, pre, 0), rtol=1e-4, atol=1e-5)
+    if kind == "negative":
+        assert float(found.threshold) == 0
+    else:
+        assert float(found.threshold) == pytest.approx(pre[expected].min(), rel=1e-4)
+
+
+def test_batch_selection_has_the_gradient_of_what_it_keeps(arrays):
+    def loss(keep):
+        def fn(w_enc, b_enc, w_dec):
+            x, b_pre = jnp.asarray(arrays[0]), jnp.asarray(arrays[3])
+            if keep is None:
+                code, *_ = encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, 4 * K)
+                x_hat, _ = sparse.decode(code, w_dec)
+            else:
+                pre = jnp.matmul(x - b_pre[None], w_enc.T, precision="highest") + b_enc[None]
+                x_hat = jnp.matmul(jnp.where(keep, pre, 0.0), w_dec, precision="highest")
+            return ((x_hat - x) ** 2).mean()
+
+        return jax.grad(fn, argnums=(0, 1, 2))(*(jnp.asarray(arrays[i]) for i in (1, 2, 4)))
+
+    pre = (np.float64(arrays[0]) - arrays[3]) @ np.float64(arrays[1]).T + arrays[2]
+    expected = loss(oracle.select_batch(pre, K))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), loss(None), expected)

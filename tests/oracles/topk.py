@@ -10,6 +10,15 @@ def select(pre_BF: np.ndarray, k: int) -> np.ndarray:
     return np.stack([sorted(range(len(row)), key=lambda f: (-row[f], f))[:k] for row in pre_BF + 0.0])
 
 
+def select_batch(pre_BF: np.ndarray, k: int) -> np.ndarray:
+    """bool[B, F]: the B*k largest positive values of the batch, ties to the lower row, then to the lower latent."""
+    entries = [(-value, b, f) for b, row in enumerate(pre_BF) for f, value in enumerate(row) if value > 0]
+    keep_BF = np.zeros(pre_BF.shape, bool)
+    for _, b, f in sorted(entries)[: len(pre_BF) * k]:
+        keep_BF[b, f] = True
+    return keep_BF
+
+
 @dataclass
 class Result:
     z_BF: np.ndarray
