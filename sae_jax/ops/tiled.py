@@ -1,0 +1,349 @@
+"""Dictionaries in which any number of latents may be active: every product in tiles, none of them kept.
+
+    pre = (x - b_pre) W_enc^T,   (z, penalty) = activation(pre, per-latent parameters),   x_hat = z W_dec
+
+Row blocks outside, latent tiles inside. A tile [b, f] of pre-activations stays within the memory budget; the backward
+pass computes it once more and differentiates the activation there, so an activation is a plain function and the
+engine knows none. What it may ask for:
+
+    biases, thresholds, decoder norms   per-latent parameters: arrays [F, ...], each differentiated
+    several reconstructions             a tree of codes and a tree of decoders of one structure
+    tied weights, frozen decoders       the same array twice, `stop_gradient` of it: what needs no gradient costs none
+    straight-through estimators         jax.custom_jvp or jax.custom_vjp inside the activation
+    several inputs or outputs a row     side by side in D
+
+Collectives stand inside the loop over row blocks, so a device holds a block of the rows of its data shard, never all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from sae_jax import mesh
+from sae_jax.mesh import CODE, DATA, DICT, LATENT, REPLICATED, ROWS
+from sae_jax.ops import encode, spmd, topk
+from sae_jax.types import Code
+
+BLOCK_ROWS = 2048  # each row block reads all weights and adds to all of their gradients: few rows would wait for memory
+
+# (pre f32[b, f], parameters [f, ...]) -> (tree of codes f32[b, f] >= 0, penalty f32[b, f])
+Activation = Callable[[jax.Array, Any], tuple[Any, jax.Array]]
+
+
+@struct.dataclass
+class Tiled:
+    """What `reconstruct` returns."""
+
+    x_hat: Any  # tree of f32[B, D], ROWS: without bias, one for each decoder
+    penalty: jax.Array  # f32[F], DICT: each latent's penalty summed over the batch
+    n_active: jax.Array  # f32[F], DICT: rows in which the first code is above 0; no gradient
+    fired: jax.Array  # bool[F], DICT: the first code exceeds `above` in some row
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def reconstruct(
+    x_BD: jax.Array,
+    w_enc_FD: jax.Array,
+    w_dec: Any,
+    b_pre_D: jax.Array,
+    latents: Any,
+    activation: Activation,
+    dtype: jnp.dtype,
+    above: float,
+) -> Tiled:
+    """Encode and decode a batch without keeping its code.
+
+    Args:
+        x_BD: f32[B, D], ROWS.
+        w_enc_FD: f32[F, D], DICT.
+        w_dec: f32[F, D] decoders, DICT; a tree of the structure of the activation's codes.
+        b_pre_D: f32[D], subtracted from x first.
+        latents: tree of f32[F, ...], DICT: what the activation needs to know of each latent.
+        activation: from tiles of pre-activations and of `latents` to tiles of codes and of the penalty.
+        dtype: what the inputs of products are rounded to, backward too; they accumulate in f32.
+        above: a latent counts as fired when its value exceeds this.
+    """
+    return _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above)
+
+
+def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) -> Tiled:
+    def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents):
+        w_enc_FD, w_dec = _whole((w_enc_RD, w_dec), dtype)
+        latents = _whole(latents)
+        blocks = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0])
+
+        def block(sums, block):
+            number, x_rD = block
+            x_bD = spmd.gather((x_rD - b_pre_D[None]).astype(dtype), LATENT)
+
+            def tile(t, carry):
+                x_hat, sums = carry
+                at = blocks.tile(t)
+                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD))
+                codes, penalty_bf = blocks.real(activation, number, at)(pre_bf, at.take(latents))
+                x_hat = jax.tree.map(
+                    lambda x_hat_bD, z_bf, w_FD: x_hat_bD + _product("bf,fd->bd", z_bf.astype(dtype), at.take(w_FD)),
+                    *(x_hat, codes, w_dec),
+                )
+                z_bf = jax.tree.leaves(codes)[0]
+                parts = (penalty_bf, *((z_bf > low).astype(jnp.float32) for low in (0.0, above)))
+                return x_hat, at.add(sums, jax.tree.map(lambda part_bf: part_bf.sum(0), parts))
+
+            zeros = jax.tree.map(lambda _: jnp.zeros(x_bD.shape), w_dec)
+            x_hat, sums = lax.fori_loop(0, blocks.n_tiles, tile, (zeros, sums))
+            return sums, jax.tree.map(lambda x_hat_bD: spmd.reduce_scatter(x_hat_bD, LATENT), x_hat)
+
+        zeros_F = jnp.zeros(blocks.n_latents)
+        sums, x_hat = lax.scan(block, (zeros_F,) * 3, blocks.split(x_RD))
+        penalty_R, active_R, fired_R = (spmd.reduce_scatter(sum_F, DATA) for sum_F in sums)
+        return Tiled(blocks.join(x_hat), penalty_R, active_R, fired_R > 0)
+
+    out_specs: Any = Tiled(ROWS, DICT, DICT, DICT)  # pyrefly: ignore[bad-argument-type] (specs in its shape)
+    arguments = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
+    return spmd.per_device(local, (ROWS, DICT, DICT, REPLICATED, DICT), out_specs)(*arguments)
+
+
+def _forward_saving(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above):
+    arguments = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
+    # Whether anyone wants a gradient is known while tracing; () or None, structure alone, tells the backward pass.
+    wanted = [() if argument.perturbed else None for argument in (x_BD, *jax.tree.leaves(w_dec, is_leaf=_is_argument))]
+    arguments = jax.tree.map(lambda argument: argument.value, arguments, is_leaf=_is_argument)
+    return _forward(*arguments, activation, dtype, above), (arguments, wanted)
+
+
+def _is_argument(node: Any) -> bool:
+    return hasattr(node, "perturbed")
+
+
+def _backward(activation, dtype, above, saved, cotangent: Tiled):
+    (x_BD, w_enc_FD, w_dec, b_pre_D, latents), (wants_x, *wants_dec) = saved
+    g_x_hat, g_penalty_F = (
+        jax.tree.map(partial(_instantiated, role=role), g)
+        for g, role in ((cotangent.x_hat, ROWS), (cotangent.penalty, DICT))
+    )
+
+    def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents, g_x_hat, g_penalty_R):
+        w_enc_FD, w_dec = _whole((w_enc_RD, w_dec), dtype)
+        latents, g_penalty_F = _whole((latents, g_penalty_R))
+        blocks = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0])
+        decoders_FD, structure = jax.tree.flatten(w_dec)
+
+        def block(sums, block):
+            number, x_rD, g_x_hat = block
+            x_bD = spmd.gather((x_rD - b_pre_D[None]).astype(dtype), LATENT)
+            g_x_hats_bD = [spmd.gather(g_rD.astype(dtype), LATENT) for g_rD in jax.tree.leaves(g_x_hat)]
+
+            def tile(t, carry):
+                g_x_bD, sums = carry
+                at = blocks.tile(t)
+                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD))
+                (codes, _), pull = jax.vjp(blocks.real(activation, number, at), pre_bf, at.take(latents))
+                g_codes = [
+                    _product("bd,fd->bf", g_bD, at.take(w_FD))
+                    for g_bD, w_FD in zip(g_x_hats_bD, decoders_FD, strict=True)
+                ]
+                g_penalty_bf = jnp.broadcast_to(at.take(g_penalty_F)[None], pre_bf.shape)
+                g_pre_bf, g_latents = pull((jax.tree.unflatten(structure, g_codes), g_penalty_bf))
+                g_dec = [
+                    None if wants is None else _product("bf,bd->fd", z_bf.astype(dtype), g_bD)
+                    for wants, z_bf, g_bD in zip(wants_dec, jax.tree.leaves(codes), g_x_hats_bD, strict=True)
+                ]
+                parts = (g_pre_bf.sum(0), _product("bf,bd->fd", g_pre_bf.astype(dtype), x_bD), g_dec, g_latents)
+                if wants_x is not None:
+                    g_x_bD = g_x_bD + _product("bf,fd->bd", g_pre_bf.astype(dtype), at.take(w_enc_FD))
+                return g_x_bD, at.add(sums, parts)
+
+            g_x_bD = None if wants_x is None else jnp.zeros(x_bD.shape)
+            g_x_bD, sums = lax.fori_loop(0, blocks.n_tiles, tile, (g_x_bD, sums))
+            return sums, jax.tree.map(lambda g_bD: spmd.reduce_scatter(g_bD, LATENT), g_x_bD)
+
+        g_dec = [None if wants is None else w_FD for wants, w_FD in zip(wants_dec, decoders_FD, strict=True)]
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), (g_penalty_F, w_enc_FD, g_dec, latents))
+        sums, g_x = lax.scan(block, zeros, blocks.split(x_RD, g_x_hat))
+        g_pre_R, g_enc_RD, g_dec, g_latents = jax.tree.map(lambda sum_F: spmd.reduce_scatter(sum_F, DATA), sums)
+        # Summed over the batch first: a mat-vec instead of a product of full size.
+        g_b_pre_D = -spmd.total(jnp.matmul(g_pre_R, w_enc_RD, precision=encode.EXACT))
+        return blocks.join(g_x), g_enc_RD, g_dec, g_b_pre_D, g_latents
+
+    in_specs = (ROWS, DICT, DICT, REPLICATED, DICT, ROWS, DICT)
+    out_specs = (ROWS, DICT, DICT, REPLICATED, DICT)
+    g_x, g_enc, g_dec, g_b_pre, g_latents = spmd.per_device(local, in_specs, out_specs)(
+        x_BD, w_enc_FD, w_dec, b_pre_D, latents, g_x_hat, g_penalty_F
+    )
+    return g_x, g_enc, jax.tree.unflatten(jax.tree.structure(w_dec), g_dec), g_b_pre, g_latents
+
+
+reconstruct.defvjp(_forward_saving, _backward, symbolic_zeros=True)
+
+
+def n_active(x_BD, w_enc_FD, b_pre_D, latents, activation: Activation, dtype) -> jax.Array:
+    """How many latents of each row are above 0 in the first code: i32[B, latent shards], CODE. See `reconstruct`."""
+
+    def start(n_rows):
+        return jnp.zeros((n_rows, 1), jnp.int32)
+
+    def add(count_b1, z_bf, _):
+        return count_b1 + (z_bf > 0).sum(-1, dtype=jnp.int32, keepdims=True)
+
+    return _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, add, CODE)
+
+
+def encode_largest(x_BD, w_enc_FD, b_pre_D, latents, activation: Activation, dtype, k: int) -> Code:
+    """The k largest values of each row's first code.
+
+    Args:
+        x_BD, w_enc_FD, b_pre_D, latents, activation, dtype: see `reconstruct`.
+        k: slots a row; at most the latents of a shard.
+
+    Returns:
+        On one latent shard a public code, [B, k]. On S shards [B, S * k] as CODE: every shard's own k largest.
+    """
+
+    def start(n_rows):
+        return Code(jnp.zeros((n_rows, k), jnp.int32), jnp.zeros((n_rows, k)))
+
+    def merge(code, z_bf, first):
+        values_bK, index_bK = topk.top_k(z_bf, min(k, z_bf.shape[1]))
+        values_bC = jnp.concatenate([code.values, values_bK], axis=1)
+        index_bC = jnp.concatenate([code.indices, index_bK + first], axis=1)
+        values_bK, slot_bK = topk.top_k(values_bC, k)
+        return Code(jnp.take_along_axis(index_bC, slot_bK, axis=1), values_bK)
+
+    code = _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merge, spmd.CODES)
+    return code
+
+
+def _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merge, out_specs):
+    """Fold `merge(carry, z_bf, number of its first latent)` over the tiles of each row block, from `start(b)`."""
+
+    def local(x_RD, w_enc_RD, b_pre_D, latents):
+        w_enc_FD, latents = _whole(w_enc_RD, dtype), _whole(latents)
+        blocks = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0])
+
+        def block(block):
+            number, x_rD = block
+            x_bD = spmd.gather((x_rD - b_pre_D[None]).astype(dtype), LATENT)
+
+            def tile(t, carry):
+                at = blocks.tile(t)
+                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD))
+                codes, _ = blocks.real(activation, number, at)(pre_bf, at.take(latents))
+                return merge(carry, jax.tree.leaves(codes)[0], at.first + spmd.first_latent(blocks.n_latents))
+
+            return lax.fori_loop(0, blocks.n_tiles, tile, start(x_bD.shape[0]))
+
+        return blocks.join(lax.map(block, blocks.split(x_RD)), mesh.axis_size(LATENT))
+
+    return spmd.per_device(local, (ROWS, DICT, REPLICATED, DICT), out_specs)(x_BD, w_enc_FD, b_pre_D, latents)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A range of the latents of this shard."""
+
+    first: jax.Array
+    size: int
+    new: jax.Array | None  # bool[f]: not in the tile before; None where tiles do not overlap
+
+    def take(self, tree: Any) -> Any:
+        """This range of arrays [F, ...]."""
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, self.first, self.size), tree)
+
+    def add(self, sums: Any, parts: Any) -> Any:
+        """`sums` [F, ...] with `parts` [f, ...] added to this range."""
+        return jax.tree.map(
+            lambda a, b: lax.dynamic_update_slice_in_dim(a, b, self.first, 0),
+            sums,
+            jax.tree.map(jnp.add, self.take(sums), parts),
+        )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How a device cuts its rows and the latents of its shard. Inside `per_device`."""
+
+    n_rows: int  # this device's own
+    n_latents: int  # of its latent shard
+    rows: int  # own rows in a block; a block holds as many of every device of the latent axis
+    tile_size: int
+
+    @classmethod
+    def of(cls, n_rows: int, n_latents: int) -> _Blocks:
+        """Blocks of about BLOCK_ROWS rows, and tiles that keep the pre-activations of a block in the budget."""
+        n_shards, budget = mesh.axis_size(LATENT), encode.PRE_BYTES // 4
+        width = min(n_latents, max(budget // max(min(n_rows * n_shards, BLOCK_ROWS), 1), 1))
+        rows = max(budget // (width * n_shards), 1)
+        return cls(n_rows, n_latents, max(_even(n_rows, rows), 1), _even(n_latents, width))
+
+    @property
+    def n_tiles(self) -> int:
+        return -(-self.n_latents // self.tile_size)
+
+    def tile(self, t: jax.Array) -> _Tile:
+        """The t-th tile. The last one reaches back into the one before where tiles do not divide the latents."""
+        first = jnp.minimum(t * self.tile_size, self.n_latents - self.tile_size)
+        ragged = self.n_latents % self.tile_size > 0
+        return _Tile(
+            first, self.tile_size, first + jnp.arange(self.tile_size) >= t * self.tile_size if ragged else None
+        )
+
+    def split(self, *arrays: Any) -> Any:
+        """(block number, blocks of rows of arrays [R, ...]) to scan over; the last block is filled up with zeros."""
+
+        def cut(a: jax.Array) -> jax.Array:
+            padded = jnp.pad(a, ((0, -self.n_rows % self.rows), *((0, 0),) * (a.ndim - 1)))
+            return padded.reshape(-1, self.rows, *a.shape[1:])
+
+        return jnp.arange(-(-self.n_rows // self.rows)), *jax.tree.map(cut, arrays)
+
+    def join(self, tree: Any, n_shards: int = 1) -> Any:
+        """The inverse for arrays [blocks, rows, ...]; with `n_shards`, whose rows are those of that many devices."""
+
+        def whole(a: jax.Array) -> jax.Array:
+            by_device = a.reshape(a.shape[0], n_shards, self.rows, *a.shape[2:]).swapaxes(0, 1)
+            own = by_device.reshape(n_shards, -1, *a.shape[2:])[:, : self.n_rows]
+            return own.reshape(-1, *a.shape[2:])
+
+        return jax.tree.map(whole, tree)
+
+    def real(self, activation: Activation, number: jax.Array, at: _Tile) -> Activation:
+        """`activation` with nothing from rows that fill up a block and from latents that stood in the tile before."""
+        masks = [] if at.new is None else [at.new[None]]
+        if self.n_rows % self.rows:
+            own_r = number * self.rows + jnp.arange(self.rows) < self.n_rows
+            masks.append(jnp.tile(own_r, mesh.axis_size(LATENT))[:, None])
+
+        def masked(pre_bf, latents):
+            outputs = activation(pre_bf, latents)
+            for mask in masks:
+                outputs = jax.tree.map(lambda a: jnp.where(mask, a, 0.0), outputs)
+            return outputs
+
+        return masked
+
+
+def _even(whole: int, at_most: int) -> int:
+    """The size of the fewest equal parts of at most that size."""
+    return -(-whole // max(-(-whole // at_most), 1))
+
+
+def _whole(tree: Any, dtype: jnp.dtype | None = None) -> Any:
+    """Blocks of latents from all devices of the data axis, in `dtype`."""
+    return jax.tree.map(lambda a: spmd.gather(a if dtype is None else a.astype(dtype), DATA), tree)
+
+
+def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, a, b, precision=encode.EXACT, preferred_element_type=jnp.float32)
+
+
+def _instantiated(g: Any, role: Any) -> jax.Array:
+    return jnp.zeros(g.shape, g.dtype, out_sharding=mesh.placed(role)) if isinstance(g, SymbolicZero) else g

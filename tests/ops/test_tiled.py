@@ -1,0 +1,101 @@
+"""The tiled path against its dense reference, on every mesh, in blocks that divide and in blocks that do not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.ops import encode, reference, tiled
+from tests.hlo import largest_array
+
+B, D, F = 48, 6, 80
+ABOVE = 0.5
+MESHES = [None, (1, 8), (2, 4), (8, 1)]
+LATENTS = {"b_gate": meshes.DICT, "b_size": meshes.DICT, "log_size": meshes.DICT}
+DECODERS = (meshes.DICT, meshes.DICT)
+ROLES = (meshes.ROWS, meshes.DICT, DECODERS, meshes.REPLICATED, LATENTS)
+
+
+@jax.custom_jvp
+def step(gate):
+    return (gate > 0).astype(jnp.float32)
+
+
+@step.defjvp
+def _(primals, tangents):
+    return step(*primals), jnp.where(abs(primals[0]) < 0.25, 2 * tangents[0], 0.0)
+
+
+def gated(pre, latents):
+    """As much as an activation may ask for: parameters, two codes, a penalty and a straight-through estimator."""
+    gate = pre + latents["b_gate"][None]
+    size = jnp.exp(latents["log_size"])[None] * pre + latents["b_size"][None]
+    return (step(gate) * jax.nn.relu(size), jax.nn.relu(gate)), jax.nn.relu(gate) * latents["log_size"][None] ** 2
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: np.float32(rng.standard_normal(shape))  # noqa: E731
+    latents = {name: 0.3 * draw(F) for name in LATENTS}
+    return draw(B, D), draw(F, D), (draw(F, D), draw(F, D)), draw(D), latents
+
+
+def value_and_gradients(reconstruct, target, arrays, frozen):
+    """Of a loss that needs all that `reconstruct` returns; `frozen` keeps the second decoder from learning."""
+
+    def loss(x, w_enc, w_dec, b_pre, latents):
+        w_dec = (w_dec[0], jax.lax.stop_gradient(w_dec[1])) if frozen else w_dec
+        out = reconstruct(x, w_enc, w_dec, b_pre, latents)
+        value = sum(((x_hat - target) ** 2).mean() for x_hat in out.x_hat)
+        return value + (out.penalty**2).mean(), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*arrays)
+
+
+def in_tiles(x, w_enc, w_dec, b_pre, latents):
+    return tiled.reconstruct(x, w_enc, w_dec, b_pre, latents, gated, jnp.float32, ABOVE)
+
+
+def whole(x, w_enc, w_dec, b_pre, latents):
+    return reference.reconstruct(x, w_enc, w_dec, b_pre, latents, gated, ABOVE)
+
+
+def small_blocks(monkeypatch, rows, elements):
+    monkeypatch.setattr(tiled, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(encode, "PRE_BYTES", 4 * elements)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(("rows", "elements"), [(B, B * F), (16, 16 * 16), (7, 7 * 7)])
+def test_values_and_gradients_equal_dense_autodiff(arrays, monkeypatch, shape, rows, elements):
+    small_blocks(monkeypatch, rows, elements)
+    target = arrays[0] ** 2
+    want = value_and_gradients(whole, target, arrays, frozen=False)
+    if shape is None:
+        got = value_and_gradients(in_tiles, target, arrays, frozen=False)
+    else:
+        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+        with jax.set_mesh(mesh):
+            place = lambda role, a: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
+            placed = jax.tree.map(place, ROLES, arrays)
+            got = value_and_gradients(in_tiles, place(meshes.ROWS, target), placed, frozen=False)
+            jax.tree.map(lambda gradient, a: jax.typeof(gradient) == jax.typeof(a) or pytest.fail(), got[1], placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(arrays):
+    want = value_and_gradients(whole, arrays[0], arrays, frozen=True)
+    got = value_and_gradients(in_tiles, arrays[0], arrays, frozen=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+    def loss(w_enc, frozen):
+        decoders = tuple(jax.lax.stop_gradient(w) if frozen else w for w in arrays[2])
+        return in_tiles(arrays[0], w_enc, decoders, *arrays[3:]).x_hat[0].sum()
+
+    def n_products(frozen):
+        return str(jax.make_jaxpr(jax.grad(lambda w: loss(w, frozen)))(arrays[1])).count("dot_general")
+
+    # Nothing is wanted of x or the decoders: 3 products forward, 3 again, the codes' gradients, W_enc's, b_pre's.
+    assert n_products(True) == 3 + 1 + 2 + 1 + 1
