@@ -79,7 +79,7 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
     def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents):
         w_enc_FD, w_dec = _whole((w_enc_RD, w_dec), dtype)
         latents = _whole(latents)
-        blocks = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0])
+        blocks, product = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0]), partial(_product, dtype=dtype)
 
         def block(sums, block):
             number, x_rD = block
@@ -88,10 +88,10 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
             def tile(t, carry):
                 x_hat, sums = carry
                 at = blocks.tile(t)
-                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD))
+                pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
                 codes, penalty_bf = blocks.real(activation, number, at)(pre_bf, at.take(latents))
                 x_hat = jax.tree.map(
-                    lambda x_hat_bD, z_bf, w_FD: x_hat_bD + _product("bf,fd->bd", z_bf.astype(dtype), at.take(w_FD)),
+                    lambda x_hat_bD, z_bf, w_FD: x_hat_bD + product("bf,fd->bd", z_bf, at.take(w_FD)),
                     *(x_hat, codes, w_dec),
                 )
                 z_bf = jax.tree.leaves(codes)[0]
@@ -134,7 +134,7 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
     def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents, g_x_hat, g_penalty_R):
         w_enc_FD, w_dec = _whole((w_enc_RD, w_dec), dtype)
         latents, g_penalty_F = _whole((latents, g_penalty_R))
-        blocks = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0])
+        blocks, product = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0]), partial(_product, dtype=dtype)
         decoders_FD, structure = jax.tree.flatten(w_dec)
 
         def block(sums, block):
@@ -145,21 +145,21 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
             def tile(t, carry):
                 g_x_bD, sums = carry
                 at = blocks.tile(t)
-                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD))
+                pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
                 (codes, _), pull = jax.vjp(blocks.real(activation, number, at), pre_bf, at.take(latents))
                 g_codes = [
-                    _product("bd,fd->bf", g_bD, at.take(w_FD))
+                    product("bd,fd->bf", g_bD, at.take(w_FD))
                     for g_bD, w_FD in zip(g_x_hats_bD, decoders_FD, strict=True)
                 ]
                 g_penalty_bf = jnp.broadcast_to(at.take(g_penalty_F)[None], pre_bf.shape)
                 g_pre_bf, g_latents = pull((jax.tree.unflatten(structure, g_codes), g_penalty_bf))
                 g_dec = [
-                    None if wants is None else _product("bf,bd->fd", z_bf.astype(dtype), g_bD)
+                    None if wants is None else product("bf,bd->fd", z_bf, g_bD)
                     for wants, z_bf, g_bD in zip(wants_dec, jax.tree.leaves(codes), g_x_hats_bD, strict=True)
                 ]
-                parts = (g_pre_bf.sum(0), _product("bf,bd->fd", g_pre_bf.astype(dtype), x_bD), g_dec, g_latents)
+                parts = (g_pre_bf.sum(0), product("bf,bd->fd", g_pre_bf, x_bD), g_dec, g_latents)
                 if wants_x is not None:
-                    g_x_bD = g_x_bD + _product("bf,fd->bd", g_pre_bf.astype(dtype), at.take(w_enc_FD))
+                    g_x_bD = g_x_bD + product("bf,fd->bd", g_pre_bf, at.take(w_enc_FD))
                 return g_x_bD, at.add(sums, parts)
 
             g_x_bD = None if wants_x is None else jnp.zeros(x_bD.shape)
@@ -227,7 +227,7 @@ def _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merg
 
     def local(x_RD, w_enc_RD, b_pre_D, latents):
         w_enc_FD, latents = _whole(w_enc_RD, dtype), _whole(latents)
-        blocks = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0])
+        blocks, product = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0]), partial(_product, dtype=dtype)
 
         def block(block):
             number, x_rD = block
@@ -235,7 +235,7 @@ def _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merg
 
             def tile(t, carry):
                 at = blocks.tile(t)
-                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD))
+                pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
                 codes, _ = blocks.real(activation, number, at)(pre_bf, at.take(latents))
                 return merge(carry, jax.tree.leaves(codes)[0], at.first + spmd.first_latent(blocks.n_latents))
 
@@ -337,12 +337,18 @@ def _even(whole: int, at_most: int) -> int:
 
 
 def _whole(tree: Any, dtype: jnp.dtype | None = None) -> Any:
-    """Blocks of latents from all devices of the data axis, in `dtype`."""
-    return jax.tree.map(lambda a: spmd.gather(a if dtype is None else a.astype(dtype), DATA), tree)
+    """Blocks of latents from all devices of the data axis, sent in `dtype`.
+
+    Where nothing is sent they stay as they are, and tiles are rounded one by one: a copy would be half the weights.
+    """
+    send_as = dtype if mesh.axis_size(DATA) > 1 else None
+    return jax.tree.map(lambda a: spmd.gather(a if send_as is None else a.astype(send_as), DATA), tree)
 
 
-def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, a, b, precision=encode.EXACT, preferred_element_type=jnp.float32)
+def _product(formula: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Their product, each rounded to `dtype`, accumulated in f32."""
+    rounded = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(formula, *rounded, precision=encode.EXACT, preferred_element_type=jnp.float32)
 
 
 def _instantiated(g: Any, role: Any) -> jax.Array:
