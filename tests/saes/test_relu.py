@@ -1,0 +1,127 @@
+"""ReLU with an L1 penalty against its float64 oracle, what its initialisation promises, and its codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.saes import base, relu
+from sae_jax.types import UsageError
+from tests.oracles import relu as oracle
+
+B, D, F, WINDOW = 16, 8, 48, 100
+
+
+def make(seed: int = 0, **settings) -> relu.Relu:
+    """Away from the initialisation, so that a missed bias or norm would show."""
+    rng = np.random.default_rng(seed)
+    config = relu.Config(**{"n_latents": F, "l1_coefficient": 0.7, "dtype": "float32", **settings})
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,))]
+    w_enc, b_enc, w_dec, b_dec = map(jnp.asarray, arrays)
+    return relu.Relu(w_enc, b_enc - 2, base.unit_rows(w_dec), b_dec, config)
+
+
+def rows() -> np.ndarray:
+    return np.random.default_rng(5).standard_normal((B, D)).astype(np.float32)
+
+
+def statistics() -> base.Statistics:
+    silent = np.random.default_rng(1).integers(0, WINDOW, F).astype(np.int32)
+    return base.Statistics(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7))
+
+
+def value_and_gradient(sae, x, stats):
+    def objective(sae):
+        return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
+
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
+
+
+def expected(sae, x, stats) -> oracle.Result:
+    weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]
+    return oracle.objective(np.float64(x), *weights, sae.config.l1_coefficient, np.asarray(stats.silent), WINDOW)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
+    sae, x, stats = make(), rows(), statistics()
+    want = expected(sae, x, stats)
+    if shape is None:
+        (loss, outcome), gradients = value_and_gradient(sae, x, stats)
+    else:
+        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+        with jax.set_mesh(mesh):
+            roles = relu.Relu(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
+            place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
+            split = jax.tree.map(place, sae, roles)
+            stats = stats.replace(silent=place(stats.silent, meshes.DICT))
+            (loss, outcome), gradients = value_and_gradient(split, place(x, meshes.ROWS), stats)
+            assert jax.typeof(gradients.w_enc) == jax.typeof(split.w_enc)
+    np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
+    np.testing.assert_allclose(outcome.x_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(outcome.metrics["l1"], want.z_BF.sum(1).mean(), rtol=1e-5)
+    np.testing.assert_array_equal(outcome.statistics.silent, want.silent_F)
+    for name, gradient in want.gradients.items():
+        np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_oracle_gradients_are_finite_differences():
+    sae, x = make(), rows()
+    weights = {name: np.asarray(getattr(sae, name), np.float64) for name in ("w_enc", "b_enc", "w_dec", "b_dec")}
+
+    def result(weights):
+        return oracle.objective(np.float64(x), *weights.values(), 0.7, np.zeros(F), WINDOW)
+
+    gradients = result(weights).gradients
+    rng = np.random.default_rng(2)
+    for name, value in weights.items():
+        step = 1e-6 * rng.standard_normal(value.shape)
+        if name == "w_dec":  # the oracle's gradient has no component along the rows: neither may the step
+            step -= (step * value).sum(1, keepdims=True) * value
+        up, down = (result({**weights, name: value + sign * step}).loss for sign in (1, -1))
+        np.testing.assert_allclose((up - down) / 2, (gradients[name] * step).sum(), rtol=1e-4, err_msg=name)
+
+
+def test_bfloat16_products_keep_float32_everywhere_else():
+    (loss, outcome), gradients = value_and_gradient(make(dtype="bfloat16"), rows(), statistics())
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((gradients, outcome.x_hat)))
+    want = expected(make(), rows(), statistics())
+    np.testing.assert_allclose(loss, want.loss, rtol=0.02)
+    assert np.linalg.norm(gradients.w_enc - want.gradients["w_enc"]) < 0.05 * np.linalg.norm(want.gradients["w_enc"])
+
+
+def test_initialisation():
+    sample = np.random.default_rng(0).standard_normal((500, 32)) * 3 + 7
+    sae = relu.Config(n_latents=256).init(jax.random.key(0), base.sample_statistics(sample, "none"))
+    np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(sae.b_dec, base.geometric_median(sample), rtol=1e-5)
+    np.testing.assert_allclose(abs(sae.w_enc).max(), np.sqrt(6 / 32), rtol=0.01)
+    cosine = (base.unit_rows(sae.w_enc) * sae.w_dec).sum(1)
+    assert abs(cosine.mean()) < 0.05  # independent, not transposed
+
+
+def test_a_code_holds_all_that_is_active_and_decodes_to_the_reconstruction():
+    sae, x = make(), rows()
+    z = expected(sae, x, statistics()).z_BF
+    code = sae.encode(x.reshape(2, 8, D))
+    most = int((z > 0).sum(1).max())
+    assert code.values.shape == code.indices.shape == (2, 8, 1 << (most - 1).bit_length())
+    assert (np.diff(code.values, axis=-1) <= 0).all()
+    dense = np.zeros((B, F), np.float32)
+    np.add.at(dense, (np.arange(B)[:, None], code.indices.reshape(B, -1)), code.values.reshape(B, -1))
+    np.testing.assert_allclose(dense, z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sae.decode(code), sae(x.reshape(2, 8, D)), rtol=1e-4, atol=1e-5)
+    nothing = sae.encode(x[:0])
+    assert nothing.values.shape == (0, 1)
+    assert sae.decode(nothing).shape == sae(x[:0]).shape == (0, D)
+    silent = sae.replace(b_enc=sae.b_enc - 100).encode(x)
+    assert silent.values.shape == (B, 1)
+    assert not silent.values.any()
+
+
+@pytest.mark.parametrize("setting", [{"n_latents": 0}, {"l1_coefficient": -1.0}, {"l1_coefficient": float("nan")}])
+def test_bad_settings_are_refused(setting):
+    with pytest.raises(UsageError, match=f"sae.{next(iter(setting))}"):
+        relu.Config(**setting)
