@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
     summary = {
         **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
         **{name: result[name] for name in ("loss_recovered", "kl")},
-        "fvu_pca": pca_fvu(sample_rows(activations, result["site"]), text.rows(), settings.sae.k),
+        "fvu_pca": pca_fvu(sample_rows(activations, result["site"]), text.rows(), round(result["l0"])),
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.hook.layer, table, sequences),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),

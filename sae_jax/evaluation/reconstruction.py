@@ -10,6 +10,7 @@ Blocks are summed in f32 on the device and added up in float64 on the host.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,7 +41,9 @@ class Reconstruction:
             # Sums of squares are taken around the first block's mean: activations far from the origin would
             # lose their variance to rounding otherwise.
             self._centre_D = x_ND.mean(0, where=keep_N[:, None])
-        sums, fired_F, l0_N, x_hat_ND = _block_sums(sae, x_ND, keep_N, self._centre_D)
+        # Outside jit: how many slots a code has may depend on the rows.
+        code, x_hat_ND = sae.encode(x_ND), sae(x_ND)
+        sums, fired_F, l0_N = _block_sums(code, x_ND, x_hat_ND, keep_N, self._centre_D, len(self._fired_F))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
         self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
         self._fired_F += np.asarray(fired_F, np.int64)
@@ -77,10 +80,10 @@ class Reconstruction:
         }
 
 
-@jax.jit
-def _block_sums(sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array, centre_D: jax.Array):
-    code: Code = sae.encode(x_ND)
-    x_hat_ND = sae(x_ND)
+@partial(jax.jit, static_argnames="n_latents")
+def _block_sums(
+    code: Code, x_ND: jax.Array, x_hat_ND: jax.Array, keep_N: jax.Array, centre_D: jax.Array, n_latents: int
+):
     x2_N, x_hat2_N, product_N = (x_ND**2).sum(-1), (x_hat_ND**2).sum(-1), (x_ND * x_hat_ND).sum(-1)
     offset_ND = x_ND - centre_D[None]
     weight_N = keep_N.astype(jnp.float32)
@@ -96,8 +99,8 @@ def _block_sums(sae: AbstractSae, x_ND: jax.Array, keep_N: jax.Array, centre_D: 
         "offset2": (weight_N * (offset_ND**2).sum(-1)).sum(),
         "cosine": (weight_N * cosine_N).sum(),
     }
-    fired_F = jnp.zeros(sae.b_enc.shape[0], jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))
-    return sums, fired_F, (code.values > 0).sum(-1), x_hat_ND
+    fired_F = jnp.zeros(n_latents, jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))
+    return sums, fired_F, (code.values > 0).sum(-1)
 
 
 def pca_fvu(train_ND: np.ndarray, test_ND: np.ndarray, rank: int) -> float:

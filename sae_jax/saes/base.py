@@ -87,7 +87,11 @@ class AbstractSae(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: Any) -> Code:
-        """Sparse code of x [..., D] (numpy, JAX or a torch tensor); fields [..., K], values descending."""
+        """Sparse code of x [..., D] (numpy, JAX or a torch tensor); fields [..., K], values descending.
+
+        K is the variant's k, or where any number of latents may be active the largest number in x, rounded up: then
+        it has to be looked up, so `encode` cannot run inside `jax.jit`.
+        """
 
     @abc.abstractmethod
     def decode(self, code: Code) -> jax.Array:

@@ -76,11 +76,7 @@ class Relu(AbstractSae):
     config: Config = struct.field(pytree_node=False)
 
     def encode(self, x: Any) -> Code:
-        """See AbstractSae. With an input_norm the values are in normalised units.
-
-        K is the largest number of active latents in x, rounded up to a power of two: it has to be looked up, so this
-        cannot run inside `jax.jit`.
-        """
+        """See AbstractSae. With an input_norm the values are in normalised units; K is rounded up to a power of two."""
         x = base.as_rows(x, self.b_dec.shape[0])
         x_BD = x.reshape(-1, x.shape[-1])
         most = int(_n_active(self, x_BD).max(initial=1))

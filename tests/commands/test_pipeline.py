@@ -153,6 +153,24 @@ def test_dashboard_is_written(work, tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
+@pytest.mark.slow
+def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
+    flags = ["--sae.variant=relu", "--sae.l1_coefficient=0.3", "--train.steps=40"]
+    run(work, "train", "--data", work / "set", "--out", tmp_path / "run", *flags)
+    assert "relu has no k; left out" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["sae"]
+    assert (config["l1_coefficient"], config["l1_convention"]) == (0.3, "summed")
+    run(work, "evaluate", tmp_path / "run", "--tokens", 256)
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert 0 < result["l0"] < 64
+    assert result["ce_clean"] < result["ce_sae"]
+    run(work, "dashboard", tmp_path / "run", "--out", tmp_path / "site", "--tokens", 500)
+    assert (tmp_path / "site" / "index.html").exists()
+    sae = sae_jax.load(tmp_path / "run")
+    rows = sae_jax.open_activations(work / "set").read_chunk("resid_post.1", 0).astype(np.float32)
+    np.testing.assert_allclose(sae.decode(sae.encode(rows)), sae(rows), rtol=1e-3, atol=1e-3)
+
+
 def test_verify_and_damage(work, tmp_path, capsys):
     run(work, "verify", work / "set")
     for name, damage in {
