@@ -43,7 +43,7 @@ Activation = Callable[[jax.Array, Any], tuple[Any, jax.Array]]
 class Tiled:
     """What `reconstruct` returns."""
 
-    x_hat: Any  # tree of f32[B, D], ROWS: without bias, one for each decoder
+    x_hat: Any  # tree of f32[B, D], ROWS: one for each decoder, without bias
     penalty: jax.Array  # f32[F], DICT: each latent's penalty summed over the batch
     n_active: jax.Array  # f32[F], DICT: rows in which the first code is above 0; no gradient
     fired: jax.Array  # bool[F], DICT: the first code exceeds `above` in some row
@@ -65,7 +65,7 @@ def reconstruct(
     Args:
         x_BD: f32[B, D], ROWS.
         w_enc_FD: f32[F, D], DICT.
-        w_dec: f32[F, D] decoders, DICT; a tree of the structure of the activation's codes.
+        w_dec: f32[F, D], DICT; a tree of the structure of the activation's codes, each of a D of its own.
         b_pre_D: f32[D], subtracted from x first.
         latents: tree of f32[F, ...], DICT: what the activation needs to know of each latent.
         activation: from tiles of pre-activations and of `latents` to tiles of codes and of the penalty.
@@ -98,7 +98,7 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
                 parts = (penalty_bf, *((z_bf > low).astype(jnp.float32) for low in (0.0, above)))
                 return x_hat, at.add(sums, jax.tree.map(lambda part_bf: part_bf.sum(0), parts))
 
-            zeros = jax.tree.map(lambda _: jnp.zeros(x_bD.shape), w_dec)
+            zeros = jax.tree.map(lambda w_FD: jnp.zeros((x_bD.shape[0], w_FD.shape[1])), w_dec)
             x_hat, sums = lax.fori_loop(0, blocks.n_tiles, tile, (zeros, sums))
             return sums, jax.tree.map(lambda x_hat_bD: spmd.reduce_scatter(x_hat_bD, LATENT), x_hat)
 
@@ -113,7 +113,7 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
 
 
 def _forward_saving(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above):
-    arguments = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
+    arguments: Any = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
     # Whether anyone wants a gradient is known while tracing; () or None, structure alone, tells the backward pass.
     wanted = [() if argument.perturbed else None for argument in (x_BD, *jax.tree.leaves(w_dec, is_leaf=_is_argument))]
     arguments = jax.tree.map(lambda argument: argument.value, arguments, is_leaf=_is_argument)
@@ -218,8 +218,7 @@ def encode_largest(x_BD, w_enc_FD, b_pre_D, latents, activation: Activation, dty
         values_bK, slot_bK = topk.top_k(values_bC, k)
         return Code(jnp.take_along_axis(index_bC, slot_bK, axis=1), values_bK)
 
-    code = _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merge, spmd.CODES)
-    return code
+    return _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merge, spmd.CODES)
 
 
 def _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merge, out_specs):
@@ -290,11 +289,10 @@ class _Blocks:
 
     def tile(self, t: jax.Array) -> _Tile:
         """The t-th tile. The last one reaches back into the one before where tiles do not divide the latents."""
-        first = jnp.minimum(t * self.tile_size, self.n_latents - self.tile_size)
+        begin = t * self.tile_size
+        first = jnp.minimum(begin, self.n_latents - self.tile_size)
         ragged = self.n_latents % self.tile_size > 0
-        return _Tile(
-            first, self.tile_size, first + jnp.arange(self.tile_size) >= t * self.tile_size if ragged else None
-        )
+        return _Tile(first, self.tile_size, first + jnp.arange(self.tile_size) >= begin if ragged else None)
 
     def split(self, *arrays: Any) -> Any:
         """(block number, blocks of rows of arrays [R, ...]) to scan over; the last block is filled up with zeros."""
@@ -352,4 +350,5 @@ def _product(formula: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.
 
 
 def _instantiated(g: Any, role: Any) -> jax.Array:
-    return jnp.zeros(g.shape, g.dtype, out_sharding=mesh.placed(role)) if isinstance(g, SymbolicZero) else g
+    """A cotangent as an array: JAX leaves out those of outputs that the loss does not use."""
+    return jnp.zeros(g.shape, out_sharding=mesh.placed(role)) if isinstance(g, SymbolicZero) else g

@@ -37,8 +37,8 @@ class Config:
     """the file in sae_jax/saes/ that is trained"""
     n_latents: int = 32768
     """width of the dictionary"""
-    l1_coefficient: float = 1.0
-    """weight of ||z||_1; it scales with the norm of the activations"""
+    l1_coefficient: float = 5.0
+    """weight of ||z||_1; for the same sparsity it grows with the norm of the activations"""
     l1_convention: Literal["summed"] = "summed"
     """l1_coefficient stands beside the squared error summed over d_model; beside its mean, divide by d_model"""
     input_norm: base.InputNorm = "none"
