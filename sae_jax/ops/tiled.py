@@ -17,6 +17,7 @@ Collectives stand inside the loop over row blocks, so a device holds a block of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +31,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from sae_jax import mesh
 from sae_jax.mesh import CODE, DATA, DICT, LATENT, REPLICATED, ROWS
-from sae_jax.ops import encode, spmd, topk
+from sae_jax.ops import encode, spmd, topk, tuning
 from sae_jax.types import Code
-
-BLOCK_ROWS = 2048  # each row block reads all weights and adds to all of their gradients: few rows would wait for memory
 
 # (pre f32[b, f], parameters [f, ...]) -> (tree of codes f32[b, f] >= 0, penalty f32[b, f])
 Activation = Callable[[jax.Array, Any], tuple[Any, jax.Array]]
@@ -63,10 +62,10 @@ def reconstruct(
     """Encode and decode a batch without keeping its code.
 
     Args:
-        x_BD: f32[B, D], ROWS.
+        x_BD: [B, D], ROWS, any float type.
         w_enc_FD: f32[F, D], DICT.
         w_dec: f32[F, D], DICT; a tree of the structure of the activation's codes, each of a D of its own.
-        b_pre_D: f32[D], subtracted from x first.
+        b_pre_D: f32[D], subtracted from x first, in f32.
         latents: tree of f32[F, ...], DICT: what the activation needs to know of each latent.
         activation: from tiles of pre-activations and of `latents` to tiles of codes and of the penalty.
         dtype: what the inputs of products are rounded to, backward too; they accumulate in f32.
@@ -77,19 +76,19 @@ def reconstruct(
 
 def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) -> Tiled:
     def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents):
-        w_enc_FD, w_dec = _whole((w_enc_RD, w_dec), dtype)
-        latents = _whole(latents)
-        blocks, product = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0]), partial(_product, dtype=dtype)
+        w_enc_FD, w_dec = (jax.tree.map(partial(encode.gathered, dtype=dtype), w) for w in (w_enc_RD, w_dec))
+        latents = _gathered(latents)
+        cut, product = _Cut.of(x_RD, w_enc_FD), partial(_product, dtype=dtype)
 
         def block(sums, block):
             number, x_rD = block
-            x_bD = spmd.gather((x_rD - b_pre_D[None]).astype(dtype), LATENT)
+            x_bD = spmd.gather(encode.centred(x_rD, b_pre_D).astype(dtype), LATENT)
 
             def tile(t, carry):
                 x_hat, sums = carry
-                at = blocks.tile(t)
+                at = cut.tile(t)
                 pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
-                codes, penalty_bf = blocks.real(activation, number, at)(pre_bf, at.take(latents))
+                codes, penalty_bf = cut.real(activation, number, at)(pre_bf, at.take(latents))
                 x_hat = jax.tree.map(
                     lambda x_hat_bD, z_bf, w_FD: x_hat_bD + product("bf,fd->bd", z_bf, at.take(w_FD)),
                     *(x_hat, codes, w_dec),
@@ -99,13 +98,13 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
                 return x_hat, at.add(sums, jax.tree.map(lambda part_bf: part_bf.sum(0), parts))
 
             zeros = jax.tree.map(lambda w_FD: jnp.zeros((x_bD.shape[0], w_FD.shape[1])), w_dec)
-            x_hat, sums = lax.fori_loop(0, blocks.n_tiles, tile, (zeros, sums))
+            x_hat, sums = lax.fori_loop(0, cut.n_tiles, tile, (zeros, sums))
             return sums, jax.tree.map(lambda x_hat_bD: spmd.reduce_scatter(x_hat_bD, LATENT), x_hat)
 
-        zeros_F = jnp.zeros(blocks.n_latents)
-        sums, x_hat = lax.scan(block, (zeros_F,) * 3, blocks.split(x_RD))
+        zeros_F = jnp.zeros(cut.n_latents)
+        sums, x_hat = spmd.scan(block, (zeros_F,) * 3, cut.blocks(x_RD))
         penalty_R, active_R, fired_R = (spmd.reduce_scatter(sum_F, DATA) for sum_F in sums)
-        return Tiled(blocks.join(x_hat), penalty_R, active_R, fired_R > 0)
+        return Tiled(jax.tree.map(cut.rows.join_own, x_hat), penalty_R, active_R, fired_R > 0)
 
     out_specs: Any = Tiled(ROWS, DICT, DICT, DICT)  # pyrefly: ignore[bad-argument-type] (specs in its shape)
     arguments = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
@@ -113,15 +112,18 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
 
 
 def _forward_saving(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above):
-    arguments: Any = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
     # Whether anyone wants a gradient is known while tracing; () or None, structure alone, tells the backward pass.
     wanted = [() if argument.perturbed else None for argument in (x_BD, *jax.tree.leaves(w_dec, is_leaf=_is_argument))]
-    arguments = jax.tree.map(lambda argument: argument.value, arguments, is_leaf=_is_argument)
-    return _forward(*arguments, activation, dtype, above), (arguments, wanted)
+    saved = x_BD, w_enc_FD, w_dec, b_pre_D, latents = _values((x_BD, w_enc_FD, w_dec, b_pre_D, latents))
+    return _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above), (saved, wanted)
 
 
 def _is_argument(node: Any) -> bool:
     return hasattr(node, "perturbed")
+
+
+def _values(arguments: Any) -> Any:
+    return jax.tree.map(lambda argument: argument.value, arguments, is_leaf=_is_argument)
 
 
 def _backward(activation, dtype, above, saved, cotangent: Tiled):
@@ -132,21 +134,21 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
     )
 
     def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents, g_x_hat, g_penalty_R):
-        w_enc_FD, w_dec = _whole((w_enc_RD, w_dec), dtype)
-        latents, g_penalty_F = _whole((latents, g_penalty_R))
-        blocks, product = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0]), partial(_product, dtype=dtype)
+        w_enc_FD, w_dec = (jax.tree.map(partial(encode.gathered, dtype=dtype), w) for w in (w_enc_RD, w_dec))
+        latents, g_penalty_F = _gathered((latents, g_penalty_R))
+        cut, product = _Cut.of(x_RD, w_enc_FD), partial(_product, dtype=dtype)
         decoders_FD, structure = jax.tree.flatten(w_dec)
 
         def block(sums, block):
             number, x_rD, g_x_hat = block
-            x_bD = spmd.gather((x_rD - b_pre_D[None]).astype(dtype), LATENT)
+            x_bD = spmd.gather(encode.centred(x_rD, b_pre_D).astype(dtype), LATENT)
             g_x_hats_bD = [spmd.gather(g_rD.astype(dtype), LATENT) for g_rD in jax.tree.leaves(g_x_hat)]
 
             def tile(t, carry):
                 g_x_bD, sums = carry
-                at = blocks.tile(t)
+                at = cut.tile(t)
                 pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
-                (codes, _), pull = jax.vjp(blocks.real(activation, number, at), pre_bf, at.take(latents))
+                (codes, _), pull = jax.vjp(cut.real(activation, number, at), pre_bf, at.take(latents))
                 g_codes = [
                     product("bd,fd->bf", g_bD, at.take(w_FD))
                     for g_bD, w_FD in zip(g_x_hats_bD, decoders_FD, strict=True)
@@ -163,16 +165,17 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
                 return g_x_bD, at.add(sums, parts)
 
             g_x_bD = None if wants_x is None else jnp.zeros(x_bD.shape)
-            g_x_bD, sums = lax.fori_loop(0, blocks.n_tiles, tile, (g_x_bD, sums))
+            g_x_bD, sums = lax.fori_loop(0, cut.n_tiles, tile, (g_x_bD, sums))
             return sums, jax.tree.map(lambda g_bD: spmd.reduce_scatter(g_bD, LATENT), g_x_bD)
 
         g_dec = [None if wants is None else w_FD for wants, w_FD in zip(wants_dec, decoders_FD, strict=True)]
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), (g_penalty_F, w_enc_FD, g_dec, latents))
-        sums, g_x = lax.scan(block, zeros, blocks.split(x_RD, g_x_hat))
+        sums, g_x = spmd.scan(block, zeros, cut.blocks(x_RD, g_x_hat))
         g_pre_R, g_enc_RD, g_dec, g_latents = jax.tree.map(lambda sum_F: spmd.reduce_scatter(sum_F, DATA), sums)
         # Summed over the batch first: a mat-vec instead of a product of full size.
         g_b_pre_D = -spmd.total(jnp.matmul(g_pre_R, w_enc_RD, precision=encode.EXACT))
-        return blocks.join(g_x), g_enc_RD, g_dec, g_b_pre_D, g_latents
+        g_x_RD = jax.tree.map(lambda g: cut.rows.join_own(g).astype(x_RD.dtype), g_x)
+        return g_x_RD, g_enc_RD, g_dec, g_b_pre_D, g_latents
 
     in_specs = (ROWS, DICT, DICT, REPLICATED, DICT, ROWS, DICT)
     out_specs = (ROWS, DICT, DICT, REPLICATED, DICT)
@@ -213,10 +216,8 @@ def encode_largest(x_BD, w_enc_FD, b_pre_D, latents, activation: Activation, dty
 
     def merge(code, z_bf, first):
         values_bK, index_bK = topk.top_k(z_bf, min(k, z_bf.shape[1]))
-        values_bC = jnp.concatenate([code.values, values_bK], axis=1)
-        index_bC = jnp.concatenate([code.indices, index_bK + first], axis=1)
-        values_bK, slot_bK = topk.top_k(values_bC, k)
-        return Code(jnp.take_along_axis(index_bC, slot_bK, axis=1), values_bK)
+        values_bK, index_bK = topk.merge((code.values, code.indices), (values_bK, index_bK + first), k)
+        return Code(index_bK, values_bK)
 
     return _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merge, spmd.CODES)
 
@@ -225,22 +226,22 @@ def _over_codes(x_BD, w_enc_FD, b_pre_D, latents, activation, dtype, start, merg
     """Fold `merge(carry, z_bf, number of its first latent)` over the tiles of each row block, from `start(b)`."""
 
     def local(x_RD, w_enc_RD, b_pre_D, latents):
-        w_enc_FD, latents = _whole(w_enc_RD, dtype), _whole(latents)
-        blocks, product = _Blocks.of(x_RD.shape[0], w_enc_FD.shape[0]), partial(_product, dtype=dtype)
+        w_enc_FD, latents = encode.gathered(w_enc_RD, dtype), _gathered(latents)
+        cut = _Cut.of(x_RD, w_enc_FD)
 
-        def block(block):
+        def block(_, block):
             number, x_rD = block
-            x_bD = spmd.gather((x_rD - b_pre_D[None]).astype(dtype), LATENT)
+            x_bD = spmd.gather(encode.centred(x_rD, b_pre_D).astype(dtype), LATENT)
 
             def tile(t, carry):
-                at = blocks.tile(t)
-                pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
-                codes, _ = blocks.real(activation, number, at)(pre_bf, at.take(latents))
-                return merge(carry, jax.tree.leaves(codes)[0], at.first + spmd.first_latent(blocks.n_latents))
+                at = cut.tile(t)
+                pre_bf = _product("bd,fd->bf", x_bD, at.take(w_enc_FD), dtype)
+                codes, _ = cut.real(activation, number, at)(pre_bf, at.take(latents))
+                return merge(carry, jax.tree.leaves(codes)[0], at.first + spmd.first_latent(cut.n_latents))
 
-            return lax.fori_loop(0, blocks.n_tiles, tile, start(x_bD.shape[0]))
+            return None, lax.fori_loop(0, cut.n_tiles, tile, start(len(x_bD)))
 
-        return blocks.join(lax.map(block, blocks.split(x_RD)), mesh.axis_size(LATENT))
+        return jax.tree.map(cut.rows.join_shared, spmd.scan(block, None, cut.blocks(x_RD))[1])
 
     return spmd.per_device(local, (ROWS, DICT, REPLICATED, DICT), out_specs)(x_BD, w_enc_FD, b_pre_D, latents)
 
@@ -251,7 +252,7 @@ class _Tile:
 
     first: jax.Array
     size: int
-    new: jax.Array | None  # bool[f]: not in the tile before; None where tiles do not overlap
+    new: jax.Array | None  # bool[f]: not in the tile before; None where that holds for all
 
     def take(self, tree: Any) -> Any:
         """This range of arrays [F, ...]."""
@@ -267,57 +268,44 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """How a device cuts its rows and the latents of its shard. Inside `per_device`."""
+class _Cut:
+    """How a device cuts the rows of its data shard and the latents of its shard. Inside `per_device`."""
 
-    n_rows: int  # this device's own
-    n_latents: int  # of its latent shard
-    rows: int  # own rows in a block; a block holds as many of every device of the latent axis
+    rows: spmd.RowBlocks
+    n_latents: int
+    n_tiles: int
     tile_size: int
 
     @classmethod
-    def of(cls, n_rows: int, n_latents: int) -> _Blocks:
-        """Blocks of about BLOCK_ROWS rows, and tiles that keep the pre-activations of a block in the budget."""
-        n_shards, budget = mesh.axis_size(LATENT), encode.PRE_BYTES // 4
-        width = min(n_latents, max(budget // max(min(n_rows * n_shards, BLOCK_ROWS), 1), 1))
-        rows = max(budget // (width * n_shards), 1)
-        return cls(n_rows, n_latents, max(_even(n_rows, rows), 1), _even(n_latents, width))
+    def of(cls, x_RD: jax.Array, w_FD: jax.Array) -> _Cut:
+        """Tiles with about as many rows as latents, whose pre-activations keep to the budget of the back end.
 
-    @property
-    def n_tiles(self) -> int:
-        return -(-self.n_latents // self.tile_size)
+        A tile reads and writes its rows' reconstruction and its latents' gradients: the fewest bytes for the products
+        when it is square.
+        """
+        n_shards, n_latents = mesh.axis_size(LATENT), len(w_FD)
+        budget = tuning.current().block_bytes // 4
+        most = max(math.isqrt(budget), budget // n_latents) // n_shards
+        most = max(1, min(most, spmd.row_blocks(*x_RD.shape).size))
+        rows = spmd.RowBlocks(len(x_RD), *spmd.even(len(x_RD), most))
+        return cls(rows, n_latents, *spmd.even(n_latents, max(1, budget // max(1, rows.size * n_shards))))
+
+    def blocks(self, *arrays: Any) -> Any:
+        """(block number, row blocks of arrays [R, ...]) to scan over."""
+        return jnp.arange(self.rows.n_blocks), *jax.tree.map(self.rows.own, arrays)
 
     def tile(self, t: jax.Array) -> _Tile:
-        """The t-th tile. The last one reaches back into the one before where tiles do not divide the latents."""
+        """The t-th tile. The last one of an uneven cut reaches back over latents that were seen."""
         begin = t * self.tile_size
         first = jnp.minimum(begin, self.n_latents - self.tile_size)
-        ragged = self.n_latents % self.tile_size > 0
-        return _Tile(first, self.tile_size, first + jnp.arange(self.tile_size) >= begin if ragged else None)
-
-    def split(self, *arrays: Any) -> Any:
-        """(block number, blocks of rows of arrays [R, ...]) to scan over; the last block is filled up with zeros."""
-
-        def cut(a: jax.Array) -> jax.Array:
-            padded = jnp.pad(a, ((0, -self.n_rows % self.rows), *((0, 0),) * (a.ndim - 1)))
-            return padded.reshape(-1, self.rows, *a.shape[1:])
-
-        return jnp.arange(-(-self.n_rows // self.rows)), *jax.tree.map(cut, arrays)
-
-    def join(self, tree: Any, n_shards: int = 1) -> Any:
-        """The inverse for arrays [blocks, rows, ...]; with `n_shards`, whose rows are those of that many devices."""
-
-        def whole(a: jax.Array) -> jax.Array:
-            by_device = a.reshape(a.shape[0], n_shards, self.rows, *a.shape[2:]).swapaxes(0, 1)
-            own = by_device.reshape(n_shards, -1, *a.shape[2:])[:, : self.n_rows]
-            return own.reshape(-1, *a.shape[2:])
-
-        return jax.tree.map(whole, tree)
+        uneven = self.n_tiles * self.tile_size > self.n_latents
+        return _Tile(first, self.tile_size, first + jnp.arange(self.tile_size) >= begin if uneven else None)
 
     def real(self, activation: Activation, number: jax.Array, at: _Tile) -> Activation:
-        """`activation` with nothing from rows that fill up a block and from latents that stood in the tile before."""
+        """`activation` with nothing from rows that fill up a block and from latents that were seen."""
         masks = [] if at.new is None else [at.new[None]]
-        if self.n_rows % self.rows:
-            own_r = number * self.rows + jnp.arange(self.rows) < self.n_rows
+        if self.rows.n_blocks * self.rows.size > self.rows.n_own:
+            own_r = number * self.rows.size + jnp.arange(self.rows.size) < self.rows.n_own
             masks.append(jnp.tile(own_r, mesh.axis_size(LATENT))[:, None])
 
         def masked(pre_bf, latents):
@@ -329,24 +317,14 @@ class _Blocks:
         return masked
 
 
-def _even(whole: int, at_most: int) -> int:
-    """The size of the fewest equal parts of at most that size."""
-    return -(-whole // max(-(-whole // at_most), 1))
+def _gathered(tree: Any) -> Any:
+    """What the devices of `data` know of the latents of this shard."""
+    return jax.tree.map(lambda a: spmd.gather(a, DATA), tree)
 
 
-def _whole(tree: Any, dtype: jnp.dtype | None = None) -> Any:
-    """Blocks of latents from all devices of the data axis, sent in `dtype`.
-
-    Where nothing is sent they stay as they are, and tiles are rounded one by one: a copy would be half the weights.
-    """
-    send_as = dtype if mesh.axis_size(DATA) > 1 else None
-    return jax.tree.map(lambda a: spmd.gather(a if send_as is None else a.astype(send_as), DATA), tree)
-
-
-def _product(formula: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _product(equation: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Their product, each rounded to `dtype`, accumulated in f32."""
-    rounded = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(formula, *rounded, precision=encode.EXACT, preferred_element_type=jnp.float32)
+    return encode.product(a.astype(dtype), b.astype(dtype), equation)
 
 
 def _instantiated(g: Any, role: Any) -> jax.Array:

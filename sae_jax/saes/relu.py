@@ -100,7 +100,7 @@ class Relu(AbstractSae):
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         x_BD, mean, scale = base.normalise(batch.x, self.config.input_norm)
-        y_BD = (batch.y - mean) / scale
+        y_BD = (batch.y.astype(jnp.float32) - mean) / scale
         n_rows = x_BD.shape[0]
         tiles = self._reconstruct(x_BD, base.tangent_to_rows(self.w_dec))
         x_hat_BD = tiles.x_hat + self.b_dec[None]
@@ -138,7 +138,7 @@ def _encode_rows(sae: Relu, x_BD: jax.Array, k: int) -> Code:
 
 @jax.jit
 def _decode_rows(sae: Relu, code: Code) -> jax.Array:
-    return sparse.decode(code, sae.w_dec) + sae.b_dec[None]
+    return sparse.decode(code, sae.w_dec)[0] + sae.b_dec[None]
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """The tiled path against its dense reference, on every mesh, in blocks that divide and in blocks that do not."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.ops import encode, reference, tiled
+from sae_jax.ops import reference, tiled, tuning
 from tests.hlo import largest_array
 
-B, D, F = 48, 6, 80
+D = 6
+UNEVEN = 43, 83  # rows and latents that no block and no tile divides
+SPLIT = 88, 88  # the same for the 11 of each device
 ABOVE = 0.5
-MESHES = [None, (1, 8), (2, 4), (8, 1)]
 LATENTS = {"b_gate": meshes.DICT, "b_size": meshes.DICT, "log_size": meshes.DICT}
 DECODERS = (meshes.DICT, meshes.DICT)
 ROLES = (meshes.ROWS, meshes.DICT, DECODERS, meshes.REPLICATED, LATENTS)
@@ -36,12 +38,12 @@ def gated(pre, latents):
     return (step(gate) * jax.nn.relu(size), jax.nn.relu(gate)), jax.nn.relu(gate) * latents["log_size"][None] ** 2
 
 
-@pytest.fixture(scope="module")
-def arrays():
+def draw_arrays(n_rows, n_latents):
     rng = np.random.default_rng(0)
     draw = lambda *shape: np.float32(rng.standard_normal(shape))  # noqa: E731
-    latents = {name: 0.3 * draw(F) for name in LATENTS}
-    return draw(B, D), draw(F, D), (draw(F, D), draw(F, D - 2)), draw(D), latents
+    latents = {name: 0.3 * draw(n_latents) for name in LATENTS}
+    decoders = draw(n_latents, D), draw(n_latents, D - 2)
+    return draw(n_rows, D), draw(n_latents, D), decoders, draw(D), latents
 
 
 def value_and_gradients(reconstruct, target, arrays, frozen):
@@ -68,42 +70,49 @@ def mesh_of(shape):
     return meshes.make_mesh(meshes.MeshConfig(*shape), jax.devices()[: math.prod(shape)])
 
 
-def small_blocks(monkeypatch, rows, elements):
-    monkeypatch.setattr(tiled, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(encode, "PRE_BYTES", 4 * elements)
+def pieces(elements):
+    """Tiles of at most that many pre-activations."""
+    return tuning.using(replace(tuning.current(), block_bytes=4 * elements))
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize(("rows", "elements"), [(16, 16 * 16), (7, 7 * 7)])
-def test_values_and_gradients_equal_dense_autodiff(arrays, monkeypatch, shape, rows, elements):
-    small_blocks(monkeypatch, rows, elements)
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("elements", [25, 576])
+def test_values_and_gradients_equal_dense_autodiff(shape, elements):
+    arrays = draw_arrays(*(UNEVEN if shape is None else SPLIT))
     target = arrays[0] ** 2
     want = value_and_gradients(whole, target, arrays, frozen=False)
-    if shape is None:
-        got = value_and_gradients(in_tiles, target, arrays, frozen=False)
-    else:
-        with jax.set_mesh(mesh := mesh_of(shape)):
-            place = lambda role, a: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
-            placed = jax.tree.map(place, ROLES, arrays)
-            got = value_and_gradients(in_tiles, place(meshes.ROWS, target), placed, frozen=False)
-            assert jax.tree.map(jax.typeof, got[1]) == jax.tree.map(jax.typeof, placed)
+    with pieces(elements):
+        if shape is None:
+            got = value_and_gradients(in_tiles, target, arrays, frozen=False)
+        else:
+            with jax.set_mesh(mesh := mesh_of(shape)):
+                place = lambda role, a: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
+                placed = jax.tree.map(place, ROLES, arrays)
+                got = value_and_gradients(in_tiles, place(meshes.ROWS, target), placed, frozen=False)
+                assert jax.tree.map(jax.typeof, got[1]) == jax.tree.map(jax.typeof, placed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
-def test_what_is_frozen_gets_no_gradient_and_costs_no_product(arrays):
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product():
+    arrays = draw_arrays(*UNEVEN)
     want = value_and_gradients(whole, arrays[0], arrays, frozen=True)
     got = value_and_gradients(in_tiles, arrays[0], arrays, frozen=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
-    def loss(w_enc, frozen):
-        decoders = tuple(jax.lax.stop_gradient(w) if frozen else w for w in arrays[2])
-        return in_tiles(arrays[0], w_enc, decoders, *arrays[3:]).x_hat[0].sum()
+    def loss(w_enc):
+        return in_tiles(arrays[0], w_enc, arrays[2], *arrays[3:]).x_hat[0].sum()
 
-    def n_products(frozen):
-        return str(jax.make_jaxpr(jax.grad(lambda w: loss(w, frozen)))(arrays[1])).count("dot_general")
+    # Nothing is wanted of x or the decoders: 3 products forward, 1 again, the 2 codes' gradients, W_enc's, b_pre's.
+    assert str(jax.make_jaxpr(jax.grad(loss))(arrays[1])).count("dot_general") == 3 + 1 + 2 + 1 + 1
 
-    # Nothing is wanted of x or the decoders: 3 products forward, 3 again, the codes' gradients, W_enc's, b_pre's.
-    assert n_products(True) == 3 + 1 + 2 + 1 + 1
+
+def test_rows_may_be_of_any_float_type():
+    arrays = draw_arrays(*UNEVEN)
+    x = jnp.asarray(arrays[0], jnp.bfloat16)
+    got = value_and_gradients(in_tiles, arrays[0], (x, *arrays[1:]), frozen=False)
+    want = value_and_gradients(whole, arrays[0], (x.astype(jnp.float32), *arrays[1:]), frozen=False)
+    assert got[1][0].dtype == jnp.bfloat16
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got[1][1:], want[1][1:])
 
 
 def relu(pre, bias):
@@ -115,16 +124,15 @@ def relu(pre, bias):
     ("shape", "n_rows", "n_latents"),
     [((1, 1), 512, 8192), ((2, 4), 512, 8192), ((2, 4), 8192, 64)],
 )
-def test_nothing_is_larger_than_a_devices_weights_its_own_rows_or_a_tile(monkeypatch, shape, n_rows, n_latents):
+def test_nothing_is_larger_than_a_devices_weights_its_own_rows_or_a_tile(shape, n_rows, n_latents):
     """Of the compiled forward and backward pass: no rows by latents, nor all rows of a data shard."""
     d_model, budget = 8, 2**13
-    small_blocks(monkeypatch, 128, budget)
 
     def loss(w_enc, w_dec, bias, b_pre, x):
         out = tiled.reconstruct(x, w_enc, w_dec, b_pre, bias, relu, jnp.dtype("bfloat16"), ABOVE)
         return ((out.x_hat - x) ** 2).sum() + out.penalty.sum(), (out.fired, out.n_active)
 
-    with jax.set_mesh(mesh := mesh_of(shape)):
+    with pieces(budget), jax.set_mesh(mesh := mesh_of(shape)):
         roles = (meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, meshes.ROWS)
         shapes = ((n_latents, d_model), (n_latents, d_model), (n_latents,), (d_model,), (n_rows, d_model))
         arguments = [
@@ -140,12 +148,11 @@ def test_nothing_is_larger_than_a_devices_weights_its_own_rows_or_a_tile(monkeyp
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("k", [8, 20])
-def test_the_largest_of_each_row_are_those_of_the_dense_code(arrays, monkeypatch, shape, k):
-    small_blocks(monkeypatch, 7, 7 * 7)
-    x, w_enc, _, b_pre, latents = arrays
+def test_the_largest_of_each_row_are_those_of_the_dense_code(shape, k):
+    x, w_enc, _, b_pre, latents = draw_arrays(*SPLIT)
     bias = latents["b_gate"]
     z = np.asarray(relu((x - b_pre) @ w_enc.T, bias)[0])
-    with jax.set_mesh(mesh := mesh_of(shape)):
+    with pieces(64), jax.set_mesh(mesh := mesh_of(shape)):
         roles = (meshes.ROWS, meshes.DICT, meshes.REPLICATED, meshes.DICT)
         placed = [
             jax.device_put(a, meshes.sharding(mesh, r)) for a, r in zip((x, w_enc, b_pre, bias), roles, strict=True)
@@ -153,10 +160,10 @@ def test_the_largest_of_each_row_are_those_of_the_dense_code(arrays, monkeypatch
         counts = jax.jit(lambda *a: tiled.n_active(*a, relu, jnp.float32))(*placed)
         code = jax.jit(lambda *a: tiled.encode_largest(*a, relu, jnp.float32, k))(*placed)
     n_shards = mesh.shape["latent_x"]
-    shards = z.reshape(B, n_shards, -1)
+    shards = z.reshape(len(x), n_shards, -1)
     np.testing.assert_array_equal(counts, (shards > 0).sum(-1))
-    values, indices = (np.asarray(a).reshape(B, n_shards, k) for a in (code.values, code.indices))
+    values, indices = (np.asarray(a).reshape(len(x), n_shards, k) for a in (code.values, code.indices))
     want = -np.sort(-shards, axis=-1)[:, :, :k]
     np.testing.assert_allclose(values, want, rtol=1e-4, atol=1e-5)
-    found = np.take_along_axis(z, indices.reshape(B, -1), 1).reshape(values.shape)
+    found = np.take_along_axis(z, indices.reshape(len(x), -1), 1).reshape(values.shape)
     np.testing.assert_allclose(np.where(values > 0, found, 0), values, rtol=1e-4, atol=1e-5)
