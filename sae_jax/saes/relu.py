@@ -7,8 +7,7 @@ Squared errors are summed over d_model and averaged over rows. Any number of lat
 runs in tiles (ops/tiled.py). Decoder rows have unit norm, or the penalty could be evaded by small values and long
 rows: their gradient is projected before the moments see it, the rows renormalised after the step.
 
-Source: Bricken et al. 2023, "Towards Monosemanticity", appendix "Advice for training sparse autoencoders". Not there:
-the bias starts at the geometric median of a sample instead of 0. Left out: resampling of dead latents.
+Source: Bricken et al. 2023, "Towards Monosemanticity". Left out: resampling of dead latents.
 """
 
 from __future__ import annotations
