@@ -29,8 +29,8 @@ from sae_jax import config as configs
 from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
+from sae_jax.train.optim import averaged
 from sae_jax.train.state import MAY_CHANGE, TrainConfig, TrainState, abstract
-from sae_jax.train.step import averaged
 from sae_jax.types import UsageError, UserError
 
 KEPT = 2  # a save that is cut off must leave the one before it
