@@ -3,22 +3,22 @@
     m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2      w <- w - rate * m' / (sqrt(v') + eps)
     a <- decay a + (1 - decay) w                              m', v', a': divided by 1 - b^t
 
-All of it is computed in f32 from what is kept, and used before it is kept again. What is kept of a matrix is one of
+m, v and a are running averages, computed in f32 and kept, for a matrix, in one of these forms. Vectors stay f32.
 
     float32     4 bytes a weight, as it is
     bfloat16    2 bytes, the upper half of the f32
     int8        1 byte and one f32 scale a block of up to 256 neighbours in a row (`Blocks`)
 
-while vectors (biases, thresholds) stay f32. Blocks lie inside a row, so the split of dimension 0 over a mesh is that of
-the weights, and zero is kept as zeros: rows of any moment are cleared by clearing them in every array of its tree.
+Blocks lie inside a row, so the split of dimension 0 over a mesh is that of the weights. Zero is kept as zeros: to clear
+rows of an average is to clear them in every array of its tree. Weights move by the moments as they are kept: one pass
+over an array then leaves nothing in f32 for the next pass.
 
 Below f32, rounding is stochastic, as likely up as the value is near the upper neighbour. Rounding to nearest would
 never let go of a value that loses 0.1 % a step: half the distance of two bf16 numbers is 0.2 to 0.4 %. The dither is a
-hash of step, leaf and position alone, so a resumed run repeats it, on any mesh, and no array of random bits exists.
+hash of step, array and position alone, so a resumed run repeats it, on any mesh, and no array of random bits exists.
 
-Sources: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1. Blocks and codes with an exponent after Dettmers et al. 2022,
-arXiv 2110.02861, section 2; the code itself is ours (see `Blocks`). Bias correction of the average: Gao et al. 2024,
-arXiv 2406.04093, released training code.
+Sources: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1. Scales a block and codes with an exponent: after Dettmers et
+al. 2022, arXiv 2110.02861, section 2; the code itself is ours. Average: Gao et al. 2024, arXiv 2406.04093, its code.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 B1, B2, EPS = 0.9, 0.999, 6.25e-10
 BLOCK = 256  # elements that share a scale, at most
-FLOOR = 2.0**-15  # of a block's maximum: codes are logarithmic above it, linear below
+MANTISSA = 3  # bits of an 8-bit float
+OCTAVES = {jnp.dtype("int8"): 15, jnp.dtype("uint8"): 30}  # that its other bits can count
 
 
 @struct.dataclass
 class Blocks:
-    """8-bit floats of their block's own range: x = sign * y * scale with y in [0, 1].
+    """8-bit floats of their block's own range: x = sign * y * scale, with y in [0, 1] but for rounding.
 
-    A code counts the f32 numbers with few mantissa bits between FLOOR and FLOOR + y, which is one addition and one
-    shift each way. Signed codes have 3 mantissa bits, so neighbours of y are (y + FLOOR) / 8 apart or closer, and the
-    least number above zero is 2^-18 of the block's maximum. Codes of numbers that are never negative have 4 bits and
-    hold the square root: for second moments a linear code would be zero where they are small, and the update would
-    explode. A block with inf or nan in it reads back as nan; one that holds no normal f32 reads back as zeros.
+    A code counts the f32 numbers of 3 mantissa bits from f to f + y, where f = 2^-15, and 2^-30 if there is no sign to
+    keep. That is one addition and one shift each way, logarithmic above f and linear below: neighbours of y are at most
+    (y + f) / 8 apart. Second moments need that range: in a linear code small ones are zero, and the update explodes.
+    Rounding never makes zero of what has no sign. Scales bound the numbers of a block, which may all be smaller. A
+    block that met inf or nan reads back as nothing finite; one below the normal f32 reads back as zeros.
     """
 
-    codes: jax.Array  # i8[..., D], or u8[..., D] where no number is negative
-    scales: jax.Array  # f32[..., D / block], maximum of each block
+    codes: jax.Array  # i8[..., D], or u8[..., D] of numbers that are never negative
+    scales: jax.Array  # f32[..., D / block]
 
 
 @struct.dataclass
 class AdamState:
-    """Adam's moments, each kept as `keep` says."""
+    """Adam's moments, as they are kept."""
 
     count: jax.Array  # i32[], steps done
     mean: Any  # of gradients, a tree like the weights
@@ -72,48 +73,76 @@ def learning_rate(config: TrainConfig, n_latents: int) -> float:
 
 
 def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate."""
-    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate, as the config says."""
     rate = learning_rate(config, n_latents)
-    return optax.chain(*clip, scale_by_adam(config.moments), optax.scale(-rate))
-
-
-def scale_by_adam(precision: Precision) -> optax.GradientTransformation:
-    """optax.scale_by_adam with these constants, its moments kept in `precision`."""
 
     def init(weights: Any) -> AdamState:
-        mean = jax.tree.map(lambda w: nothing(w, precision), weights)
-        square = jax.tree.map(lambda w: nothing(w, precision, signed=False), weights)
+        mean, square = nothing(weights, config.moments), nothing(weights, config.moments, signed=False)
         return AdamState(jnp.int32(0), mean, square)
 
     def update(gradients: Any, state: AdamState, weights: Any = None) -> tuple[Any, AdamState]:
+        # One factor, not a quotient of every gradient, of which XLA would make an array.
+        clip = jnp.minimum(1, config.clip / optax.tree.norm(gradients)) if config.clip else 1.0
         count = state.count + 1
+        mean = follow(state.mean, gradients, B1, count, salt=0, factor=clip)
+        square = follow(state.square, gradients, B2, count, salt=1, factor=clip, power=2)
         fix_mean, fix_square = correction(B1, count), correction(B2, count)
-        leaves, tree = jax.tree.flatten(gradients)
-        kept = zip(leaves, tree.flatten_up_to(state.mean), tree.flatten_up_to(state.square), strict=True)
-        updates, means, squares = [], [], []
-        for leaf, (g, mean, square) in enumerate(kept):
-            mean = B1 * read(mean) + (1 - B1) * g
-            square = B2 * read(square, signed=False) + (1 - B2) * g**2
-            updates.append(mean / fix_mean / (jnp.sqrt(square / fix_square) + EPS))
-            means.append(keep(mean, precision, count, 3 * leaf))
-            squares.append(keep(square, precision, count, 3 * leaf + 1, signed=False))
-        return tree.unflatten(updates), AdamState(count, tree.unflatten(means), tree.unflatten(squares))
+
+        def step(_: jax.Array, m: jax.Array | Blocks, v: jax.Array | Blocks) -> jax.Array:
+            return -rate * (read(m) / fix_mean / (jnp.sqrt(read(v) / fix_square) + EPS))
+
+        return jax.tree.map(step, gradients, mean, square), AdamState(count, mean, square)
 
     return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def no_average(weights: Any, precision: Precision) -> Any:
-    """The running average of `weights` before the first step: zeros, which `averaged` corrects for."""
-    return jax.tree.map(lambda w: nothing(w, precision), weights)
+def nothing(like: Any, precision: Precision, signed: bool = True) -> Any:
+    """The running averages before the first step: zeros of the shape and the place of each array of a tree.
+
+    Args:
+        like: f32 arrays.
+        precision: the form of those with two dimensions or more.
+        signed: False if what will be averaged is never negative.
+    """
+
+    def of(x: jax.Array) -> jax.Array | Blocks:
+        if precision == "float32" or x.ndim < 2:
+            return jnp.zeros_like(x)
+        if precision == "bfloat16":
+            return jnp.zeros_like(x, jnp.bfloat16)
+        codes = jnp.zeros_like(x, jnp.int8 if signed else jnp.uint8)
+        return Blocks(codes, jnp.zeros_like(x[..., : _blocks(x.shape[-1])[0]]))
+
+    return jax.tree.map(of, like)
 
 
-def follow(average: Any, weights: Any, decay: float, step: jax.Array, precision: Precision) -> Any:
-    """The running average after the step numbered `step`, which ended in `weights`."""
-    leaves, tree = jax.tree.flatten(weights)
-    pairs = enumerate(zip(tree.flatten_up_to(average), leaves, strict=True))
-    moved = [keep(decay * read(a) + (1 - decay) * w, precision, step, 3 * leaf + 2) for leaf, (a, w) in pairs]
-    return tree.unflatten(moved)
+def follow(
+    kept: Any, target: Any, decay: float, step: jax.Array, salt: int, factor: jax.Array | float = 1.0, power: int = 1
+) -> Any:
+    """decay * kept + (1 - decay) * (factor * target)^power for each array of a tree, in the form that it had.
+
+    Args:
+        kept: what `nothing` or this function returned.
+        target: f32 arrays, a tree like the one that `nothing` was given.
+        decay: how much remains of what was.
+        step: i32[]; with `salt` what stochastic rounding depends on, beside the array and the position in it.
+        salt: another number below 8 for each call of a step.
+        factor: f32[].
+        power: 1 or 2.
+    """
+
+    def one(seed: int, kept: jax.Array | Blocks, target: jax.Array) -> jax.Array | Blocks:
+        x = decay * read(kept) + (1 - decay) * (factor * target) ** power
+        if not isinstance(kept, Blocks):
+            return x if kept.dtype == jnp.float32 else _to_bfloat16(x, _dither(x, step, seed))
+        # A bound of the maximum from that of the target: the maximum itself would need x twice, or a copy of it.
+        peaks = (factor * _per_block(jnp.abs(target)).max(-1)) ** power
+        scales = decay * kept.scales + (1 - decay) * peaks
+        return _to_blocks(x, scales, _dither(x, step, seed), kept.codes.dtype)
+
+    leaves, tree = jax.tree.flatten(target)
+    pairs = zip(tree.flatten_up_to(kept), leaves, strict=True)
+    return tree.unflatten([one(8 * leaf + salt, k, x) for leaf, (k, x) in enumerate(pairs)])
 
 
 def averaged(average: Any, step: jax.Array, decay: float) -> Any:
@@ -126,64 +155,43 @@ def correction(decay: float, step: jax.Array) -> jax.Array:
     return -jnp.expm1(step.astype(jnp.float32) * math.log(decay))
 
 
-def nothing(like: jax.Array, precision: Precision, signed: bool = True) -> jax.Array | Blocks:
-    """Zeros of the shape and the place of an f32 array, as `keep` keeps them."""
-    if precision == "float32" or like.ndim < 2:
-        return jnp.zeros_like(like)
-    if precision == "bfloat16":
-        return jnp.zeros_like(like, jnp.bfloat16)
-    codes = jnp.zeros_like(like, jnp.int8 if signed else jnp.uint8)
-    return Blocks(codes, jnp.zeros_like(like[..., : _blocks(like.shape[-1])[0]]))
-
-
-def keep(x: jax.Array, precision: Precision, step: jax.Array, salt: int, signed: bool = True) -> jax.Array | Blocks:
-    """An f32 array in fewer bytes.
-
-    Args:
-        x: f32[...]; a vector or a scalar stays as it is.
-        precision: in which form.
-        step: i32[], with `salt` what stochastic rounding depends on, beside the position in `x`.
-        salt: another number for each array of a step.
-        signed: False for numbers that are never negative and of which the root matters.
-    """
-    if precision == "float32" or x.ndim < 2:
-        return x
-    dither = _dither(x, step, salt)
-    if precision == "bfloat16":
-        bits = lax.bitcast_convert_type(x, jnp.uint32) + (dither >> 16)
-        upper = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-        return jnp.where(jnp.isnan(x), x, upper).astype(jnp.bfloat16)  # a nan with a full mantissa would wrap to -0
-    size = jnp.abs(x) if signed else jnp.sqrt(x)
-    scales = _per_block(size).max(-1)
-    normal = jnp.where(scales < jnp.finfo(jnp.float32).tiny, jnp.inf, scales)
-    y = size / _spread(normal, x.shape[-1])
-    shift = _shift(signed)
-    above = lax.bitcast_convert_type(y + FLOOR, jnp.uint32) - _floor_bits()
-    code = (above + (dither >> (32 - shift))) >> shift
-    if signed:
-        code = lax.bitcast_convert_type(code, jnp.int32)
-        return Blocks(jnp.where(x < 0, -code, code).astype(jnp.int8), scales)
-    # Never down to zero: the root of v divides.
-    return Blocks(jnp.maximum(code, (y > 0).astype(jnp.uint32)).astype(jnp.uint8), scales)
-
-
-def read(kept: jax.Array | Blocks, signed: bool = True) -> jax.Array:
-    """The f32 array that `keep` was given, but for rounding. `signed` as it was there."""
+def read(kept: jax.Array | Blocks) -> jax.Array:
+    """One kept array as f32."""
     if not isinstance(kept, Blocks):
         return kept.astype(jnp.float32)
+    floor, shift = _code(kept.codes.dtype)
     code = jnp.abs(kept.codes.astype(jnp.int32)).astype(jnp.uint32)
-    y = lax.bitcast_convert_type((code << _shift(signed)) + _floor_bits(), jnp.float32) - FLOOR
-    size = y * _spread(kept.scales, code.shape[-1])
-    return jnp.where(kept.codes < 0, -size, size) if signed else size**2
+    y = lax.bitcast_convert_type((code << shift) + _bits(floor), jnp.float32) - floor
+    x = y * _spread(kept.scales, code.shape[-1])
+    return jnp.where(kept.codes < 0, -x, x) if kept.codes.dtype == jnp.int8 else x
 
 
-def _shift(signed: bool) -> int:
-    """Mantissa bits of an f32 that a code leaves out."""
-    return 20 if signed else 19
+def _to_bfloat16(x: jax.Array, dither: jax.Array) -> jax.Array:
+    bits = _bits(x) + (dither >> 16)
+    upper = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isnan(x), x, upper).astype(jnp.bfloat16)  # a nan with a full mantissa would wrap to -0
 
 
-def _floor_bits() -> jax.Array:
-    return lax.bitcast_convert_type(jnp.float32(FLOOR), jnp.uint32)
+def _to_blocks(x: jax.Array, scales: jax.Array, dither: jax.Array, dtype: jnp.dtype) -> Blocks:
+    floor, shift = _code(dtype)
+    # A factor a block: XLA would make an array of the quotients of two.
+    factors = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0.0, 1 / scales)
+    y = jnp.abs(x) * _spread(factors, x.shape[-1])
+    code = (_bits(y + floor) - _bits(floor) + (dither >> (32 - shift))) >> shift
+    code = jnp.minimum(code, jnp.iinfo(dtype).max)
+    if dtype == jnp.uint8:
+        return Blocks(jnp.maximum(code, (x > 0).astype(jnp.uint32)).astype(dtype), scales)
+    code = code.astype(jnp.int32)
+    return Blocks(jnp.where(x < 0, -code, code).astype(dtype), scales)
+
+
+def _code(dtype: jnp.dtype) -> tuple[jax.Array, int]:
+    """(f, mantissa bits of an f32 that a code leaves out); see `Blocks`."""
+    return jnp.float32(2.0 ** -OCTAVES[dtype]), 23 - MANTISSA
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint32)
 
 
 def _blocks(d: int) -> tuple[int, int]:
@@ -206,9 +214,9 @@ def _spread(scales: jax.Array, d: int) -> jax.Array:
     return wide.reshape(*scales.shape[:-1], n * length)[..., :d]
 
 
-def _dither(x: jax.Array, step: jax.Array, salt: int) -> jax.Array:
+def _dither(x: jax.Array, step: jax.Array, seed: int) -> jax.Array:
     """u32 like x: even bits, a function of the arguments and the position in the whole array, however it is split."""
-    hashed = _mix(_mix(step.astype(jnp.uint32)) ^ jnp.uint32(salt))
+    hashed = _mix(_mix(step.astype(jnp.uint32)) ^ jnp.uint32(seed))
     hashed = hashed.reshape((1,) * x.ndim)
     for axis in range(x.ndim):
         position = lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)

@@ -44,7 +44,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             )
             state = state.sae.after_step(state, after_key)
             if config.ema:
-                average = optim.follow(state.average, state.sae, config.ema, state.step, config.ema_dtype)
+                average = optim.follow(state.average, state.sae, config.ema, state.step, salt=2)
                 state = replace(state, average=average)
         return state, {
             "loss": loss,
