@@ -1,7 +1,7 @@
 """The optimiser and the running average of the weights, and how their arrays are kept between steps.
 
     m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2      w <- w - rate * m' / (sqrt(v') + eps)
-    a <- decay a + (1 - decay) w                              m', v', a': divided by 1 - b^t
+    a <- a + (1 - decay) / (1 - decay^t) * (w - a)            m', v': divided by 1 - b1^t, 1 - b2^t
 
 m, v and a are running averages, computed in f32 and kept, for a matrix, in one of these forms. Vectors stay f32.
 
@@ -88,10 +88,10 @@ def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformati
         square = follow(state.square, gradients, B2, count, salt=1, factor=clip, power=2)
         fix_mean, fix_square = correction(B1, count), correction(B2, count)
 
-        def step(_: jax.Array, m: jax.Array | Blocks, v: jax.Array | Blocks) -> jax.Array:
-            return -rate * (read(m) / fix_mean / (jnp.sqrt(read(v) / fix_square) + EPS))
+        def step(m: jax.Array, v: jax.Array) -> jax.Array:
+            return -rate * (m / fix_mean / (jnp.sqrt(v / fix_square) + EPS))
 
-        return jax.tree.map(step, gradients, mean, square), AdamState(count, mean, square)
+        return jax.tree.map(step, read(mean), read(square)), AdamState(count, mean, square)
 
     return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type]
 
@@ -117,14 +117,20 @@ def nothing(like: Any, precision: Precision, signed: bool = True) -> Any:
 
 
 def follow(
-    kept: Any, target: Any, decay: float, step: jax.Array, salt: int, factor: jax.Array | float = 1.0, power: int = 1
+    kept: Any,
+    target: Any,
+    decay: jax.Array | float,
+    step: jax.Array,
+    salt: int,
+    factor: jax.Array | float = 1.0,
+    power: int = 1,
 ) -> Any:
     """decay * kept + (1 - decay) * (factor * target)^power for each array of a tree, in the form that it had.
 
     Args:
         kept: what `nothing` or this function returned.
         target: f32 arrays, a tree like the one that `nothing` was given.
-        decay: how much remains of what was.
+        decay: how much remains of what was, f32[].
         step: i32[]; with `salt` what stochastic rounding depends on, beside the array and the position in it.
         salt: another number below 8 for each call of a step.
         factor: f32[].
@@ -132,7 +138,7 @@ def follow(
     """
 
     def one(seed: int, kept: jax.Array | Blocks, target: jax.Array) -> jax.Array | Blocks:
-        x = decay * read(kept) + (1 - decay) * (factor * target) ** power
+        x = decay * _read(kept) + (1 - decay) * (factor * target) ** power
         if not isinstance(kept, Blocks):
             return x if kept.dtype == jnp.float32 else _to_bfloat16(x, _dither(x, step, seed))
         # A bound of the maximum from that of the target: the maximum itself would need x twice, or a copy of it.
@@ -145,9 +151,13 @@ def follow(
     return tree.unflatten([one(8 * leaf + salt, k, x) for leaf, (k, x) in enumerate(pairs)])
 
 
-def averaged(average: Any, step: jax.Array, decay: float) -> Any:
-    """The averaged weights f32 after `step` steps, the bias of their zero start removed: a / (1 - decay^t)."""
-    return jax.tree.map(lambda a: read(a) / correction(decay, step), average, is_leaf=lambda a: isinstance(a, Blocks))
+def average(kept: Any, weights: Any, decay: float, step: jax.Array) -> Any:
+    """The running average after the step numbered `step` (from 1), which ended in `weights`.
+
+    It equals the usual one divided by 1 - decay^t, but is close to the weights from the first step on: rounding costs
+    as much as an average moves.
+    """
+    return follow(kept, weights, 1 - (1 - decay) / correction(decay, step), step, salt=2)
 
 
 def correction(decay: float, step: jax.Array) -> jax.Array:
@@ -155,8 +165,12 @@ def correction(decay: float, step: jax.Array) -> jax.Array:
     return -jnp.expm1(step.astype(jnp.float32) * math.log(decay))
 
 
-def read(kept: jax.Array | Blocks) -> jax.Array:
-    """One kept array as f32."""
+def read(kept: Any) -> Any:
+    """The f32 arrays of a tree of kept ones."""
+    return jax.tree.map(_read, kept, is_leaf=lambda node: isinstance(node, Blocks))
+
+
+def _read(kept: jax.Array | Blocks) -> jax.Array:
     if not isinstance(kept, Blocks):
         return kept.astype(jnp.float32)
     floor, shift = _code(kept.codes.dtype)

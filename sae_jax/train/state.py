@@ -90,8 +90,8 @@ class TrainState:
 
     step: jax.Array  # i32[], optimiser steps done
     sae: AbstractSae  # f32 master weights, DICT and REPLICATED
-    moments: optax.OptState  # Adam's, placed like the weights; see train/optim.py for their form
-    average: Any  # running average of the weights, not yet bias-corrected; None when train.ema is 0
+    moments: optax.OptState  # Adam's, placed like the weights; their form: train/optim.py
+    average: Any  # running average of the weights; None when train.ema is 0
     statistics: Statistics
     key: jax.Array  # a step's randomness is this key folded with the step
 

@@ -44,8 +44,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             )
             state = state.sae.after_step(state, after_key)
             if config.ema:
-                average = optim.follow(state.average, state.sae, config.ema, state.step, salt=2)
-                state = replace(state, average=average)
+                state = replace(state, average=optim.average(state.average, state.sae, config.ema, state.step))
         return state, {
             "loss": loss,
             "fvu": losses.batch_fvu(batch.y, outcome.x_hat),

@@ -235,7 +235,8 @@ def test_remains_of_a_cut_save(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("sae.k", 5), ("train.seed", 1), ("train.lr", 1e-3), ("sae.n_latents", 128)]
+    ("key", "value"),
+    [("sae.k", 5), ("train.seed", 1), ("train.lr", 1e-3), ("train.moments", "int8"), ("sae.n_latents", 128)],
 )
 def test_forbidden_change(copied: Path, small_set: Path, key: str, value, capsys, monkeypatch) -> None:
     monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
