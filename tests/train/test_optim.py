@@ -95,7 +95,9 @@ def test_averages_follow(form):
     np.testing.assert_allclose(optim.read(there), weights, rtol=SPACING[form] + 1e-4)
     back = optim.read(average(there, jnp.zeros_like(weights), jnp.int32(1001)))
     want = weights * (0.999**1000 - 0.999**2000) / (1 - 0.999**2000)
-    np.testing.assert_allclose(back.mean(1), want[:, 0], rtol=SPACING[form] / 2 + 1e-3)
+    # 1000 roundings, each up with probability 0.001 x / distance: their variances add up to one distance times x.
+    sigma = np.sqrt(SPACING[form] / 500)
+    np.testing.assert_allclose(back.mean(1), want[:, 0], rtol=5 * sigma + 1e-3)
 
 
 FOLLOW = jax.jit(lambda kept, x, step: optim.follow(kept, x, 0.0, step, salt=1))
@@ -133,7 +135,7 @@ def test_what_is_kept_in_8_bits(x, signed, step):
     assert (got[x == 0] == 0).all()
     assert (got * x >= 0).all()
     if not signed:
-        assert (got[(x > 0) & ~flushed] > 0).all()
+        assert (got[(x >= TINY) & ~flushed] > 0).all()
 
 
 @settings(deadline=None, max_examples=30)
@@ -216,9 +218,8 @@ def test_state_is_split_over_all_devices(shape, form):
     assert sum(total for total, _ in split) == 2 * (4 * 24 * 64 + 3 * matrix) + 5 * 4 * 64
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8"])
-def test_a_step_on_a_mesh_changes_no_type_and_no_place(form):
-    config = TrainConfig(batch_size=16, moments=form, ema_dtype=form)
+def test_a_step_on_a_mesh_changes_no_type_and_no_place():
+    config = TrainConfig(batch_size=16, moments="int8", ema_dtype="bfloat16")
     mesh = meshes.make_mesh(meshes.MeshConfig(2, 4))
     rows = np.float32(np.random.default_rng(0).standard_normal((16, 24)))
     with jax.set_mesh(mesh):
@@ -231,4 +232,4 @@ def test_a_step_on_a_mesh_changes_no_type_and_no_place(form):
     for array, expected in zip(jax.tree.leaves(after), jax.tree.leaves(want), strict=True):
         assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
         assert array.sharding.is_equivalent_to(expected.sharding, array.ndim)
-    np.testing.assert_allclose(optim.read(after.average).w_enc, after.sae.w_enc, rtol=SPACING[form] * 1.01, atol=1e-4)
+    np.testing.assert_allclose(optim.read(after.average).w_enc, after.sae.w_enc, rtol=2.0**-7, atol=1e-6)
