@@ -97,14 +97,15 @@ def main(config: Config) -> None:
 
 @contextlib.contextmanager
 def bend(what: str) -> Iterator[None]:
-    """The library with rounding to nearest, or with 8-bit codes of one octave: 127 or 255 equal steps."""
+    """The library with rounding to nearest, or with 8-bit codes of 127 equal steps to the maximum of a block."""
     with contextlib.ExitStack() as stack:
         if what == "nearest":
             half = lambda x, step, seed: jnp.full_like(x, 2**31, jnp.uint32)  # noqa: E731
             stack.enter_context(mock.patch.object(optim, "_dither", half))
         if what == "linear":
-            stack.enter_context(mock.patch.object(optim, "OCTAVES", dict.fromkeys(optim.OCTAVES, 0)))
-            stack.enter_context(mock.patch.object(optim, "MANTISSA", 7))
+            for name in ("MEAN", "SQUARE", "WEIGHT"):
+                code = getattr(optim, name)._replace(octaves=0, mantissa=7)
+                stack.enter_context(mock.patch.object(optim, name, code))
         yield
 
 

@@ -24,7 +24,7 @@ al. 2022, arXiv 2110.02861, section 2; the code itself is ours. Average: Gao et 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,23 +39,37 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 B1, B2, EPS = 0.9, 0.999, 6.25e-10
 BLOCK = 256  # elements that share a scale, at most
-MANTISSA = 3  # bits of an 8-bit float
-OCTAVES = {jnp.dtype("int8"): 15, jnp.dtype("uint8"): 30}  # that its other bits can count
+
+
+class Code(NamedTuple):
+    """How 8 bits stand for y in [0, 1]: as f32 numbers of few mantissa bits, counted from f to f + y, f = 2^-octaves.
+
+    That is one addition and one shift each way; logarithmic above f, linear below. Neighbours of y are at most
+    (y + f) / 2^mantissa apart. The more octaves, the less mantissa.
+    """
+
+    octaves: int
+    mantissa: int  # bits
+    signed: bool
+
+
+# Where Adam's second moment is small, a linear code has zero or far too much, and the update explodes or stalls.
+MEAN = Code(15, 3, signed=True)
+SQUARE = Code(30, 3, signed=False)
+WEIGHT = Code(3, 5, signed=True)  # the weights of a row are of one magnitude
 
 
 @struct.dataclass
 class Blocks:
-    """8-bit floats of their block's own range: x = sign * y * scale, with y in [0, 1] but for rounding.
+    """Numbers in 8 bits: sign * y * scale, where y is at most 1 but for rounding.
 
-    A code counts the f32 numbers of 3 mantissa bits from f to f + y, where f = 2^-15, and 2^-30 if there is no sign to
-    keep. That is one addition and one shift each way, logarithmic above f and linear below: neighbours of y are at most
-    (y + f) / 8 apart. Second moments need that range: in a linear code small ones are zero, and the update explodes.
     Rounding never makes zero of what has no sign. Scales bound the numbers of a block, which may all be smaller. A
     block that met inf or nan reads back as nothing finite; one below the normal f32 reads back as zeros.
     """
 
-    codes: jax.Array  # i8[..., D], or u8[..., D] of numbers that are never negative
+    codes: jax.Array  # i8[..., D], or u8[..., D] of numbers without a sign
     scales: jax.Array  # f32[..., D / block]
+    code: Code = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -77,8 +91,7 @@ def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformati
     rate = learning_rate(config, n_latents)
 
     def init(weights: Any) -> AdamState:
-        mean, square = nothing(weights, config.moments), nothing(weights, config.moments, signed=False)
-        return AdamState(jnp.int32(0), mean, square)
+        return AdamState(jnp.int32(0), nothing(weights, config.moments, MEAN), nothing(weights, config.moments, SQUARE))
 
     def update(gradients: Any, state: AdamState, weights: Any = None) -> tuple[Any, AdamState]:
         # One factor, not a quotient of every gradient, of which XLA would make an array.
@@ -96,13 +109,13 @@ def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def nothing(like: Any, precision: Precision, signed: bool = True) -> Any:
+def nothing(like: Any, precision: Precision, code: Code) -> Any:
     """The running averages before the first step: zeros of the shape and the place of each array of a tree.
 
     Args:
         like: f32 arrays.
         precision: the form of those with two dimensions or more.
-        signed: False if what will be averaged is never negative.
+        code: of those, if precision is int8.
     """
 
     def of(x: jax.Array) -> jax.Array | Blocks:
@@ -110,8 +123,8 @@ def nothing(like: Any, precision: Precision, signed: bool = True) -> Any:
             return jnp.zeros_like(x)
         if precision == "bfloat16":
             return jnp.zeros_like(x, jnp.bfloat16)
-        codes = jnp.zeros_like(x, jnp.int8 if signed else jnp.uint8)
-        return Blocks(codes, jnp.zeros_like(x[..., : _blocks(x.shape[-1])[0]]))
+        codes = jnp.zeros_like(x, jnp.int8 if code.signed else jnp.uint8)
+        return Blocks(codes, jnp.zeros_like(x[..., : _blocks(x.shape[-1])[0]]), code)
 
     return jax.tree.map(of, like)
 
@@ -144,7 +157,7 @@ def follow(
         # A bound of the maximum from that of the target: the maximum itself would need x twice, or a copy of it.
         peaks = (factor * _per_block(jnp.abs(target)).max(-1)) ** power
         scales = decay * kept.scales + (1 - decay) * peaks
-        return _to_blocks(x, scales, _dither(x, step, seed), kept.codes.dtype)
+        return _to_blocks(x, scales, _dither(x, step, seed), kept.code)
 
     leaves, tree = jax.tree.flatten(target)
     pairs = zip(tree.flatten_up_to(kept), leaves, strict=True)
@@ -173,11 +186,11 @@ def read(kept: Any) -> Any:
 def _read(kept: jax.Array | Blocks) -> jax.Array:
     if not isinstance(kept, Blocks):
         return kept.astype(jnp.float32)
-    floor, shift = _code(kept.codes.dtype)
-    code = jnp.abs(kept.codes.astype(jnp.int32)).astype(jnp.uint32)
-    y = lax.bitcast_convert_type((code << shift) + _bits(floor), jnp.float32) - floor
-    x = y * _spread(kept.scales, code.shape[-1])
-    return jnp.where(kept.codes < 0, -x, x) if kept.codes.dtype == jnp.int8 else x
+    floor, shift = _floor_and_shift(kept.code)
+    count = jnp.abs(kept.codes.astype(jnp.int32)).astype(jnp.uint32)
+    y = lax.bitcast_convert_type((count << shift) + _bits(floor), jnp.float32) - floor
+    x = y * _spread(kept.scales, count.shape[-1])
+    return jnp.where(kept.codes < 0, -x, x) if kept.code.signed else x
 
 
 def _to_bfloat16(x: jax.Array, dither: jax.Array) -> jax.Array:
@@ -186,22 +199,22 @@ def _to_bfloat16(x: jax.Array, dither: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), x, upper).astype(jnp.bfloat16)  # a nan with a full mantissa would wrap to -0
 
 
-def _to_blocks(x: jax.Array, scales: jax.Array, dither: jax.Array, dtype: jnp.dtype) -> Blocks:
-    floor, shift = _code(dtype)
+def _to_blocks(x: jax.Array, scales: jax.Array, dither: jax.Array, code: Code) -> Blocks:
+    floor, shift = _floor_and_shift(code)
     # A factor a block: XLA would make an array of the quotients of two.
     factors = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0.0, 1 / scales)
     y = jnp.abs(x) * _spread(factors, x.shape[-1])
-    code = (_bits(y + floor) - _bits(floor) + (dither >> (32 - shift))) >> shift
-    code = jnp.minimum(code, jnp.iinfo(dtype).max)
-    if dtype == jnp.uint8:
-        return Blocks(jnp.maximum(code, (x > 0).astype(jnp.uint32)).astype(dtype), scales)
-    code = code.astype(jnp.int32)
-    return Blocks(jnp.where(x < 0, -code, code).astype(dtype), scales)
+    count = (_bits(y + floor) - _bits(floor) + (dither >> (32 - shift))) >> shift
+    if not code.signed:
+        count = jnp.maximum(count, (x > 0).astype(jnp.uint32))
+        return Blocks(jnp.minimum(count, 255).astype(jnp.uint8), scales, code)
+    count = jnp.minimum(count, 127).astype(jnp.int32)
+    return Blocks(jnp.where(x < 0, -count, count).astype(jnp.int8), scales, code)
 
 
-def _code(dtype: jnp.dtype) -> tuple[jax.Array, int]:
-    """(f, mantissa bits of an f32 that a code leaves out); see `Blocks`."""
-    return jnp.float32(2.0 ** -OCTAVES[dtype]), 23 - MANTISSA
+def _floor_and_shift(code: Code) -> tuple[jax.Array, int]:
+    """(f, mantissa bits of an f32 that the code leaves out)."""
+    return jnp.float32(2.0**-code.octaves), 23 - code.mantissa
 
 
 def _bits(x: jax.Array) -> jax.Array:

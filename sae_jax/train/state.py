@@ -104,7 +104,7 @@ def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample) -> Train
         step=jnp.int32(0),
         sae=sae,
         moments=optim.optimiser(config, sae_config.n_latents).init(sae),  # pyrefly: ignore[bad-argument-type]
-        average=optim.nothing(sae, config.ema_dtype) if config.ema else None,
+        average=optim.nothing(sae, config.ema_dtype, optim.WEIGHT) if config.ema else None,
         statistics=Statistics(
             silent=base.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
             dead_after=jnp.int32(config.dead_after_tokens),

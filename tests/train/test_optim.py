@@ -91,7 +91,7 @@ def test_averages_follow(form):
             first, first + 1000, lambda t, kept: optim.average(kept, target, 0.999, t), kept
         )
     )
-    there = average(optim.nothing(weights, form), weights, jnp.int32(1))
+    there = average(optim.nothing(weights, form, optim.WEIGHT), weights, jnp.int32(1))
     np.testing.assert_allclose(optim.read(there), weights, rtol=SPACING[form] + 1e-4)
     back = optim.read(average(there, jnp.zeros_like(weights), jnp.int32(1001)))
     want = weights * (0.999**1000 - 0.999**2000) / (1 - 0.999**2000)
@@ -103,9 +103,9 @@ def test_averages_follow(form):
 FOLLOW = jax.jit(lambda kept, x, step: optim.follow(kept, x, 0.0, step, salt=1))
 
 
-def kept(x: np.ndarray, form: str, signed: bool = True, step: int = 0):
+def kept(x: np.ndarray, form: str, code: optim.Code = optim.MEAN, step: int = 0):
     """What is kept of x itself."""
-    return FOLLOW(optim.nothing(jnp.asarray(x), form, signed), x, jnp.int32(step))
+    return FOLLOW(optim.nothing(jnp.asarray(x), form, code), x, jnp.int32(step))
 
 
 @st.composite
@@ -119,22 +119,21 @@ def rows(draw):
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows(), st.booleans(), st.integers(0, 10**6))
-def test_what_is_kept_in_8_bits(x, signed, step):
-    x = x if signed else np.abs(x)
-    blocks = kept(x, "int8", signed, step)
+@given(rows(), st.sampled_from([optim.MEAN, optim.SQUARE, optim.WEIGHT]), st.integers(0, 10**6))
+def test_what_is_kept_in_8_bits(x, code, step):
+    x = x if code.signed else np.abs(x)
+    blocks = kept(x, "int8", code, step)
     length = -(-x.shape[1] // -(-x.shape[1] // 256))
     assert blocks.scales.shape == (4, -(-x.shape[1] // length))
     got = np.asarray(optim.read(blocks), np.float64)
     largest = np.repeat([np.abs(x[:, i : i + length]).max(1) for i in range(0, x.shape[1], length)], length, axis=0)
     largest = np.float64(largest.T[:, : x.shape[1]])
-    floor = 2.0**-15 if signed else 2.0**-30
-    allowed = (np.abs(x) + floor * largest) / 8 * 1.0001
+    allowed = (np.abs(x) + 2.0**-code.octaves * largest) / 2**code.mantissa * 1.0001
     flushed = largest < TINY * 2.0**34  # the product of a code and a scale may fall below the normal numbers
     assert (np.abs(got - x) <= np.where(flushed, allowed + TINY, allowed)).all()
     assert (got[x == 0] == 0).all()
     assert (got * x >= 0).all()
-    if not signed:
+    if not code.signed:
         assert (got[(x >= TINY) & ~flushed] > 0).all()
 
 
@@ -146,16 +145,16 @@ def test_what_is_kept_in_bf16(x, step):
     assert (got[x == 0] == 0).all()
 
 
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("code", [optim.MEAN, optim.SQUARE])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, np.uint32(0x7FFFFFFF).view(np.float32)])
-def test_what_is_not_finite_stays_so(signed, bad):
+def test_what_is_not_finite_stays_so(code, bad):
     x = np.ones((2, 512), np.float32)
     x[0, 300] = bad
-    finite = np.isfinite(optim.read(kept(x, "int8", signed)))
+    finite = np.isfinite(optim.read(kept(x, "int8", code)))
     assert not finite[0, 256:].any()
     assert finite[0, :256].all()
     assert finite[1].all()
-    finite = np.isfinite(optim.read(kept(x, "bfloat16", signed)))
+    finite = np.isfinite(optim.read(kept(x, "bfloat16")))
     assert not finite[0, 300]
     assert finite.sum() == x.size - 1
 
@@ -194,7 +193,7 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
 
 
 SAMPLE = base.Sample(np.zeros(24, np.float32), np.float32(1))
-SAE = topk.Config(n_latents=64, k=4, dtype="float32")
+SAE = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
 
 
 def sizes(array) -> tuple[int, int]:

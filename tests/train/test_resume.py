@@ -304,16 +304,14 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
     """Interrupted, the same bits; on another mesh, the same metrics; its averages load."""
-    sae_config = topk.Config(n_latents=64, k=4, dtype="float32")
+    sae_config = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
     activations = open_activations(small_set)
     sample = sample_statistics(sample_rows(activations, "acts"), "none")
 
     def train(run: Path, steps: int, data: int = 1) -> None:
         run.mkdir(exist_ok=True)
         mesh = meshes.make_mesh(meshes.MeshConfig(data=data))
-        config = TrainConfig(
-            steps=steps, batch_size=64, log_every=1, dead_after_tokens=200, moments="int8", ema_dtype="bfloat16"
-        )
+        config = TrainConfig(steps=steps, batch_size=64, log_every=1, moments="int8", ema_dtype="bfloat16")
         settings = {"sae": dataclasses.asdict(sae_config), "train": dataclasses.asdict(config)}
         facts = {"d_model": runs.D_MODEL, "site": "acts", "data": str(small_set), **settings}
         with Loader(activations, ("acts",), 64, 0) as loader:
