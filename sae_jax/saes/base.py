@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from sae_jax import mesh
 from sae_jax.types import Code, UsageError
@@ -191,6 +192,8 @@ def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: 
 
 def unit_rows(w_FD: jax.Array) -> jax.Array:
     """Rows scaled to norm 1. A row of zeros stays."""
+    # Apart from what made them: XLA on GPU would write moments of fewer bytes out in f32, as operands of this fusion.
+    w_FD = lax.optimization_barrier(w_FD)
     return w_FD / jnp.maximum(jnp.linalg.norm(w_FD, axis=-1, keepdims=True), 1e-12)
 
 

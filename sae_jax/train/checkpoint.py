@@ -29,8 +29,8 @@ from sae_jax import config as configs
 from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
+from sae_jax.train import optim
 from sae_jax.train.state import MAY_CHANGE, TrainConfig, TrainState, abstract
-from sae_jax.train.step import averaged
 from sae_jax.types import UsageError, UserError
 
 KEPT = 2  # a save that is cut off must leave the one before it
@@ -161,7 +161,7 @@ def load_run(run: str | Path, ema: bool = False) -> Loaded:
         target = _to_tree(abstract(sae_config, train_config, facts["d_model"], here))
         part = "average" if ema else "sae"
         step, tree = checkpoints.read({part: target[part], "run": target["run"]})
-    sae = averaged(tree["average"], tree["run"]["step"], train_config.ema) if ema else tree["sae"]
+    sae = optim.read(tree[part])
     return Loaded(sae, step, float(tree["run"]["statistics"].dead.mean()), facts)
 
 

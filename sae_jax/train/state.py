@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from sae_jax import mesh
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
+from sae_jax.train import optim
 from sae_jax.types import UsageError
 
 # What may differ when a run is resumed: everything else would make it another run.
@@ -50,6 +51,10 @@ class TrainConfig:
     """global gradient norm is cut to this; 0 = off"""
     ema: float = 0.999
     """decay of the averaged weights; 0 = none are kept"""
+    moments: optim.Precision = "float32"
+    """how Adam's two moments of each matrix are kept: in 4, 2 or 1 bytes a weight each"""
+    ema_dtype: optim.Precision = "float32"
+    """how the averaged weights are kept; int8 costs about 1 % of their FVU"""
     dead_after_tokens: int = 10_000_000
     """a latent that has not fired for this many tokens is dead"""
     checkpoint_every: int = 1000
@@ -71,6 +76,10 @@ class TrainConfig:
             raise UsageError(f"train.clip={self.clip} must be >= 0 and finite; 0 turns it off")
         if not 0 <= self.ema < 1:
             raise UsageError(f"train.ema={self.ema} must be in [0, 1); 0 turns it off")
+        for name in ("moments", "ema_dtype"):
+            if getattr(self, name) not in get_args(optim.Precision):
+                allowed = ", ".join(get_args(optim.Precision))
+                raise UsageError(f"train.{name}={getattr(self, name)!r} does not exist; there are: {allowed}")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"train.seed={self.seed} must be in [0, 2^31)")
 
@@ -81,22 +90,10 @@ class TrainState:
 
     step: jax.Array  # i32[], optimiser steps done
     sae: AbstractSae  # f32 master weights, DICT and REPLICATED
-    moments: optax.OptState  # Adam's, placed like the weights
-    average: Any  # running average of the weights, not yet bias-corrected; None when train.ema is 0
+    moments: optax.OptState  # Adam's, placed like the weights; their form: train/optim.py
+    average: Any  # running average of the weights; None when train.ema is 0
     statistics: Statistics
     key: jax.Array  # a step's randomness is this key folded with the step
-
-
-def learning_rate(config: TrainConfig, n_latents: int) -> float:
-    """The configured rate, or 2e-4 / sqrt(n_latents / 2^14) (Gao et al. 2024, arXiv 2406.04093, appendix A.3)."""
-    return config.lr if config.lr is not None else 2e-4 / (n_latents / 2**14) ** 0.5
-
-
-def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate."""
-    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    rate = learning_rate(config, n_latents)
-    return optax.chain(*clip, optax.scale_by_adam(0.9, 0.999, 6.25e-10), optax.scale(-rate))
 
 
 def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample) -> TrainState:
@@ -106,8 +103,8 @@ def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample) -> Train
     return TrainState(
         step=jnp.int32(0),
         sae=sae,
-        moments=optimiser(config, sae_config.n_latents).init(sae),  # pyrefly: ignore[bad-argument-type]
-        average=jax.tree.map(jnp.zeros_like, sae) if config.ema else None,
+        moments=optim.optimiser(config, sae_config.n_latents).init(sae),  # pyrefly: ignore[bad-argument-type]
+        average=optim.nothing(sae, config.ema_dtype, optim.WEIGHT) if config.ema else None,
         statistics=Statistics(
             silent=base.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
             dead_after=jnp.int32(config.dead_after_tokens),

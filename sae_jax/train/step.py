@@ -5,10 +5,8 @@ objective and gradient -> clip, Adam -> constraints of the variant -> running av
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +14,15 @@ import optax
 
 from sae_jax.saes import losses
 from sae_jax.saes.base import Batch, SaeConfig
-from sae_jax.train.state import TrainConfig, TrainState, optimiser
+from sae_jax.train import optim
+from sae_jax.train.state import TrainConfig, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step of a run. The state it is given is donated: its memory holds the next one."""
-    tx = optimiser(config, sae_config.n_latents)
+    tx = optim.optimiser(config, sae_config.n_latents)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -45,8 +44,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             )
             state = state.sae.after_step(state, after_key)
             if config.ema:
-                average = jax.tree.map(lambda m, w: config.ema * m + (1 - config.ema) * w, state.average, state.sae)
-                state = replace(state, average=average)
+                state = replace(state, average=optim.average(state.average, state.sae, config.ema, state.step))
         return state, {
             "loss": loss,
             "fvu": losses.batch_fvu(batch.y, outcome.x_hat),
@@ -57,9 +55,3 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
         }
 
     return jax.jit(step, donate_argnums=0)
-
-
-def averaged(average: Any, step: jax.Array, decay: float) -> Any:
-    """The averaged weights after `step` steps, the bias of their zero start removed: m / (1 - decay^t)."""
-    correction = -jnp.expm1(step.astype(jnp.float32) * math.log(decay))  # 1 - decay^t would cancel near 1
-    return jax.tree.map(lambda m: m / correction, average)

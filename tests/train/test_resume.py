@@ -235,7 +235,8 @@ def test_remains_of_a_cut_save(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("sae.k", 5), ("train.seed", 1), ("train.lr", 1e-3), ("sae.n_latents", 128)]
+    ("key", "value"),
+    [("sae.k", 5), ("train.seed", 1), ("train.lr", 1e-3), ("train.moments", "int8"), ("sae.n_latents", 128)],
 )
 def test_forbidden_change(copied: Path, small_set: Path, key: str, value, capsys, monkeypatch) -> None:
     monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
@@ -298,6 +299,35 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
     assert (failure["step"], failure["last_checkpoint"]) == (8, 6)
     assert runs.checkpoints(tmp_path) == [4, 6]
     assert [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.slow
+def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
+    """Interrupted, the same bits; on another mesh, the same metrics; its averages load."""
+    sae_config = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
+    activations = open_activations(small_set)
+    sample = sample_statistics(sample_rows(activations, "acts"), "none")
+
+    def train(run: Path, steps: int, data: int = 1) -> None:
+        run.mkdir(exist_ok=True)
+        mesh = meshes.make_mesh(meshes.MeshConfig(data=data))
+        config = TrainConfig(steps=steps, batch_size=64, log_every=1, moments="int8", ema_dtype="bfloat16")
+        settings = {"sae": dataclasses.asdict(sae_config), "train": dataclasses.asdict(config)}
+        facts = {"d_model": runs.D_MODEL, "site": "acts", "data": str(small_set), **settings}
+        with Loader(activations, ("acts",), 64, 0) as loader:
+            loop.train(run, facts, sae_config, config, mesh, loader, "acts", lambda: sample)
+
+    whole, halted, moved = tmp_path / "whole", tmp_path / "halted", tmp_path / "moved"
+    train(whole, 8)
+    train(halted, 4)
+    shutil.copytree(halted, moved)
+    train(halted, 8)
+    runs.assert_same_run(halted, whole)
+    train(moved, 8, data=2)
+    runs.assert_metrics_close(runs.rows_of(moved), runs.rows_of(whole))
+    average, live = load(whole, ema=True), load(whole)
+    assert average.w_enc.dtype == live.w_enc.dtype
+    np.testing.assert_allclose(average.w_enc, live.w_enc, rtol=2.0**-7, atol=8 * 4e-3)  # eight steps of this rate
 
 
 def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
