@@ -36,7 +36,7 @@ GROUP = 32  # latents of a group: 128 bytes of pre-activations
 TILE_ROWS, TILE_LATENTS = 128, 128  # of one program; 64 KiB of accumulators over 8 warps, 64 registers a thread
 TILE_DEPTH_BYTES = 128  # of each row in one step; three stages take 96 KiB, below the 99 KiB of compute capability 8.9
 TWO_PASSES_FROM = 32  # groups for each latent wanted; below, the first pass would be more than a sixth of the work
-MAX_CANDIDATES = 2**15  # that one program of 8 warps holds in registers, 128 in each thread
+MAX_CANDIDATES = 2**14  # that one program of 16 warps holds in registers; twice as many spill
 LOWEST, HIGHEST = -(2**31), 2**31 - 1  # keys: below every number's, and NaN's
 
 
@@ -89,9 +89,9 @@ def _refuse(x_dtype: jnp.dtype, w_dtype: jnp.dtype, n_latents: int, k: int) -> N
         raise NotImplementedError(f"block_topk takes two bf16 or two f32 inputs, not {x_dtype} and {w_dtype}")
     if k * GROUP > n_latents:
         raise NotImplementedError(f"block_topk needs {GROUP} latents for each of k={k} wanted, not {n_latents} in all")
-    for name, count in (("n_latents", n_latents), ("32 * 32 * k", pl.next_power_of_2(k) * GROUP * GROUP)):
-        if count > MAX_CANDIDATES * GROUP:
-            raise NotImplementedError(f"block_topk selects with {name} up to {MAX_CANDIDATES * GROUP}, not {count}")
+    for name, value, limit in (("n_latents", n_latents, MAX_CANDIDATES * GROUP), ("k", k, MAX_CANDIDATES // GROUP)):
+        if value > limit:
+            raise NotImplementedError(f"block_topk serves {name} up to {limit}, not {value}: a row fills the registers")
 
 
 def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, tile_rows, interpret):
@@ -253,5 +253,5 @@ def _spread(mask, shape):
 
 
 def _warps(width):
-    """About 32 candidates in each thread: fewer warps mean fewer exchanges in each of the 32 counts."""
-    return min(8, max(1, width // 1024))
+    """16 candidates in each thread while that lasts; more warps would exchange more in each of the 32 counts."""
+    return min(16, max(1, width // 512))
