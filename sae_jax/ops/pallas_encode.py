@@ -12,8 +12,9 @@ Bytes decide the rest. At d=768, n=131072, k=32, for each row:
   and would round differently from the maxima that chose the groups, so that ties could come out wrong;
 - writing only groups that can still win takes 4 n sqrt(k / G) * 2 = 90 KiB for G = n / 32 groups. This is what runs: a
   first pass over sqrt(k G) groups writes all of them, the k-th best maximum there is a lower bound of the k-th best of
-  all, and the second pass writes a group where its maximum reaches that bound (about k G / sqrt(k G) of them, were the
-  latents in random order; the order moves bytes, never the result). A group is one cache line of 128 bytes.
+  all, and the second pass writes a group where its maximum exceeds that bound: a tie would lose to the k groups of the
+  first pass, which stand before it. Were the latents in random order, these are about sqrt(k G) groups again; the order
+  moves bytes, never the result. A group is one cache line of 128 bytes.
 The buffer has the full n columns all the same: the caller bounds rows times latents by its memory budget.
 
 Values travel as integers that order as floats do, so -0.0, ties and NaN (largest, as `lax.top_k` has it) are settled
@@ -97,7 +98,7 @@ def _refuse(x_dtype: jnp.dtype, w_dtype: jnp.dtype, n_latents: int, k: int) -> N
 def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, tile_rows, interpret):
     """Keys i32[b, G, 32] and group maxima i32[b, G] of `n_run` tiles of latents, into the buffers `partly` if given.
 
-    A group is written where its maximum reaches the row's bound, its maximum always. All row blocks of a tile run side
+    A group is written where its maximum exceeds the row's bound, its maximum always. All row blocks of a tile run side
     by side: weights are read from memory once, rows from the cache.
     """
     n_rows, depth = x_bD.shape
@@ -133,7 +134,7 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
         maxima_MG = keys_MGC.max(-1)
         group_G = tile * groups_per_tile + jnp.arange(groups_per_tile)
         plgpu.store(maxima_ref.at[row_M[:, None], group_G[None]], maxima_MG)
-        wanted_MG = maxima_MG >= plgpu.load(bound_ref.at[row_M])[:, None]
+        wanted_MG = maxima_MG > plgpu.load(bound_ref.at[row_M])[:, None]
         plgpu.store(
             keys_ref.at[row_M[:, None, None], group_G[None, :, None], jnp.arange(GROUP)[None, None]],
             keys_MGC,
