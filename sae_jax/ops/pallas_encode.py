@@ -59,8 +59,7 @@ def block_topk(
     Raises:
         NotImplementedError: where the kernels cannot serve the shapes; the message says why.
     """
-    n_rows, depth = x_bD.shape
-    n_latents = w_FD.shape[0]
+    n_rows, n_latents = x_bD.shape[0], w_FD.shape[0]
     _refuse(x_bD.dtype, w_FD.dtype, n_latents, k)
     tile_rows = min(TILE_ROWS, max(16, pl.next_power_of_2(n_rows)))  # a tensor core takes no fewer than 16
     x_bD = jnp.pad(x_bD, ((0, -n_rows % tile_rows), (0, 0)))
@@ -105,7 +104,13 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
     n_latents = w_FD.shape[0]
     groups_per_tile = TILE_LATENTS // GROUP
     step = min(TILE_DEPTH_BYTES // x_bD.dtype.itemsize, max(16, pl.next_power_of_2(depth)))
-    whole = depth % step == 0  # masks cost the copy pipeline its widest loads
+
+    def load(ref, row_N, column_C):
+        place = ref.at[row_N[:, None], column_C[None]]
+        if depth % step == 0:  # a mask costs the copy pipeline its widest loads
+            return plgpu.load(place)
+        mask_NC = jnp.broadcast_to((column_C < depth)[None], (row_N.size, step))
+        return plgpu.load(place, mask=mask_NC, other=0.0)
 
     def kernel(x_ref, w_ref, b_ref, bound_ref, *buffers):
         keys_ref, maxima_ref = buffers[-2:]
@@ -117,12 +122,13 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
 
         def accumulate(i, sum_MN):
             column_C = i * step + jnp.arange(step)
-            mask = {} if whole else {"mask": (column_C < depth)[None], "other": 0.0}
-            x_MC = plgpu.load(x_ref.at[row_M[:, None], column_C[None]], **_spread(mask, (tile_rows, step)))
-            w_NC = plgpu.load(w_ref.at[source_N[:, None], column_C[None]], **_spread(mask, (TILE_LATENTS, step)))
-            # HIGHEST: f32 inputs are multiplied as f32, not rounded for the tensor cores.
+            # Highest: f32 inputs are multiplied as f32, not rounded for the tensor cores.
             return sum_MN + lax.dot_general(
-                x_MC, w_NC, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
+                load(x_ref, row_M, column_C),
+                load(w_ref, source_N, column_C),
+                (((1,), (1,)), ((), ())),
+                precision="highest",
+                preferred_element_type=jnp.float32,
             )
 
         zeros_MN = jnp.zeros((tile_rows, TILE_LATENTS), jnp.float32)
@@ -247,10 +253,6 @@ def _value(key):
 def _flip(bits):
     """Negative floats order backwards in their bits. Its own inverse."""
     return jnp.where(bits < 0, bits ^ HIGHEST, bits)
-
-
-def _spread(mask, shape):
-    return {**mask, "mask": jnp.broadcast_to(mask["mask"], shape)} if mask else mask
 
 
 def _warps(width):

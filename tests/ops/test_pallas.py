@@ -14,7 +14,7 @@ from tests.oracles import topk as oracle
 # are not whole.
 ONE_PASS = (5, 24, 1100, 3, jnp.float32)
 TWO_PASSES = (18, 40, 8000, 2, jnp.bfloat16)
-KINDS = ["ties", "zeros", "negative", "excluded", "all excluded", "duplicates", "spread"]
+KINDS = ["distinct", "ties", "zeros", "negative", "excluded", "all excluded", "duplicates", "spread"]
 
 
 @partial(jax.jit, static_argnums=3)
@@ -29,6 +29,8 @@ def problem(kind: str, n_rows: int, depth: int, n_latents: int):
     w = rng.integers(-1, 2, (n_latents, depth)).astype(np.float32)
     b = np.zeros(n_latents, np.float32)
     match kind:
+        case "distinct":
+            x, w = (rng.integers(-99, 100, m.shape).astype(np.float32) for m in (x, w))
         case "zeros":  # of both signs
             x[:], b = 0, rng.choice(np.float32([0.0, -0.0]), n_latents)
             w = -np.abs(w)
