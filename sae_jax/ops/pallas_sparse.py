@@ -12,7 +12,7 @@ Bytes, for P pairs of rows of D numbers (B * K of them without compaction):
 - products read both rows of a pair; pairs of one row stand together, so its second reading is from the cache.
 
 A latent that fires on every row is one long segment, which one program per D columns walks alone.
-Kernels are written for Triton (compute capability 8.0 and newer); block sizes are untuned.
+Block sizes are untuned; see ops/pallas_encode.py for the choice of Triton.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ PAIRS = 8  # whose rows a program reads at once
 COLUMNS = 256  # of a row that a program holds, 16 bytes in each thread of two warps; 768 is three times as many
 
 
-def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array, *, interpret: bool = False):
+def gather_rows(
+    index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array, *, interpret: bool = False
+) -> jax.Array:
     """Weighted sum of the K chosen rows of a bf16 or f32 table: f32[B, D]. One device."""
     n_rows, width = index_BK.shape
     start_B = jnp.arange(n_rows, dtype=jnp.int32) * width
     return _segment_sums(start_B, start_B + width, index_BK.ravel(), weight_BK.ravel(), table_FD, interpret)
 
 
-def sampled_products(index_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array, *, interpret: bool = False):
+def sampled_products(
+    index_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array, *, interpret: bool = False
+) -> jax.Array:
     """Inner product of each row with its K chosen table rows: f32[B, K]. One device."""
     row_P = _rows_of(index_BK)
     return products_pairs(row_P, index_BK.ravel(), rows_BD, table_FD, interpret=interpret).reshape(index_BK.shape)
@@ -42,7 +46,7 @@ def sampled_products(index_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Arra
 
 def scatter_rows(
     index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, n_latents: int, *, interpret: bool = False
-):
+) -> jax.Array:
     """Each row, weighted, added to its K chosen latents: f32[F, D], the same bits every time. One device."""
     row_P = _rows_of(index_BK)
     return scatter_pairs(row_P, index_BK.ravel(), weight_BK.ravel(), rows_BD, n_latents, interpret=interpret)

@@ -3,9 +3,6 @@
 Needs the CUDA plugin, which is large: `pip install jax-cuda13-plugin` of JAX's own version (no nvidia wheels), then
 
     JAX_PLATFORMS=cpu python -m pytest -m aot
-
-Newer JAX compiles a Triton kernel while it lowers, for the GPU at hand or else for 9.0, whatever the target says;
-there the three targets test one.
 """
 
 import importlib.util
@@ -13,9 +10,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.ops import pallas_encode, pallas_sparse
 
@@ -30,14 +28,14 @@ pytestmark = [
 
 # Capability, multiprocessors, their FPUs, threads, shared memory and a block's share, GB/s, L2 and memory bytes, GHz.
 GPUS = {
-    "A100": (8, 0, 108, 64, 2048, 167936, 166912, 2039, 41943040, 85100068864, 1.41),
-    "RTX 4090": (8, 9, 128, 128, 1536, 102400, 101376, 1008, 75497472, 25386352640, 2.52),
-    "H200": (9, 0, 132, 128, 2048, 233472, 232448, 4800, 52428800, 151397597184, 1.98),
+    "NVIDIA A100": (8, 0, 108, 64, 2048, 167936, 166912, 2039, 41943040, 85100068864, 1.41),
+    "NVIDIA GeForce RTX 4090": (8, 9, 128, 128, 1536, 102400, 101376, 1008, 75497472, 25386352640, 2.52),
+    "NVIDIA H200": (9, 0, 132, 128, 2048, 233472, 232448, 4800, 52428800, 151397597184, 1.98),
 }
 
 
 @pytest.fixture(scope="module", params=GPUS)
-def gpu(request) -> SingleDeviceSharding:
+def gpu(request) -> Mesh:
     major, minor, cores, fpus, threads, shared, block_shared, rate, l2, memory, clock = GPUS[request.param]
     feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     config = f"""
@@ -57,12 +55,14 @@ def gpu(request) -> SingleDeviceSharding:
     dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
     """
     target = topologies.get_topology_desc("", "cuda", target_config=config, topology="1x1x1")
-    return SingleDeviceSharding(target.devices[0])
+    return Mesh(np.array(target.devices), ("device",))
 
 
 def compiled(gpu, function, *shapes):
-    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=gpu) for shape, dtype in shapes]
-    executable = jax.jit(function).lower(*args).compile()
+    whole = NamedSharding(gpu, PartitionSpec())
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
+    with jax.set_mesh(gpu):  # from which JAX 0.11 reads what to lower a kernel for
+        executable = jax.jit(function).lower(*args).compile()
     assert "triton" in executable.as_text()
     return executable
 
