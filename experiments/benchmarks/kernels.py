@@ -102,6 +102,9 @@ def ops(size: Size, interpret: bool):
         pre_bF = jnp.einsum("bd,fd->bf", x_bD, w_FD, preferred_element_type=f32)
         return topk.top_k(pre_bF + b_F[None], k)
 
+    def onto_zeros(scatter_rows, index_BK, weight_BK, rows_BD):
+        return scatter_rows(jnp.zeros((n, d)), index_BK, weight_BK, rows_BD)
+
     on = partial(partial, interpret=interpret)
     yield (
         "encode",
@@ -119,12 +122,12 @@ def ops(size: Size, interpret: bool):
         "products",
         {"flop": 2 * n_rows * k * d, "bytes": chosen + 4 * n_rows * d},
         (on(pallas_sparse.sampled_products), sparse.sampled_products),
-        (index, rows, table),
+        (index, weight, rows, table),
     )
     yield (
-        "scatter",  # rows stay in the cache; every latent is written
+        "scatter",  # onto zeros, as a gradient begins; rows stay in the cache, every latent is written
         {"flop": 2 * n_rows * k * d, "bytes": 4 * (n * d + n_rows * d) + 8 * n_rows * k},
-        (on(pallas_sparse.scatter_rows, n_latents=n), partial(sparse.scatter_rows, n_latents=n)),
+        tuple(partial(onto_zeros, f) for f in (on(pallas_sparse.scatter_rows), sparse.scatter_rows)),
         (index, weight, rows),
     )
 

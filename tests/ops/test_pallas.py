@@ -93,43 +93,30 @@ def test_what_a_kernel_cannot_serve_is_left_to_xla(n_latents, k, dtypes, reason)
 
 @pytest.mark.parametrize(("depth", "dtype"), [(300, jnp.float32), (16, jnp.bfloat16)])
 def test_sums_and_products_of_chosen_rows(depth, dtype):
-    """A row may choose a latent twice; many latents are chosen by none; one by every row."""
+    """A row may choose a latent twice; many latents are chosen by none, one by every row.
+
+    Most slots of one row are empty, and all of another; an empty slot names any latent, one outside too.
+    """
     rng = np.random.default_rng(1)
-    index = rng.integers(0, 20, (7, 3)).astype(np.int32)
-    index[:, 0] = 4
-    index[2] = 9
-    weight = rng.standard_normal((7, 3)).astype(np.float32)
-    weight[3, 1] = 0
-    table, rows = (np.asarray(jnp.asarray(rng.standard_normal((n, depth)), dtype), np.float64) for n in (40, 7))
-    chosen, same = table[index], partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    index_BK, weight_BK = jnp.asarray(index), jnp.asarray(weight)
-    table_FD, rows_BD = jnp.asarray(table, dtype), jnp.asarray(rows, dtype)
-
-    same(pallas_sparse.gather_rows(index_BK, weight_BK, table_FD, interpret=True), (weight[:, :, None] * chosen).sum(1))
-    same(
-        pallas_sparse.sampled_products(index_BK, rows_BD, table_FD, interpret=True), (chosen * rows[:, None, :]).sum(-1)
-    )
-    expected = np.zeros((40, depth))
-    np.add.at(expected, index, weight[:, :, None] * rows[:, None, :])
-    same(pallas_sparse.scatter_rows(index_BK, weight_BK, rows_BD, 40, interpret=True), expected)
-
-
-def test_pairs_of_a_compacted_list():
-    """Rows without a pair, a row with many, and padding: weight 0, after the last row."""
-    rng = np.random.default_rng(2)
-    row = np.int32([0] * 11 + [2, 2, 5, 6, 6] + [9] * 3)
-    n_rows, n_padding = 8, 3
-    index = rng.integers(0, 30, row.size).astype(np.int32)
-    weight = rng.standard_normal(row.size).astype(np.float32)
-    weight[-n_padding:] = 0
-    table, rows = (rng.standard_normal((n, 20)).astype(np.float32) for n in (30, 10))
+    index = rng.integers(0, 20, (7, 11)).astype(np.int32)
+    weight = rng.standard_normal(index.shape).astype(np.float32)
+    index[:, 0], index[2] = 4, 9
+    weight[3, 1:], weight[5] = 0, 0
+    index[3, 3], index[5, 5] = -7, 99
+    table, rows, before = (np.asarray(jnp.asarray(rng.standard_normal((n, depth)), dtype)) for n in (40, 7, 40))
+    table64, rows64 = table.astype(np.float64), rows.astype(np.float64)
+    chosen = table64[np.where(weight == 0, 0, index)]
     same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    pairs = (jnp.asarray(row), jnp.asarray(index))
 
-    gathered, scattered = np.zeros((10, 20)), np.zeros((30, 20))
-    np.add.at(gathered, row, weight[:, None] * table[index])
-    np.add.at(scattered, index, weight[:, None] * rows[row])
-    table_FD, rows_BD, weight_P = jnp.asarray(table), jnp.asarray(rows), jnp.asarray(weight)
-    same(pallas_sparse.gather_pairs(*pairs, weight_P, table_FD, n_rows, interpret=True), gathered[:n_rows])
-    same(pallas_sparse.scatter_pairs(*pairs, weight_P, rows_BD, 30, interpret=True), scattered)
-    same(pallas_sparse.products_pairs(*pairs, rows_BD, table_FD, interpret=True), (rows[row] * table[index]).sum(-1))
+    code = jnp.asarray(index), jnp.asarray(weight)
+    same(pallas_sparse.gather_rows(*code, table, interpret=True), (weight[:, :, None] * chosen).sum(1))
+    products = (chosen * rows64[:, None, :]).sum(-1)
+    same(pallas_sparse.sampled_products(*code, rows, table, interpret=True), np.where(weight == 0, 0, products))
+    before = before.astype(np.float32)
+    added = before.astype(np.float64)
+    row, slot = np.nonzero(weight)
+    np.add.at(added, index[row, slot], weight[row, slot, None] * rows64[row])
+    scattered = pallas_sparse.scatter_rows(jnp.asarray(before), *code, rows, interpret=True)
+    same(scattered, added)
+    untouched = np.setdiff1d(np.arange(40), index[row, slot])
+    np.testing.assert_array_equal(np.asarray(scattered)[untouched], before[untouched])

@@ -58,11 +58,11 @@ def gpu(request) -> Mesh:
     return Mesh(np.array(target.devices), ("device",))
 
 
-def compiled(gpu, function, *shapes):
+def compiled(gpu, function, *shapes, donated=()):
     whole = NamedSharding(gpu, PartitionSpec())
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes]
     with jax.set_mesh(gpu):  # from which JAX 0.11 reads what to lower a kernel for
-        executable = jax.jit(function).lower(*args).compile()
+        executable = jax.jit(function, donate_argnums=donated).lower(*args).compile()
     assert "triton" in executable.as_text()
     return executable
 
@@ -99,5 +99,7 @@ def test_sparse(gpu, depth, n_latents, dtype):
     index, weight = ((512, 32), jnp.int32), ((512, 32), jnp.float32)
     rows, table = ((512, depth), dtype), ((n_latents, depth), dtype)
     compiled(gpu, pallas_sparse.gather_rows, index, weight, table)
-    compiled(gpu, pallas_sparse.sampled_products, index, rows, table)
-    compiled(gpu, partial(pallas_sparse.scatter_rows, n_latents=n_latents), index, weight, rows)
+    compiled(gpu, pallas_sparse.sampled_products, index, weight, rows, table)
+    sums = ((n_latents, depth), jnp.float32)
+    in_place = compiled(gpu, pallas_sparse.scatter_rows, sums, index, weight, rows, donated=0)
+    assert in_place.memory_analysis().temp_size_in_bytes < 4 * (2 * n_latents + 8 * index[0][0] * index[0][1]) + 2**20
