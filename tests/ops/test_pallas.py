@@ -1,5 +1,6 @@
 """GPU kernels in interpret mode: exact selection with its tie rule, and sums that a numpy loop agrees with."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.ops import pallas_encode, pallas_sparse
+from sae_jax.ops import encode, pallas_encode, pallas_sparse, sparse, tuning
 from tests.oracles import topk as oracle
 
 # Rows, width, latents, k, product dtype: one pass, then two; both with a last tile, a last row block and a depth that
@@ -120,3 +121,35 @@ def test_sums_and_products_of_chosen_rows(depth, dtype):
     same(scattered, added)
     untouched = np.setdiff1d(np.arange(40), index[row, slot])
     np.testing.assert_array_equal(np.asarray(scattered)[untouched], before[untouched])
+
+
+def test_the_ops_use_kernels_where_they_are_told_to(monkeypatch):
+    """And the compiler's way for what no kernel serves: here, too many wanted."""
+    calls = []
+
+    def interpreted(module, name):
+        kernel = getattr(module, name)
+
+        def call(*args):
+            result = kernel(*args, interpret=True)
+            calls.append(name)
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+    interpreted(pallas_encode, "block_topk")
+    for name in ("gather_rows", "scatter_rows", "sampled_products"):
+        interpreted(pallas_sparse, name)
+    x, w, b = (jnp.asarray(m) for m in problem("ties", *ONE_PASS[:3]))
+    ways = tuning.TABLE["cpu"], replace(tuning.TABLE["cpu"], kernels=True, block_rows=8)
+    results = []
+    for way in ways:
+        with tuning.using(way):
+            values, indices = encode.largest(x, w, b, 3, jnp.float32)
+            sums = sparse.gather_rows(indices, values, w)
+            products = sparse.sampled_products(indices, values, x, w)
+            added = sparse.scatter_rows(jnp.ones_like(w), indices, values, x)
+            many = encode.largest(x, w, b, 40, jnp.float32)
+        results.append((values, indices, sums, products, added, many))
+    assert calls == ["block_topk", "gather_rows", "sampled_products", "scatter_rows"]
+    jax.tree.map(np.testing.assert_array_equal, *results)
