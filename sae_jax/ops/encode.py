@@ -13,6 +13,7 @@ Source: Gao et al. 2024, arXiv 2406.04093, sections 2.3 and D.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -127,6 +128,11 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
         b_t = jnp.where(start + jnp.arange(tile, dtype=jnp.int32) < first, -jnp.inf, b_t)
 
         def block(x_bD):
+            if cut.kernels:
+                from sae_jax.ops import pallas_encode  # not above: Pallas takes half a second to import
+
+                with contextlib.suppress(NotImplementedError):  # what no kernel serves is the compiler's
+                    return pallas_encode.block_topk(x_bD, w_tD, b_t, k)
             if cut.latent_major:
                 return topk.top_k_latent_major(product(w_tD, x_bD, "fd,bd->fb") + b_t[:, None], k)
             return topk.top_k(product(x_bD, w_tD, "bd,fd->bf") + b_t[None], k)

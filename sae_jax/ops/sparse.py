@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -110,6 +111,8 @@ def accumulated(block: Callable[..., Any], g_w_RD: jax.Array, blocks: Any) -> tu
 
 def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array) -> jax.Array:
     """Weighted sum of the K chosen rows: f32[B, D]. One device."""
+    if tuning.current().kernels:
+        return _kernels().gather_rows(index_BK, weight_BK, table_FD)
     zeros_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
     if not _mostly_empty():
 
@@ -130,6 +133,8 @@ def scatter_rows(sum_FD: jax.Array, index_BK: jax.Array, weight_BK: jax.Array, r
 
     Slot by slot, or chunk by chunk: one scatter of all B*K rows would first write them out, B*K*D numbers.
     """
+    if tuning.current().kernels:
+        return _kernels().scatter_rows(sum_FD, index_BK, weight_BK, rows_BD)
     if not _mostly_empty():
 
         def add(sum_FD, slot):
@@ -147,6 +152,8 @@ def scatter_rows(sum_FD: jax.Array, index_BK: jax.Array, weight_BK: jax.Array, r
 
 def sampled_products(index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array) -> jax.Array:
     """Inner product of each row with its K chosen table rows, 0 where the weight is: f32[B, K]. One device."""
+    if tuning.current().kernels:
+        return _kernels().sampled_products(index_BK, weight_BK, rows_BD, table_FD)
     if not _mostly_empty():
 
         def product(_, index_B):
@@ -185,6 +192,12 @@ def _for_active(weight_BK: jax.Array, d_model: int, body: Callable, carry: jax.A
         return body(carry, _Pairs(jnp.where(is_one, flat_P, 0), is_one, weight_BK.shape[1]))
 
     return lax.fori_loop(0, -(-upto_P[-1] // size), chunk, carry)
+
+
+def _kernels() -> ModuleType:
+    from sae_jax.ops import pallas_sparse  # not above: Pallas takes half a second to import, and few use it
+
+    return pallas_sparse
 
 
 def _mostly_empty() -> bool:
