@@ -99,10 +99,10 @@ def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformati
         count = state.count + 1
         mean = follow(state.mean, gradients, B1, count, salt=0, factor=clip)
         square = follow(state.square, gradients, B2, count, salt=1, factor=clip, power=2)
-        fix_mean, fix_square = correction(B1, count), correction(B2, count)
+        rate_now, fix_square = -rate / correction(B1, count), lax.rsqrt(correction(B2, count))
 
         def step(m: jax.Array, v: jax.Array) -> jax.Array:
-            return -rate * (m / fix_mean / (jnp.sqrt(v / fix_square) + EPS))
+            return rate_now * m / (fix_square * jnp.sqrt(v) + EPS)
 
         return jax.tree.map(step, read(mean), read(square)), AdamState(count, mean, square)
 

@@ -34,11 +34,15 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
         with jax.named_scope("objective"):
             (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
         with jax.named_scope("optimiser"):
+            grad_norm = optax.tree.norm(gradients)
             updates, moments = tx.update(gradients, state.moments, state.sae)  # pyrefly: ignore[bad-argument-type]
+            # What is not finite moves nothing. It also parts the update from the norms that constraints take of the new
+            # weights: XLA's CPU fusion of the two would write every scalar of Adam's out as an array of weights.
+            finite = jnp.isfinite(grad_norm)
             state = replace(
                 state,
                 step=state.step + 1,
-                sae=optax.apply_updates(state.sae, updates),  # pyrefly: ignore[bad-argument-type]
+                sae=jax.tree.map(lambda w, update: jnp.where(finite, w + update, w), state.sae, updates),
                 moments=moments,
                 statistics=outcome.statistics,
             )
@@ -50,7 +54,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             "fvu": losses.batch_fvu(batch.y, outcome.x_hat),
             "l0": outcome.l0,
             "dead_fraction": outcome.statistics.dead.mean(dtype=jnp.float32),
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": grad_norm,
             **outcome.metrics,
         }
 
