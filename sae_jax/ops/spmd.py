@@ -131,8 +131,23 @@ def even(n: int, most: int) -> tuple[int, int]:
 
 
 def scan(body: Callable[..., Any], carry: Any, blocks: Any) -> tuple[Any, Any]:
-    """`lax.scan`, without a loop around a single block."""
-    if len(jax.tree.leaves(blocks)[0]) > 1:
-        return lax.scan(body, carry, blocks)
-    carry, y = body(carry, jax.tree.map(lambda x: x[0], blocks))
-    return carry, jax.tree.map(lambda x: x[None], y)
+    """`lax.scan`, without a loop around a single block.
+
+    Blocks in bfloat16 are sliced as integers: XLA slices bfloat16 in float32 on a CPU, and would then convert the whole
+    array before the loop.
+    """
+    if len(jax.tree.leaves(blocks)[0]) == 1:
+        carry, y = body(carry, jax.tree.map(lambda x: x[0], blocks))
+        return carry, jax.tree.map(lambda x: x[None], y)
+    types = jax.tree.map(lambda x: x.dtype, blocks)
+
+    def as_integers(x):
+        return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+    def unpacked(carry, blocks):
+        return body(
+            carry,
+            jax.tree.map(lambda x, dtype: x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype), blocks, types),
+        )
+
+    return lax.scan(unpacked, carry, jax.tree.map(as_integers, blocks))
