@@ -12,10 +12,12 @@ operation that would have to guess is refused when the program is traced. One de
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,8 +56,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh.data={config.data} x mesh.latent={latent} is {config.data * latent} devices, but {len(devices)} "
             f"are visible; choose two numbers whose product is {len(devices)}"
         )
-    shape = (config.data, *_directions(devices, config.data, latent))
-    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    torus = _torus(devices, config.data)
+    if torus is not None:
+        return Mesh(torus, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return jax.make_mesh((config.data, latent, 1, 1), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
 
 
 def check_divides(mesh: Mesh, n_latents: int, batch_size: int) -> None:
@@ -99,15 +103,23 @@ def sharding(mesh: Mesh, role: P) -> NamedSharding:
     return NamedSharding(mesh, role)
 
 
-def _directions(devices: list[jax.Device], data: int, latent: int) -> tuple[int, int, int]:
-    """`latent` as sizes along the directions of a TPU's torus, of which `data` takes what it needs; else all in one."""
+def _torus(devices: list[jax.Device], data: int) -> np.ndarray | None:
+    """TPU devices by place, [data, *directions], the slowest direction first, as processes are numbered.
+
+    `data` takes from each direction in turn what divides both. None for devices that are no full torus.
+    """
     if devices[0].platform != "tpu":
-        return latent, 1, 1
-    coordinates = [(*device.coords, device.core_on_chip) for device in devices]
-    *torus, cores = (len(set(along)) for along in zip(*coordinates, strict=True))
-    torus[-1] *= cores
-    for i, size in enumerate(torus):
+        return None
+    places = {(*reversed(device.coords), device.core_on_chip): device for device in devices}
+    along = [sorted(set(axis)) for axis in zip(*places, strict=True)]
+    if math.prod(map(len, along)) != len(devices):
+        return None
+    grid = np.empty(len(devices), object)
+    grid[:] = [places[place] for place in itertools.product(*along)]
+    z, y, x, cores = map(len, along)
+    split = []
+    for size in (z, y, x * cores):
         taken = math.gcd(size, data)
-        torus[i], data = size // taken, data // taken
-    # A slice that is no full torus, or a `data` that does not divide it, has no directions to speak of.
-    return (torus[0], torus[1], torus[2]) if math.prod(torus) == latent else (latent, 1, 1)
+        data //= taken
+        split += [taken, size // taken]
+    return grid.reshape(split).transpose(0, 2, 4, 1, 3, 5).reshape(-1, *split[1::2])

@@ -1,6 +1,9 @@
 """Meshes: what divides, what does not, and who is told."""
 
+from dataclasses import dataclass
+
 import jax
+import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
@@ -33,3 +36,35 @@ def test_sizes_that_do_not_divide_name_the_nearest(monkeypatch):
 def test_no_mesh_is_one_device():
     assert meshes.current() is None
     assert meshes.axis_size(meshes.LATENT) == 1
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU device."""
+
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize(
+    ("torus", "cores", "data", "shape"),
+    [((4, 4, 8), 1, 1, (1, 8, 4, 4)), ((4, 4, 8), 1, 16, (16, 1, 2, 4)), ((2, 2, 1), 2, 2, (2, 1, 1, 4))],
+)
+def test_every_direction_of_a_torus_is_a_line_of_neighbours(torus, cores, data, shape):
+    """In whatever order the devices are listed; `data` takes its part of the directions, not of the neighbours."""
+    chips = [Chip((x, y, z), core) for x, y, z, core in np.ndindex(*torus, cores)]
+    np.random.default_rng(0).shuffle(chips)
+    grid = meshes._torus(chips, data)
+    assert grid.shape == shape
+    assert set(grid.ravel()) == set(chips)
+    for axis in (1, 2, 3):
+        lines = np.moveaxis(grid, axis, -1).reshape(-1, shape[axis])
+        for before, after in zip(lines[:, :-1].ravel(), lines[:, 1:].ravel(), strict=True):
+            assert np.abs(np.subtract(before.coords, after.coords)).sum() <= 1
+
+
+def test_devices_that_are_no_torus_have_no_directions():
+    chips = [Chip((x, y, 0)) for x, y in ((0, 0), (0, 1), (1, 0))]
+    assert meshes._torus(chips, 1) is None
+    assert meshes._torus(jax.devices(), 1) is None
