@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.types import UsageError
@@ -31,6 +31,8 @@ DICT = P((*LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major,
 ROWS = P((DATA, *LATENT))  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
+
+_EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,19 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The (data, latent) mesh over `devices` (default: all visible). Raises UsageError if they do not divide."""
     devices = jax.devices() if devices is None else devices
-    latent = config.latent or len(devices) // config.data
-    if config.data * latent != len(devices):
-        raise UsageError(
-            f"mesh.data={config.data} x mesh.latent={latent} is {config.data * latent} devices, but {len(devices)} "
-            f"are visible; choose two numbers whose product is {len(devices)}"
-        )
+    shape = _shape(config, len(devices))
     torus = _torus(devices, config.data)
     if torus is not None:
-        return Mesh(torus, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    return jax.make_mesh((config.data, latent, 1, 1), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+        return Mesh(torus, AXES, axis_types=_EXPLICIT)
+    return jax.make_mesh(shape, AXES, _EXPLICIT, devices=devices)
 
 
-def check_divides(mesh: Mesh, n_latents: int, batch_size: int) -> None:
+def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
+    """The same of devices that are only counted, for shapes and shardings. Raises UsageError as `make_mesh` does."""
+    return AbstractMesh(_shape(config, n_devices), AXES, _EXPLICIT)
+
+
+def check_divides(mesh: Mesh | AbstractMesh, n_latents: int, batch_size: int) -> None:
     """Refuse a dictionary or a batch that the mesh cannot split evenly, naming the nearest sizes that it can."""
     for name, size in (("sae.n_latents", n_latents), ("train.batch_size", batch_size)):
         if size % mesh.size:
@@ -98,9 +100,19 @@ def names(axis: str | tuple[str, ...]) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis
 
 
-def sharding(mesh: Mesh, role: P) -> NamedSharding:
-    """Where an array of this role lies on a concrete mesh."""
+def sharding(mesh: Mesh | AbstractMesh, role: P) -> NamedSharding:
+    """Where an array of this role lies on a mesh."""
     return NamedSharding(mesh, role)
+
+
+def _shape(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    latent = config.latent or n_devices // config.data
+    if config.data * latent != n_devices:
+        raise UsageError(
+            f"mesh.data={config.data} x mesh.latent={latent} is {config.data * latent} devices, but {n_devices} "
+            f"are visible; choose two numbers whose product is {n_devices}"
+        )
+    return (config.data, latent, 1, 1)
 
 
 def _torus(devices: list[jax.Device], data: int) -> np.ndarray | None:

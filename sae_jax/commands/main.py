@@ -13,6 +13,7 @@ from sae_jax.progress import console
 
 COMMANDS = {
     "harvest": "text through a language model into an activation set on disk",
+    "plan": "compile the train step for machines that are not there: does it fit, what does it do",
     "train": "a sparse autoencoder on an activation set; repeat the command to resume",
     "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
     "dashboard": "a static site to look at the latents of a run",

@@ -1,6 +1,7 @@
 """Recipes: one YAML file says how to harvest, what to train and on which mesh; each command takes its part.
 
     harvest:  {...}   HarvestConfig          site: resid_post.2       the source to train on
+                                             d_model: 768             its width, for plans; checked against the set
     sae:      {...}   the variant's Config   train: {...}             TrainConfig        mesh: {...}  MeshConfig
 
 The whole file is checked whichever command reads it, so a misspelt key is found at the first one.
@@ -33,6 +34,7 @@ class Recipe(Generic[S]):
 
     sae: S
     site: str | None = None
+    d_model: int | None = None
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

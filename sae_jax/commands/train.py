@@ -36,6 +36,8 @@ class Train(Generic[S]):
     sae: S
     site: str | None = None
     """source of the set; may be left out if there is only one"""
+    d_model: int | None = None
+    """width the source must have; None = whatever it has"""
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: meshes.MeshConfig = field(default_factory=meshes.MeshConfig)
     allow_partial: bool = False
@@ -58,12 +60,15 @@ def train(command: Train) -> int:
     meshes.check_divides(mesh, command.sae.n_latents, command.train.batch_size)
     activations = open_activations(command.data, command.allow_partial)
     site = choose_site(activations, command.site)
+    d_model = activations.source(site).d
+    if command.d_model not in (None, d_model):
+        raise UsageError(f"d_model={command.d_model}, but {site} of {command.data} is {d_model} wide; leave it out")
     facts = {
         "data": os.path.abspath(command.data) if "://" not in command.data else command.data,
         "set": activations.content,
         "allow_partial": command.allow_partial,
         "site": site,
-        "d_model": activations.source(site).d,
+        "d_model": d_model,
         **{name: config.to_dict(getattr(command, name)) for name in ("sae", "train", "mesh")},
     }
     place = (jax.process_index(), jax.process_count())

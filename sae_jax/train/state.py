@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sae_jax import mesh
 from sae_jax.saes import base
@@ -115,7 +115,7 @@ def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample) -> Train
 
 
 def abstract(
-    sae_config: SaeConfig, config: TrainConfig, d_model: int, place: Mesh | jax.sharding.Sharding
+    sae_config: SaeConfig, config: TrainConfig, d_model: int, place: Mesh | AbstractMesh | jax.sharding.Sharding
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing anything.
 
@@ -130,7 +130,7 @@ def abstract(
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # A leaf that no op placed (a scalar, the key) says nothing of a mesh; it is replicated.
         spec = getattr(leaf.sharding, "spec", mesh.REPLICATED)
-        where = mesh.sharding(place, spec) if isinstance(place, Mesh) else place
+        where = place if isinstance(place, jax.sharding.Sharding) else mesh.sharding(place, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree.map(placed, state)

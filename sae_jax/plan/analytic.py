@@ -1,0 +1,89 @@
+"""What arithmetic alone says of a step and of a run, without a compiler.
+
+State is exact: the sizes of the shards that `train.state` describes. Work is that of the products which cannot be
+avoided. The peak is an estimate; only the compiled program knows it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AbstractMesh
+
+from sae_jax.plan.targets import GIB, Target
+from sae_jax.saes.base import SaeConfig
+from sae_jax.train.state import TrainConfig, abstract
+
+WORKSPACE = GIB  # of a step beside state and gradient, in the estimate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on one device."""
+
+    state_bytes: int
+    gradient_bytes: int
+    flop: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """An estimate: state, gradient and a workspace."""
+        return self.state_bytes + self.gradient_bytes + WORKSPACE
+
+
+@dataclass(frozen=True)
+class Run:
+    """All of a run, over all devices."""
+
+    tokens: int
+    disk_bytes: int  # of the set
+    flop: int
+    hours: float  # at the stated share of the matrix rate
+    floor_hours: float  # at the full matrix rate, and the full bandwidth for the state
+
+
+def step(sae: SaeConfig, train: TrainConfig, d_model: int, mesh: AbstractMesh) -> Step:
+    """One step of this run on one device of `mesh`."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = abstract(sae, train, d_model, mesh)
+    return Step(
+        state_bytes=_shard_bytes(state),
+        gradient_bytes=_shard_bytes(state.sae),
+        flop=_step_flop(sae, train.batch_size, d_model) // mesh.size,
+    )
+
+
+def run(
+    sae: SaeConfig, train: TrainConfig, d_model: int, on: Step, target: Target, mfu: float, rows: int, row_bytes: int
+) -> Run:
+    """The run whose step is `on`, at `mfu` of the target's matrix rate, over a set of `rows` of `row_bytes`."""
+    compute, memory = on.flop / target.chip.flops, 2 * on.state_bytes / target.chip.bandwidth
+    return Run(
+        tokens=train.steps * train.batch_size,
+        disk_bytes=rows * row_bytes,
+        flop=train.steps * _step_flop(sae, train.batch_size, d_model),
+        hours=train.steps * compute / mfu / 3600,
+        floor_hours=train.steps * (compute + memory) / 3600,
+    )
+
+
+def _step_flop(sae: SaeConfig, batch_size: int, d_model: int) -> int:
+    """FLOP of one step's products. With k active latents a row: the encoder forward, and four times k rows.
+
+    Those four are the decoder, its inner products with the error, and the gradients of both matrices. Without such a
+    bound both matrices take part forward, and twice more backward.
+    """
+    active = getattr(sae, "k", None)
+    if active is None:
+        return 12 * batch_size * sae.n_latents * d_model
+    return 2 * batch_size * d_model * (sae.n_latents + 4 * active)
+
+
+def _shard_bytes(tree) -> int:
+    """Bytes that one device holds of abstract arrays."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total

@@ -1,0 +1,176 @@
+"""The real train step, compiled for devices that are not there, in a process of its own.
+
+Its own process, since the environment must be set before JAX starts, since a compiler may hang or take all memory, and
+since what it took can then be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_jax import config as configs
+from sae_jax.errors import UsageError, UserError
+from sae_jax.plan.targets import GIB, Target
+
+INSTALL = "pip install 'sae_jax[plan]'"
+
+# Devices that are there stay out of it. Without the rest libtpu asks a metadata server who it is, complains that none
+# answers, and refuses to work in two processes at once.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one device, or that it refused for want of memory."""
+
+    text: str | None  # the optimised program; None: refused
+    peak_bytes: int | None  # None: refused without a figure
+    argument_bytes: int = 0
+    alias_bytes: int = 0  # of the arguments, what the results take over
+    refusal: str | None = None
+    lower_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    host_bytes: int = 0  # most memory that compiling took
+
+
+def is_installed(target: Target) -> bool:
+    """Whether the compiler for this target is."""
+    names = ("libtpu",) if target.is_tpu else ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(name) is not None:
+                return True
+    return False
+
+
+def compile_step(
+    target: Target, sae: Any, train: Any, mesh: Any, d_model: int, timeout: float = 600.0
+) -> Compiled:
+    """The step of these configs on this target.
+
+    Args:
+        target: whose compiler `is_installed`.
+        sae: the variant's config.
+        train: TrainConfig.
+        mesh: MeshConfig.
+        d_model: width of the rows.
+        timeout: seconds until the compiler is killed.
+
+    Raises:
+        UsageError: the target or the mesh does not exist.
+        UserError: the compiler failed, was killed or took too long.
+    """
+    job = {"topology": target.topology, "d_model": d_model}
+    job |= {name: configs.to_dict(part) for name, part in (("sae", sae), ("train", train), ("mesh", mesh))}
+    with tempfile.TemporaryDirectory() as folder:
+        answer, program = Path(folder) / "answer.json", Path(folder) / "program.txt"
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", __name__, str(answer), str(program)],
+                input=json.dumps(job),
+                env={**os.environ, **ENVIRONMENT},
+                timeout=timeout,
+                capture_output=True,
+                text=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"compiling for {target.name} took more than {timeout:.0f} s; raise --timeout") from None
+        said = configs.read_json(answer)
+        text = program.read_text() if program.exists() else None
+    if said is None:
+        if done.returncode < 0:
+            why = f"was killed by signal {-done.returncode}; it may have run out of host memory"
+        else:
+            why = f"failed: {next(reversed(done.stderr.strip().splitlines()), 'without a word')[:300]}"
+        raise UserError(f"the compiler for {target.name} {why}")
+    if "refused" in said:
+        raise UsageError(f"--target={target.name}: {said['refused']}")
+    return Compiled(text=text, **said)
+
+
+def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
+    """The answer to a job, in the process of its own. Writes the text of the program."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from sae_jax import mesh as meshes
+    from sae_jax.saes import base
+    from sae_jax.train.state import TrainConfig, abstract
+    from sae_jax.train.step import make_step
+
+    sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
+    train = configs.from_dict(TrainConfig, job["train"])
+    try:
+        devices = topologies.get_topology_desc(**job["topology"]).devices
+    except NotImplementedError as error:  # of a platform without compiler, with which a wrong version of one is meant
+        raise UserError(f"{error}; the compiler must have the version of JAX, {jax.__version__}") from None
+    except jax.errors.JaxRuntimeError as error:
+        raise UsageError(str(error).splitlines()[0]) from None
+    mesh = meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), list(devices))
+    meshes.check_divides(mesh, sae.n_latents, train.batch_size)
+    answer: dict[str, Any] = {}
+    with jax.set_mesh(mesh):
+        state = abstract(sae, train, job["d_model"], mesh)
+        rows = jax.ShapeDtypeStruct(
+            (train.batch_size, job["d_model"]), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS)
+        )
+        began = time.monotonic()
+        lowered = make_step(sae, train).lower(state, base.Batch(rows, rows))
+        answer["lower_seconds"] = time.monotonic() - began
+        began = time.monotonic()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+                raise
+            answer |= _refusal(str(error))
+        else:
+            memory = compiled.memory_analysis()
+            answer |= {
+                "peak_bytes": memory.peak_memory_in_bytes,
+                "argument_bytes": memory.argument_size_in_bytes,
+                "alias_bytes": memory.alias_size_in_bytes,
+            }
+            program.write_text(compiled.as_text())
+        answer["compile_seconds"] = time.monotonic() - began
+    answer["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return answer
+
+
+def _refusal(message: str) -> dict[str, Any]:
+    """What a TPU's compiler says when a program does not fit, and how much it would have taken."""
+    figure = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", message)
+    taken = int(float(figure[1] or figure[2]) * GIB) if figure else None
+    return {"refusal": message.splitlines()[0], "peak_bytes": taken}
+
+
+def _main() -> None:
+    try:
+        answer = _compile(json.load(sys.stdin), Path(sys.argv[2]))
+    except UserError as error:
+        answer = {"refused": str(error)}
+    configs.write_json(sys.argv[1], answer)
+
+
+if __name__ == "__main__":
+    _main()
