@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import jax
-from rich.console import Console
 
 from sae_jax import mesh as meshes
 from sae_jax.activations.harvest import HarvestConfig
@@ -56,10 +55,8 @@ def run(argv: Sequence[str]) -> None:
     command = recipe.parse(Plan, argv, "sae-jax plan")
     jax.config.update("jax_platforms", "cpu")  # the devices that are here have no part in it
     content = plan(command)
-    if command.json:
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
-    else:
-        Console(highlight=False).print(report.table(content))
+    lines = [json.dumps(content, indent=2)] if command.json else report.lines(content)
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def plan(command: Plan) -> dict[str, Any]:

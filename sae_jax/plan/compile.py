@@ -62,9 +62,7 @@ def is_installed(target: Target) -> bool:
     return False
 
 
-def compile_step(
-    target: Target, sae: Any, train: Any, mesh: Any, d_model: int, timeout: float = 600.0
-) -> Compiled:
+def compile_step(target: Target, sae: Any, train: Any, mesh: Any, d_model: int, timeout: float = 600.0) -> Compiled:
     """The step of these configs on this target.
 
     Args:
@@ -135,7 +133,9 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
             (train.batch_size, job["d_model"]), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS)
         )
         began = time.monotonic()
-        lowered = make_step(sae, train).lower(state, base.Batch(rows, rows))
+        batch = base.Batch(rows, rows)  # pyrefly: ignore[bad-argument-type] (shapes in the place of arrays)
+        step: Any = make_step(sae, train)  # it is jitted, which its type does not say
+        lowered = step.lower(state, batch)
         answer["lower_seconds"] = time.monotonic() - began
         began = time.monotonic()
         try:

@@ -23,8 +23,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # other types end in th
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[sufc]\d+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|called_computations|true_computation|false_computation)=")
-_REDUCE_SCATTER = "all-reduce-scatter"
+_CALLS = "calls|to_apply|branch_computations|called_computations|true_computation|false_computation"
 _NO_BUFFER = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call")
 
 
@@ -52,7 +51,7 @@ class Program:
 
     collectives: dict[str, Collective] = field(default_factory=dict)
     matmul_flop: int = 0  # of products; element-wise work and sums are left out
-    sorts: int = 0
+    sorts: int = 0  # instructions, however often they run
     open_loops: int = 0  # loops whose length depends on data; their bodies count once
     largest: list[Buffer] = field(default_factory=list)
 
@@ -66,37 +65,50 @@ class _Instruction:
     text: str  # all of it
     is_root: bool
 
+    def attribute(self, name: str) -> str:
+        """The value of `name=value` or `name={values}`; empty if there is none."""
+        found = re.search(rf"\b(?:{name})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.text)
+        return (found[1] if found[1] is not None else found[2]) if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it calls, but for the parts of a loop."""
+        return re.findall(r"[\w.\-]+", self.attribute(_CALLS))
+
+
+_Computations = dict[str, list[_Instruction]]
+
 
 def analyse(text: str, n_largest: int = 5) -> Program:
-    """The program that `compiled.as_text()` prints."""
+    """The program that `compiled.as_text()` prints. Raises ValueError if it is the text of something else."""
     computations, entry = _parse(text)
     program = Program()
     buffers: dict[str, Buffer] = {}
-    for computation, times, inside_fusion in _walk(computations, entry, 1, program):
-        shapes = {i.name: i.shape for i in computation}
-        starts = {i.name: i for i in computation}
+    for computation, times, in_fusion in _walk(computations, entry, 1):
+        made = {i.name: i for i in computation}
         for i in computation:
-            if (collective := _collective(i)) is not None:
-                source = starts[i.operands[0]] if i.opcode.endswith("-done") else i
-                taken = sum(_bytes(shapes.get(name, "")) for name in source.operands)
-                total = program.collectives.setdefault(collective, Collective(collective))
-                total.count += times
-                total.bytes += times * max(taken, _bytes(i.shape))
+            if kind := _collective(i):
+                begun = made[i.operands[0]] if i.opcode.endswith("-done") else i
+                taken = sum(_bytes(made[name].shape) for name in begun.operands)
+                collective = program.collectives.setdefault(kind, Collective(kind))
+                collective.count += times
+                collective.bytes += times * max(taken, _bytes(i.shape))
             elif i.opcode in ("dot", "convolution"):
-                program.matmul_flop += times * _product_flop(i, shapes)
-            elif i.opcode == "sort" or "RadixSort" in i.text:
+                program.matmul_flop += times * _product_flop(i, made)
+            elif i.opcode == "sort" or "RadixSort" in i.attribute("custom_call_target"):
                 program.sorts += 1
-            if not inside_fusion and i.opcode not in _NO_BUFFER and not i.opcode.endswith("-start"):
-                for kind, dimensions in _ARRAY.findall(i.shape):
-                    shape = f"{kind}[{dimensions}]"
-                    buffers.setdefault(shape, Buffer(shape, _bytes(shape), _origin(i.text)))
+            elif i.opcode == "while":
+                program.open_loops += _trip_count(i, made, computations) is None
+            if not in_fusion and i.opcode not in _NO_BUFFER and not i.opcode.endswith("-start"):
+                for shape in _ARRAY.finditer(i.shape):
+                    buffers.setdefault(shape[0], Buffer(shape[0], _bytes(shape[0]), _origin(i)))
     program.largest = sorted(buffers.values(), key=lambda buffer: -buffer.bytes)[:n_largest]
     return program
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+def _parse(text: str) -> tuple[_Computations, str]:
     """Computations by name, and the name of the first to run."""
-    computations: dict[str, list[_Instruction]] = {}
+    computations: _Computations = {}
     entry, body = "", None
     for line in text.splitlines():
         if body is None:
@@ -132,106 +144,84 @@ def _closing(text: str) -> int:
 
 
 def _walk(
-    computations: dict[str, list[_Instruction]], name: str, times: int, program: Program, inside_fusion: bool = False
+    computations: _Computations, name: str, times: int, in_fusion: bool = False
 ) -> Iterator[tuple[list[_Instruction], int, bool]]:
-    """(computation, how often it runs, whether in a fusion) for `name` and all that it calls, loops by their trips."""
+    """(computation, how often it runs, whether it is in a fusion) for `name` and all that it calls."""
     computation = computations[name]
-    yield computation, times, inside_fusion
+    yield computation, times, in_fusion
+    made = {i.name: i for i in computation}
     for i in computation:
         if i.opcode == "while":
-            trips = _trip_count(i, computation, computations)
-            program.open_loops += trips is None
-            body = re.search(r"\bbody=%?([\w.\-]+)", i.text)
-            if body:
-                yield from _walk(computations, body[1], times * (1 if trips is None else trips), program, inside_fusion)
-        elif _collective(i) is None or i.opcode == "fusion":
-            for called in _called(i):
-                if called in computations and not called.startswith(_REDUCE_SCATTER):
-                    fused = inside_fusion or i.opcode == "fusion"
-                    yield from _walk(computations, called, times, program, fused)
-
-
-def _called(i: _Instruction) -> list[str]:
-    names = []
-    for found in _CALLED.finditer(i.text):
-        rest = i.text[found.end() :]
-        listed = rest[1 : rest.index("}")] if rest.startswith("{") else re.match(r"%?[\w.\-]+", rest)[0]
-        names += [name.strip().lstrip("%") for name in listed.split(",")]
-    return names
+            trips = _trip_count(i, made, computations)
+            yield from _walk(computations, i.attribute("body"), times * (1 if trips is None else trips), in_fusion)
+        elif not _collective(i):
+            for called in i.called:
+                yield from _walk(computations, called, times, in_fusion or i.opcode == "fusion")
 
 
 def _collective(i: _Instruction) -> str | None:
     """The kind of collective that this instruction finishes, if it does."""
-    if i.opcode == "fusion" and any(name.startswith(_REDUCE_SCATTER) for name in _called(i)):
+    if i.opcode == "fusion" and i.attribute("calls").startswith("all-reduce-scatter"):
         return "reduce-scatter"
     kind = i.opcode.removesuffix("-done")
     return kind if kind in COLLECTIVES else None
 
 
-def _trip_count(loop: _Instruction, around: list[_Instruction], computations) -> int | None:
+def _trip_count(loop: _Instruction, around: dict[str, _Instruction], computations: _Computations) -> int | None:
     """How often a loop runs; None if that depends on data."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known[1])
-    parts = {part: re.search(rf"\b{part}=%?([\w.\-]+)", loop.text) for part in ("condition", "body")}
-    condition = {i.name: i for i in computations[parts["condition"][1]]}
-    body = {i.name: i for i in computations[parts["body"][1]]}
-    before = {i.name: i for i in around}
-    start = before[loop.operands[0]]
-    test = next(i for i in condition.values() if i.is_root)
-    if test.opcode != "compare" or "direction=LT" not in test.text:
-        return None
-    counter, limit = (condition[name] for name in test.operands)
-    if counter.opcode != "get-tuple-element" or start.opcode != "tuple":
-        return None
-    place = _index(counter)
+    condition = {i.name: i for i in computations[loop.attribute("condition")]}
+    body = {i.name: i for i in computations[loop.attribute("body")]}
+    test, result = (next(i for i in part.values() if i.is_root) for part in (condition, body))
+    carried = around[loop.operands[0]].operands
 
-    def value(i: _Instruction) -> int | None:
-        """Of a constant, also one that is carried through the loop."""
-        if i.opcode == "get-tuple-element" and i.operands[0] in condition:
-            i = before[start.operands[_index(i)]]
-        while i.opcode in ("copy", "bitcast") and i.operands[0] in before:
-            i = before[i.operands[0]]
-        found = re.search(r"constant\((\d+)\)", i.text)
+    def constant(i: _Instruction) -> int | None:
+        """Its value, also where it is carried into the loop."""
+        if i.opcode == "get-tuple-element" and i.name in condition:
+            i = around[carried[int(i.attribute("index"))]]
+        while i.opcode in ("copy", "bitcast") and i.name in around:
+            i = around[i.operands[0]]
+        found = re.search(r"constant\((-?\d+)\)", i.text)
         return int(found[1]) if found else None
 
-    first, last = value(before[start.operands[place]]), value(limit)
-    stepped = body[next(i for i in body.values() if i.is_root).operands[place]]
-    steps = [body[name] for name in stepped.operands if body[name].opcode == "constant"]
-    if first is None or last is None or stepped.opcode != "add" or len(steps) != 1:
+    if test.opcode != "compare" or test.attribute("direction") != "LT":
         return None
-    return max(0, math.ceil((last - first) / (value(steps[0]) or 1)))
-
-
-def _index(i: _Instruction) -> int:
-    return int(re.search(r"\bindex=(\d+)", i.text)[1])
+    counter, limit = (condition[name] for name in test.operands)
+    if counter.opcode != "get-tuple-element" or not carried:
+        return None
+    stepped = body[result.operands[int(counter.attribute("index"))]]
+    steps = [value for name in stepped.operands if (value := constant(body[name])) is not None]
+    first, last = constant(counter), constant(limit)
+    if stepped.opcode != "add" or len(steps) != 1 or first is None or last is None:
+        return None
+    return max(0, math.ceil((last - first) / steps[0]))
 
 
 def _bytes(shape: str) -> int:
     """Of all arrays in a shape; padding of layouts is not counted."""
     total = 0
-    for kind, dimensions in _ARRAY.findall(shape):
+    for kind, sizes in _ARRAY.findall(shape):
         bits = _BITS.get(kind) or (8 if kind.startswith("f8") else int(kind[1:]))
-        total += math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
+        total += math.prod(_numbers(sizes)) * bits // 8
     return total
 
 
-def _sizes(shape: str) -> list[int]:
-    found = _ARRAY.search(shape)
-    return [int(size) for size in found[2].split(",") if size] if found else []
+def _numbers(listed: str) -> list[int]:
+    return [int(number) for number in listed.split(",") if number]
 
 
-def _product_flop(i: _Instruction, shapes: dict[str, str]) -> int:
+def _product_flop(i: _Instruction, made: dict[str, _Instruction]) -> int:
     """Two for each multiplication of a matrix product, or of the convolution that a TPU makes of it."""
-    out = math.prod(_sizes(i.shape))
+    left, right, out = (
+        _numbers(_ARRAY.findall(shape)[0][1]) for shape in (*(made[o].shape for o in i.operands), i.shape)
+    )
     if i.opcode == "dot":
-        left = _sizes(shapes[i.operands[0]])
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)[1]
-        return 2 * out * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
-    kernel = _sizes(shapes[i.operands[1]])
-    labels = re.search(r"dim_labels=\w+_(\w+)->", i.text)[1]
-    return 2 * out * math.prod(kernel) // kernel[labels.index("o")]
+        return 2 * math.prod(out) * math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
+    kernel = i.text.partition("dim_labels=")[2].partition("_")[2].partition("->")[0]  # such as "oi" in bf_oi->bf
+    return 2 * math.prod(out) * math.prod(right) // right[kernel.index("o")]
 
 
-def _origin(text: str) -> str:
-    found = re.search(r'op_name="([^"]*)"', text)
+def _origin(i: _Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', i.text)
     return found[1].removeprefix("jit(step)/") if found else ""

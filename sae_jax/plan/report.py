@@ -1,17 +1,16 @@
-"""What a plan says: one nested mapping, for JSON, and the same as a table."""
+"""What a plan says: one nested mapping, for JSON, and the same for a person."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-
 from sae_jax.plan import hlo
 from sae_jax.plan.analytic import Run, Step
 from sae_jax.plan.compile import INSTALL, Compiled
 from sae_jax.plan.targets import GIB, Target
+
+N_BUFFERS = 3  # shown to a person
 
 
 def report(target: Target, on: Step, run: Run, mfu: float, compiled: Compiled | None) -> dict[str, Any]:
@@ -52,42 +51,51 @@ def report(target: Target, on: Step, run: Run, mfu: float, compiled: Compiled | 
     }
 
 
-def table(content: dict[str, Any]) -> Group:
+def lines(content: dict[str, Any]) -> list[str]:
     """A report for a person to read."""
     device, run = content["device"], content["run"]
-    rows = Table("on each device", "", show_header=True)
-    rows.add_row("state", _gib(device["state_bytes"]))
-    rows.add_row("peak" if content["compiler"] else "peak, estimated", _gib(device["peak_bytes"]))
     share = device["usable_bytes"] / device["limit_bytes"]
-    rows.add_row("limit", f"{_gib(device['limit_bytes'])}, of which a step may take {share:.0%}")
-    rows.add_row("headroom", _gib(device["headroom_bytes"]))
-    rows.add_row("products of a step", f"{device['flop']:.3g} FLOP")
+    rows = [
+        ("state", _gib(device["state_bytes"])),
+        ("peak" if content["compiler"] else "peak, estimated", _gib(device["peak_bytes"])),
+        ("limit", f"{_gib(device['limit_bytes'])}, of which a step may take {share:.0%}"),
+        ("headroom", _gib(device["headroom_bytes"])),
+        ("work", f"{device['flop']:.3g} FLOP a step"),
+    ]
     if "collectives" in device:
-        rows.add_row("compiled, AuxK included", f"{device['compiled_flop']:.3g} FLOP")
-        for collective in device["collectives"]:
-            each = f"{collective['count']} a step, {collective['bytes'] / 1e6:,.1f} MB"
-            rows.add_row(collective["kind"], each)
-        rows.add_row("sorts", str(device["sorts"]))
-        for buffer in device["largest_buffers"][:3]:
-            rows.add_row("large buffer", f"{buffer['shape']}, {_gib(buffer['bytes'])}, {buffer['origin'][-60:]}")
-    whole = Table("the run", "", show_header=True)
-    whole.add_row("tokens", f"{run['tokens']:,}")
-    whole.add_row("set on disk", f"{run['disk_bytes'] / 1e12:,.2f} TB")
-    whole.add_row("work", f"{run['flop']:.3g} FLOP")
-    whole.add_row("time", f"{run['hours']:,.1f} h at {run['mfu']:.0%} of the matrix rate")
-    whole.add_row("floor", f"{run['floor_hours']:,.1f} h at all of it, state read and written once a step")
-    return Group(_verdict(content), rows, whole)
+        large = device["largest_buffers"][:N_BUFFERS]
+        counted = f"loops over data ({device['open_loops']}) once" if device["open_loops"] else "all branches"
+        rows += [
+            ("work, compiled", f"{device['compiled_flop']:.3g} FLOP a step, {counted}"),
+            *((c["kind"], f"{c['bytes'] / 1e6:,.1f} MB a step in {c['count']}") for c in device["collectives"]),
+            ("sorts", f"{device['sorts']} in the program"),
+            *(("large array", f"{_gib(b['bytes'])} {b['shape']} {b['origin']}".rstrip()) for b in large),
+        ]
+    whole = [
+        ("tokens", f"{run['tokens']:,}"),
+        ("set on disk", f"{run['disk_bytes'] / 1e12:,.3g} TB"),
+        ("work", f"{run['flop']:.3g} FLOP"),
+        ("time", f"{run['hours']:,.3g} hours at {run['mfu']:.0%} of the matrix rate"),
+        ("floor", f"{run['floor_hours']:,.3g} hours at all of it, state read and written once a step"),
+    ]
+    return [
+        *_verdict(content),
+        "each device",
+        *(f"  {name:20}{value}" for name, value in rows),
+        "the run",
+        *(f"  {name:20}{value}" for name, value in whole),
+    ]
 
 
-def _verdict(content: dict[str, Any]) -> str:
-    verdict = "fits" if content["fits"] else "does NOT fit"
-    line = f"{content['target']}, {content['n_devices']} devices: {verdict}"
-    if content["refusal"]:
-        return f"{line}; the compiler refused it: {content['refusal']}"
-    if content["compiler"] is None:
-        return f"{line}, by an ESTIMATE; for the compiled step: {INSTALL}"
+def _verdict(content: dict[str, Any]) -> list[str]:
+    first = f"{content['target']}, {content['n_devices']} devices: {'fits' if content['fits'] else 'does NOT fit'}"
     compiler = content["compiler"]
-    return f"{line} (compiled in {compiler['compile_seconds']:.0f} s, {compiler['host_bytes'] / GIB:.1f} GiB of host)"
+    if compiler is None:
+        return [f"{first}, by an ESTIMATE: the compiler is not installed", f"  for the compiled step: {INSTALL}"]
+    took = f"compiled in {compiler['compile_seconds']:.0f} s with {compiler['host_bytes'] / GIB:.1f} GiB of host memory"
+    if content["refusal"]:
+        return [first, f"  the compiler refused it: {content['refusal']}"]
+    return [first, f"  {took}"]
 
 
 def _gib(n_bytes: int | None) -> str:

@@ -49,11 +49,11 @@ class Gpu:
     clock_ghz: float
 
 
-def _tpu(dimensions: int, memory_gib: float, tera_flops: float, gb_per_second: float, devices_per_chip: int = 1) -> Chip:
+def _tpu(
+    dimensions: int, memory_gib: float, tera_flops: float, gb_per_second: float, devices_per_chip: int = 1
+) -> Chip:
     # The compiler checks the memory itself; the rest is for what runs beside the step.
-    return Chip(
-        int(memory_gib * GIB), tera_flops * 1e12, gb_per_second * 1e9, 0.92, dimensions, devices_per_chip
-    )
+    return Chip(int(memory_gib * GIB), tera_flops * 1e12, gb_per_second * 1e9, 0.92, dimensions, devices_per_chip)
 
 
 def _gpu(memory_bytes: int, tera_flops: float, gb_per_second: float, gpu: Gpu) -> Chip:

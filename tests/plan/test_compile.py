@@ -1,0 +1,114 @@
+"""Real steps compiled for machines that are not there. Needs sae_jax[plan]; `make test-plan` runs these."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.commands import main as cli
+from sae_jax.plan import analytic, compile, hlo, targets
+from sae_jax.saes import base
+from sae_jax.train.state import TrainConfig
+from sae_jax.types import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 2**30
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        not all(compile.is_installed(targets.parse(name)) for name in ("v5e:2x2", "h200:8")),
+        reason=f"no compilers; {compile.INSTALL}",
+    ),
+]
+TOYS = ("v5e:2x2", "h200:8")
+N, D, K, BATCH = 8192, 256, 16, 512
+
+
+@cache
+def toy(name: str, n_latents: int = N) -> compile.Compiled:
+    sae = base.config_class("topk")(n_latents=n_latents, k=K)
+    return compile.compile_step(targets.parse(name), sae, TrainConfig(batch_size=BATCH), meshes.MeshConfig(), D)
+
+
+def plan(capsys, recipe: str, target: str, *flags: str) -> dict:
+    assert cli.main(["plan", str(CONFIGS / recipe), f"--target={target}", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_state_is_given_away_and_is_what_arithmetic_says(name):
+    sae = base.config_class("topk")(n_latents=N, k=K)
+    mesh = meshes.abstract_mesh(meshes.MeshConfig(), targets.parse(name).n_devices)
+    expected = analytic.step(sae, TrainConfig(batch_size=BATCH), D, mesh).state_bytes
+    assert toy(name).alias_bytes == pytest.approx(expected, rel=0.02)
+    assert toy(name).argument_bytes == pytest.approx(expected, rel=0.05)
+    assert toy(name).peak_bytes > expected
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_traffic_does_not_grow_with_the_dictionary(name):
+    few, many = (hlo.analyse(toy(name, n).text).collectives for n in (N, 4 * N))
+    assert few == many
+
+
+def test_a_torus_scatters_and_gathers():
+    """No activations in an all-reduce: it would move every row to every chip."""
+    found = hlo.analyse(toy("v5e:2x2").text).collectives
+    assert found["reduce-scatter"].bytes >= BATCH * D * 4
+    assert found["all-gather"].bytes >= BATCH * D * 2
+    assert found["all-reduce"].bytes < BATCH * D
+
+
+@pytest.mark.parametrize("name", ["a100:2", "rtx4090:1", "h100:16", "v5e:1x1", "v4:2x2x1", "tpu7x:2x2x1"])
+def test_every_kind_compiles(name):
+    assert toy(name).peak_bytes > 0
+
+
+def test_a_slice_that_is_not_made_is_told(capsys):
+    assert cli.main(["plan", str(CONFIGS / "gpt2_small_topk_32k.yaml"), "--target=v5e:3x5"]) == 2
+    assert "v5e:3x5" in capsys.readouterr().err
+
+
+def test_a_compiler_that_does_not_come_back_is_ended():
+    with pytest.raises(UserError, match="raise --timeout"):
+        compile.compile_step(
+            targets.parse("h200:8"),
+            base.config_class("topk")(n_latents=N, k=K),
+            TrainConfig(batch_size=BATCH),
+            meshes.MeshConfig(),
+            D,
+            timeout=0.5,
+        )
+
+
+HALF = ("--train.moments=bfloat16", "--train.ema_dtype=bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("recipe", "target", "flags", "fits"),
+    [
+        ("openai_16m.yaml", "v5p:4x4x8", (), True),
+        ("openai_16m.yaml", "h200:64", HALF, True),
+        ("openai_16m.yaml", "v6e:16x16", HALF, True),
+        ("openai_16m.yaml", "v5p:2x2x2", (), False),
+        ("openai_16m_gpt2.yaml", "h200:8", (), True),
+    ],
+)
+def test_sixteen_million_latents(capsys, recipe, target, flags, fits):
+    content = plan(capsys, recipe, target, *flags)
+    assert content["source"] == "compiled"
+    assert content["fits"] == fits
+    assert content["compiler"]["host_bytes"] < 3e9
+    assert content["compiler"]["compile_seconds"] < 120
+    if fits:
+        device = content["device"]
+        assert device["donated_bytes"] == pytest.approx(device["state_bytes"], rel=0.02)
+    else:
+        assert "Ran out of memory" in content["refusal"]

@@ -1,0 +1,61 @@
+"""The reader of compiled programs, on programs that two compilers printed (tests/golden/make_programs.py)."""
+
+from pathlib import Path
+
+import pytest
+
+from sae_jax.plan import hlo
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# The program of make_programs.py: three blocks of 8192 rows of 2048, 4096 latents a device.
+BLOCKS, ROWS, D, F = 3, 8192, 2048, 4096
+ROW_BYTES = 4 * D
+
+
+def read(kind: str) -> hlo.Program:
+    return hlo.analyse((GOLDEN / f"program_{kind}.txt").read_text())
+
+
+def figures(program: hlo.Program) -> dict[str, tuple[int, int]]:
+    return {collective.kind: (collective.count, collective.bytes) for collective in program.collectives.values()}
+
+
+def test_collectives_on_gpus_count_once_where_they_are_done_and_as_often_as_loops_run():
+    found = figures(read("h200"))
+    whole = BLOCKS * ROWS * ROW_BYTES
+    assert found == {
+        "all-gather": (BLOCKS, whole),
+        "reduce-scatter": (BLOCKS, whole),
+        "all-to-all": (1, ROWS // 16 * ROW_BYTES),
+        "all-reduce": (1, 4),
+    }
+
+
+def test_collectives_on_a_torus_go_one_direction_at_a_time():
+    """Rows of 4, 16 and 64 of 64 chips; the fusion that a reduce-scatter becomes counts as one, not as an all-reduce."""
+    found = figures(read("v5p"))
+    lines = BLOCKS * ROWS * ROW_BYTES * (16 + 4 + 1) // 16
+    assert found["all-gather"] == found["reduce-scatter"] == (3 * BLOCKS, lines)
+    assert found["all-to-all"] == (1, ROWS // 64 * ROW_BYTES)
+    assert found["all-reduce"] == (1, 4)
+    # The seams of those fusions, which the compiler sends to a neighbour.
+    assert set(found) == {"all-gather", "reduce-scatter", "all-to-all", "all-reduce", "collective-permute"}
+    assert found["collective-permute"][1] < 0.02 * lines
+
+
+@pytest.mark.parametrize(("kind", "n_devices", "n_sorts"), [("h200", 16, 2), ("v5p", 64, 1)])
+def test_products_sorts_and_open_loops(kind, n_devices, n_sorts):
+    """On GPUs the first trip of the loop stands before it."""
+    program = read(kind)
+    in_open_loop = 2 * (2 * ROWS // n_devices * F * D)
+    assert program.matmul_flop == BLOCKS * 2 * ROWS * F * D + in_open_loop
+    assert program.sorts == n_sorts
+    assert program.open_loops == 1
+    assert program.largest[0].shape == f"f32[{ROWS},{F}]"
+    assert program.largest[0].bytes == 4 * ROWS * F
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="not the text of a compiled program"):
+        hlo.analyse("f32[2]")
