@@ -22,7 +22,7 @@ from typing import Any
 
 from sae_jax import config as configs
 from sae_jax.errors import UsageError, UserError
-from sae_jax.plan.targets import GIB, Target
+from sae_jax.plan.targets import Target
 
 INSTALL = "pip install 'sae_jax[plan]'"
 
@@ -159,8 +159,8 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
 
 def _refusal(message: str) -> dict[str, Any]:
     """What a TPU's compiler says when a program does not fit, and how much it would have taken."""
-    figure = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", message)
-    taken = int(float(figure[1] or figure[2]) * GIB) if figure else None
+    figure = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
+    taken = int(float(figure[1]) * 1024 ** ("KMGT".index(figure[2]) + 1)) if figure else None
     return {"refusal": message.splitlines()[0], "peak_bytes": taken}
 
 

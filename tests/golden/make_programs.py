@@ -24,7 +24,7 @@ N_BLOCKS, ROWS, D, F = 3, 8192, 2048, 4096  # rows of a block, and latents of a 
 
 
 def program(x_NRD: jax.Array, w_FD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In a loop of three: rows gathered, one product, a sort, a sum scattered. Then a branch, then a loop to a limit."""
+    """Three times: rows gathered, one product, a sort, a sum scattered. Then a branch, then a loop over data."""
 
     def local(x_NrD, w_FD):
         def block(total, x_rD):

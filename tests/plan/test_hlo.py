@@ -33,7 +33,7 @@ def test_collectives_on_gpus_count_once_where_they_are_done_and_as_often_as_loop
 
 
 def test_collectives_on_a_torus_go_one_direction_at_a_time():
-    """Rows of 4, 16 and 64 of 64 chips; the fusion that a reduce-scatter becomes counts as one, not as an all-reduce."""
+    """Rows of 4, 16 and 64 of 64 chips; the fusion that a reduce-scatter becomes is one, not an all-reduce."""
     found = figures(read("v5p"))
     lines = BLOCKS * ROWS * ROW_BYTES * (16 + 4 + 1) // 16
     assert found["all-gather"] == found["reduce-scatter"] == (3 * BLOCKS, lines)

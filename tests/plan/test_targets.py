@@ -8,8 +8,10 @@ from sae_jax.types import UsageError
 
 @pytest.mark.parametrize(
     ("name", "n_devices"),
-    [("v5p:8x8x8", 512), ("v6e:16x16", 256), ("v4:2x2x1", 8), ("tpu7x:4x4x4", 128), ("v5e:1x1", 1)]
-    + [("rtx4090:1", 1), ("a100:8", 8), ("h100:4", 4), ("h200:64", 64)],
+    [
+        *(("v5p:8x8x8", 512), ("v6e:16x16", 256), ("v4:2x2x1", 8), ("tpu7x:4x4x4", 128), ("v5e:1x1", 1)),
+        *(("rtx4090:1", 1), ("a100:8", 8), ("h100:4", 4), ("h200:64", 64)),
+    ],
 )
 def test_devices_are_counted_as_jax_counts_them(name, n_devices):
     target = targets.parse(name)
