@@ -112,6 +112,7 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from sae_jax import mesh as meshes
+    from sae_jax.ops import tuning
     from sae_jax.saes import base
     from sae_jax.train.state import TrainConfig, abstract
     from sae_jax.train.step import make_step
@@ -127,7 +128,7 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     mesh = meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), list(devices))
     meshes.check_divides(mesh, sae.n_latents, train.batch_size)
     answer: dict[str, Any] = {}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tuning.using(tuning.TABLE[devices[0].platform]):
         state = abstract(sae, train, job["d_model"], mesh)
         rows = jax.ShapeDtypeStruct(
             (train.batch_size, job["d_model"]), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS)
