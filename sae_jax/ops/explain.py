@@ -63,8 +63,8 @@ def _forward(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k,
 
 def _backward(k, dtype, saved, factor: jax.Array):
     gradients, some = saved
-    # Without a dead latent they are zeros, and stay untouched. A loop of one trip or none, since it works in place where
-    # the branches of a cond would copy. A factor of 0 says that the loss was not finite.
+    # Without a dead latent they are zeros, and stay untouched. A loop of one trip or none, since it works in place
+    # where the branches of a cond would copy. A factor of 0 says that the loss was not finite.
     g_w_enc, g_b_enc, g_b_pre, g_w_dec = lax.fori_loop(
         0,
         some.astype(jnp.int32),

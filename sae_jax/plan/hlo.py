@@ -1,7 +1,7 @@
 """What a step does, read from the text of its compiled program.
 
 The program is walked from its entry, every computation as often as it runs, so that what stands in a loop counts once
-a trip. Of a conditional all branches count: the figures are those of the busiest step. Traps:
+a trip. Of a conditional one branch runs: that with the most work in the busiest step, the least in the quietest. Traps:
 
 - GPU programs carry a loop's trip count; in TPU programs it is the constant that the loop's condition compares with.
   The length of a loop that depends on data is in neither: its body counts once, and `open_loops` says so.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -79,12 +79,22 @@ class _Instruction:
 _Computations = dict[str, list[_Instruction]]
 
 
-def analyse(text: str, n_largest: int = 5) -> Program:
-    """The program that `compiled.as_text()` prints. Raises ValueError if it is the text of something else."""
+def analyse(text: str, quietest: bool = False, n_largest: int = 5) -> Program:
+    """The program that `compiled.as_text()` prints.
+
+    Args:
+        text: of one device's program.
+        quietest: take the branches with the least work, else those with the most.
+        n_largest: how many buffers to name.
+
+    Raises:
+        ValueError: it is the text of something else.
+    """
     computations, entry = _parse(text)
     program = Program()
     buffers: dict[str, Buffer] = {}
-    for computation, times, in_fusion in _walk(computations, entry, 1):
+    for computation, times, in_fusion in _walk(computations, entry, min if quietest else max):
+        program.matmul_flop += times * _products_flop(computation)
         made = {i.name: i for i in computation}
         for i in computation:
             if kind := _collective(i):
@@ -93,8 +103,6 @@ def analyse(text: str, n_largest: int = 5) -> Program:
                 collective = program.collectives.setdefault(kind, Collective(kind))
                 collective.count += times
                 collective.bytes += times * max(taken, _bytes(i.shape))
-            elif i.opcode in ("dot", "convolution"):
-                program.matmul_flop += times * _product_flop(i, made)
             elif i.opcode == "sort" or "RadixSort" in i.attribute("custom_call_target"):
                 program.sorts += 1
             elif i.opcode == "while":
@@ -144,19 +152,28 @@ def _closing(text: str) -> int:
 
 
 def _walk(
-    computations: _Computations, name: str, times: int, in_fusion: bool = False
+    computations: _Computations, name: str, choose: Callable[..., str], times: int = 1, in_fusion: bool = False
 ) -> Iterator[tuple[list[_Instruction], int, bool]]:
     """(computation, how often it runs, whether it is in a fusion) for `name` and all that it calls."""
+
+    def work(branch: str) -> tuple[int, int]:
+        parts = list(_walk(computations, branch, choose))
+        flop = sum(times * _products_flop(computation) for computation, times, _ in parts)
+        return flop, sum(times * len(computation) for computation, times, _ in parts)
+
     computation = computations[name]
     yield computation, times, in_fusion
     made = {i.name: i for i in computation}
     for i in computation:
         if i.opcode == "while":
             trips = _trip_count(i, made, computations)
-            yield from _walk(computations, i.attribute("body"), times * (1 if trips is None else trips), in_fusion)
+            more = times * (1 if trips is None else trips)
+            yield from _walk(computations, i.attribute("body"), choose, more, in_fusion)
+        elif i.opcode == "conditional":
+            yield from _walk(computations, choose(i.called, key=work), choose, times, in_fusion)
         elif not _collective(i):
             for called in i.called:
-                yield from _walk(computations, called, times, in_fusion or i.opcode == "fusion")
+                yield from _walk(computations, called, choose, times, in_fusion or i.opcode == "fusion")
 
 
 def _collective(i: _Instruction) -> str | None:
@@ -211,15 +228,21 @@ def _numbers(listed: str) -> list[int]:
     return [int(number) for number in listed.split(",") if number]
 
 
-def _product_flop(i: _Instruction, made: dict[str, _Instruction]) -> int:
+def _products_flop(computation: list[_Instruction]) -> int:
     """Two for each multiplication of a matrix product, or of the convolution that a TPU makes of it."""
-    left, right, out = (
-        _numbers(_ARRAY.findall(shape)[0][1]) for shape in (*(made[o].shape for o in i.operands), i.shape)
-    )
-    if i.opcode == "dot":
-        return 2 * math.prod(out) * math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
-    kernel = i.text.partition("dim_labels=")[2].partition("_")[2].partition("->")[0]  # such as "oi" in bf_oi->bf
-    return 2 * math.prod(out) * math.prod(right) // right[kernel.index("o")]
+    shapes = {i.name: i.shape for i in computation}
+    flop = 0
+    for i in computation:
+        if i.opcode not in ("dot", "convolution"):
+            continue
+        left, right, out = (_numbers(_ARRAY.findall(s)[0][1]) for s in (*(shapes[o] for o in i.operands), i.shape))
+        if i.opcode == "dot":
+            inner = math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
+        else:
+            kernel = i.text.partition("dim_labels=")[2].partition("_")[2].partition("->")[0]  # "oi" in bf_oi->bf
+            inner = math.prod(right) // right[kernel.index("o")]
+        flop += 2 * math.prod(out) * inner
+    return flop
 
 
 def _origin(i: _Instruction) -> str:
