@@ -51,9 +51,18 @@ def test_state_is_given_away_and_is_what_arithmetic_says(name):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_traffic_does_not_grow_with_the_dictionary(name):
-    few, many = (hlo.analyse(toy(name, n).text).collectives for n in (N, 4 * N))
-    assert few == many
+@pytest.mark.parametrize("quietest", [True, False])
+def test_traffic_does_not_grow_with_the_dictionary(name, quietest):
+    few, many = (hlo.analyse(toy(name, n).text, quietest).collectives for n in (N, 4 * N))
+    assert {kind: c.bytes for kind, c in few.items()} == {kind: c.bytes for kind, c in many.items()}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_quietest_step_encodes_once(name):
+    """While no latent is dead there is one product of full size."""
+    target = targets.parse(name)
+    program = hlo.analyse(toy(name).text, quietest=True)
+    assert program.matmul_flop == 2 * BATCH * N * D // target.n_devices
 
 
 def test_a_torus_scatters_and_gathers():
@@ -64,8 +73,9 @@ def test_a_torus_scatters_and_gathers():
     assert found["all-reduce"].bytes < BATCH * D
 
 
-@pytest.mark.parametrize("name", ["a100:2", "rtx4090:1", "h100:16", "v5e:1x1", "v4:2x2x1", "tpu7x:2x2x1"])
-def test_every_kind_compiles(name):
+@pytest.mark.parametrize("name", ["rtx4090:1", "a100:2", "v4:2x2x1"])
+def test_other_kinds_compile(name):
+    """Each architecture of GPUs, and TPUs of two cores a chip."""
     assert toy(name).peak_bytes > 0
 
 
