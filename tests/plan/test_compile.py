@@ -20,6 +20,7 @@ GIB = 2**30
 
 pytestmark = [
     pytest.mark.aot,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         not all(compile.is_installed(targets.parse(name)) for name in ("v5e:2x2", "h200:8")),
         reason=f"no compilers; {compile.INSTALL}",
@@ -100,7 +101,6 @@ HALF = ("--train.moments=bfloat16", "--train.ema_dtype=bfloat16")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("recipe", "target", "flags", "fits"),
     [
