@@ -37,7 +37,7 @@ test-peers:
 test-plan:
 	test -d $(PLAN) || $(PYTHON) -m venv $(PLAN)
 	$(PLAN)/bin/pip install --quiet --constraint constraints.txt --editable ".[plan,test]"
-	$(PLAN)/bin/python -m pytest -m aot
+	JAX_PLATFORMS=cpu $(PLAN)/bin/python -m pytest -m aot
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

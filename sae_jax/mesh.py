@@ -28,7 +28,9 @@ LATENT = ("latent_x", "latent_y", "latent_z")
 AXES = (DATA, *LATENT)
 
 DICT = P((*LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
-ROWS = P((DATA, *LATENT))  # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows
+# [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows, but for one that holds a
+# square of a torus, which owns as many.
+ROWS = P((DATA, *LATENT))
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
 

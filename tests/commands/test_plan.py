@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from sae_jax.commands import main as cli
+from sae_jax.commands import recipe, train
 from sae_jax.plan import compile
+from sae_jax.types import UsageError
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "gpt2_small_topk_32k.yaml")
 
@@ -64,3 +66,23 @@ def test_a_recipe_that_does_not_say_its_width_is_told(capsys, tmp_path):
     recipe.write_text("sae: {k: 4}\n")
     assert cli.main(["plan", str(recipe), "--target=h200:8"]) == 2
     assert "give --d-model" in capsys.readouterr().err
+
+
+def test_a_set_of_another_width_is_refused(small_set, tmp_path):
+    """The width in a recipe is what its plan was made for."""
+    words = [f"--data={small_set}", f"--out={tmp_path / 'run'}", "--sae.n-latents=64", "--sae.k=4", "--d-model=9"]
+    with pytest.raises(UsageError, match=r"d_model=9, but acts .* is 8 wide"):
+        train.train(recipe.parse(train.Train, words, "sae-jax train"))
+
+
+@pytest.mark.parametrize(
+    ("message", "n_bytes"),
+    [
+        ("total memory required for HLO temporaries (106.32G) exceeds available HBM (95.74G).", 106.32 * 2**30),
+        ("total memory required for HLO temporaries (1.03T) exceeds available HBM (95.74G).", 1.03 * 2**40),
+        ("Ran out of memory in memory space hbm. Used 33.20G of 31.25G hbm.", 33.2 * 2**30),
+        ("Ran out of memory on HBM.", None),
+    ],
+)
+def test_a_refusal_says_how_much_it_would_have_taken(message, n_bytes):
+    assert compile._refusal(message)["peak_bytes"] == (n_bytes and int(n_bytes))
