@@ -1,0 +1,59 @@
+"""What the compiled step holds and sends: nothing that grows with batch x dictionary, or with the number of devices."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.ops import tuning
+from sae_jax.plan import hlo
+from sae_jax.saes import base, topk
+from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.train.step import make_step
+from tests.hlo import largest_array
+
+D, B = 16, 4096
+PIECES = tuning.Tuning(
+    block_bytes=2**16, block_rows=8, latent_major=True, two_stage=True, exchange_bytes=2**14, pair_bytes=2**12
+)
+
+
+def program(n_latents: int, data: int, latent: int, n_rows: int = B, cut: tuning.Tuning = PIECES) -> str:
+    """The whole train step, AuxK and Multi-TopK on."""
+    config = topk.Config(n_latents=n_latents, k=4, k_aux=8, multi_topk=0.125)
+    train = TrainConfig(batch_size=n_rows)
+    mesh = meshes.make_mesh(meshes.MeshConfig(data, latent), jax.devices()[: data * latent])
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"), tuning.using(cut):
+        rows = jax.ShapeDtypeStruct((n_rows, D), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
+        state = abstract(config, train, D, mesh)
+        return make_step(config, train).lower(state, base.Batch(rows, rows)).compile().as_text()
+
+
+@pytest.mark.parametrize(("data", "latent"), [(1, 1), (2, 2)])
+def test_no_array_of_rows_by_latents(data, latent, monkeypatch):
+    """With a small budget the largest arrays are the weights and the codes, far below a device's rows x latents."""
+    monkeypatch.setattr(tuning, "MIN_TILE", 64)
+    n_latents = 8192
+    n_local, rows = n_latents // latent, B // data
+    codes = rows * 4 * 4 * latent  # 4k slots a shard
+    assert largest_array(program(n_latents, data, latent)) <= max(n_local * D, codes, B * D) < rows * n_local / 8
+
+
+def collectives(text: str) -> dict[str, int]:
+    return {kind: found.bytes for kind, found in hlo.analyse(text, quietest=True).collectives.items()}
+
+
+def test_traffic_does_not_grow_with_the_dictionary():
+    few, many = (collectives(program(n, 1, 8, n_rows=512)) for n in (512, 2048))
+    assert few
+    assert few == many
+
+
+def test_traffic_of_a_device_does_not_grow_with_the_number_of_devices():
+    whole = replace(PIECES, exchange_bytes=2**20)  # in one block: padding would blur the comparison
+    few, many = (collectives(program(2048, 1, latent, n_rows=512, cut=whole)) for latent in (2, 8))
+    assert few.keys() == many.keys()
+    for kind, n_bytes in many.items():
+        assert n_bytes <= 1.05 * few[kind], kind
