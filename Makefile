@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+BENCH := .venv-bench
 
-.PHONY: demo test check format lint types fast test-peers clean
+.PHONY: demo test check format lint types fast test-peers bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -32,6 +33,13 @@ test-peers:
 	$(PEERS)/bin/pip install --quiet --constraint constraints.txt "torch==2.13.0" --editable ".[peers]"
 	$(PEERS)/bin/python -m pytest -m peers
 
+# For experiments/benchmarks/step.py. A torchvision built for another torch, which a peer's own needs may bring, breaks
+# the import of transformers; nothing here uses it.
+bench-env:
+	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BENCH)/bin/pip uninstall --quiet --yes torchvision
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -44,4 +52,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(BENCH) demo build *.egg-info
