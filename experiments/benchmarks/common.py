@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from sae_jax import mesh as meshes
+from sae_jax.saes.base import Batch, SaeConfig
+from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.train.step import make_step
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "eai-sparsify", "dictionary-learning", "sae-lens")
@@ -80,6 +88,38 @@ def memory_rate(n_bytes: int = 2**29) -> float:
     b = jnp.ones(n_bytes // 4, jnp.float32)
     scaled_sum = jax.jit(lambda a, b: a * 0.5 + b)
     return 3 * n_bytes / seconds_of(lambda: scaled_sum(a, b))
+
+
+@dataclass(frozen=True)
+class Step:
+    """The real train step, compiled and not run: bytes are those of one device."""
+
+    text: str  # the optimised program
+    state: int  # weights, moments, average, counters
+    weights: int  # and as much again for their gradients
+    input: int  # the batch, as x and as y
+    peak: int  # all of these, the gradients and what is put aside
+
+
+def compile_step(sae: SaeConfig, train: TrainConfig, d: int, n_devices: int, data: int = 1) -> Step:
+    """The step of these configs over the first `n_devices` of this machine, `data` of them in rows."""
+    mesh = meshes.make_mesh(meshes.MeshConfig(data=data), jax.devices()[:n_devices])
+    with jax.set_mesh(mesh):
+        state = abstract(sae, train, d, mesh)
+        rows = jax.ShapeDtypeStruct((train.batch_size, d), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
+        compiled = make_step(sae, train).lower(state, Batch(rows, rows)).compile()
+    memory = compiled.memory_analysis()
+    weights = sum(math.prod(w.sharding.shard_shape(w.shape)) * 4 for w in jax.tree.leaves(state.sae))
+    batch = 2 * 2 * train.batch_size * d // n_devices
+    # On a CPU `peak_memory_in_bytes` leaves out the temporaries, which there are one block for the whole step.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return Step(compiled.as_text(), memory.argument_size_in_bytes - batch, weights, batch, peak)
+
+
+def elements(shape: str) -> int:
+    """Of an array as a program's text has it, such as `f32[2,3]`."""
+    return math.prod(int(size) for size in re.findall(r"\d+", shape.partition("[")[2]))
 
 
 def machine() -> dict[str, Any]:

@@ -29,16 +29,12 @@ from sae_jax.activations.loader import Loader
 
 FOREVER = 10**9
 
-# What is switched on in each setting. `sparse` is SAELens's own option, for float32 only.
+# What is switched on in each setting. torch.compile refuses what the nnsight that dictionary-learning pins makes of
+# tensors; the sparse activations that SAELens offers have no gradient on a CPU.
 SETTINGS = {
     "eai-sparsify": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
-    "dictionary-learning": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
-    "sae-lens": {
-        "default": "",
-        "fast": "fused bf16",
-        "fast, compiled": "fused bf16 compile",
-        "fast, float32, sparse": "fused sparse",
-    },
+    "dictionary-learning": {"default": "", "fast": "fused bf16"},
+    "sae-lens": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
 }
 
 
@@ -149,7 +145,7 @@ def _eai_sparsify(config, options, orders, autocast, compiled) -> None:
     trainer.fit()
 
 
-def _dictionary_learning(config, options, orders, autocast, compiled) -> None:
+def _dictionary_learning(config, options, orders, autocast, _) -> None:
     """`TopKTrainer.update`, as `trainSAE` calls it, under autocast as that has it for CUDA."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -165,29 +161,24 @@ def _dictionary_learning(config, options, orders, autocast, compiled) -> None:
         seed=0,
         device="cpu",
     )
-    plain = trainer.ae.encode
-    orders.reconstruct = lambda x: trainer.ae.decode(plain(x))
-    trainer.ae.encode = compiled(plain)
+    orders.reconstruct = trainer.ae.forward
     for step, batch in enumerate(orders):
         with autocast:
             trainer.update(step, batch)
 
 
 def _sae_lens(config, options, orders, autocast, compiled) -> None:
-    """`SAETrainer.fit`; autocast and sparse activations are its own options."""
+    """`SAETrainer.fit`; autocast is an option of its own."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training import sae_trainer
 
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=config.d, d_sae=config.n_latents, k=config.k, use_sparse_activations="sparse" in options
-        )
-    )
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=config.d, d_sae=config.n_latents, k=config.k))
     settings = SAETrainerConfig(
         total_training_samples=FOREVER,
         train_batch_size_samples=config.batch_size,
         lr=config.lr,
+        lr_end=config.lr,
         autocast="bf16" in options,
         logger=LoggingConfig(log_to_wandb=False),
     )

@@ -165,7 +165,8 @@ class Peer:
             self._process.stdin.flush()
             return json.loads(self._process.stdout.readline())
         except (OSError, json.JSONDecodeError):
-            raise RuntimeError(f"ended: {self._log.read_text()[-1000:]}") from None
+            lines = self._log.read_text().splitlines()
+            raise RuntimeError(next((line for line in reversed(lines) if "Error" in line), lines[-1:])) from None
 
 
 def _settings() -> list[tuple[str, str, str]]:
