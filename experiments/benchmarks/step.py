@@ -17,6 +17,7 @@ Answer: RESULTS.md.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -137,17 +138,19 @@ class Peer:
 
     def __init__(self, name: str, options: str, config: Benchmark, work: Path) -> None:
         self.turns: list[float] = []
+        self._log = work / f"{name} {options}.log"
         task = {"peer": name, "options": options, "data": str(work / "set"), **asdict(config)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", "import sys, peers; peers.serve(sys.argv[1])", json.dumps(task, default=str)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(work / f"{name} {options}.log").open("w"),
+            stderr=self._log.open("w"),
             text=True,
             cwd=work,  # where what it leaves behind is deleted
             env={**os.environ, "PYTHONPATH": f"{HERE}:{common.ROOT}", "OMP_NUM_THREADS": str(os.cpu_count())},
         )
-        self._log = work / f"{name} {options}.log"
+        with contextlib.suppress(RuntimeError):  # `train` will say it
+            self._ask(steps=0)  # it has started, and disturbs nobody's turn
 
     def train(self, steps: int) -> None:
         """A turn; raises RuntimeError if the process has ended."""
