@@ -1,9 +1,10 @@
 """What does each device have to do, hold and send when a training step is split over more of them?
 
 The real step is compiled for 1, 2, 4 and 8 virtual CPU devices, and not run: on two cores their wall time would say
-nothing. Read from the compiled program of one device: FLOP of its products, bytes of state, peak, and bytes of each
-kind of collective (of each the larger of what goes in and what comes out, loops counted as often as they run). Strong
-scaling splits one problem; weak scaling widens the dictionary with the number of devices.
+nothing. Read from the compiled program of one device, for a step in which no latent is dead: FLOP of its products and
+bytes of each kind of collective (of each the larger of what goes in and what comes out, loops counted as often as they
+run); for any step: bytes of state, and peak. Strong scaling splits one problem; weak scaling widens the dictionary with
+the number of devices.
 
     python experiments/benchmarks/scaling.py --out scaling.json
     python experiments/benchmarks/scaling.py --smoke
@@ -71,7 +72,7 @@ def measure(config: Benchmark, n_devices: int, n_latents: int, in_rows: bool) ->
     """What one device has to do."""
     sae, train = Config(n_latents=n_latents, k=config.k), TrainConfig(batch_size=config.batch_size, ema=0)
     step = common.compile_step(sae, train, config.d, n_devices, data=n_devices if in_rows else 1)
-    program = hlo.analyse(step.text)
+    program = hlo.analyse(step.text, quietest=True)
     return {
         "devices": n_devices,
         "n_latents": n_latents,
