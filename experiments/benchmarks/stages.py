@@ -31,7 +31,8 @@ import tyro
 from sae_jax.ops import encode, sparse, topk, tuning
 from sae_jax.saes import base
 from sae_jax.saes.topk import Config
-from sae_jax.train.state import TrainConfig, initial, optimiser
+from sae_jax.train import optim
+from sae_jax.train.state import TrainConfig, initial
 from sae_jax.train.step import make_step
 
 CANNOT_HIDE = ("encoder product and selection", "Adam", "running average")
@@ -86,7 +87,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     x_BD = jnp.asarray(np.concatenate([*common.structured_rows(b, d, seed=0)]))
     sample = base.sample_statistics(np.asarray(x_BD), "none")
     begin = jax.jit(lambda sample: initial(sae_config, train_config, sample))
-    state, tx = begin(sample), optimiser(train_config, n)
+    state, tx = begin(sample), optim.optimiser(train_config, n)
     sae = state.sae
     bf16, cut = jnp.dtype(jnp.bfloat16), tuning.current()
     largest = jax.jit(lambda x, sae: encode.largest(x.astype(bf16), sae.w_enc, sae.b_enc, k, bf16))
@@ -95,13 +96,10 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     select = jax.jit(lambda pre: (topk.top_k_latent_major if cut.latent_major else topk.top_k)(pre, k))
     gather = jax.jit(lambda index, value, w: sparse.gather_rows(index, value, w))
     products = jax.jit(lambda index, value, x, w: sparse.sampled_products(index, value, x, w))
-    scatter = jax.jit(lambda index, value, x: sparse.scatter_rows(jnp.zeros((n, d)), index, value, x))
-    update = jax.jit(
-        lambda g, moments, sae: (lambda u, m: (optax.apply_updates(sae, u), m))(*tx.update(g, moments, sae))
-    )
-    tangent = jax.jit(lambda w, g: jax.vjp(base.tangent_to_rows, w)[1](g))
-    unit_rows = jax.jit(base.unit_rows)
-    average = jax.jit(lambda m, w: jax.tree.map(lambda m, w: 0.999 * m + 0.001 * w, m, w))
+
+    def adam(held, gradient):
+        updates, moments = tx.update(gradient, held[1], held[0])
+        return optax.apply_updates(held[0], updates), moments
 
     matrix, touched = 4 * n * d, 4 * min(b * k, n) * d  # bytes of a weight matrix, and of its rows that a code names
     batch = 4 * b * d
@@ -123,14 +121,37 @@ def stages(config: Benchmark) -> dict[str, Stage]:
             lambda: products(index_BK, values_BK, x_BD, sae.w_dec), n_bytes=touched + batch + pairs
         ),
         "row scatter-adds, both matrices": Stage(
-            lambda: scatter(index_BK, values_BK, x_BD), 2, n_bytes=matrix + batch + pairs
+            in_place(
+                lambda out, index, value, x: sparse.scatter_rows(jnp.zeros_like(out), index, value, x),
+                *(gradient.w_dec, index_BK, values_BK, x_BD),
+            ),
+            times=2,
+            n_bytes=matrix + batch + pairs,
         ),
-        "projection of the decoder gradient": Stage(lambda: tangent(sae.w_dec, gradient.w_dec), n_bytes=3 * matrix),
-        "Adam": Stage(lambda: update(gradient, state.moments, sae), n_bytes=7 * 2 * matrix),
-        "renormalise": Stage(lambda: unit_rows(sae.w_dec), n_bytes=2 * matrix),
-        "running average": Stage(lambda: average(sae, gradient), n_bytes=3 * 2 * matrix),
+        "projection of the decoder gradient": Stage(
+            in_place(lambda g, w: jax.vjp(base.tangent_to_rows, w)[1](g)[0], gradient.w_dec, sae.w_dec),
+            n_bytes=3 * matrix,
+        ),
+        "Adam": Stage(in_place(adam, (sae, state.moments), gradient), n_bytes=7 * 2 * matrix),
+        "renormalise": Stage(in_place(base.unit_rows, sae.w_dec), n_bytes=2 * matrix),
+        "running average": Stage(
+            in_place(lambda kept, w: optim.average(kept, w, 0.999, jnp.int32(1)), state.average, sae),
+            n_bytes=3 * 2 * matrix,
+        ),
         "whole step": Stage(whole_step),
     }
+
+
+def in_place(function: Callable[..., Any], held: Any, *fixed: Any) -> Callable[[], Any]:
+    """A call that turns what it holds into the next, in the same memory, as a step does: new memory costs more."""
+    run = jax.jit(function, donate_argnums=0, keep_unused=True)
+    kept = [jax.tree.map(jnp.copy, held)]
+
+    def call() -> Any:
+        kept[0] = run(kept[0], *fixed)
+        return kept[0]
+
+    return call
 
 
 if __name__ == "__main__":
