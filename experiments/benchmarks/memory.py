@@ -46,7 +46,7 @@ class Benchmark:
 def main(config: Benchmark) -> None:
     jax.config.update("jax_platforms", "cpu")
     if config.smoke:
-        config = Benchmark(16, 4, (1024, 2048), (256, 512), config.ema, config.out, True)
+        config = Benchmark(16, 4, (1024,), (256, 512), config.ema, config.out, True)
     cases = [(n, min(config.batches)) for n in config.latents]
     cases += [(max(config.latents), b) for b in config.batches if b != min(config.batches)]
     results = [measure(config, n, b) for n, b in cases]

@@ -48,7 +48,7 @@ class Benchmark:
 
 def main(config: Benchmark) -> None:
     if config.smoke:
-        config = Benchmark(16, 4, 1024, 256, (1, 8), config.out, True)
+        config = Benchmark(16, 4, 1024, 256, (8,), config.out, True)
     tables, record = [], {}
     for title, width, in_rows in (
         ("strong scaling, over the dictionary", lambda _: config.n_latents, False),
