@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 PLAN := .venv-plan
+BENCH := .venv-bench
 
-.PHONY: demo test check format lint types fast test-peers test-plan clean
+.PHONY: demo test check format lint types fast test-peers test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -39,6 +40,13 @@ test-plan:
 	$(PLAN)/bin/pip install --quiet --constraint constraints.txt --editable ".[plan,test]"
 	JAX_PLATFORMS=cpu $(PLAN)/bin/python -m pytest -m aot
 
+# For experiments/benchmarks/step.py. A torchvision built for another torch, which a peer's own needs may bring, breaks
+# the import of transformers; nothing here uses it.
+bench-env:
+	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BENCH)/bin/pip uninstall --quiet --yes torchvision
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -51,4 +59,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PLAN) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(PLAN) $(BENCH) demo build *.egg-info

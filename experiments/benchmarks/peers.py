@@ -1,0 +1,187 @@
+"""The training loops of other libraries, each its own code, fed with our batches and stopped between steps.
+
+A process of its own serves one trainer (`serve`): it reads orders from standard input, one JSON object a line, and
+answers with one. Between orders the trainer hangs in the iterator that it takes its batches from, so the time from one
+batch to the next is the whole step of that library, bookkeeping included. Batches lie in memory as float32 before the
+clock starts: a peer pays nothing for input.
+
+Changed in all settings: the learning rate is ours and constant, the optimiser is Adam. Changed in the fast ones: Adam
+is torch's fused one, the forward pass runs under bfloat16 autocast, gradients are not clipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import common
+import numpy as np
+import torch
+
+from sae_jax import open_activations
+from sae_jax.activations.loader import Loader
+
+FOREVER = 10**9
+
+# What is switched on in each setting. torch.compile refuses what the nnsight that dictionary-learning pins makes of
+# tensors; the sparse activations that SAELens offers have no gradient on a CPU.
+SETTINGS = {
+    "eai-sparsify": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
+    "dictionary-learning": {"default": "", "fast": "fused bf16"},
+    "sae-lens": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
+}
+
+
+class FusedAdam(torch.optim.Adam):
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings, fused=True)
+
+
+class Orders:
+    """Takes orders while the trainer waits for a batch: {"steps": n} trains, {"fvu": path} measures."""
+
+    def __init__(self, data: str, batch_size: int) -> None:
+        activations = open_activations(data)
+        self._site = activations.sources[0]
+        self._d = activations.source(self._site).d
+        self._loader = Loader(activations, (self._site,), batch_size, seed=0)
+        self._batches = self._loader.batches()
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what the libraries print is not an answer
+        self.reconstruct: Callable[[torch.Tensor], torch.Tensor]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "steps" in order:
+                taken = islice(self._batches, order["steps"])
+                batches = [torch.from_numpy(rows[self._site].astype(np.float32)) for _, rows in taken]
+                seconds = []
+                for batch in batches:
+                    began = time.perf_counter()
+                    yield batch
+                    seconds.append(time.perf_counter() - began)
+                self._answer(seconds=seconds)
+            else:
+                self._answer(fvu=self._fvu(np.load(order["fvu"])))
+        self._loader.close()
+        os._exit(0)  # the loop around this would save what it has
+
+    def _fvu(self, x_BD: np.ndarray) -> float:
+        with torch.no_grad():
+            blocks = [self.reconstruct(rows).float() for rows in torch.from_numpy(x_BD).split(1024)]
+        return common.fvu(x_BD, torch.cat(blocks).numpy())
+
+    def _answer(self, **facts: Any) -> None:
+        self._answers.write(json.dumps(facts) + "\n")
+        self._answers.flush()
+
+
+def serve(task: str) -> NoReturn:
+    """Train as `task` (JSON: peer, options, data, d, n_latents, k, batch_size, lr) says until standard input ends."""
+    config = SimpleNamespace(**json.loads(task))
+    options = config.options.split()
+    torch.manual_seed(0)
+    if "fused" in options:
+        torch.optim.Adam = FusedAdam
+        torch.nn.utils.clip_grad_norm_ = lambda *_: None
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options)
+    compiled = torch.compile if "compile" in options else lambda function: function
+    orders = Orders(config.data, config.batch_size)
+    train = {"eai-sparsify": _eai_sparsify, "dictionary-learning": _dictionary_learning, "sae-lens": _sae_lens}
+    train[config.peer](config, options, orders, autocast, compiled)
+    raise AssertionError("the trainer ended by itself")
+
+
+def _eai_sparsify(config, options, orders, autocast, compiled) -> None:
+    """`Trainer.fit` on a model whose only layer gives the rows of the batch."""
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
+
+    class Rows(torch.nn.Module):
+        device = torch.device("cpu")
+        dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}  # noqa: RUF012
+        rows = torch.zeros(1, config.d)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.site = torch.nn.Identity()
+
+        @property
+        def base_model(self) -> torch.nn.Module:
+            return self
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.site(self.rows[None])
+
+    class Dataset:
+        """One sequence a batch: its tokens say nothing, its rows go into the model."""
+
+        batches = iter(orders)
+
+        def __len__(self) -> int:
+            return FOREVER
+
+        def __getitem__(self, _: int) -> dict[str, torch.Tensor]:
+            model.rows = next(self.batches)
+            return {"input_ids": torch.zeros(len(model.rows), dtype=torch.long)}
+
+    model = Rows()
+    sae = SparseCoderConfig(num_latents=config.n_latents, k=config.k)
+    settings = TrainConfig(
+        sae, batch_size=1, optimizer="adam", lr=config.lr, hookpoints=["site"], save_every=FOREVER, log_to_wandb=False
+    )
+    trainer = Trainer(settings, Dataset(), model)
+    trainer.lr_schedulers = []
+    coder = trainer.saes["site"]
+    plain = coder.forward
+    orders.reconstruct = lambda x: plain(x).sae_out
+    coder.forward = autocast(compiled(plain))
+    trainer.fit()
+
+
+def _dictionary_learning(config, options, orders, autocast, _) -> None:
+    """`TopKTrainer.update`, as `trainSAE` calls it, under autocast as that has it for CUDA."""
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=FOREVER,
+        activation_dim=config.d,
+        dict_size=config.n_latents,
+        k=config.k,
+        layer=0,
+        lm_name="none",
+        lr=config.lr,
+        warmup_steps=0,
+        seed=0,
+        device="cpu",
+    )
+    orders.reconstruct = trainer.ae.forward
+    for step, batch in enumerate(orders):
+        with autocast:
+            trainer.update(step, batch)
+
+
+def _sae_lens(config, options, orders, autocast, compiled) -> None:
+    """`SAETrainer.fit`; autocast is an option of its own."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training import sae_trainer
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=config.d, d_sae=config.n_latents, k=config.k))
+    settings = SAETrainerConfig(
+        total_training_samples=FOREVER,
+        train_batch_size_samples=config.batch_size,
+        lr=config.lr,
+        lr_end=config.lr,
+        autocast="bf16" in options,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    orders.reconstruct = sae.forward
+    sae.training_forward_pass = compiled(sae.training_forward_pass)
+    sae_trainer.SAETrainer(settings, sae, iter(orders)).fit()
