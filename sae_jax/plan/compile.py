@@ -49,6 +49,7 @@ class Compiled:
     refusal: str | None = None
     lower_seconds: float = 0.0
     compile_seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the same, over all threads: at most this long on a machine with nothing else to do
     host_bytes: int = 0  # most memory that compiling took
 
 
@@ -138,7 +139,7 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
         step: Any = make_step(sae, train)  # it is jitted, which its type does not say
         lowered = step.lower(state, batch)
         answer["lower_seconds"] = time.monotonic() - began
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -154,6 +155,7 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
             }
             program.write_text(compiled.as_text())
         answer["compile_seconds"] = time.monotonic() - began
+        answer["cpu_seconds"] = time.process_time() - cpu_began
     answer["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return answer
 

@@ -51,7 +51,9 @@ def report(target: Target, on: Step, run: Run, mfu: float, compiled: Compiled | 
         "run": {**asdict(run), "mfu": mfu},
         "compiler": None
         if compiled is None
-        else {name: getattr(compiled, name) for name in ("lower_seconds", "compile_seconds", "host_bytes")},
+        else {
+            name: getattr(compiled, name) for name in ("lower_seconds", "compile_seconds", "cpu_seconds", "host_bytes")
+        },
     }
 
 
