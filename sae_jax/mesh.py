@@ -2,9 +2,13 @@
 
     data     rows of a batch are split over it; weights are gathered along it where they are used (FSDP)
     latent   the dictionary is split over it: each latent shard owns a contiguous range of latents
+    member   several autoencoders of one run are split over it: each slice of the devices steps its own
 
 `latent` is three names, one for each direction of a TPU's torus: a collective over the whole torus at once compiles to
 an all-reduce of everything, one direction at a time it moves each byte once. Elsewhere two of the three have size 1.
+
+A mesh has `member` only where members are split over it. Whatever concerns one autoencoder speaks of the other axes
+alone, inside a `jax.shard_map` over `member` (train/members.py).
 
 Every array belongs to one of the roles below. The axes are Explicit: a sharding is part of an array's type, so an
 operation that would have to guess is refused when the program is traced. One device is a 1 x 1 mesh.
@@ -25,7 +29,8 @@ from sae_jax.types import UsageError
 
 DATA = "data"
 LATENT = ("latent_x", "latent_y", "latent_z")
-AXES = (DATA, *LATENT)
+AXES = (DATA, *LATENT)  # those that one autoencoder is spread over
+MEMBER = "member"
 
 DICT = P((*LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major, so a latent shard is contiguous
 # [B, ...]: batches and errors over all devices, in process order: a host owns adjacent rows, but for one that holds a
@@ -33,8 +38,6 @@ DICT = P((*LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major,
 ROWS = P((DATA, *LATENT))
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
-
-_EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,32 @@ class MeshConfig:
     data: int = 1
     """rows are split this many ways; keep it the smallest that feeds the devices"""
     latent: int = 0
-    """the dictionary is split this many ways; 0 = all devices / data"""
+    """the dictionary is split this many ways; 0 = all devices / (data x member)"""
+    member: int = 1
+    """this many members of a set are stepped at once, each on its own share of the devices"""
 
     def __post_init__(self) -> None:
-        if self.data < 1 or self.latent < 0:
-            raise UsageError(f"mesh.data={self.data} mesh.latent={self.latent}: data must be >= 1 and latent >= 0")
+        if self.data < 1 or self.latent < 0 or self.member < 1:
+            raise UsageError(
+                f"mesh.data={self.data} mesh.latent={self.latent} mesh.member={self.member}: data and member must be "
+                f">= 1 and latent >= 0"
+            )
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The (data, latent) mesh over `devices` (default: all visible). Raises UsageError if they do not divide."""
+    """The mesh over `devices` (default: all visible). Raises UsageError if they do not divide."""
     devices = jax.devices() if devices is None else devices
-    shape = _shape(config, len(devices))
-    torus = _torus(devices, config.data)
+    shape, axes = _shape(config, len(devices))
+    torus = _torus(devices, config.member * config.data)
     if torus is not None:
-        return Mesh(torus, AXES, axis_types=_EXPLICIT)
-    return jax.make_mesh(shape, AXES, _EXPLICIT, devices=devices)
+        return Mesh(torus.reshape(*shape[:-3], *torus.shape[1:]), axes, axis_types=_explicit(axes))
+    return jax.make_mesh(shape, axes, _explicit(axes), devices=devices)
 
 
 def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
     """The same of devices that are only counted, for shapes and shardings. Raises UsageError as `make_mesh` does."""
-    return AbstractMesh(_shape(config, n_devices), AXES, _EXPLICIT)
+    shape, axes = _shape(config, n_devices)
+    return AbstractMesh(shape, axes, _explicit(axes))
 
 
 def check_divides(mesh: Mesh | AbstractMesh, n_latents: int, batch_size: int) -> None:
@@ -77,7 +86,8 @@ def check_divides(mesh: Mesh | AbstractMesh, n_latents: int, batch_size: int) ->
 
 def sizes(mesh: Mesh) -> dict[str, int]:
     """How many ways a mesh splits along each axis of MeshConfig."""
-    return {"data": mesh.shape[DATA], "latent": math.prod(mesh.shape[name] for name in LATENT)}
+    latent = math.prod(mesh.shape[name] for name in LATENT)
+    return {"data": mesh.shape[DATA], "latent": latent, "member": mesh.shape.get(MEMBER, 1)}
 
 
 def current() -> jax.sharding.AbstractMesh | None:
@@ -107,20 +117,40 @@ def sharding(mesh: Mesh | AbstractMesh, role: P) -> NamedSharding:
     return NamedSharding(mesh, role)
 
 
-def _shape(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
-    latent = config.latent or n_devices // config.data
-    if config.data * latent != n_devices:
+def input_rows(mesh: Mesh | AbstractMesh) -> P:
+    """ROWS of a batch as it comes to the devices: split over `member`, too, so that each byte is sent once."""
+    return P((MEMBER, DATA, *LATENT)) if MEMBER in mesh.shape else ROWS
+
+
+def at_rest(spec: P, mesh: Mesh | AbstractMesh) -> P:
+    """Where an array of a single member lies while it is not worked on: what is split is split over `member`, too."""
+    if MEMBER not in mesh.shape:
+        return spec
+    return P(*((*part, MEMBER) if isinstance(part, tuple) and DATA in part else part for part in spec))
+
+
+def _shape(config: MeshConfig, n_devices: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(sizes, names) of the axes."""
+    others = config.member * config.data
+    latent = config.latent or n_devices // others
+    if others * latent != n_devices:
+        members = f"mesh.member={config.member} x " if config.member > 1 else ""
         raise UsageError(
-            f"mesh.data={config.data} x mesh.latent={latent} is {config.data * latent} devices, but {n_devices} "
-            f"are visible; choose two numbers whose product is {n_devices}"
+            f"{members}mesh.data={config.data} x mesh.latent={latent} is {others * latent} devices, but {n_devices} "
+            f"are visible; choose numbers whose product is {n_devices}"
         )
-    return (config.data, latent, 1, 1)
+    shape = (config.data, latent, 1, 1)
+    return ((config.member, *shape), (MEMBER, *AXES)) if config.member > 1 else (shape, AXES)
 
 
-def _torus(devices: list[jax.Device], data: int) -> np.ndarray | None:
-    """TPU devices by place, [data, *directions], the slowest direction first, as processes are numbered.
+def _explicit(axes: tuple[str, ...]) -> tuple[AxisType, ...]:
+    return (AxisType.Explicit,) * len(axes)
 
-    `data` takes from each direction in turn what divides both. None for devices that are no full torus.
+
+def _torus(devices: list[jax.Device], others: int) -> np.ndarray | None:
+    """TPU devices by place, [others, *directions], the slowest direction first, as processes are numbered.
+
+    `others` (member x data) take from each direction in turn what divides both. None for devices that are no full torus.
     """
     if devices[0].platform != "tpu":
         return None
@@ -133,7 +163,7 @@ def _torus(devices: list[jax.Device], data: int) -> np.ndarray | None:
     z, y, x, cores = map(len, along)
     split = []
     for size in (z, y, x * cores):
-        taken = math.gcd(size, data)
-        data //= taken
+        taken = math.gcd(size, others)
+        others //= taken
         split += [taken, size // taken]
     return grid.reshape(split).transpose(0, 2, 4, 1, 3, 5).reshape(-1, *split[1::2])

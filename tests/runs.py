@@ -154,7 +154,7 @@ def target_of(run: Path) -> TrainState:
 def state_of(run: Path) -> TrainState:
     """The newest state of a run."""
     with Checkpoints(run, writes=False) as saved:
-        return saved.restore(target_of(run))
+        return saved.restore({"": target_of(run)})[""]
 
 
 def bits(state: TrainState) -> dict[str, bytes]:

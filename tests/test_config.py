@@ -84,6 +84,57 @@ def test_mistakes_get_one_line(write, text, flags, message):
     assert "\n" not in str(caught.value)
 
 
+MEMBERS = (
+    YAML
+    + """\
+members:
+- {name: narrow, sae: {k: 2}}
+- {name: b.2, train: {lr: 5e-4, seed: 1, tensorboard: false}}
+"""
+)
+
+
+def parse_members(*argv: str) -> dict[str, Train]:
+    return recipe.parse_members(Train, [*argv, "--data=set", "--out=run"], "sae-jax train")
+
+
+def test_members_are_the_command_with_flags_of_their_own(write):
+    members = parse_members(write(MEMBERS.replace(", tensorboard: false", "")), "--sae.k=4", "--train.seed=7")
+    assert {name: (m.sae.k, m.train.lr, m.train.seed) for name, m in members.items()} == {
+        "narrow": (2, 4e-4, 7),
+        "b.2": (4, 5e-4, 1),
+    }
+    assert {m.train.order for m in members.values()} == {7}
+    flags = parse_members(write(MEMBERS), "--members", "a", "b --sae.n-latents=512 --sae.k 300")
+    assert {name: (m.sae.n_latents, m.sae.k) for name, m in flags.items()} == {"a": (256, 8), "b": (512, 300)}
+    assert list(parse_members(write(YAML))) == [""]
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (("x", "x"), [], "member b.2: train.tensorboard=False, but members share one pass"),
+        (("seed: 1", "batch_size: 5"), [], "member b.2: train.batch_size=5, but members share"),
+        (("k: 2", "k: 300"), [], "member narrow: sae.k=300 must be between"),
+        (("k: 2", "kk: 2"), [], r"member narrow: flag --sae.kk: unknown key 'sae.kk'; did you mean"),
+        (("lr: 5e-4", "lr: fast"), [], "member b.2: .*train.lr"),
+        (("name: b.2", "name: narrow"), [], "member 'narrow': every member needs a name of its own"),
+        (("name: b.2", "name: a/b"), [], "member 'a/b': every member needs a name"),
+        (("name: b.2, ", ""), [], "member '': every member needs a name"),
+        (("sae: {k: 2}", "mesh: {data: 2}"), [], "recipe.yaml: members: mesh: .* there are name, sae and train"),
+        (("sae: {k: 2}", "sae: 2"), [], "recipe.yaml: members: sae: 2 is not a section"),
+        (("- {name: narrow, sae: {k: 2}}", "- narrow"), [], "recipe.yaml: members is .*; give a list"),
+        (("x", "x"), ["--members", "a", "a"], "member 'a': every member"),
+        (("x", "x"), ["--members", "a --out=other"], "member a: out=other, but members share"),
+        (("x", "x"), ["--members", "a 'b"], "No closing quotation"),
+    ],
+)
+def test_mistakes_in_members_get_one_line(write, change, flags, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_members(write(MEMBERS.replace(*change)), *flags)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_recipe_that_is_no_text_is_named(tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfes\x00")
     with pytest.raises(UsageError, match=r"recipe\.yaml: not UTF-8 \(byte 0\)"):

@@ -12,7 +12,7 @@ from sae_jax.types import UsageError
 
 def test_latent_takes_what_data_leaves():
     mesh = meshes.make_mesh(meshes.MeshConfig(data=2))
-    assert meshes.sizes(mesh) == {"data": 2, "latent": 4}
+    assert meshes.sizes(mesh) == {"data": 2, "latent": 4, "member": 1}
     assert all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
 
 

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError("the demo measures on held-out text; name one with harvest.heldout in the recipe")
 
     harvest(settings.harvest, activations_path)
-    train(Train(activations_path, run_path, settings.sae, settings.site, settings.train, settings.mesh))
+    train({"": Train(activations_path, run_path, settings.sae, settings.site, settings.train, settings.mesh)})
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
     result = evaluate(Evaluate(run_path))

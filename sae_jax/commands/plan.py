@@ -44,6 +44,11 @@ class Plan(Generic[S]):
     def __post_init__(self) -> None:
         if self.d_model is None or self.d_model < 1:
             raise UsageError(f"d_model={self.d_model}: a plan needs the width of the rows; give --d-model")
+        if self.mesh.member > 1:
+            raise UsageError(
+                f"mesh.member={self.mesh.member}: a plan is of one autoencoder; give --mesh.member=1 and as --target "
+                f"the share of the machines that one member gets"
+            )
         if not 0 < self.mfu <= 1:
             raise UsageError(f"--mfu={self.mfu} must be above 0 and at most 1")
         if self.timeout <= 0:

@@ -3,13 +3,17 @@
     harvest:  {...}   HarvestConfig          site: resid_post.2       the source to train on
                                              d_model: 768             its width, for plans; checked against the set
     sae:      {...}   the variant's Config   train: {...}             TrainConfig        mesh: {...}  MeshConfig
+    members:  [{name: k16, sae: {k: 16}, train: {lr: 1e-3}}, ...]     several SAEs at once: what each has of its own
 
-The whole file is checked whichever command reads it, so a misspelt key is found at the first one.
+The whole file is checked whichever command reads it, so a misspelt key is found at the first one; what members have of
+their own is looked at by the command that trains them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -19,13 +23,14 @@ from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.progress import console
 from sae_jax.saes import base
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.state import SHARED, TrainConfig
 from sae_jax.types import UsageError
 
 S = TypeVar("S")
 C = TypeVar("C")
 
 DEFAULT_VARIANT = "topk"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a member: a folder, and part of names in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Recipe(Generic[S]):
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    members: tuple[str, ...] = ()
 
 
 def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
@@ -56,6 +62,8 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
     contents = [config.read_yaml(path) for path in files]
     for path, content in zip(files, contents, strict=True):
         _check_sections(path, content)
+        if "members" in content:
+            content["members"] = _as_flags(path, content["members"])
     variant = _typed_variant(flags) or next(
         (v for c in reversed(contents) if (v := c.get("sae", {}).get("variant"))), DEFAULT_VARIANT
     )
@@ -73,6 +81,63 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
             raise UsageError(f"{path}: {error}") from None
         tokens += config.to_tokens({key: value for key, value in content.items() if key in wanted})
     return config.parse(parsed, [*tokens, *flags], prog)
+
+
+def parse_members(command: Any, argv: Sequence[str], prog: str) -> dict[str, Any]:
+    """{name: the command of that member}, or {"": the command} where `members` lists none.
+
+    A member is the same command line with its own flags after it, so its values are typed and refused like all others.
+
+    Raises:
+        UsageError: as `parse`, the member named; or a member that differs in what members share.
+    """
+    together = parse(command, argv, prog)
+    found = {}
+    for words in together.members:
+        name, *flags = _split(words)
+        if not NAME.fullmatch(name) or name in found:
+            raise UsageError(
+                f"member {name!r}: every member needs a name of its own, of letters, digits, '.', '_' and '-'"
+            )
+        try:
+            member = parse(command, [*argv, *flags], prog)
+        except UsageError as error:
+            raise UsageError(f"member {name}: {error}") from None
+        found[name] = _with_shared(name, member, together)
+    return found or {"": together}
+
+
+def _with_shared(name: str, member: Any, together: Any) -> Any:
+    """The member, on the batches of all. Refuses one that differs in more than `sae` and settings of its own."""
+    expected = dict(config.flatten(config.to_dict(together)))
+    for key, value in config.flatten(config.to_dict(member)):
+        own = key.startswith("sae.") or (key.startswith("train.") and key.removeprefix("train.") not in SHARED)
+        if not own and expected[key] != value:
+            raise UsageError(
+                f"member {name}: {key}={value}, but members share one pass over the data; give it to all, as {key}"
+            )
+    return dataclasses.replace(member, train=dataclasses.replace(member.train, order_seed=together.train.order))
+
+
+def _as_flags(path: str, members: Any) -> list[str]:
+    """Members as a recipe lists them, each as the words that `--members` takes for it."""
+    if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+        raise UsageError(f"{path}: members is {members!r}; give a list of {{name: ..., sae: {{...}}, train: {{...}}}}")
+    words = []
+    for member in members:
+        own = {key: value for key, value in member.items() if key != "name"}
+        for key, section in own.items():
+            if key not in ("sae", "train") or not isinstance(section, dict):
+                raise UsageError(f"{path}: members: {key}: {section!r} is not a section; there are name, sae and train")
+        words.append(shlex.join([str(member.get("name", "")), *config.to_tokens(own)]))
+    return words
+
+
+def _split(words: str) -> list[str]:
+    try:
+        return shlex.split(words) or [""]
+    except ValueError as error:
+        raise UsageError(f"--members {words!r}: {error}") from None
 
 
 def _check_sections(path: str, content: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""`sae-jax train RECIPE --data SET --out RUN`."""
+"""`sae-jax train RECIPE --data SET --out RUN`: one autoencoder, or a set of members from one pass over the data."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import recipe, runtime
 from sae_jax.progress import console
-from sae_jax.saes.base import sample_statistics
-from sae_jax.train import loop
+from sae_jax.saes.base import InputNorm, Sample, sample_statistics
+from sae_jax.train import checkpoint, loop
+from sae_jax.train.members import Member
 from sae_jax.train.state import TrainConfig
 from sae_jax.types import UsageError
 
@@ -42,49 +44,62 @@ class Train(Generic[S]):
     mesh: meshes.MeshConfig = field(default_factory=meshes.MeshConfig)
     allow_partial: bool = False
     """train although some shards of the set are not there yet"""
+    members: tuple[str, ...] = ()
+    """train several SAEs at once; each is 'NAME --sae.k=16 --train.lr=1e-3 ...': what it has of its own"""
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, join the other processes, train."""
-    command = recipe.parse(Train, argv, "sae-jax train")
-    if "://" in command.out:
-        raise UsageError(f"--out={command.out}: a run needs a directory that all processes share; URLs are for sets")
+    commands = recipe.parse_members(Train, argv, "sae-jax train")
+    out = next(iter(commands.values())).out
+    if "://" in out:
+        raise UsageError(f"--out={out}: a run needs a directory that all processes share; URLs are for sets")
     runtime.start_distributed()
-    train(command)
+    train(commands)
 
 
-def train(command: Train) -> int:
-    """The run that `command` describes; the step it stands at."""
+def train(commands: dict[str, Train]) -> int:
+    """The run of the members {name: command}, or of one SAE named ""; the step it stands at.
+
+    The commands differ in `sae` and in what is a member's own in `train`.
+    """
     runtime.warn_of_idle_gpu()
+    command = next(iter(commands.values()))
     mesh = meshes.make_mesh(command.mesh)
-    meshes.check_divides(mesh, command.sae.n_latents, command.train.batch_size)
     activations = open_activations(command.data, command.allow_partial)
     site = choose_site(activations, command.site)
     d_model = activations.source(site).d
     if command.d_model not in (None, d_model):
         raise UsageError(f"d_model={command.d_model}, but {site} of {command.data} is {d_model} wide; leave it out")
-    facts = {
+    shared = {
         "data": os.path.abspath(command.data) if "://" not in command.data else command.data,
         "set": activations.content,
         "allow_partial": command.allow_partial,
         "site": site,
         "d_model": d_model,
-        **{name: config.to_dict(getattr(command, name)) for name in ("sae", "train", "mesh")},
+        "mesh": config.to_dict(command.mesh),
     }
-    place = (jax.process_index(), jax.process_count())
-    with Loader(activations, (site,), command.train.batch_size, command.train.seed, *place) as loader:
-        step = loop.train(
-            Path(command.out),
-            facts,
-            command.sae,
-            command.train,
-            mesh,
-            loader,
-            site,
-            lambda: sample_statistics(sample_rows(activations, site), command.sae.input_norm),
+    run = Path(command.out)
+    members = [
+        Member(
+            name,
+            own.sae,
+            own.train,
+            run / checkpoint.MEMBERS / name if name else run,
+            {**shared, "sae": config.to_dict(own.sae), "train": config.to_dict(own.train)},
         )
+        for name, own in commands.items()
+    ]
+    rows = functools.cache(lambda: sample_rows(activations, site))
+
+    def sample(norm: InputNorm) -> Sample:
+        return sample_statistics(rows(), norm)
+
+    place = (jax.process_index(), jax.process_count())
+    with Loader(activations, (site,), command.train.batch_size, command.train.order, *place) as loader:
+        step = loop.train(run, members, mesh, loader, site, sample)
     if jax.process_index() == 0:
-        console.print(f"{command.out}: step {step} of {command.train.steps}")
+        console.print(f"{command.out}: step {step} of {max(own.train.steps for own in commands.values())}")
     return step
 
 

@@ -26,7 +26,9 @@ def per_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
     current = mesh.current()
     if current is None:
         return local
-    return jax.shard_map(local, mesh=current, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    # Axes that are not named here (mesh.MEMBER) are the business of who calls.
+    axes = set(mesh.AXES)
+    return jax.shard_map(local, mesh=current, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def gather(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:

@@ -6,7 +6,9 @@ damaged afterwards is set aside as checkpoints/damaged-<step> and the run goes o
     sae          master weights            average      running average of the weights (train.ema above 0)
     moments      the optimiser's           run          step, statistics (counters, constants), PRNG key
 
-RUN/config.json beside them holds the resolved config. Only this file knows Orbax.
+RUN/config.json beside them holds the resolved config. A set of members is one such directory, the parts of each under
+its name (`k16.sae`, ...); RUN/config.json then lists the members, and RUN/members/<name>/ is a run in all but this: it
+has checkpoints of its own only once the member has left the set. Only this file knows Orbax.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from sae_jax.train import optim
 from sae_jax.train.state import MAY_CHANGE, TrainConfig, TrainState, abstract
 from sae_jax.types import UsageError, UserError
 
+MEMBERS = "members"  # folder of a set's members
+IN_RUN = ("step", "statistics", "key", "values")
 KEPT = 2  # a save that is cut off must leave the one before it
 
 
@@ -58,26 +62,27 @@ class Checkpoints:
         """The step of the newest checkpoint, which may still be on its way to the disk; None if there is none."""
         return None if self._orbax.latest is None else self._orbax.latest.step
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Queue a save; returns once the arrays are copied, so that the state may be donated.
+    def save(self, step: int, states: dict[str, TrainState]) -> None:
+        """Queue a save of {member: state}; returns once the arrays are copied, so that the states may be donated.
 
-        Raises UserError if this save or the one before it cannot be written.
+        The only state of a run without members has the name "". Raises UserError if this save or the one before it
+        cannot be written.
         """
         if self.latest != step:
             with self._reported():
-                self._orbax.save_checkpointables_async(step, _to_tree(state), force=True)
+                self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
 
     def wait(self) -> None:
         """Return when all saves are on the disk. Raises UserError if one cannot be written."""
         with self._reported():
             self._orbax.wait()
 
-    def restore(self, target: TrainState) -> TrainState:
-        """The newest state that can be read, placed as `target` (abstract, see train/state.py) says.
+    def restore(self, targets: dict[str, TrainState]) -> dict[str, TrainState]:
+        """The newest states that can be read, placed as `targets` (abstract, see train/state.py) say.
 
         Checkpoints that cannot be read are set aside once an older one has been. UserError if none can be.
         """
-        step, tree = self.read(_to_tree(target))
+        step, tree = self.read(_to_tree(targets))
         damaged = [c.step for c in self._orbax.checkpoints if c.step > step]
         if damaged:
             if jax.process_index() == 0:
@@ -86,7 +91,7 @@ class Checkpoints:
                     (self._folder / str(newer)).rename(self._folder / f"damaged-{newer}")
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._orbax.reload()
-        return TrainState(sae=tree["sae"], moments=tree["moments"], average=tree.get("average"), **tree["run"])
+        return {name: _from_tree(tree, name) for name in targets}
 
     def read(self, target: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(step, the parts in `target`) of the newest checkpoint that all processes can read."""
@@ -154,29 +159,41 @@ def load_run(run: str | Path, ema: bool = False) -> Loaded:
     train_config = configs.from_dict(TrainConfig, facts["train"])
     if ema and not train_config.ema:
         raise UsageError(f"{run}: train.ema was 0, so the run kept no averaged weights; load it without ema")
-    with Checkpoints(run, writes=False) as checkpoints:
+    where, name = _newest(run)
+    with Checkpoints(where, writes=False) as checkpoints:
         if checkpoints.latest is None:
             raise UserError(f"{run}: no complete checkpoint yet; let training reach train.checkpoint_every steps")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = _to_tree(abstract(sae_config, train_config, facts["d_model"], here))
-        part = "average" if ema else "sae"
-        step, tree = checkpoints.read({part: target[part], "run": target["run"]})
-    sae = optim.read(tree[part])
-    return Loaded(sae, step, float(tree["run"]["statistics"].dead.mean()), facts)
+        target = _to_tree({name: abstract(sae_config, train_config, facts["d_model"], here)})
+        weights, counters = _part(name, "average" if ema else "sae"), _part(name, "run")
+        step, tree = checkpoints.read({part: target[part] for part in (weights, counters)})
+    return Loaded(optim.read(tree[weights]), step, float(tree[counters]["statistics"].dead.mean()), facts)
+
+
+def latest_step(run: Path, name: str = "") -> int | None:
+    """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    held = [step for step in steps if not name or (run / "checkpoints" / str(step) / _part(name, "sae")).exists()]
+    return max(held, default=None)
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """RUN/config.json. Raises UserError where there is none, or it lacks what describes a run."""
-    path = run / "config.json"
+    facts = _facts(run)
     needed = {"sae": dict, "train": dict, "d_model": int, "site": str, "data": str}
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
-        facts = None
-    is_run = isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in needed.items())
-    if not is_run or "variant" not in facts["sae"]:
-        raise UserError(f"{run}: not a run, {path} is missing or damaged; give the --out of `sae-jax train`")
+    if names := members(run):
+        raise UserError(f"{run}: a set of members; name one: {', '.join(str(run / MEMBERS / name) for name in names)}")
+    if not all(isinstance(facts.get(name), kind) for name, kind in needed.items()) or "variant" not in facts["sae"]:
+        raise UserError(
+            f"{run}: not a run, {run / 'config.json'} is missing or damaged; give the --out of `sae-jax train`"
+        )
     return facts
+
+
+def members(run: Path) -> list[str]:
+    """Names of the members that a set was started with; none for a run of one SAE, or no run."""
+    names = _facts(run).get("members")
+    return names if isinstance(names, list) else []
 
 
 def check_resumable(run: Path, facts: dict[str, Any]) -> None:
@@ -193,6 +210,16 @@ def check_resumable(run: Path, facts: dict[str, Any]) -> None:
         )
 
 
+def check_members(run: Path, names: list[str]) -> None:
+    """Refuse to continue a run with other members than it was started with."""
+    before = members(run)
+    for name in sorted(set(before) ^ set(names)):
+        what = "with" if name in before else "without"
+        raise UsageError(
+            f"{run} was started {what} the member {name}; keep the members to resume, or give another --out"
+        )
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong at the bottom, in one line."""
     while error.__cause__ or error.__context__:
@@ -201,7 +228,38 @@ def _reason(error: BaseException) -> str:
     return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 
 
-def _to_tree(state: TrainState) -> dict[str, Any]:
-    run = {"step": state.step, "statistics": state.statistics, "key": state.key}
-    average = {} if state.average is None else {"average": state.average}
-    return {"sae": state.sae, "moments": state.moments, "run": run, **average}
+def _facts(run: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _newest(run: Path) -> tuple[Path, str]:
+    """Which run has the newest checkpoint of this one, and under which name: itself, or the set of which it is one."""
+    path = run.absolute()
+    if path.parent.name == MEMBERS:
+        of_set = latest_step(path.parents[1], path.name)
+        if of_set is not None and of_set > (latest_step(run) or 0):
+            return path.parents[1], path.name
+    return run, ""
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _to_tree(states: dict[str, TrainState]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, state in states.items():
+        tree[_part(name, "sae")], tree[_part(name, "moments")] = state.sae, state.moments
+        tree[_part(name, "run")] = {field: getattr(state, field) for field in IN_RUN}
+        if state.average is not None:
+            tree[_part(name, "average")] = state.average
+    return tree
+
+
+def _from_tree(tree: dict[str, Any], name: str) -> TrainState:
+    parts: dict[str, Any] = {part: tree.get(_part(name, part)) for part in ("sae", "moments", "average")}
+    return TrainState(**parts, **tree[_part(name, "run")])

@@ -33,7 +33,7 @@ from flax import struct
 from jax import lax
 
 if TYPE_CHECKING:
-    from sae_jax.train.state import TrainConfig
+    from sae_jax.train.state import TrainConfig, Values
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
@@ -86,20 +86,22 @@ def learning_rate(config: TrainConfig, n_latents: int) -> float:
     return config.lr if config.lr is not None else 2e-4 / (n_latents / 2**14) ** 0.5
 
 
-def optimiser(config: TrainConfig, n_latents: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate, as the config says."""
-    rate = learning_rate(config, n_latents)
+def optimiser(config: TrainConfig, values: Values) -> optax.GradientTransformation:
+    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate.
+
+    `config` says what is done and in which form moments are kept, `values` how far.
+    """
 
     def init(weights: Any) -> AdamState:
         return AdamState(jnp.int32(0), nothing(weights, config.moments, MEAN), nothing(weights, config.moments, SQUARE))
 
     def update(gradients: Any, state: AdamState, weights: Any = None) -> tuple[Any, AdamState]:
         # One factor, not a quotient of every gradient, of which XLA would make an array.
-        clip = jnp.minimum(1, config.clip / optax.tree.norm(gradients)) if config.clip else 1.0
+        clip = jnp.minimum(1, values.clip / optax.tree.norm(gradients)) if config.clip else 1.0
         count = state.count + 1
         mean = follow(state.mean, gradients, B1, count, salt=0, factor=clip)
         square = follow(state.square, gradients, B2, count, salt=1, factor=clip, power=2)
-        rate_now, fix_square = -rate / correction(B1, count), lax.rsqrt(correction(B2, count))
+        rate_now, fix_square = -values.lr / correction(math.log(B1), count), lax.rsqrt(correction(math.log(B2), count))
 
         def step(m: jax.Array, v: jax.Array) -> jax.Array:
             return rate_now * m / (fix_square * jnp.sqrt(v) + EPS)
@@ -164,18 +166,18 @@ def follow(
     return tree.unflatten([one(8 * leaf + salt, k, x) for leaf, (k, x) in enumerate(pairs)])
 
 
-def average(kept: Any, weights: Any, decay: float, step: jax.Array) -> Any:
+def average(kept: Any, weights: Any, decay: jax.Array | float, step: jax.Array) -> Any:
     """The running average after the step numbered `step` (from 1), which ended in `weights`.
 
     It equals the usual one divided by 1 - decay^t, but is close to the weights from the first step on: rounding costs
     as much as an average moves.
     """
-    return follow(kept, weights, 1 - (1 - decay) / correction(decay, step), step, salt=2)
+    return follow(kept, weights, 1 - (1 - decay) / correction(jnp.log(decay), step), step, salt=2)
 
 
-def correction(decay: float, step: jax.Array) -> jax.Array:
+def correction(log_decay: jax.Array | float, step: jax.Array) -> jax.Array:
     """1 - decay^step, f32[]; written so that it does not cancel near decay = 1."""
-    return -jnp.expm1(step.astype(jnp.float32) * math.log(decay))
+    return -jnp.expm1(step.astype(jnp.float32) * log_decay)
 
 
 def read(kept: Any) -> Any:

@@ -7,8 +7,8 @@ function gives the shapes, dtypes and shardings that a checkpoint is restored in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,10 @@ MAY_CHANGE = (
     "train.tensorboard",
     "mesh.data",
     "mesh.latent",
+    "mesh.member",
 )
+# What belongs to the one pass over the data that the members of a set share; all other settings are a member's own.
+SHARED = ("batch_size", "order_seed", "checkpoint_every", "log_every", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class TrainConfig:
     lr: float | None = None
     """learning rate, constant; None = 2e-4 / sqrt(n_latents / 2^14)"""
     seed: int = 0
-    """of the weights and of the order of the data"""
+    """of the weights"""
+    order_seed: int | None = None
+    """of the order of the data; None = train.seed"""
     clip: float = 1.0
     """global gradient norm is cut to this; 0 = off"""
     ema: float = 0.999
@@ -80,8 +85,46 @@ class TrainConfig:
             if getattr(self, name) not in get_args(optim.Precision):
                 allowed = ", ".join(get_args(optim.Precision))
                 raise UsageError(f"train.{name}={getattr(self, name)!r} does not exist; there are: {allowed}")
-        if not 0 <= self.seed < 2**31:
-            raise UsageError(f"train.seed={self.seed} must be in [0, 2^31)")
+        for name in ("seed", "order_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**31:
+                raise UsageError(f"train.{name}={getattr(self, name)} must be in [0, 2^31)")
+
+    @property
+    def order(self) -> int:
+        """Seed of the order of the data."""
+        return self.seed if self.order_seed is None else self.order_seed
+
+
+@struct.dataclass
+class Values:
+    """Settings that a program takes as data, so that runs which differ in nothing else share it."""
+
+    seed: jax.Array  # i32[]
+    lr: jax.Array  # f32[]
+    clip: jax.Array  # f32[], not used if train.clip is 0
+    ema: jax.Array  # f32[], not used if train.ema is 0
+    dead_after: jax.Array  # i32[]
+
+    @classmethod
+    def of(cls, config: TrainConfig, n_latents: int) -> Self:
+        """The values in a config."""
+        return cls(
+            seed=jnp.int32(config.seed),
+            lr=jnp.float32(optim.learning_rate(config, n_latents)),
+            clip=jnp.float32(config.clip),
+            ema=jnp.float32(config.ema),
+            dead_after=jnp.int32(config.dead_after_tokens),
+        )
+
+
+def program(config: TrainConfig) -> TrainConfig:
+    """`config` with all that is data to the program, or nothing to it, at fixed values: equal where it is shared."""
+    return replace(
+        config,
+        **{"steps": 1, "lr": None, "seed": 0, "dead_after_tokens": 1},
+        **{"order_seed": None, "checkpoint_every": 1, "log_every": 1, "tensorboard": False},
+        **{"clip": float(config.clip > 0), "ema": 0.5 * (config.ema > 0)},
+    )
 
 
 @struct.dataclass
@@ -94,30 +137,36 @@ class TrainState:
     average: Any  # running average of the weights; None when train.ema is 0
     statistics: Statistics
     key: jax.Array  # a step's randomness is this key folded with the step
+    values: Values  # constant
 
 
-def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample) -> TrainState:
-    """The state before the first step, born sharded on the mesh in use. Run under jit."""
-    key = jax.random.key(config.seed)
+def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample, values: Values | None = None) -> TrainState:
+    """The state before the first step, born sharded on the mesh in use. Run under jit.
+
+    `values` stand for those of `config` where several runs share this program.
+    """
+    values = Values.of(config, sae_config.n_latents) if values is None else values
+    key = jax.random.key(values.seed)
     sae = sae_config.init(jax.random.fold_in(key, 0), sample)
     return TrainState(
         step=jnp.int32(0),
         sae=sae,
-        moments=optim.optimiser(config, sae_config.n_latents).init(sae),  # pyrefly: ignore[bad-argument-type]
+        moments=optim.optimiser(config, values).init(sae),  # pyrefly: ignore[bad-argument-type]
         average=optim.nothing(sae, config.ema_dtype, optim.WEIGHT) if config.ema else None,
         statistics=Statistics(
             silent=base.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
-            dead_after=jnp.int32(config.dead_after_tokens),
+            dead_after=values.dead_after,
             loss_scale=1 / sample.variance,
         ),
         key=jax.random.fold_in(key, 1),
+        values=values,
     )
 
 
 def abstract(
     sae_config: SaeConfig, config: TrainConfig, d_model: int, place: Mesh | AbstractMesh | jax.sharding.Sharding
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing anything.
+    """Shapes, dtypes and shardings of the state at rest, without computing anything.
 
     `place` is the mesh to spread the state over (the one in use), or one sharding for every array.
     """
@@ -130,7 +179,7 @@ def abstract(
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # A leaf that no op placed (a scalar, the key) says nothing of a mesh; it is replicated.
         spec = getattr(leaf.sharding, "spec", mesh.REPLICATED)
-        where = place if isinstance(place, jax.sharding.Sharding) else mesh.sharding(place, spec)
+        where = place if isinstance(place, jax.sharding.Sharding) else mesh.sharding(place, mesh.at_rest(spec, place))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree.map(placed, state)

@@ -21,8 +21,7 @@ Metrics = dict[str, jax.Array]
 
 
 def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step of a run. The state it is given is donated: its memory holds the next one."""
-    tx = optim.optimiser(config, sae_config.n_latents)
+    """The jitted step of all runs with this `program(config)`. The state it is given is donated to the next one."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -35,6 +34,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
         with jax.named_scope("optimiser"):
             grad_norm = optax.tree.norm(gradients)
+            tx = optim.optimiser(config, state.values)
             updates, moments = tx.update(gradients, state.moments, state.sae)  # pyrefly: ignore[bad-argument-type]
             # What is not finite moves nothing. It also parts the update from the norms that constraints take of the new
             # weights: XLA's CPU fusion of the two would write every scalar of Adam's out as an array of weights.
@@ -48,7 +48,8 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
             )
             state = state.sae.after_step(state, after_key)
             if config.ema:
-                state = replace(state, average=optim.average(state.average, state.sae, config.ema, state.step))
+                average = optim.average(state.average, state.sae, state.values.ema, state.step)
+                state = replace(state, average=average)
         return state, {
             "loss": loss,
             "fvu": losses.batch_fvu(batch.y, outcome.x_hat),

@@ -122,3 +122,18 @@ def test_wrong_use_of_the_launcher(words: list[str]) -> None:
 @pytest.mark.parametrize("path", sorted((runs.ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
 def test_launch_scripts_parse(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.slow
+def test_members_on_processes_of_their_own(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Two processes, each with two devices and one member of two; then each device with a part of both."""
+    run = tmp_path / "run"
+    members = ("--members", "plain", "fast --train.lr=1e-2", "--train.checkpoint-every=100")
+    for steps, mesh in ((10, "--mesh.member=2"), (14, "--mesh.member=1")):
+        words = runs.train_command(small_set, run, f"--train.steps={steps}", mesh, *members)
+        runs.complete(runs.local(2, words), 2)
+    runs.assert_metrics_close(runs.rows_of(run / "members" / "plain"), runs.rows_of(uninterrupted)[:14])
+    assert [(a["start_step"], a["mesh"]["member"], a["n_processes"]) for a in runs.attempts(run)] == [
+        (0, 2, 2),
+        (10, 1, 2),
+    ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, topk
 from sae_jax.train import optim
-from sae_jax.train.state import TrainConfig, abstract, initial
+from sae_jax.train.state import TrainConfig, Values, abstract, initial
 from sae_jax.train.step import make_step
 from tests.oracles.adam import adam
 
@@ -24,9 +24,14 @@ MESHES = ((1, 8), (2, 4), (8, 1))
 TINY = float(np.finfo(np.float32).tiny)
 
 
+def optimiser(**settings) -> optax.GradientTransformation:
+    config = TrainConfig(**settings)
+    return optim.optimiser(config, Values.of(config, 64))
+
+
 def steps_of_adam(form: str, gradients: np.ndarray, clip: float = 0.0) -> tuple[np.ndarray, optim.AdamState]:
     """Weights that began at zero and the state after these gradients f32[steps, rows, columns], at rate 1."""
-    tx = optim.optimiser(TrainConfig(lr=1.0, clip=clip, moments=form), 64)
+    tx = optimiser(lr=1.0, clip=clip, moments=form)
     weights = jnp.zeros(gradients.shape[1:])
 
     def step(carry, gradient):
@@ -185,7 +190,7 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
     with jax.numpy_dtype_promotion("standard"):
         clip = optax.clip_by_global_norm(1.0)
         theirs, _ = compiled(optax.chain(clip, optax.scale_by_adam(0.9, 0.999, 6.25e-10), optax.scale(-1e-3)))
-    ours = {form: compiled(optim.optimiser(TrainConfig(moments=form), 64)) for form in FORMS}
+    ours = {form: compiled(optimiser(moments=form)) for form in FORMS}
     assert ours["int8"][0] < ours["float32"][0] <= theirs
     assert ours["bfloat16"][0] < ours["float32"][0]
     one_copy = 4 * 2 * 512 * 256

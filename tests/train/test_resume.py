@@ -27,6 +27,7 @@ from sae_jax.saes import topk
 from sae_jax.saes.base import sample_statistics
 from sae_jax.train import logs, loop
 from sae_jax.train.checkpoint import Checkpoints, check_resumable, load, read_config
+from sae_jax.train.members import Member
 from sae_jax.train.state import MAY_CHANGE, TrainConfig
 from sae_jax.types import UsageError, UserError
 from tests import runs
@@ -208,7 +209,7 @@ def test_reads_the_newest_that_can_be_read(copied: Path, damage) -> None:
     assert np.isfinite(load(copied).w_enc).all()
     assert runs.checkpoints(copied) == [150, 200]  # who only reads changes nothing
     with Checkpoints(copied) as checkpoints:
-        assert int(checkpoints.restore(runs.target_of(copied)).step) == 150
+        assert int(checkpoints.restore({"": runs.target_of(copied)})[""].step) == 150
         assert checkpoints.latest == 150
     assert runs.checkpoints(copied) == [150]
 
@@ -217,7 +218,7 @@ def test_nothing_is_set_aside_when_no_checkpoint_can_be_read(copied: Path) -> No
     for step in (150, 200):
         _empty(copied / f"checkpoints/{step}")
     with Checkpoints(copied) as checkpoints, pytest.raises(UserError, match=r"no checkpoint can be read .*--out"):
-        checkpoints.restore(runs.target_of(copied))
+        checkpoints.restore({"": runs.target_of(copied)})
     assert runs.checkpoints(copied) == [150, 200]
 
 
@@ -228,8 +229,8 @@ def test_remains_of_a_cut_save(copied: Path) -> None:
     load(copied)
     assert remains.exists()
     with Checkpoints(copied) as checkpoints:
-        assert int(checkpoints.restore(runs.target_of(copied)).step) == 200
-        checkpoints.save(250, runs.state_of(copied))
+        assert int(checkpoints.restore({"": runs.target_of(copied)})[""].step) == 200
+        checkpoints.save(250, {"": runs.state_of(copied)})
     assert not remains.exists()
     assert runs.checkpoints(copied) == [200, 250]
 
@@ -260,8 +261,8 @@ def test_allowed_changes(copied: Path) -> None:
 @pytest.mark.parametrize("every", [1, 2, 3, 10, 1000])
 def test_marks(every: int) -> None:
     """Two marks apart is at most one interval: the older of two saves is on the disk before the younger begins."""
-    config = TrainConfig(steps=10**6, checkpoint_every=every)
-    marks = [step for step in range(1, 5 * every + 1) if loop._is_due(step, config)]
+    member = Member("", topk.Config(), TrainConfig(steps=10**6, checkpoint_every=every), Path(), {})
+    marks = [step for step in range(1, 5 * every + 1) if loop._is_due(step, [member])]
     assert all(step in marks for step in range(every, 5 * every + 1, every))
     assert all(later - earlier <= max(every, 2) for earlier, later in zip(marks, marks[2:], strict=False))
 
@@ -294,7 +295,8 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
     # optax does not pass under strict promotion.
     with jax.numpy_dtype_promotion("standard"), Loader(activations, ("acts",), 64, 0) as loader, stopped:
         poisoned = Poisoned(loader, 7)
-        loop.train(tmp_path, facts, sae_config, config, mesh, poisoned, "acts", lambda: sample)
+        members = [Member("", sae_config, config, tmp_path, facts)]
+        loop.train(tmp_path, members, mesh, poisoned, "acts", lambda norm: sample)
     failure = json.loads((tmp_path / "failure-0.json").read_text())
     assert (failure["step"], failure["last_checkpoint"]) == (8, 6)
     assert runs.checkpoints(tmp_path) == [4, 6]

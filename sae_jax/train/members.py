@@ -1,0 +1,205 @@
+"""Members: the SAEs that learn from one pass over the data, and how they lie on the devices.
+
+    data, latent    one SAE is spread over these axes
+    member          in a lane, every slice of the mesh along this axis steps an SAE of its own
+
+Each batch is placed once, split over all devices, and gathered over `member` once. Then lane after lane is stepped on
+it. Without a `member` axis a lane is one SAE. All lanes that share a program (same variant, sizes and dtypes; learning
+rate, seed and the like are data) share its compilation.
+
+Members in turn, not stacked under `lax.map`: it takes as long, and the map would hold the stack of states twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sae_jax import mesh as meshes
+from sae_jax.saes.base import Batch, InputNorm, SaeConfig, Sample
+from sae_jax.train.state import TrainConfig, TrainState, Values, abstract, initial, program
+from sae_jax.train.step import Metrics, make_step
+from sae_jax.types import UsageError
+
+T = TypeVar("T")
+Program = tuple[SaeConfig, TrainConfig]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One SAE of a run."""
+
+    name: str  # "" if it is the only one
+    sae: SaeConfig
+    train: TrainConfig
+    folder: Path  # of config.json and metrics.jsonl; the run's own if it is the only one
+    facts: dict[str, Any]  # what config.json says
+
+    @property
+    def program(self) -> Program:
+        """Members for which this is equal can share a compiled program."""
+        return self.sae, program(self.train)
+
+    def __str__(self) -> str:
+        return f"member {self.name}" if self.name else "train"
+
+
+class Lane:
+    """Members that one call steps: one of them, or one on each slice of the mesh's member axis."""
+
+    def __init__(self, members: Sequence[Member], states: dict[str, TrainState], mesh: Mesh, step: Any) -> None:
+        """`states` are consumed. A slice without a member repeats the first one, and nobody looks."""
+        self.members = tuple(members)
+        self._n_slices = meshes.sizes(mesh)["member"]
+        self._mesh, self._step = mesh, step
+        own = [states.pop(member.name) for member in members]
+        if self._n_slices == 1:
+            (self._state,) = own
+        else:
+            self._state = _in_order(jax.jit(_stack)(own + own[:1] * (self._n_slices - len(own))))
+
+    def step(self, batch: Batch) -> Metrics:
+        """Queue a step of all members; the metrics f32[], or f32[member]."""
+        self._state, metrics = self._step(self._state, batch)
+        return _in_order(metrics)
+
+    def metrics_of(self, member: Member, metrics: Metrics) -> dict[str, float]:
+        """A member's share of fetched metrics."""
+        i = self.members.index(member)
+        return {name: float(value if self._n_slices == 1 else value[i]) for name, value in metrics.items()}
+
+    def states(self, members: Sequence[Member]) -> dict[str, TrainState]:
+        """The states of some of the members, as they are at rest."""
+        if self._n_slices == 1:
+            return {member.name: self._state for member in members}
+        own = _in_order(jax.jit(_unstack, static_argnums=(1, 2))(self._state, self._mesh, len(self.members)))
+        return {member.name: state for member, state in zip(self.members, own, strict=True) if member in members}
+
+
+def check_lanes(members: Sequence[Member], mesh: Mesh) -> None:
+    """Refuse members that leave slices of the member axis idle, and sizes that the mesh cannot split."""
+    n_slices = meshes.sizes(mesh)["member"]
+    for own in _by_program(members).values():
+        meshes.check_divides(mesh, own[0].sae.n_latents, own[0].train.batch_size)
+        if len(own) % n_slices:
+            names = ", ".join(member.name for member in own) or "one SAE"
+            raise UsageError(
+                f"mesh.member={n_slices}: the members that share a program must fill {n_slices} slices, these do not: "
+                f"{names}; use mesh.member=1, or one that divides {len(own)}"
+            )
+
+
+def lanes_of(members: Sequence[Member], states: dict[str, TrainState], mesh: Mesh) -> list[Lane]:
+    """All members in as few lanes as possible; `states` are consumed."""
+    n_slices = meshes.sizes(mesh)["member"]
+    found = []
+    for (sae_config, train_config), own in _by_program(members).items():
+        step: Any = make_step(sae_config, train_config)
+        if n_slices > 1:
+            step = _on_slices(step)
+        found += [Lane(own[i : i + n_slices], states, mesh, step) for i in range(0, len(own), n_slices)]
+    return found
+
+
+def initial_states(members: Sequence[Member], sample: Callable[[InputNorm], Sample], mesh: Mesh) -> dict[str, Any]:
+    """{member: its state before the first step}, at rest."""
+    states = {}
+    for (sae_config, train_config), own in _by_program(members).items():
+        places = jax.tree.map(
+            lambda leaf: leaf.sharding, abstract(sae_config, train_config, own[0].facts["d_model"], mesh)
+        )
+
+        def born(sample: Sample, values: Values, sae_config=sae_config, train_config=train_config, places=places):
+            state = initial(sae_config, train_config, sample, values)
+            return jax.tree.map(jax.sharding.reshard, state, places)
+
+        born = jax.jit(born)
+        for member in own:
+            values = Values.of(member.train, sae_config.n_latents)
+            states[member.name] = _in_order(born(sample(sae_config.input_norm), values))
+    return states
+
+
+def place(rows: Any, mesh: Mesh) -> Batch:
+    """This process's rows as its part of the global batch: sent to all devices once, ROWS in every slice."""
+    x = jax.make_array_from_process_local_data(meshes.sharding(mesh, meshes.input_rows(mesh)), rows)
+    x = _in_order(jax.sharding.reshard(x, meshes.sharding(mesh, meshes.ROWS)))
+    return Batch(x, x)
+
+
+def _in_order(x: T) -> T:
+    """`x`; on the CPU done first, if there are several devices.
+
+    Its devices start programs that do not depend on each other in any order. With collectives in them they wait for
+    each other for ever, as they do, over several processes, with more than some thirty programs in flight.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.block_until_ready(x)
+    return x
+
+
+def _by_program(members: Sequence[Member]) -> dict[Program, list[Member]]:
+    groups: dict[Program, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.program, []).append(member)
+    return groups
+
+
+def _on_slices(step: Any) -> Any:
+    """`step` for a stack of states, one on each slice. Slices may take different branches: no collective joins them.
+
+    At the border of a `jax.shard_map` over one axis of several, arrays that are explicitly split along the others are
+    gathered (JAX 0.10). So they are compiler-chosen there, and explicit again inside; what the compiler chooses is
+    what stands on both sides.
+    """
+    member, others = {meshes.MEMBER}, meshes.AXES
+
+    def step_all(stack: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        stack_specs, batch_specs = (jax.tree.map(_spec, tree) for tree in (stack, batch))
+        own_specs = jax.tree.map(lambda leaf: P(*_spec(leaf)[1:]), stack)
+
+        def local(stack_1: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            explicit = jax.sharding.explicit_axes(step, axes=others, in_sharding=(own_specs, batch_specs))
+            state, metrics = explicit(jax.tree.map(lambda leaf: leaf[0], stack_1), batch)
+            return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
+
+        specs = {"in_specs": (P(meshes.MEMBER), P()), "out_specs": P(meshes.MEMBER)}
+        on_slices = jax.shard_map(local, **specs, axis_names=member, check_vma=False)
+        implicit = jax.sharding.auto_axes(on_slices, axes=others, out_sharding=(stack_specs, P(meshes.MEMBER)))
+        stack, metrics = implicit(stack, batch)
+        # Every process logs all members.
+        return stack, jax.tree.map(lambda value: jax.sharding.reshard(value, meshes.REPLICATED), metrics)
+
+    return jax.jit(step_all, donate_argnums=0)
+
+
+def _spec(leaf: jax.Array) -> P:
+    return jax.typeof(leaf).sharding.spec
+
+
+def _stack(states: list[TrainState]) -> TrainState:
+    def stacked(*leaves: jax.Array) -> jax.Array:
+        parts = map(_without_member, _spec(leaves[0]))
+        return jax.sharding.reshard(jnp.stack(leaves), P(meshes.MEMBER, *parts))
+
+    return jax.tree.map(stacked, *states)
+
+
+def _unstack(state: TrainState, mesh: Mesh, n: int) -> list[TrainState]:
+    def at_rest(leaf: jax.Array) -> jax.Array:
+        spec = meshes.at_rest(P(*_spec(leaf)[1:]), mesh)
+        return jax.sharding.reshard(leaf, P(None, *spec))
+
+    state = jax.tree.map(at_rest, state)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(n)]
+
+
+def _without_member(part: Any) -> Any:
+    return tuple(name for name in part if name != meshes.MEMBER) if isinstance(part, tuple) else part
