@@ -166,13 +166,13 @@ def _on_slices(step: Any) -> Any:
         own_specs = jax.tree.map(lambda leaf: P(*_spec(leaf)[1:]), stack)
 
         def local(stack_1: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            explicit = jax.sharding.explicit_axes(step, axes=others, in_sharding=(own_specs, batch_specs))
+            explicit: Any = jax.sharding.explicit_axes(step, axes=others, in_sharding=(own_specs, batch_specs))
             state, metrics = explicit(jax.tree.map(lambda leaf: leaf[0], stack_1), batch)
             return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
 
         specs = {"in_specs": (P(meshes.MEMBER), P()), "out_specs": P(meshes.MEMBER)}
         on_slices = jax.shard_map(local, **specs, axis_names=member, check_vma=False)
-        implicit = jax.sharding.auto_axes(on_slices, axes=others, out_sharding=(stack_specs, P(meshes.MEMBER)))
+        implicit: Any = jax.sharding.auto_axes(on_slices, axes=others, out_sharding=(stack_specs, P(meshes.MEMBER)))
         stack, metrics = implicit(stack, batch)
         # Every process logs all members.
         return stack, jax.tree.map(lambda value: jax.sharding.reshard(value, meshes.REPLICATED), metrics)
