@@ -150,7 +150,7 @@ def _explicit(axes: tuple[str, ...]) -> tuple[AxisType, ...]:
 def _torus(devices: list[jax.Device], others: int) -> np.ndarray | None:
     """TPU devices by place, [others, *directions], the slowest direction first, as processes are numbered.
 
-    `others` (member x data) take from each direction in turn what divides both. None for devices that are no full torus.
+    `others` (member x data) take from each direction in turn what divides both. None for what is no full torus.
     """
     if devices[0].platform != "tpu":
         return None
