@@ -72,7 +72,7 @@ def test_a_set_of_another_width_is_refused(small_set, tmp_path):
     """The width in a recipe is what its plan was made for."""
     words = [f"--data={small_set}", f"--out={tmp_path / 'run'}", "--sae.n-latents=64", "--sae.k=4", "--d-model=9"]
     with pytest.raises(UsageError, match=r"d_model=9, but acts .* is 8 wide"):
-        train.train(recipe.parse(train.Train, words, "sae-jax train"))
+        train.train({"": recipe.parse(train.Train, words, "sae-jax train")})
 
 
 @pytest.mark.parametrize(
