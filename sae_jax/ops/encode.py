@@ -203,7 +203,7 @@ def _backward(select, width, dtype, saved, cotangent: tuple[Code, jax.Array, Any
 
         codes = rows.shared(index_BK), rows.shared(g_BK)
         g_w_RD, _ = sparse.accumulated(block, g_w_RD, (rows.own(x_RD), *codes))
-        g_b_F = jnp.zeros(n_local).at[index_BK.ravel()].add(g_BK.ravel())
+        g_b_F = sparse.add_up(index_BK, g_BK, n_local)
         g_b_R = spmd.reduce_scatter(g_b_F, mesh.DATA)
         g_b_pre_D = -spmd.total(jnp.matmul(g_b_R, w_RD, precision=EXACT))
         # Dropped by the compiler wherever x is data, which needs no gradient.

@@ -24,6 +24,8 @@ from sae_jax.mesh import CODE, DICT, ROWS
 from sae_jax.ops import spmd, tuning
 from sae_jax.types import Code
 
+SINGLES = 4096  # chunks of single numbers are those of rows of this width: longer sorts take a TPU's compiler long
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def decode(code: Code, w_dec_FD: jax.Array, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +93,7 @@ def fired(code: Code, n_latents: int, above: float) -> jax.Array:
     def local(code):
         n_local = n_latents // mesh.axis_size(mesh.LATENT)
         index_BK = code.indices - spmd.first_latent(n_local)
-        hits_F = jnp.zeros(n_local).at[index_BK.ravel()].add((code.values > above).astype(jnp.float32).ravel())
+        hits_F = add_up(index_BK, (code.values > above).astype(jnp.float32), n_local)
         return spmd.reduce_scatter(hits_F, mesh.DATA) > 0
 
     return spmd.per_device(local, (spmd.CODES,), DICT)(code)
@@ -150,6 +152,21 @@ def scatter_rows(sum_FD: jax.Array, index_BK: jax.Array, weight_BK: jax.Array, r
     return _for_active(weight_BK, rows_BD.shape[1], add_pairs, sum_FD)
 
 
+def add_up(index_BK: jax.Array, weight_BK: jax.Array, n_latents: int) -> jax.Array:
+    """Each weight added to its latent: f32[F]. One device.
+
+    A TPU sorts the indices of a scatter of single numbers, so the empty slots had better stay out of it.
+    """
+    zeros_F = jnp.zeros(n_latents)
+    if not _mostly_empty():
+        return zeros_F.at[index_BK.ravel()].add(weight_BK.ravel())
+
+    def add_pairs(sum_F, pairs):
+        return sum_F.at[pairs.take(index_BK)].add(pairs.take(weight_BK))
+
+    return _for_active(weight_BK, SINGLES, add_pairs, zeros_F)
+
+
 def sampled_products(index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array) -> jax.Array:
     """Inner product of each row with its K chosen table rows, 0 where the weight is: f32[B, K]. One device."""
     if tuning.current().kernels:
@@ -180,9 +197,12 @@ class _Pairs:
         return jnp.where(self.is_one, x_BK[self.row, self.slot], 0)
 
 
-def _for_active(weight_BK: jax.Array, d_model: int, body: Callable, carry: jax.Array) -> jax.Array:
-    """`body` over the pairs whose weight is not 0, a chunk at a time and no more chunks than they fill."""
-    size = min(max(1, tuning.current().pair_bytes // (4 * d_model)), weight_BK.size)
+def _for_active(weight_BK: jax.Array, width: int, body: Callable, carry: jax.Array) -> jax.Array:
+    """`body` over the pairs whose weight is not 0, a chunk at a time and no more chunks than they fill.
+
+    A chunk is as many rows f32[width] as keep to the budget.
+    """
+    size = min(max(1, tuning.current().pair_bytes // (4 * width)), weight_BK.size)
     upto_P = jnp.cumsum((weight_BK != 0).ravel(), dtype=jnp.int32)
 
     def chunk(i, carry):
