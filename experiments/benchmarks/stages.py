@@ -32,7 +32,7 @@ from sae_jax.ops import encode, sparse, topk, tuning
 from sae_jax.saes import base
 from sae_jax.saes.topk import Config
 from sae_jax.train import optim
-from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.state import TrainConfig, Values, initial
 from sae_jax.train.step import make_step
 
 CANNOT_HIDE = ("encoder product and selection", "Adam", "running average")
@@ -87,7 +87,8 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     x_BD = jnp.asarray(np.concatenate([*common.structured_rows(b, d, seed=0)]))
     sample = base.sample_statistics(np.asarray(x_BD), "none")
     begin = jax.jit(lambda sample: initial(sae_config, train_config, sample))
-    state, tx = begin(sample), optim.optimiser(train_config, n)
+    values = Values.of(train_config, n)
+    state, tx = begin(sample), optim.optimiser(train_config, values)
     sae = state.sae
     bf16, cut = jnp.dtype(jnp.bfloat16), tuning.current()
     largest = jax.jit(lambda x, sae: encode.largest(x.astype(bf16), sae.w_enc, sae.b_enc, k, bf16))
