@@ -105,7 +105,7 @@ def main(config: Config) -> None:
         words = [str(RECIPE), f"--data={data}", f"--out={run}", *small[1:], *flags, f"--train.seed={seed}"]
         command = recipe.parse(Train, words, "state_precision")
         with bend(bent):
-            train(command)
+            train({"": command})
             fvu = {"live": heldout_fvu(load(run), heldout_ND), "average": heldout_fvu(load(run, ema=True), heldout_ND)}
         results.append({"name": name, "steps": steps, "bytes_per_latent": bytes_per_latent(command), **fvu})
         console.print(

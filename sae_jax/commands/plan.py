@@ -14,6 +14,7 @@ from sae_jax import mesh as meshes
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.spec import DTYPES
 from sae_jax.commands import recipe
+from sae_jax.ops.tuning import EngineConfig
 from sae_jax.plan import analytic, compile, report, targets
 from sae_jax.progress import console
 from sae_jax.train.state import TrainConfig
@@ -40,6 +41,7 @@ class Plan(Generic[S]):
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: meshes.MeshConfig = field(default_factory=meshes.MeshConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         if self.d_model is None or self.d_model < 1:
@@ -68,6 +70,7 @@ def plan(command: Plan) -> dict[str, Any]:
     """The report on what `command` describes (sae_jax/plan/report.py)."""
     target = targets.parse(command.target)
     mesh = meshes.abstract_mesh(command.mesh, target.n_devices)
+    command.engine.on("tpu" if target.is_tpu else "gpu")
     meshes.check_divides(mesh, command.sae.n_latents, command.train.batch_size)
     assert command.d_model is not None
     step = analytic.step(command.sae, command.train, command.d_model, mesh)
@@ -77,7 +80,6 @@ def plan(command: Plan) -> dict[str, Any]:
     compiled = None
     if compile.is_installed(target):
         console.print(f"compiling for {target.name} ...")
-        compiled = compile.compile_step(
-            target, command.sae, command.train, command.mesh, command.d_model, command.timeout
-        )
+        parts = (command.sae, command.train, command.mesh, command.engine)
+        compiled = compile.compile_step(target, *parts, command.d_model, command.timeout)
     return report.report(target, step, run, command.mfu, compiled)

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from sae_jax import config
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.mesh import MeshConfig
+from sae_jax.ops.tuning import EngineConfig
 from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.train.state import SHARED, TrainConfig
@@ -43,6 +44,7 @@ class Recipe(Generic[S]):
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     members: tuple[str, ...] = ()
 
 
@@ -141,7 +143,7 @@ def _split(words: str) -> list[str]:
 
 
 def _check_sections(path: str, content: dict[str, Any]) -> None:
-    for name in ("harvest", "sae", "train", "mesh"):
+    for name in ("harvest", "sae", "train", "mesh", "engine"):
         section = content.get(name, {})
         if not isinstance(section, dict):
             raise UsageError(f"{path}: {name} is {section!r}; give it `key: value` pairs or leave it out")

@@ -17,6 +17,7 @@ from sae_jax.activations.loader import Loader
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import recipe, runtime
+from sae_jax.ops import tuning
 from sae_jax.progress import console
 from sae_jax.saes.base import InputNorm, Sample, sample_statistics
 from sae_jax.train import checkpoint, loop
@@ -42,6 +43,7 @@ class Train(Generic[S]):
     """width the source must have; None = whatever it has"""
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: meshes.MeshConfig = field(default_factory=meshes.MeshConfig)
+    engine: tuning.EngineConfig = field(default_factory=tuning.EngineConfig)
     allow_partial: bool = False
     """train although some shards of the set are not there yet"""
     members: tuple[str, ...] = ()
@@ -66,6 +68,7 @@ def train(commands: dict[str, Train]) -> int:
     runtime.warn_of_idle_gpu()
     command = next(iter(commands.values()))
     mesh = meshes.make_mesh(command.mesh)
+    engine = command.engine.on(mesh.devices.flat[0].platform)
     activations = open_activations(command.data, command.allow_partial)
     site = choose_site(activations, command.site)
     d_model = activations.source(site).d
@@ -78,6 +81,7 @@ def train(commands: dict[str, Train]) -> int:
         "site": site,
         "d_model": d_model,
         "mesh": config.to_dict(command.mesh),
+        "engine": config.to_dict(command.engine),
     }
     run = Path(command.out)
     members = [
@@ -96,7 +100,8 @@ def train(commands: dict[str, Train]) -> int:
         return sample_statistics(rows(), norm)
 
     place = (jax.process_index(), jax.process_count())
-    with Loader(activations, (site,), command.train.batch_size, command.train.order, *place) as loader:
+    batch_size, order = command.train.batch_size, command.train.order
+    with tuning.using(engine), Loader(activations, (site,), batch_size, order, *place) as loader:
         step = loop.train(run, members, mesh, loader, site, sample)
     if jax.process_index() == 0:
         console.print(f"{command.out}: step {step} of {max(own.train.steps for own in commands.values())}")

@@ -58,24 +58,29 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise UsageError(f"engine.{name}={value} must be at least 1; leave it out for the back end's own")
-        tuning = self.on("cpu")
-        if tuning.block_bytes < 4 * MIN_TILE * tuning.block_rows:
-            least = -(-4 * MIN_TILE * tuning.block_rows // MIB)
-            raise UsageError(
-                f"engine.block_mib={tuning.block_bytes // MIB} holds less than {MIN_TILE} latents of "
-                f"engine.block_rows={tuning.block_rows} rows; use at least {least}"
-            )
 
     def on(self, platform: str) -> Tuning:
-        """The table's row for a platform ("cpu", "gpu", "tpu") with what is given here instead."""
+        """The table's row for a platform ("cpu", "gpu", "tpu") with what is given here instead.
+
+        Raises UsageError for what cannot work there.
+        """
+        if self.kernels and platform != "gpu":
+            raise UsageError(f"engine.kernels=true needs a GPU, but this runs on a {platform}; leave it out")
         row = TABLE[platform]
-        return replace(
+        tuning = replace(
             row,
             block_bytes=row.block_bytes if self.block_mib is None else self.block_mib * MIB,
             block_rows=self.block_rows or row.block_rows,
             exchange_bytes=row.exchange_bytes if self.exchange_mib is None else self.exchange_mib * MIB,
             kernels=self.kernels,
         )
+        if tuning.block_bytes < 4 * MIN_TILE * tuning.block_rows:
+            least = -(-4 * MIN_TILE * tuning.block_rows // MIB)
+            raise UsageError(
+                f"engine.block_mib={tuning.block_bytes // MIB} holds less than {MIN_TILE} latents of "
+                f"engine.block_rows={tuning.block_rows} rows; use at least {least}"
+            )
+        return tuning
 
 
 _chosen: ContextVar[Tuning | None] = ContextVar("tuning", default=None)

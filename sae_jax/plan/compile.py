@@ -25,6 +25,7 @@ from sae_jax.errors import UsageError, UserError
 from sae_jax.plan.targets import Target
 
 INSTALL = "pip install 'sae_jax[plan]'"
+PARTS = ("sae", "train", "mesh", "engine")
 
 # Devices that are there stay out of it. Without the rest libtpu asks a metadata server who it is, complains that none
 # answers, and refuses to work in two processes at once.
@@ -63,7 +64,9 @@ def is_installed(target: Target) -> bool:
     return False
 
 
-def compile_step(target: Target, sae: Any, train: Any, mesh: Any, d_model: int, timeout: float = 600.0) -> Compiled:
+def compile_step(
+    target: Target, sae: Any, train: Any, mesh: Any, engine: Any, d_model: int, timeout: float = 600.0
+) -> Compiled:
     """The step of these configs on this target.
 
     Args:
@@ -71,6 +74,7 @@ def compile_step(target: Target, sae: Any, train: Any, mesh: Any, d_model: int, 
         sae: the variant's config.
         train: TrainConfig.
         mesh: MeshConfig.
+        engine: EngineConfig.
         d_model: width of the rows.
         timeout: seconds until the compiler is killed.
 
@@ -79,7 +83,7 @@ def compile_step(target: Target, sae: Any, train: Any, mesh: Any, d_model: int, 
         UserError: the compiler failed, was killed or took too long.
     """
     job = {"topology": target.topology, "d_model": d_model}
-    job |= {name: configs.to_dict(part) for name, part in (("sae", sae), ("train", train), ("mesh", mesh))}
+    job |= {name: configs.to_dict(part) for name, part in zip(PARTS, (sae, train, mesh, engine), strict=True)}
     with tempfile.TemporaryDirectory() as folder:
         answer, program = Path(folder) / "answer.json", Path(folder) / "program.txt"
         try:
@@ -129,7 +133,8 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     mesh = meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), list(devices))
     meshes.check_divides(mesh, sae.n_latents, train.batch_size)
     answer: dict[str, Any] = {}
-    with jax.set_mesh(mesh), tuning.using(tuning.TABLE[devices[0].platform]):
+    engine = configs.from_dict(tuning.EngineConfig, job["engine"])
+    with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
         state = abstract(sae, train, job["d_model"], mesh)
         rows = jax.ShapeDtypeStruct(
             (train.batch_size, job["d_model"]), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS)

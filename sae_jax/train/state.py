@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.tensorboard",
+    *("engine.block_mib", "engine.block_rows", "engine.exchange_mib", "engine.kernels"),
     "mesh.data",
     "mesh.latent",
     "mesh.member",

@@ -144,12 +144,18 @@ def test_a_device_decodes_its_share(arrays, shape):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"block_mib": 0}, {"block_rows": 0}, {"exchange_mib": -1}, {"block_mib": 1, "block_rows": 4096}],
+    [
+        {"block_mib": 0},
+        {"block_rows": 0},
+        {"exchange_mib": -1},
+        {"block_mib": 1, "block_rows": 4096},
+        {"kernels": True},
+    ],
     ids=str,
 )
 def test_budgets_that_cannot_work_are_refused(settings):
     with pytest.raises(UsageError, match=r"engine\."):
-        tuning.EngineConfig(**settings)
+        tuning.EngineConfig(**settings).on("cpu")
 
 
 def test_code_is_descending_and_never_negative(arrays):

@@ -10,6 +10,7 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.commands import main as cli
+from sae_jax.ops.tuning import EngineConfig
 from sae_jax.plan import analytic, compile, hlo, targets
 from sae_jax.saes import base
 from sae_jax.train.state import TrainConfig
@@ -33,7 +34,9 @@ N, D, K, BATCH = 8192, 256, 16, 512
 @cache
 def toy(name: str, n_latents: int = N) -> compile.Compiled:
     sae = base.config_class("topk")(n_latents=n_latents, k=K)
-    return compile.compile_step(targets.parse(name), sae, TrainConfig(batch_size=BATCH), meshes.MeshConfig(), D)
+    return compile.compile_step(
+        targets.parse(name), sae, TrainConfig(batch_size=BATCH), meshes.MeshConfig(), EngineConfig(), D
+    )
 
 
 def plan(capsys, recipe: str, target: str, *flags: str) -> dict:
@@ -92,6 +95,7 @@ def test_a_compiler_that_does_not_come_back_is_ended():
             base.config_class("topk")(n_latents=N, k=K),
             TrainConfig(batch_size=BATCH),
             meshes.MeshConfig(),
+            EngineConfig(),
             D,
             timeout=0.5,
         )

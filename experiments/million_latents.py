@@ -1,0 +1,144 @@
+"""Does a dictionary of a million latents train on a laptop, and what do eight times the latents buy in a short run?
+
+Question: does an SAE of 2^20 latents train on two CPU cores, in how much memory, how many of its latents come alive, and
+what is its held-out FVU beside that of 2^17 latents after equal tokens? Is it the same run in two processes, each with
+half of the state?
+Guess: it does, at some seconds a step; after so few tokens the wide one is no better, since most of its latents have
+hardly been seen; two processes agree to rounding.
+Command: sae-jax harvest configs/demo.yaml --out SET
+         python experiments/million_latents.py --data SET --out OUT
+Answer: not run yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from sae_jax.activations.harvest import harvest
+from sae_jax.activations.store import open_activations
+from sae_jax.commands import recipe
+from sae_jax.evaluation.reconstruction import Reconstruction
+from sae_jax.evaluation.text import held_out
+from sae_jax.progress import console
+from sae_jax.train import logs
+from sae_jax.train.checkpoint import load, load_run
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "configs" / "demo.yaml"
+BATCH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how long to train."""
+
+    out: Path = Path("build/million_latents")
+    """Folder for the runs and results.json."""
+    data: Path | None = None
+    """The demo's activation set; made in `out` if not given."""
+    steps: int = 250
+    """Optimiser steps of each of the two widths."""
+    compared: int = 10
+    """Steps after which one process and two are compared."""
+    smoke: bool = False
+    """Small widths, few steps: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train both widths, then the wide one for a few steps as two processes; write OUT/results.json."""
+    small = ["--harvest.tokens=20480"] if config.smoke else []
+    wide, narrow = (4096, 512) if config.smoke else (2**20, 2**17)
+    steps, compared = (20, 3) if config.smoke else (config.steps, config.compared)
+    data = config.data or config.out / "set"
+    settings = recipe.parse(recipe.Recipe, [str(RECIPE), *small], "million_latents")
+    if not data.exists():
+        harvest(settings.harvest, str(data))
+    text = held_out(open_activations(str(data)), settings.site, 2**31)
+    assert text is not None
+    heldout_ND = text.rows()[: 512 if config.smoke else 8192]
+
+    results: dict[str, Any] = {}
+    for n_latents in (wide, narrow):
+        run = config.out / str(n_latents)
+        seconds, peak = train(data, run, n_latents, steps)
+        results[str(n_latents)] = {**curve(run), **held_out_figures(run, heldout_ND), "gib": peak, "seconds": seconds}
+        write(config.out, results)
+    for n_processes in (1, 2):
+        run = config.out / f"processes-{n_processes}"
+        _, peak = train(data, run, wide, compared, n_processes)
+        rows = logs.read_metrics(run)
+        results[f"processes-{n_processes}"] = {
+            "fvu": [row["fvu"] for row in rows],
+            "loss": [row["loss"] for row in rows],
+            "gib_of_largest_process": peak,
+        }
+        write(config.out, results)
+
+
+def train(data: Path, run: Path, n_latents: int, steps: int, n_processes: int = 1) -> tuple[float, float]:
+    """`sae-jax train`, as that many processes: seconds, and GiB that the largest process took at most."""
+    words = [sys.executable, "-m", "sae_jax.commands.main", "train", str(RECIPE), f"--data={data}", f"--out={run}"]
+    words += [f"--sae.n-latents={n_latents}", "--sae.k=32", "--sae.dtype=bfloat16", "--train.lr=3e-4"]
+    words += [f"--train.batch-size={BATCH}", f"--train.steps={steps}", "--train.checkpoint-every=100000"]
+    words += [
+        "--train.ema=0",
+        "--train.log-every=1",
+        f"--train.dead-after-tokens={(steps - 1) * BATCH}",
+        "--sae.aux-coefficient=0",
+    ]
+    if n_processes > 1:
+        words = [str(ROOT / "launch" / "local.sh"), str(n_processes), *words]
+    began = time.monotonic()
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    _, status, usage = os.wait4(process.pid, 0)  # of this child and those it waited for, the largest
+    if status:
+        raise SystemExit(f"training ended with code {os.waitstatus_to_exitcode(status)}")
+    return time.monotonic() - began, usage.ru_maxrss / 2**20
+
+
+def curve(run: Path) -> dict[str, Any]:
+    """How training went: FVU of batches at ten places, and the rate."""
+    rows = logs.read_metrics(run)
+    places = np.linspace(0, len(rows) - 1, 10).astype(int)
+    rates = [row["tokens_per_second"] for row in rows[2:]] or [rows[-1]["tokens_per_second"]]
+    fvu = {int(rows[i]["step"]): round(rows[i]["fvu"], 4) for i in places}
+    return {"batch_fvu": fvu, "tokens": rows[-1]["tokens"], "tokens_per_second": float(np.median(rates))}
+
+
+def held_out_figures(run: Path, heldout_ND: np.ndarray) -> dict[str, Any]:
+    """FVU and L0 on rows that it did not learn from, and how many latents fire on them at all."""
+    sae = load(run)
+    measured = Reconstruction(sae.b_enc.shape[0])
+    size = 512
+    for first in range(0, len(heldout_ND) // size * size, size):
+        measured.add(sae, np.asarray(heldout_ND[first : first + size], np.float32))
+    found = measured.result()
+    alive = {"alive_on_heldout": int((measured.firing_rates > 0).sum()), "heldout_rows": len(heldout_ND)}
+    return {"fvu": found["fvu"], "l0": found["l0"], "alive_in_training": alive_in_training(run), **alive}
+
+
+def alive_in_training(run: Path) -> int:
+    """Latents that fired at least once: their counters of silent tokens stand below the tokens of the run."""
+    loaded = load_run(run)
+    return round((1 - loaded.dead_fraction) * loaded.sae.b_enc.shape[0])
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """OUT/results.json, and the last part of it to look at."""
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    name = next(reversed(results))
+    console.print(f"{name}: {json.dumps(results[name])}", markup=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
