@@ -1,8 +1,8 @@
 """Does a dictionary of a million latents train on a laptop, and what do eight times the latents buy in a short run?
 
-Question: does an SAE of 2^20 latents train on two CPU cores, in how much memory, how many of its latents come alive, and
-what is its held-out FVU beside that of 2^17 latents after equal tokens? Is it the same run in two processes, each with
-half of the state?
+Question: does an SAE of 2^20 latents train on two CPU cores, in how much memory, how many of its latents come alive,
+and what is its held-out FVU beside that of 2^17 latents after equal tokens? Is it the same run in two processes, each
+with half of the state?
 Guess: it does, at some seconds a step; after so few tokens the wide one is no better, since most of its latents have
 hardly been seen; two processes agree to rounding.
 Command: sae-jax harvest configs/demo.yaml --out SET

@@ -4,7 +4,7 @@ Each stage runs alone, jitted, on one device, with arguments of the shapes that 
 in training. The floor of a stage is the longer of two times: its FLOP at the rate of a large bf16 product, measured in
 the same run, and the bytes that it must move, each array once, at the rate of a scaled sum of two large arrays. A stage
 can be below a floor of bytes where its data stay in cache. The floor of the whole step is that of what cannot hide
-behind anything else: encoder product, Adam and running average.
+behind anything else: encoder product, Adam and running average. Two more steps show what AuxK adds.
 
     python experiments/benchmarks/stages.py --out stages.json
     python experiments/benchmarks/stages.py --smoke
@@ -17,7 +17,7 @@ Answer: RESULTS.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,21 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     batch = 4 * b * d
     pairs = 8 * b * k
     gradient = jax.tree.map(jnp.ones_like, sae)
-    step, held = make_step(sae_config, train_config), [begin(sample)]
+    step = make_step(sae_config, train_config)
 
-    def whole_step() -> jax.Array:
-        held[0], metrics = step(held[0], base.Batch(x_BD, x_BD))  # donates the state
-        return metrics["loss"]
+    def whole_step(dead_share: float) -> Callable[[], jax.Array]:
+        """A step in which that share of the latents is dead and stays so: a bias keeps them from firing."""
+        held = [begin(sample)]
+        is_dead = np.random.default_rng(0).random(n) < dead_share
+        silent = jnp.where(is_dead, train_config.dead_after_tokens + 1, 0).astype(jnp.int32)
+        sae = replace(held[0].sae, b_enc=jnp.where(is_dead, -1e6, 0.0))
+        held[0] = replace(held[0], sae=sae, statistics=replace(held[0].statistics, silent=silent))
+
+        def call() -> jax.Array:
+            held[0], metrics = step(held[0], base.Batch(x_BD, x_BD))  # donates the state
+            return metrics["loss"]
+
+        return call
 
     return {
         "encoder product and selection": Stage(
@@ -139,7 +149,9 @@ def stages(config: Benchmark) -> dict[str, Stage]:
             in_place(lambda kept, w: optim.average(kept, w, 0.999, jnp.int32(1)), state.average, sae),
             n_bytes=3 * 2 * matrix,
         ),
-        "whole step": Stage(whole_step),
+        "whole step": Stage(whole_step(0.0)),
+        "whole step, 5 % of the latents dead": Stage(whole_step(0.05)),
+        "whole step, 50 % of the latents dead": Stage(whole_step(0.5)),
     }
 
 
