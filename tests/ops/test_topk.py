@@ -11,7 +11,7 @@ from sae_jax import mesh as meshes
 from sae_jax.ops import spmd, topk
 from tests.oracles import topk as oracle
 
-MESHES = [(1, 8), (2, 4), (8, 1)]
+MESHES = [(1, 8), (2, 4), (4, 2), (8, 1)]
 
 
 def pre_activations(seed: int, n_rows: int, width: int, kind: str) -> np.ndarray:
