@@ -317,7 +317,7 @@ def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
         settings = {"sae": dataclasses.asdict(sae_config), "train": dataclasses.asdict(config)}
         facts = {"d_model": runs.D_MODEL, "site": "acts", "data": str(small_set), **settings}
         with Loader(activations, ("acts",), 64, 0) as loader:
-            loop.train(run, facts, sae_config, config, mesh, loader, "acts", lambda: sample)
+            loop.train(run, [Member("", sae_config, config, run, facts)], mesh, loader, "acts", lambda norm: sample)
 
     whole, halted, moved = tmp_path / "whole", tmp_path / "halted", tmp_path / "moved"
     train(whole, 8)
