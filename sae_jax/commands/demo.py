@@ -57,7 +57,8 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError("the demo measures on held-out text; name one with harvest.heldout in the recipe")
 
     harvest(settings.harvest, activations_path)
-    train({"": Train(activations_path, run_path, settings.sae, settings.site, settings.train, settings.mesh)})
+    parts = {name: getattr(settings, name) for name in ("sae", "site", "train", "mesh", "engine")}
+    train({"": Train(data=activations_path, out=run_path, **parts)})
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
     result = evaluate(Evaluate(run_path))

@@ -154,6 +154,16 @@ def test_dashboard_is_written(work, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_demo_does_all_of_it(work, tmp_path):
+    assert cli.main(["demo", str(work / "recipe.yaml"), "--out", str(tmp_path / "demo")]) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert {"fvu", "l0", "loss_recovered", "fvu_pca", "token_purity", "seconds"} <= summary.keys()
+    assert all(np.isfinite(value) for value in summary.values())
+    assert (tmp_path / "demo" / "training.png").exists()
+    assert (tmp_path / "demo" / "dashboard" / "index.html").exists()
+
+
+@pytest.mark.slow
 def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
     flags = ["--sae.variant=relu", "--sae.l1_coefficient=0.3", "--train.steps=40"]
     run(work, "train", "--data", work / "set", "--out", tmp_path / "run", *flags)
