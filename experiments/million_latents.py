@@ -12,7 +12,7 @@ Answer: yes. State (weights and two moments in f32, d_model 128) 3.0 GiB, batch 
 
     latents     FVU of batch, first and last   held out   fired in training     tokens/s    GiB at most
     1,048,576   0.1857   0.1438                0.1444     644,876 (62 %)         195        5.6
-    131,072     0.2292   0.1520                0.1530     129,435 (99 %)       1,805        3.6
+    131,072     0.2292   0.1520                0.1530     129,435 (99 %)       1,805        not measured
 
 So the guess was wrong: the wide one is ahead from the first step, since the best 32 of more random directions fit
 better, and is still 6 % ahead at the end. Rates are of a machine with other work. Two processes follow one to 1e-7 for

@@ -2,7 +2,8 @@
 
     harvest:  {...}   HarvestConfig          site: resid_post.2       the source to train on
                                              d_model: 768             its width, for plans; checked against the set
-    sae:      {...}   the variant's Config   train: {...}             TrainConfig        mesh: {...}  MeshConfig
+    sae:      {...}   the variant's Config   train: {...}             TrainConfig
+    mesh:     {...}   MeshConfig             engine: {...}            EngineConfig
     members:  [{name: k16, sae: {k: 16}, train: {lr: 1e-3}}, ...]     several SAEs at once: what each has of its own
 
 The whole file is checked whichever command reads it, so a misspelt key is found at the first one; what members have of

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -20,6 +22,7 @@ from sae_jax.types import UsageError
 
 _WE_WERE_TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SECONDS_TO_SAY_WHY = 5.0
+SECONDS_UNTIL_AGAIN = 0.1
 
 
 def start_distributed() -> None:
@@ -30,7 +33,7 @@ def start_distributed() -> None:
     the loop can save before the machine is taken away.
     """
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
-    _leave_errors_of_checkpoints_to_us()
+    _leave_errors_to_us()
     told = [os.environ.get(name) for name in _WE_WERE_TOLD]
     if all(told):
         jax.distributed.initialize(told[0], int(told[1] or 1), int(told[2] or 0))
@@ -71,14 +74,17 @@ def warn_of_idle_gpu() -> None:
         )
 
 
-def _leave_errors_of_checkpoints_to_us() -> None:
+def _leave_errors_to_us() -> None:
     """train/checkpoint.py says in one line what is wrong; Orbax and tensorstore would add pages from their threads."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        # From each write that was under way when another one failed and Orbax closed the loop.
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if unraisable.exc_type is KeyboardInterrupt:
+            # Ctrl-C met a callback, such as JAX's of the garbage collector, out of which Python lets nothing pass.
+            threading.Timer(SECONDS_UNTIL_AGAIN, signal.raise_signal, [signal.SIGINT]).start()
+        # Closed: from each write that was under way when another one failed and Orbax closed the loop.
+        elif str(unraisable.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook

@@ -94,7 +94,10 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
             error, (g_enc_CD, g_b_C, g_pre_D, g_dec_CD) = _dense(
                 x_RD, error_RD, w_enc_RD[at_C], b_C, b_pre_D, w_dec_RD[at_C], k, dtype
             )
-            put = lambda g_C, like_R: jnp.zeros_like(like_R).at[at_C].add(g_C)  # noqa: E731
+
+            def put(g_C, like_R):
+                return jnp.zeros_like(like_R).at[at_C].add(g_C)
+
             return error, (put(g_enc_CD, w_enc_RD), put(g_b_C, b_R), g_pre_D, put(g_dec_CD, w_dec_RD))
 
         def many():

@@ -32,7 +32,8 @@ def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """
     pre_BF = _one_zero(pre_BF)
     if not _in_two_stages(pre_BF.shape[1], k):
-        return _sorted_top_k(pre_BF, k)
+        values_BK, index_BK = lax.top_k(pre_BF, k)
+        return values_BK, index_BK
     groups_BGM = pre_BF.reshape(len(pre_BF), pre_BF.shape[1] // GROUP, GROUP)
     group_BK = _best_groups(groups_BGM.max(-1), k)
     return _best_members(jnp.take_along_axis(groups_BGM, group_BK[:, :, None], axis=1), group_BK, k)
@@ -179,11 +180,6 @@ def _in_two_stages(width: int, k: int) -> bool:
 def _one_zero(pre: jax.Array) -> jax.Array:
     # lax.top_k ranks -0.0 below 0.0; adding 0.0 instead of selecting would be optimised away.
     return jnp.where(pre == 0, 0.0, pre)
-
-
-def _sorted_top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    values_BK, index_BK = lax.top_k(pre_BF, k)
-    return values_BK, index_BK
 
 
 def _best_groups(best_BG: jax.Array, k: int) -> jax.Array:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import abc
 import importlib
+import math
 import pkgutil
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, Protocol, Self
 
@@ -146,6 +148,20 @@ def as_rows(x: Any, d_model: int) -> jax.Array:
     if x.shape[-1:] != (d_model,):
         raise UsageError(f"x has shape {x.shape}; its last dimension must be d_model={d_model}")
     return x
+
+
+def on_rows(fn: Callable[[jax.Array], Any], x: Any, d_model: int) -> Any:
+    """`fn` of x [..., D] as rows f32[B, D]; what it returns, [B, ...], gets the leading dimensions of x."""
+    x = as_rows(x, d_model)
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], *y.shape[1:]), fn(x.reshape(-1, d_model)))
+
+
+def on_codes(fn: Callable[[Code], jax.Array], code: Code) -> jax.Array:
+    """`fn` of a code [..., K] as one of rows [B, K]; what it returns, [B, ...], gets the code's leading dimensions."""
+    *lead, n_slots = code.indices.shape
+    shape = (math.prod(lead), n_slots)
+    y = fn(Code(*(jnp.asarray(field).reshape(shape) for field in (code.indices, code.values))))
+    return y.reshape(*lead, *y.shape[1:])
 
 
 def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, jax.Array]:

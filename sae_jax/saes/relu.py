@@ -76,23 +76,20 @@ class Relu(AbstractSae):
 
     def encode(self, x: Any) -> Code:
         """See AbstractSae. With an input_norm the values are in normalised units; K is rounded up to a power of two."""
-        x = base.as_rows(x, self.b_dec.shape[0])
-        x_BD = x.reshape(-1, x.shape[-1])
-        most = int(_n_active(self, x_BD).max(initial=1))
-        code = _encode_rows(self, x_BD, min(1 << (most - 1).bit_length(), self.config.n_latents))
-        return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], field.shape[-1]), code)
+
+        def encode_rows(x_BD):
+            most = int(_n_active(self, x_BD).max(initial=1))
+            return _encode_rows(self, x_BD, min(1 << (most - 1).bit_length(), self.config.n_latents))
+
+        return base.on_rows(encode_rows, x, self.b_dec.shape[0])
 
     def decode(self, code: Code) -> jax.Array:
         """See AbstractSae. With an input_norm the result is in normalised units."""
-        lead = code.indices.shape[:-1]
-        n_rows, n_slots = math.prod(lead), code.indices.shape[-1]
-        flat = Code(*(jnp.asarray(field).reshape(n_rows, n_slots) for field in (code.indices, code.values)))
-        return _decode_rows(self, flat).reshape(*lead, self.b_dec.shape[0])
+        return base.on_codes(partial(_decode_rows, self), code)
 
     def __call__(self, x: Any) -> jax.Array:
         """See AbstractSae."""
-        x = base.as_rows(x, self.b_dec.shape[0])
-        return _reconstruct_rows(self, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        return base.on_rows(partial(_reconstruct_rows, self), x, self.b_dec.shape[0])
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array

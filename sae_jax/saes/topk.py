@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -95,21 +96,15 @@ class TopK(AbstractSae):
 
     def encode(self, x: Any) -> Code:
         """See AbstractSae. With an input_norm the values are in normalised units."""
-        x = base.as_rows(x, self.b_dec.shape[0])
-        code = _encode_rows(self, x.reshape(-1, x.shape[-1]))
-        return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], field.shape[-1]), code)
+        return base.on_rows(partial(_encode_rows, self), x, self.b_dec.shape[0])
 
     def decode(self, code: Code) -> jax.Array:
         """See AbstractSae. With an input_norm the result is in normalised units."""
-        lead = code.indices.shape[:-1]
-        n_rows, n_slots = math.prod(lead), code.indices.shape[-1]
-        flat = Code(*(jnp.asarray(field).reshape(n_rows, n_slots) for field in (code.indices, code.values)))
-        return _decode_rows(self, flat).reshape(*lead, self.b_dec.shape[0])
+        return base.on_codes(partial(_decode_rows, self), code)
 
     def __call__(self, x: Any) -> jax.Array:
         """See AbstractSae."""
-        x = base.as_rows(x, self.b_dec.shape[0])
-        return _reconstruct_rows(self, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        return base.on_rows(partial(_reconstruct_rows, self), x, self.b_dec.shape[0])
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array

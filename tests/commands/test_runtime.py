@@ -1,6 +1,7 @@
 """What a command says before it touches a device."""
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,4 +88,31 @@ def test_ctrl_c_in_a_process_that_trains_is_no_crash(small_set, tmp_path):
     code, said = runs.finish(process)
     assert code == cli.INTERRUPTED, said
     assert "the same command goes on from what is on disk" in said
+    assert "Traceback" not in said
+
+
+CTRL_C_IN_A_CALLBACK = """
+import gc, signal, sys, time
+from sae_jax.commands import harvest, main, runtime
+
+def once(phase, info):
+    gc.callbacks.remove(once)
+    signal.raise_signal(signal.SIGINT)
+
+def run(argv):
+    runtime.start_distributed()
+    gc.callbacks.append(once)
+    gc.collect()
+    time.sleep(60)
+
+harvest.run = run
+sys.argv[1:] = ["harvest"]
+main.main()
+"""
+
+
+def test_ctrl_c_is_not_lost_in_a_callback():
+    """Python prints and forgets what is raised while the garbage collector calls back, as it does into JAX."""
+    code, said = runs.finish(runs.start([sys.executable, "-c", CTRL_C_IN_A_CALLBACK]))
+    assert code == cli.INTERRUPTED, said
     assert "Traceback" not in said

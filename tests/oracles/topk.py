@@ -29,8 +29,13 @@ class Result:
     gradients: dict[str, np.ndarray]
 
 
-def objective(x_BD, w_enc, b_enc, w_dec, b_dec, k, scale, silent_F, dead_after, aux_coefficient, k_aux) -> Result:
-    """Loss s * MSE + c * L_aux and its gradients; the decoder's lose their component along each unit row."""
+def objective(
+    x_BD, w_enc, b_enc, w_dec, b_dec, k, scale, silent_F, dead_after, aux_coefficient, k_aux, multi=0.0
+) -> Result:
+    """Loss s * MSE(k) + multi * s * MSE(4k) + c * L_aux and its gradients.
+
+    The decoder's gradient loses its component along each unit row.
+    """
     n_rows, d_model = x_BD.shape
     x_in = x_BD - b_dec
     pre = x_in @ w_enc.T + b_enc
@@ -41,6 +46,13 @@ def objective(x_BD, w_enc, b_enc, w_dec, b_dec, k, scale, silent_F, dead_after, 
     g_x_hat = 2 * scale * (x_hat - x_BD) / (n_rows * d_model)
     g_w_dec, g_pre = z.T @ g_x_hat, (g_x_hat @ w_dec.T) * (z > 0)
     g_b_dec = g_x_hat.sum(0)
+
+    z_wide = _code(pre, min(4 * k, len(w_enc)))
+    wide_error = z_wide @ w_dec + b_dec - x_BD
+    loss = loss + multi * scale * np.mean(wide_error**2)
+    g_wide = multi * 2 * scale * wide_error / (n_rows * d_model)
+    g_w_dec, g_pre = g_w_dec + z_wide.T @ g_wide, g_pre + (g_wide @ w_dec.T) * (z_wide > 0)
+    g_b_dec = g_b_dec + g_wide.sum(0)
 
     fired = (z > 1e-3).any(0)
     silent_F = np.where(fired, 0, np.minimum(silent_F + n_rows, dead_after + 1))

@@ -43,13 +43,23 @@ def expected(sae, x, stats) -> oracle.Result:
     weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]
     silent = np.asarray(stats.silent)
     return oracle.objective(
-        np.float64(x), *weights, K, float(stats.loss_scale), silent, WINDOW, sae.config.aux_coefficient, K_AUX
+        np.float64(x),
+        *weights,
+        K,
+        float(stats.loss_scale),
+        silent,
+        WINDOW,
+        sae.config.aux_coefficient,
+        K_AUX,
+        sae.config.multi_topk,
     )
 
 
-@pytest.mark.parametrize("n_dead", [0, 3, K_AUX, 30, F])
-def test_objective_and_gradients_are_the_oracle(n_dead):
-    sae, stats, x = make(), statistics(n_dead), rows()
+@pytest.mark.parametrize(
+    ("n_dead", "multi_topk"), [(0, 0.0), (3, 0.0), (K_AUX, 0.0), (30, 0.0), (F, 0.0), (0, 0.125), (30, 0.125)]
+)
+def test_objective_and_gradients_are_the_oracle(n_dead, multi_topk):
+    sae, stats, x = make(multi_topk=multi_topk), statistics(n_dead), rows()
     (loss, outcome), gradients = value_and_gradient(sae, x, stats)
     want = expected(sae, x, stats)
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
@@ -184,6 +194,7 @@ def test_public_calls_take_any_shape_and_any_array_library():
         ({"k": 0}, "sae.k=0"),
         ({"n_latents": 0}, "sae.n_latents=0"),
         ({"aux_coefficient": -1.0}, "sae.aux_coefficient=-1"),
+        ({"multi_topk": float("inf")}, "sae.multi_topk=inf"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -202,7 +213,7 @@ def test_bfloat16_products_keep_float32_everywhere_else():
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)], ids=str)
 def test_one_step_gradients_agree_on_every_mesh(shape):
-    sae, x, stats = make(), rows(), statistics(10)
+    sae, x, stats = make(multi_topk=0.125), rows(), statistics(10)
     (loss, _), want = value_and_gradient(sae, x, stats)
     mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
     with jax.set_mesh(mesh):
