@@ -42,6 +42,7 @@ from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.train import logs
 from sae_jax.train.checkpoint import load, load_run
+from sae_jax.types import Sites
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "demo.yaml"
@@ -83,7 +84,7 @@ def main(config: Config) -> None:
     ):
         seconds, peak = train(data, config.out / name, n_latents, n_steps, n_processes)
         results[name] = {**curve(config.out / name), "seconds": seconds, "gib_of_largest_process": peak}
-    text = held_out(open_activations(str(data)), settings.site, 2**31)
+    text = held_out(open_activations(str(data)), Sites(settings.site, settings.site), 2**31)
     assert text is not None
     heldout_ND = text.rows()[: 512 if config.smoke else 8192]
     for n_latents in (wide, narrow):

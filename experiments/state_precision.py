@@ -54,6 +54,7 @@ from sae_jax.progress import console
 from sae_jax.saes.base import AbstractSae
 from sae_jax.train import optim
 from sae_jax.train.state import abstract
+from sae_jax.types import Sites, Widths
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # name: moments, ema_dtype, seed, what is bent
@@ -94,7 +95,7 @@ def main(config: Config) -> None:
     if not data.exists():
         harvest(settings.harvest, str(data))
     activations = open_activations(str(data))
-    text = held_out(activations, settings.site, 2**31)
+    text = held_out(activations, Sites(settings.site, settings.site), 2**31)
     assert text is not None
     heldout_ND = text.rows()
     results = []
@@ -142,8 +143,8 @@ def heldout_fvu(sae: AbstractSae, rows_ND: np.ndarray) -> float:
 def bytes_per_latent(command: Train) -> float:
     """Of weights, moments and average."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    d_model = open_activations(command.data).source(command.site).d
-    state = abstract(command.sae, command.train, d_model, here)
+    widths = Widths.one(open_activations(command.data).source(command.site[0]).d)
+    state = abstract(command.sae, command.train, widths, here)
     arrays = jax.tree.leaves((state.sae, state.moments, state.average))
     return sum(array.size * array.dtype.itemsize for array in arrays) / command.sae.n_latents
 

@@ -22,11 +22,14 @@ from sae_jax.saes import base
 from sae_jax.train import logs
 from sae_jax.train.checkpoint import Checkpoints, read_config
 from sae_jax.train.state import TrainConfig, TrainState, abstract
+from sae_jax.types import Sites, Widths
 
 ROOT = Path(__file__).parent.parent
 STEPS = 200
 SECONDS = 120  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
 D_MODEL = 8
+SITES, WIDTHS = Sites.one("acts"), Widths.one(D_MODEL)
+FACTS = {"sites": SITES.to_json(), "widths": WIDTHS.to_json()}  # of RUN/config.json
 
 SETTINGS = (
     "--sae.n-latents=64",
@@ -148,7 +151,7 @@ def target_of(run: Path) -> TrainState:
     sae_config = configs.from_dict(base.config_class(facts["sae"]["variant"]), facts["sae"])
     train_config = configs.from_dict(TrainConfig, facts["train"])
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return abstract(sae_config, train_config, facts["d_model"], here)
+    return abstract(sae_config, train_config, Widths.of(facts["widths"]), here)
 
 
 def state_of(run: Path) -> TrainState:

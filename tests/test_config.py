@@ -42,7 +42,7 @@ def test_file_then_flags(write):
     assert (command.sae.k, command.sae.n_latents, command.train.steps) == (16, 256, 7)
     assert command.train.lr == 4e-4  # YAML 1.1 calls this a string
     assert command.train.tensorboard is False
-    assert command.site == "resid_post.2"
+    assert command.site == ("resid_post.2",)
 
 
 def test_later_files_win(write):
@@ -68,7 +68,6 @@ def test_later_files_win(write):
         ("train:\n", [], "recipe.yaml: train is None"),
         ("sae: {variant: [topk]}\n", [], "recipe.yaml: sae.variant is"),
         ("sae: &a {b: *a}\n", [], "recipe.yaml: an alias"),
-        (YAML, ["--site="], "site is empty"),
         (YAML, ["--train.lr=nan"], "train.lr=nan must be above 0 and finite"),
         (YAML, ["--train.lr=inf"], "train.lr=inf"),
         (YAML, ["--train.clip=nan"], "train.clip=nan"),

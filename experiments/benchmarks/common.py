@@ -25,6 +25,7 @@ from sae_jax import mesh as meshes
 from sae_jax.saes.base import Batch, SaeConfig
 from sae_jax.train.state import TrainConfig, abstract
 from sae_jax.train.step import make_step
+from sae_jax.types import Widths
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "eai-sparsify", "dictionary-learning", "sae-lens")
@@ -105,9 +106,9 @@ def compile_step(sae: SaeConfig, train: TrainConfig, d: int, n_devices: int, dat
     """The step of these configs over the first `n_devices` of this machine, `data` of them in rows."""
     mesh = meshes.make_mesh(meshes.MeshConfig(data=data), jax.devices()[:n_devices])
     with jax.set_mesh(mesh):
-        state = abstract(sae, train, d, mesh)
+        state = abstract(sae, train, Widths.one(d), mesh)
         rows = jax.ShapeDtypeStruct((train.batch_size, d), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
-        compiled = make_step(sae, train).lower(state, Batch(rows, rows)).compile()
+        compiled = make_step(sae, train).lower(state, Batch(rows)).compile()
     memory = compiled.memory_analysis()
     weights = sum(math.prod(w.sharding.shard_shape(w.shape)) * 4 for w in jax.tree.leaves(state.sae))
     batch = 2 * 2 * train.batch_size * d // n_devices

@@ -87,8 +87,8 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     x_BD = jnp.asarray(np.concatenate([*common.structured_rows(b, d, seed=0)]))
     sample = base.sample_statistics(np.asarray(x_BD), "none")
     begin = jax.jit(lambda sample: initial(sae_config, train_config, sample))
-    values = Values.of(train_config, n)
-    state, tx = begin(sample), optim.optimiser(train_config, values)
+    values = Values.of(train_config, sae_config)
+    state, tx = begin(sample), optim.optimiser(train_config, values, sae_config.ADAM)
     sae = state.sae
     bf16, cut = jnp.dtype(jnp.bfloat16), tuning.current()
     largest = jax.jit(lambda x, sae: encode.largest(x.astype(bf16), sae.w_enc, sae.b_enc, k, bf16))

@@ -56,6 +56,11 @@ class Stats:
         """Population variance per dimension, f64[D]; zeros where there are no rows."""
         return self.m2 / max(self.count, 1)
 
+    @property
+    def mean_square(self) -> float:
+        """Mean over rows of their squared norm."""
+        return float(self.variance.sum() + (self.mean**2).sum())
+
     def to_json(self) -> dict:
         """A JSON object; float64 survives the round trip exactly."""
         return {"count": self.count, "mean": self.mean.tolist(), "m2": self.m2.tolist()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,9 +15,9 @@ BLOCK = 4096  # rows encoded at once
 
 
 def collect_set(
-    sae: AbstractSae, activations: ActivationSet, source: str, n_tokens: int, progress: Callable[[int], None]
+    sae: AbstractSae, activations: ActivationSet, sources: Sequence[str], n_tokens: int, progress: Callable[[int], None]
 ) -> tuple[Activations, np.ndarray]:
-    """Encode the stored rows of about `n_tokens` tokens of text.
+    """Encode the stored rows of about `n_tokens` tokens of text, `sources` side by side.
 
     Returns:
         the activations by latent, with sequences renumbered from 0, and these sequences i32[n, context].
@@ -47,7 +47,8 @@ def collect_set(
             shard = int(activations.chunk_shard[chunk])
             local = index["seq"] - shard * per_shard
             mine = local < share
-            x_ND = activations.read_chunk(source, int(chunk))[mine].astype(np.float32)
+            parts = [activations.read_chunk(source, int(chunk))[mine].astype(np.float32) for source in sources]
+            x_ND = np.concatenate(parts, axis=1)
             yield x_ND, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
 
     def codes() -> Iterator[SparseBlock]:

@@ -19,7 +19,7 @@ from sae_jax.commands import runtime
 from sae_jax.commands.evaluate import SHOWN, open_set
 from sae_jax.progress import Progress, console
 from sae_jax.train.checkpoint import load_run
-from sae_jax.types import UsageError
+from sae_jax.types import Sites, UsageError
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,24 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     run = load_run(command.run, ema=command.ema)
     sae, facts = run.sae, run.facts
     activations = open_set(command.data, facts)
-    source, tokenizer = activations.source(facts["site"]), command.model or activations.spec.tokenizer
+    sites, tokenizer = Sites.of(facts["sites"]), command.model or activations.spec.tokenizer
+    target = activations.source(sites.y[-1])  # what latents write to, nearest to the logits
     if tokenizer is None:
         raise UsageError(f"{activations.path} has no text to show; make the set with `sae-jax harvest`")
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
-        table, sequences = collect_set(sae, activations, source.name, command.tokens, progress.update)
+        table, sequences = collect_set(sae, activations, sites.x, command.tokens, progress.update)
     evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
     if (evaluation.get("step"), evaluation.get("weights")) != (run.step, "ema" if command.ema else "live"):
         evaluation = {}  # of other weights than are shown
-    reference = command.model or source.model
+    reference = command.model or target.model
     with Progress("dashboard", table.n_latents, "latents") as progress:
         write_dashboard(
             command.out,
             table=table,
             sequences=sequences,
             token_strings=_token_strings(tokenizer),
-            w_dec=np.asarray(sae.w_dec),
-            logit_effects=_logit_effects(reference, source.hook) if reference and source.hook else None,
+            w_dec=np.asarray(sae.w_dec[:, -target.d :]),
+            logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
             title=command.run,
             metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
             config=facts,

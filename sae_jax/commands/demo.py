@@ -27,7 +27,7 @@ from sae_jax.evaluation.reconstruction import pca_fvu
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.train.logs import read_metrics
-from sae_jax.types import UsageError
+from sae_jax.types import Sites, UsageError
 
 RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
 EVERYTHING = 2**31  # tokens of the held-out text
@@ -57,22 +57,22 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError("the demo measures on held-out text; name one with harvest.heldout in the recipe")
 
     harvest(settings.harvest, activations_path)
-    parts = {name: getattr(settings, name) for name in ("sae", "site", "train", "mesh", "engine")}
+    parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
     train({"": Train(data=activations_path, out=run_path, **parts)})
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
     result = evaluate(Evaluate(run_path))
     table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
 
-    activations = open_activations(activations_path)
-    text = held_out(activations, result["site"], EVERYTHING)
+    activations, sites = open_activations(activations_path), Sites.of(result["sites"])
+    text = held_out(activations, sites, EVERYTHING)
     assert text is not None
     summary = {
         **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
         **{name: result[name] for name in ("loss_recovered", "kl")},
-        "fvu_pca": pca_fvu(sample_rows(activations, result["site"]), text.rows(), round(result["l0"])),
+        "fvu_pca": pca_fvu(sample_rows(activations, sites.x[0]), text.rows(), round(result["l0"])),
         "token_purity": token_purity(table.strongest()),
-        "neuron_token_purity": neuron_token_purity(text.model, text.hook.layer, table, sequences),
+        "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),
         "seconds": round(time.monotonic() - began, 1),
     }

@@ -16,7 +16,7 @@ from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import runtime
 from sae_jax.evaluation.measure import measure
 from sae_jax.train.checkpoint import load_run
-from sae_jax.types import UsageError
+from sae_jax.types import Sites, UsageError, Widths
 
 SHOWN = (
     "fvu",
@@ -73,10 +73,12 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     run = load_run(command.run, ema=command.ema)
     facts = run.facts
     activations = open_set(command.data, facts)
-    width = activations.source(facts["site"]).d
-    if width != facts["d_model"]:
-        raise UsageError(f"{activations.path}: {facts['site']} has {width} dimensions, the run {facts['d_model']}")
-    result = measure(run.sae, activations, facts["site"], command.tokens, command.batch_tokens, command.model)
+    sites, widths = Sites.of(facts["sites"]), Widths.of(facts["widths"])
+    for name, width in (*zip(sites.x, widths.x, strict=True), *zip(sites.y, widths.y, strict=True)):
+        if activations.source(name).d != width:
+            there = activations.source(name).d
+            raise UsageError(f"{activations.path}: {name} has {there} dimensions, the run {width}")
+    result = measure(run.sae, activations, sites, command.tokens, command.batch_tokens, command.model)
     # dead_fraction is over the run's last train.dead_after_tokens, silent_fraction over the rows measured here.
     weights = "ema" if command.ema else "live"
     result = {"step": run.step, "weights": weights, "dead_fraction": run.dead_fraction, **result}

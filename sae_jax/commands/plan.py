@@ -18,7 +18,7 @@ from sae_jax.ops.tuning import EngineConfig
 from sae_jax.plan import analytic, compile, report, targets
 from sae_jax.progress import console
 from sae_jax.train.state import TrainConfig
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, Widths
 
 S = TypeVar("S")
 
@@ -31,7 +31,11 @@ class Plan(Generic[S]):
     target: str
     """machines: v5p:8x8x8, v6e:16x16, h200:64, rtx4090:1 and the like"""
     d_model: int | None = None
-    """width of the rows"""
+    """width of each source"""
+    site: tuple[str, ...] = ()
+    """sources that are encoded; none = one"""
+    reconstruct: tuple[str, ...] = ()
+    """sources that are reconstructed, for transcoders; none = what is encoded"""
     mfu: float = 0.3
     """share of the matrix rate that the run is taken to reach"""
     json: bool = False
@@ -73,13 +77,18 @@ def plan(command: Plan) -> dict[str, Any]:
     command.engine.on("tpu" if target.is_tpu else "gpu")
     meshes.check_divides(mesh, command.sae.n_latents, command.train.batch_size)
     assert command.d_model is not None
-    step = analytic.step(command.sae, command.train, command.d_model, mesh)
+    n_x = len(command.site) or 1
+    widths = Widths((command.d_model,) * n_x, (command.d_model,) * (len(command.reconstruct) or n_x))
+    same = command.reconstruct in ((), command.site)
+    command.sae.check(widths, same)
+    step = analytic.step(command.sae, command.train, widths, mesh)
     rows = command.harvest.tokens or command.train.steps * command.train.batch_size
-    row_bytes = command.d_model * DTYPES[command.harvest.dtype].itemsize
-    run = analytic.run(command.sae, command.train, command.d_model, step, target, command.mfu, rows, row_bytes)
+    n_sources = len({*command.site, *command.reconstruct}) or 1
+    row_bytes = n_sources * command.d_model * DTYPES[command.harvest.dtype].itemsize
+    run = analytic.run(command.sae, command.train, widths, step, target, command.mfu, rows, row_bytes)
     compiled = None
     if compile.is_installed(target):
         console.print(f"compiling for {target.name} ...")
         parts = (command.sae, command.train, command.mesh, command.engine)
-        compiled = compile.compile_step(target, *parts, command.d_model, command.timeout)
+        compiled = compile.compile_step(target, *parts, widths, same, command.timeout)
     return report.report(target, step, run, command.mfu, compiled)

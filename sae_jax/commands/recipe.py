@@ -1,7 +1,8 @@
 """Recipes: one YAML file says how to harvest, what to train and on which mesh; each command takes its part.
 
-    harvest:  {...}   HarvestConfig          site: resid_post.2       the source to train on
-                                             d_model: 768             its width, for plans; checked against the set
+    harvest:  {...}   HarvestConfig          site: resid_post.2       the source to encode, or a list of them
+    d_model:  768     width of each source,  reconstruct: mlp_out.2   another source, or a list; none: what is encoded
+                      for plans; checked against the set
     sae:      {...}   the variant's Config   train: {...}             TrainConfig
     mesh:     {...}   MeshConfig             engine: {...}            EngineConfig
     members:  [{name: k16, sae: {k: 16}, train: {lr: 1e-3}}, ...]     several SAEs at once: what each has of its own
@@ -40,7 +41,8 @@ class Recipe(Generic[S]):
     """Everything a recipe file may say."""
 
     sae: S
-    site: str | None = None
+    site: tuple[str, ...] = ()
+    reconstruct: tuple[str, ...] = ()
     d_model: int | None = None
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

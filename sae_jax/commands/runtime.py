@@ -76,7 +76,8 @@ def warn_of_idle_gpu() -> None:
 
 def _leave_errors_to_us() -> None:
     """train/checkpoint.py says in one line what is wrong; Orbax and tensorstore would add pages from their threads."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for talker in ("absl", "asyncio"):
+        logging.getLogger(talker).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:

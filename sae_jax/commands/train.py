@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import jax
+import numpy as np
 
 from sae_jax import config
 from sae_jax import mesh as meshes
@@ -23,7 +24,7 @@ from sae_jax.saes.base import InputNorm, Sample, sample_statistics
 from sae_jax.train import checkpoint, loop
 from sae_jax.train.members import Member
 from sae_jax.train.state import TrainConfig
-from sae_jax.types import UsageError
+from sae_jax.types import Sites, UsageError, Widths
 
 S = TypeVar("S")
 
@@ -37,10 +38,12 @@ class Train(Generic[S]):
     out: str
     """directory of the run"""
     sae: S
-    site: str | None = None
-    """source of the set; may be left out if there is only one"""
+    site: tuple[str, ...] = ()
+    """source of the set that is encoded; may be left out if there is only one. Several stand side by side"""
+    reconstruct: tuple[str, ...] = ()
+    """source that is reconstructed, for transcoders; none = what is encoded"""
     d_model: int | None = None
-    """width the source must have; None = whatever it has"""
+    """width each source must have; None = whatever it has"""
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: meshes.MeshConfig = field(default_factory=meshes.MeshConfig)
     engine: tuning.EngineConfig = field(default_factory=tuning.EngineConfig)
@@ -70,16 +73,15 @@ def train(commands: dict[str, Train]) -> int:
     mesh = meshes.make_mesh(command.mesh)
     engine = command.engine.on(mesh.devices.flat[0].platform)
     activations = open_activations(command.data, command.allow_partial)
-    site = choose_site(activations, command.site)
-    d_model = activations.source(site).d
-    if command.d_model not in (None, d_model):
-        raise UsageError(f"d_model={command.d_model}, but {site} of {command.data} is {d_model} wide; leave it out")
+    sites, widths = choose_sites(activations, command)
+    for own in commands.values():
+        own.sae.check(widths, sites.x == sites.y)
     shared = {
         "data": os.path.abspath(command.data) if "://" not in command.data else command.data,
         "set": activations.content,
         "allow_partial": command.allow_partial,
-        "site": site,
-        "d_model": d_model,
+        "sites": sites.to_json(),
+        "widths": widths.to_json(),
         "mesh": config.to_dict(command.mesh),
         "engine": config.to_dict(command.engine),
     }
@@ -94,22 +96,36 @@ def train(commands: dict[str, Train]) -> int:
         )
         for name, own in commands.items()
     ]
-    rows = functools.cache(lambda: sample_rows(activations, site))
+    rows = functools.cache(lambda names: np.concatenate([sample_rows(activations, name) for name in names], axis=1))
 
     def sample(norm: InputNorm) -> Sample:
-        return sample_statistics(rows(), norm)
+        squares = [[activations.stats(name).mean_square for name in names] for names in sites]
+        return sample_statistics(rows(sites.x), norm, rows(sites.y), widths, (squares[0], squares[1]))
 
     place = (jax.process_index(), jax.process_count())
     batch_size, order = command.train.batch_size, command.train.order
-    with tuning.using(engine), Loader(activations, (site,), batch_size, order, *place) as loader:
-        step = loop.train(run, members, mesh, loader, site, sample)
+    with tuning.using(engine), Loader(activations, sites.all, batch_size, order, *place) as loader:
+        step = loop.train(run, members, mesh, loader, sites, sample)
     if jax.process_index() == 0:
         console.print(f"{command.out}: step {step} of {max(own.train.steps for own in commands.values())}")
     return step
 
 
-def choose_site(activations: ActivationSet, site: str | None) -> str:
-    """The source to work on. Raises UsageError if it does not exist, or none was named and there are several."""
-    if site is None and len(activations.sources) > 1:
+def choose_sites(activations: ActivationSet, command: Train) -> tuple[Sites, Widths]:
+    """The sources to work on, and their widths.
+
+    Raises UsageError if one does not exist or is named twice, or none was named and there are several.
+    """
+    if not command.site and len(activations.sources) > 1:
         raise UsageError(f"{activations.path} has {', '.join(activations.sources)}; choose one with --site")
-    return activations.source(site or activations.sources[0]).name
+    x = command.site or (activations.sources[0],)
+    sites = Sites(x, command.reconstruct or x)
+    for names in sites:
+        if len(set(names)) < len(names):
+            raise UsageError(f"{', '.join(names)}: a source may be named once")
+    for name in sites.all:
+        width = activations.source(name).d
+        if command.d_model not in (None, width):
+            raise UsageError(f"d_model={command.d_model}, but {name} of {command.data} is {width} wide; leave it out")
+    widths = [tuple(activations.source(name).d for name in names) for names in sites]
+    return sites, Widths(*widths)

@@ -32,17 +32,29 @@ class Reconstruction:
         self._l0 = np.zeros(0, np.int64)
 
     def add(
-        self, sae: AbstractSae, x_ND: jax.Array | np.ndarray, keep_N: jax.Array | np.ndarray | None = None
+        self,
+        sae: AbstractSae,
+        x_NX: jax.Array | np.ndarray,
+        keep_N: jax.Array | np.ndarray | None = None,
+        y_NY: jax.Array | np.ndarray | None = None,
     ) -> jax.Array:
-        """Count a block of rows f32[N, D]; rows where `keep_N` is False are left out. Returns x_hat f32[N, D]."""
-        x_ND = jnp.asarray(x_ND, jnp.float32)
+        """Count a block of rows; those where `keep_N` is False are left out. Returns y_hat f32[N, Y].
+
+        Args:
+            sae: a dictionary.
+            x_NX: what it encodes.
+            keep_N: bool; None: all.
+            y_NY: what it reconstructs; None: x.
+        """
+        x_NX = jnp.asarray(x_NX, jnp.float32)
+        x_ND = x_NX if y_NY is None else jnp.asarray(y_NY, jnp.float32)
         keep_N = jnp.ones(x_ND.shape[0], bool) if keep_N is None else jnp.asarray(keep_N, bool)
         if self._sums is None:
             # Sums of squares are taken around the first block's mean: activations far from the origin would
             # lose their variance to rounding otherwise.
             self._centre_D = x_ND.mean(0, where=keep_N[:, None])
         # Outside jit: how many slots a code has may depend on the rows.
-        code, x_hat_ND = sae.encode(x_ND), sae(x_ND)
+        code, x_hat_ND = sae.encode(x_NX), sae(x_NX)
         sums, fired_F, l0_N = _block_sums(code, x_ND, x_hat_ND, keep_N, self._centre_D, len(self._fired_F))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
         self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)

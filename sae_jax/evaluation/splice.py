@@ -22,45 +22,45 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax.evaluation.reconstruction import Reconstruction
+from sae_jax.evaluation.text import HeldOut
 from sae_jax.saes.base import AbstractSae
 
 
 def splice(
     sae: AbstractSae,
-    model: lm.LanguageModel,
-    hook: lm.Hook,
-    mean_D: np.ndarray,
+    text: HeldOut,
+    mean_Y: np.ndarray,
     batches: Iterable[np.ndarray],
-    keep: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    special: np.ndarray,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Reconstruction and downstream metrics over batches of token sequences.
 
     Args:
-        sae: trained on `hook` of `model`.
-        model: the language model.
-        hook: the site.
-        mean_D: f64[D], what mean ablation puts there.
+        sae: trained on the sites of `text`.
+        text: the language model, and where it is replaced.
+        mean_Y: f64[Y], what mean ablation puts there.
         batches: i32[B, T] token ids; a short last batch costs a second compilation.
-        keep: (ids [B, T], norms [B, T]) -> bool [B, T], positions whose activations are replaced and measured.
-        special: token ids that stand for no text.
         progress: called with the number of sequences done.
     """
+    model, hooks = text.model, tuple(dict.fromkeys(text.encoded + text.reconstructed))
     reconstruction = Reconstruction(sae.b_enc.shape[0])
     sums: dict[str, float] = {}
     n_predictions = n_sequences = 0
     for ids_BT in batches:
-        x_BTD, clean_BTV = _clean(model, jnp.asarray(ids_BT, jnp.int32), hook)
-        keep_BT = jnp.asarray(keep(ids_BT, np.asarray(jnp.linalg.norm(x_BTD, axis=-1))))
-        x_hat_ND = reconstruction.add(sae, x_BTD.reshape(-1, x_BTD.shape[-1]), keep_BT.ravel())
-        replaced = {"sae": x_hat_ND.reshape(x_BTD.shape), "zero": jnp.zeros_like(x_BTD)}
-        replaced["mean"] = jnp.broadcast_to(jnp.asarray(mean_D, jnp.float32), x_BTD.shape)
-        text_BT = ~np.isin(ids_BT, special)
+        acts, clean_BTV = _clean(model, jnp.asarray(ids_BT, jnp.int32), hooks)
+        norms = [jnp.linalg.norm(acts[hook], axis=-1) for hook in hooks]
+        keep_BT = jnp.asarray(text.keep(ids_BT, np.stack(norms, axis=-1)))
+        x_BTX = jnp.concatenate([acts[hook] for hook in text.encoded], axis=-1)
+        y_BTY = jnp.concatenate([acts[hook] for hook in text.reconstructed], axis=-1)
+        x_NX, y_NY = (side.reshape(-1, side.shape[-1]) for side in (x_BTX, y_BTY))
+        y_hat_NY = reconstruction.add(sae, x_NX, keep_BT.ravel(), y_NY)
+        replaced = {"sae": y_hat_NY.reshape(y_BTY.shape), "zero": jnp.zeros_like(y_BTY)}
+        replaced["mean"] = jnp.broadcast_to(jnp.asarray(mean_Y, jnp.float32), y_BTY.shape)
+        text_BT = ~np.isin(ids_BT, text.special)
         counted_BT = jnp.asarray(text_BT[:, :-1] & text_BT[:, 1:], jnp.float32)
         block = {"clean": (lm.cross_entropy(clean_BTV, jnp.asarray(ids_BT)) * counted_BT).sum()}
-        for name, y_BTD in replaced.items():
-            cross_entropy, kl = _spliced(model, ids_BT, hook, y_BTD, keep_BT, counted_BT, clean_BTV)
+        for name, y_BTY in replaced.items():
+            cross_entropy, kl = _spliced(model, ids_BT, text.reconstructed, y_BTY, keep_BT, counted_BT, clean_BTV)
             block[name] = cross_entropy
             if name == "sae":
                 block["kl"] = kl
@@ -87,22 +87,29 @@ def _recovered(ablated: float, spliced: float, clean: float) -> float:
     return (ablated - spliced) / (ablated - clean) if ablated != clean else float("nan")
 
 
-@partial(jax.jit, static_argnames="hook")
-def _clean(model: lm.LanguageModel, ids_BT: jax.Array, hook: lm.Hook) -> tuple[jax.Array, jax.Array]:
-    out = lm.run(model, ids_BT, capture=(hook,))
+@partial(jax.jit, static_argnames="hooks")
+def _clean(
+    model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...]
+) -> tuple[dict[lm.Hook, jax.Array], jax.Array]:
+    out = lm.run(model, ids_BT, capture=hooks)
     assert out.logits is not None
-    return out.acts[hook].reshape(*ids_BT.shape, -1).astype(jnp.float32), out.logits
+    return {h: out.acts[h].reshape(*ids_BT.shape, -1).astype(jnp.float32) for h in hooks}, out.logits
 
 
-@partial(jax.jit, static_argnames="hook")
-def _spliced(model, ids_BT, hook, y_BTD, keep_BT, counted_BT, clean_BTV) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="hooks")
+def _spliced(model, ids_BT, hooks, y_BTY, keep_BT, counted_BT, clean_BTV) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy and KL(clean || spliced) of the next-token predictions."""
 
-    def edit(x):
-        y = y_BTD.reshape(x.shape).astype(x.dtype)
+    def put(part_BTD: jax.Array, x: jax.Array) -> jax.Array:
+        y = part_BTD.reshape(x.shape).astype(x.dtype)
         return jnp.where(keep_BT.reshape(*keep_BT.shape, *(1,) * (x.ndim - 2)), y, x)
 
-    logits_BTV = lm.run(model, ids_BT, edits={hook: edit}).logits
+    edits, first = {}, 0
+    for hook in hooks:
+        width = lm.hook_width(model.spec, hook)
+        edits[hook] = partial(put, y_BTY[..., first : first + width])
+        first += width
+    logits_BTV = lm.run(model, ids_BT, edits=edits).logits
     assert logits_BTV is not None
     clean_log_BTV, log_BTV = (jax.nn.log_softmax(z[:, :-1]) for z in (clean_BTV, logits_BTV))
     kl_BT = (jnp.exp(clean_log_BTV) * (clean_log_BTV - log_BTV)).sum(-1)

@@ -12,6 +12,7 @@ from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep, read_sites
 from sae_jax.activations.store import ActivationSet
 from sae_jax.progress import console
+from sae_jax.types import Sites
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,15 @@ class HeldOut:
 
     name: str  # the reference of the text
     model: lm.LanguageModel
-    hook: lm.Hook  # the site
+    encoded: tuple[lm.Hook, ...]  # the sources side by side in what is encoded
+    reconstructed: tuple[lm.Hook, ...]
     sequences: np.ndarray  # i32[n, T], packed as in the set
     special: np.ndarray  # i32[...], token ids the set leaves out
     max_norm_multiple: float | None  # as in the set
 
-    def keep(self, ids_BT: np.ndarray, norm_BT: np.ndarray) -> np.ndarray:
+    def keep(self, ids_BT: np.ndarray, norm_BTS: np.ndarray) -> np.ndarray:
         """bool[B, T]: what the set would hold, norms compared with the median of these sequences, not of a shard."""
-        return keep(ids_BT, norm_BT[..., None], self.special, self.max_norm_multiple)
+        return keep(ids_BT, norm_BTS, self.special, self.max_norm_multiple)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """The sequences, `size` at a time."""
@@ -35,35 +37,39 @@ class HeldOut:
             yield self.sequences[first : first + size]
 
     def rows(self) -> np.ndarray:
-        """Activations f32[N, D] of all positions that the set would hold."""
+        """Activations f32[N, X] of all positions that the set would hold."""
         blocks = []
         for ids_BT in self.batches(64):
-            acts, norm_BTS = read_sites(self.model, ids_BT, (self.hook,), "float32")
-            blocks.append(np.asarray(acts[str(self.hook)])[self.keep(ids_BT, np.asarray(norm_BTS)[..., 0])])
+            acts, norm_BTS = read_sites(self.model, ids_BT, self.encoded, "float32")
+            x_BTX = np.concatenate([np.asarray(acts[str(hook)]) for hook in self.encoded], axis=-1)
+            blocks.append(x_BTX[self.keep(ids_BT, np.asarray(norm_BTS))])
         return np.concatenate(blocks)
 
 
-def held_out(activations: ActivationSet, source: str, n_tokens: int, model: str | None = None) -> HeldOut | None:
-    """Held-out text for a source of a set; None where the set names no text or no model.
+def held_out(activations: ActivationSet, sites: Sites, n_tokens: int, model: str | None = None) -> HeldOut | None:
+    """Held-out text for sources of a set; None where the set names no text, no model or several.
 
     Args:
         activations: the set.
-        source: one of its sources.
+        sites: its sources that are encoded and reconstructed.
         n_tokens: how much of the text, at most.
         model: where the language model is now, if not where the set says.
     """
-    spec, site = activations.spec, activations.source(source)
-    reference = model or site.model
-    if spec.heldout is None or spec.context is None or reference is None or site.hook is None:
+    spec, sources = activations.spec, [activations.source(name) for name in sites.all]
+    reference = model or sources[0].model
+    hooks = {source.name: source.hook for source in sources if source.hook is not None}
+    several = len({source.model for source in sources}) > 1
+    if spec.heldout is None or spec.context is None or reference is None or len(hooks) < len(sources) or several:
         return None
     loaded, tokenizer = lm.load(reference), lm.tokenizer(reference)
-    if loaded.digest != site.model_digest:
+    if loaded.digest != sources[0].model_digest:
         console.print(f"warning: the weights of {reference} are not those that {activations.path} was made with")
     wanted = max(n_tokens // spec.context, 1)
     return HeldOut(
         name=spec.heldout,
         model=loaded,
-        hook=lm.parse_hook(site.hook, loaded.spec),
+        encoded=tuple(lm.parse_hook(hooks[name], loaded.spec) for name in sites.x),
+        reconstructed=tuple(lm.parse_hook(hooks[name], loaded.spec) for name in sites.y),
         sequences=np.stack(list(tokens.sequences(spec.heldout, tokenizer, spec.context, 0, wanted))),
         special=np.asarray(tokenizer.special_ids, np.int32),
         max_norm_multiple=spec.max_norm_multiple,

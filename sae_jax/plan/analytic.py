@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from sae_jax.plan.targets import GIB, Target
 from sae_jax.saes.base import SaeConfig
 from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.types import Widths
 
 WORKSPACE = GIB  # row blocks, tiles and pairs, whose budgets are in ops/tuning.py
 
@@ -47,41 +48,42 @@ class Run:
     floor_hours: float  # at the full matrix rate, and the full bandwidth for the state
 
 
-def step(sae: SaeConfig, train: TrainConfig, d_model: int, mesh: AbstractMesh) -> Step:
+def step(sae: SaeConfig, train: TrainConfig, widths: Widths, mesh: AbstractMesh) -> Step:
     """One step of this run on one device of `mesh`."""
     with jax.sharding.use_abstract_mesh(mesh):
-        state = abstract(sae, train, d_model, mesh)
+        state = abstract(sae, train, widths, mesh)
     return Step(
         state_bytes=_shard_bytes(state),
         gradient_bytes=_shard_bytes(state.sae),
-        flop=_step_flop(sae, train.batch_size, d_model) // mesh.size,
+        flop=_step_flop(sae, train.batch_size, widths) // mesh.size,
     )
 
 
 def run(
-    sae: SaeConfig, train: TrainConfig, d_model: int, on: Step, target: Target, mfu: float, rows: int, row_bytes: int
+    sae: SaeConfig, train: TrainConfig, widths: Widths, on: Step, target: Target, mfu: float, rows: int, row_bytes: int
 ) -> Run:
     """The run whose step is `on`, at `mfu` of the target's matrix rate, over a set of `rows` of `row_bytes`."""
     compute, memory = on.flop / target.chip.flops, 2 * on.state_bytes / target.chip.bandwidth
     return Run(
         tokens=train.steps * train.batch_size,
         disk_bytes=rows * row_bytes,
-        flop=train.steps * _step_flop(sae, train.batch_size, d_model),
+        flop=train.steps * _step_flop(sae, train.batch_size, widths),
         hours=train.steps * compute / mfu / 3600,
         floor_hours=train.steps * (compute + memory) / 3600,
     )
 
 
-def _step_flop(sae: SaeConfig, batch_size: int, d_model: int) -> int:
+def _step_flop(sae: SaeConfig, batch_size: int, widths: Widths) -> int:
     """FLOP of one step's products. With k active latents a row: the encoder forward, and four times k rows.
 
     Those four are the decoder, its inner products with the error, and the gradients of both matrices. Without such a
     bound both matrices take part forward, and twice more backward.
     """
+    encoded, decoded = sum(widths.x), sum(widths.y)
     active = getattr(sae, "k", None)
     if active is None:
-        return 12 * batch_size * sae.n_latents * d_model
-    return 2 * batch_size * d_model * (sae.n_latents + 4 * active)
+        return 6 * batch_size * sae.n_latents * (encoded + decoded)
+    return 2 * batch_size * (encoded * (sae.n_latents + active) + 3 * active * decoded)
 
 
 def _shard_bytes(tree) -> int:

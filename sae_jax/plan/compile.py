@@ -23,6 +23,7 @@ from typing import Any
 from sae_jax import config as configs
 from sae_jax.errors import UsageError, UserError
 from sae_jax.plan.targets import Target
+from sae_jax.types import Widths
 
 INSTALL = "pip install 'sae_jax[plan]'"
 PARTS = ("sae", "train", "mesh", "engine")
@@ -65,7 +66,7 @@ def is_installed(target: Target) -> bool:
 
 
 def compile_step(
-    target: Target, sae: Any, train: Any, mesh: Any, engine: Any, d_model: int, timeout: float = 600.0
+    target: Target, sae: Any, train: Any, mesh: Any, engine: Any, widths: Widths, same: bool, timeout: float = 600.0
 ) -> Compiled:
     """The step of these configs on this target.
 
@@ -75,14 +76,15 @@ def compile_step(
         train: TrainConfig.
         mesh: MeshConfig.
         engine: EngineConfig.
-        d_model: width of the rows.
+        widths: of the sources.
+        same: what is encoded is what is reconstructed.
         timeout: seconds until the compiler is killed.
 
     Raises:
         UsageError: the target or the mesh does not exist.
         UserError: the compiler failed, was killed or took too long.
     """
-    job = {"topology": target.topology, "d_model": d_model}
+    job = {"topology": target.topology, "widths": widths.to_json(), "same": same}
     job |= {name: configs.to_dict(part) for name, part in zip(PARTS, (sae, train, mesh, engine), strict=True)}
     with tempfile.TemporaryDirectory() as folder:
         answer, program = Path(folder) / "answer.json", Path(folder) / "program.txt"
@@ -135,12 +137,12 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     engine = configs.from_dict(tuning.EngineConfig, job["engine"])
     with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
-        state = abstract(sae, train, job["d_model"], mesh)
-        rows = jax.ShapeDtypeStruct(
-            (train.batch_size, job["d_model"]), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS)
-        )
+        widths = Widths.of(job["widths"])
+        state = abstract(sae, train, widths, mesh)
+        placed = meshes.sharding(mesh, meshes.ROWS)
+        x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(own)), jnp.bfloat16, sharding=placed) for own in widths)
         began = time.monotonic()
-        batch = base.Batch(rows, rows)  # pyrefly: ignore[bad-argument-type] (shapes in the place of arrays)
+        batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
         step: Any = make_step(sae, train)  # it is jitted, which its type does not say
         lowered = step.lower(state, batch)
         answer["lower_seconds"] = time.monotonic() - began

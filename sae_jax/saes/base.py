@@ -6,7 +6,13 @@ methods of `AbstractSae`. The training loop knows no variant. It asks for
     objective(batch, statistics, step, key) -> loss, Outcome      differentiated with respect to the sae
     after_step(state, key) -> state                               unit rows, resampling; may edit moments
 
-and stores whatever tree the variant is. Weights are latent-major, `w_enc[F, D]` and `w_dec[F, D]`: a latent is a row.
+and stores whatever tree the variant is. Weights are latent-major, `w_enc[F, X]` and `w_dec[F, Y]`: a latent is a row.
+
+    sources of a set --side by side--> x [B, X] --scale, norm--> encode --> decode --undo--> y_hat [B, Y]
+
+X and Y are widths of what is encoded and reconstructed: d_model both, for an autoencoder. Several sources stand side
+by side, so that a crosscoder is an autoencoder of one wide row. How rows are normalised is decided here and nowhere
+else: a variant sees normalised rows only.
 """
 
 from __future__ import annotations
@@ -15,9 +21,10 @@ import abc
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +33,10 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.types import Code, UsageError
+from sae_jax.types import Code, UsageError, Widths
 
-InputNorm = Literal["none", "layer_norm", "unit_norm"]
+InputNorm = Literal["none", "layer_norm", "unit_norm", "dataset_rms", "dataset_sqrt_d"]
+PER_VECTOR = ("layer_norm", "unit_norm")
 
 FIRED_ABOVE = 1e-3  # a latent counts as fired when its value exceeds this (Gao et al. 2024, released training code)
 NOT_VARIANTS = ("base", "losses")
@@ -36,10 +44,18 @@ NOT_VARIANTS = ("base", "losses")
 
 @struct.dataclass
 class Batch:
-    """Rows to learn from: `x` is encoded, `y` is reconstructed. They are one array for autoencoders."""
+    """Rows to learn from: `x` is encoded, `y` is reconstructed."""
 
-    x: jax.Array  # f32[B, D], ROWS
-    y: jax.Array  # f32[B, D], ROWS
+    x: jax.Array  # [B, X], ROWS
+    y: Any = None  # [B, Y], ROWS; None: x, as for every autoencoder. An objective finds it set.
+
+
+@struct.dataclass
+class Scale:
+    """What rows are multiplied by before a dictionary sees them: one constant a source, fixed when a run starts."""
+
+    x: jax.Array  # f32[X]
+    y: jax.Array  # f32[Y]
 
 
 @struct.dataclass
@@ -48,7 +64,9 @@ class Statistics:
 
     silent: jax.Array  # i32[F], DICT: tokens since each latent fired, saturating just above dead_after
     dead_after: jax.Array  # i32[]: a latent silent for more tokens than this is dead
-    loss_scale: jax.Array  # f32[]: 1 / mean((x - mean x)^2) of the sample the run started from
+    loss_scale: jax.Array  # f32[]: 1 / mean((y - mean y)^2) of the sample the run started from
+    scale: Scale  # constant
+    own: dict[str, jax.Array] = struct.field(default_factory=dict)  # the variant's; begun by Config.own_statistics
 
     def after(self, fired_F: jax.Array, n_tokens: int) -> Self:
         """Counters after a batch of `n_tokens` in which `fired_F` fired."""
@@ -65,44 +83,117 @@ class Statistics:
 class Outcome:
     """What a step learns from an objective beside the loss."""
 
-    x_hat: jax.Array  # f32[B, D], ROWS, in the units of the batch
+    y_hat: jax.Array  # f32[B, Y], ROWS, in the units of the batch that the objective was given
     l0: jax.Array  # f32[], mean number of active latents a row
     statistics: Statistics
     metrics: dict[str, jax.Array]  # scalars to log under these names
+    set: dict[str, jax.Array] = struct.field(default_factory=dict)  # fields of the sae that are not learnt but set
+    y: jax.Array | None = None  # f32[B, Y], what y_hat stands for, where that is not the batch's y
 
 
 @struct.dataclass
 class Sample:
     """What initialisation needs to know of the data, in the units the dictionary sees."""
 
-    median: jax.Array  # f32[D], geometric median
-    variance: jax.Array  # f32[], mean over rows and dimensions of (x - mean x)^2
+    median: jax.Array  # f32[X], geometric median of x
+    mean: jax.Array  # f32[Y], of y
+    variance: jax.Array  # f32[], mean over rows and dimensions of (y - mean y)^2
+    scale: Scale
+    widths: Widths = struct.field(pytree_node=False)
+
+
+class Adam(NamedTuple):
+    """What a variant's authors train it with; `train.*` overrides each."""
+
+    lr: float = 2e-4  # at 2^14 latents; it falls as the square root of their number
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 6.25e-10
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """What every variant has to be told."""
+
+    variant: str = ""
+    """the file in sae_jax/saes/ that is trained"""
+    n_latents: int = 32768
+    """width of the dictionary"""
+    input_norm: InputNorm = "none"
+    """layer_norm, unit_norm: of each vector, undone on outputs; dataset_*: one constant a source, so that its mean
+    squared norm is 1 (rms) or its width (sqrt_d)"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """inputs of products over all latents; weights, sums, selection and losses are float32"""
+
+    ADAM: ClassVar[Adam] = Adam()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_latents < 2**31:
+            raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1 and below 2^31: indices are int32")
+
+    def init(self, key: jax.Array, sample: Sample) -> Any:
+        """Initial weights; on a mesh every array is created where it will live."""
+        raise NotImplementedError
+
+    def own_statistics(self, sample: Sample) -> dict[str, jax.Array]:
+        """What the objective keeps in `Statistics.own`, before the first step."""
+        return {}
+
+    def check(self, widths: Widths, same: bool) -> None:
+        """Refuse sources that this variant cannot work on. `same`: what is encoded is what is reconstructed."""
+        check_autoencoder(self, widths, same)
 
 
 class AbstractSae(abc.ABC):
-    """A sparse dictionary. Subclasses are final flax structs; nothing concrete here is overridden."""
+    """A sparse dictionary. Subclasses are final flax structs; nothing concrete here is overridden.
 
-    w_enc: jax.Array  # f32[F, D]
+    Methods that end in `_rows` see rows as `normalised` leaves them, may be traced, and may run on a mesh.
+    """
+
+    w_enc: jax.Array  # f32[F, X]
     b_enc: jax.Array  # f32[F]
-    w_dec: jax.Array  # f32[F, D]
-    b_dec: jax.Array  # f32[D]
+    w_dec: jax.Array  # f32[F, Y]
+    b_dec: jax.Array  # f32[Y]
     config: Any
 
-    @abc.abstractmethod
     def encode(self, x: Any) -> Code:
-        """Sparse code of x [..., D] (numpy, JAX or a torch tensor); fields [..., K], values descending.
+        """Sparse code of x [..., X] (numpy, JAX or a torch tensor); fields [..., K], values descending.
 
-        K is the variant's k, or where any number of latents may be active the largest number in x, rounded up: then
-        it has to be looked up, so `encode` cannot run inside `jax.jit`.
+        K is the variant's k, or where any number of latents may be active the largest number in x, rounded up to a
+        power of two: then it has to be looked up, so `encode` cannot run inside `jax.jit`. With a norm of each vector
+        the values are in normalised units.
         """
+        x = as_rows(x, self.w_enc.shape[1])
+        x_BX = _normed(self, x.reshape(-1, x.shape[-1]))
+        code = _encode(self, x_BX, self.n_slots(x_BX))
+        return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], field.shape[-1]), code)
 
-    @abc.abstractmethod
     def decode(self, code: Code) -> jax.Array:
-        """Reconstruction f32[..., D] of a code [..., K], in the units that `encode` works in."""
+        """Reconstruction f32[..., Y] of a code [..., K], in the units that `encode` works in."""
+        *lead, n_slots = code.indices.shape
+        rows = Code(*(jnp.asarray(field).reshape(math.prod(lead), n_slots) for field in (code.indices, code.values)))
+        return _decode(self, rows).reshape(*lead, self.w_dec.shape[1])
+
+    def __call__(self, x: Any) -> jax.Array:
+        """Reconstruction f32[..., Y] for x [..., X], in the units of x."""
+        x = as_rows(x, self.w_enc.shape[1])
+        return _reconstruct(self, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.w_dec.shape[1])
 
     @abc.abstractmethod
-    def __call__(self, x: Any) -> jax.Array:
-        """Reconstruction f32[..., D] of x [..., D], in the units of x."""
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """Slots that a code of these rows needs. Not traced."""
+
+    @abc.abstractmethod
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """The code [B, n_slots] of rows."""
+
+    @abc.abstractmethod
+    def decode_rows(self, code: Code) -> jax.Array:
+        """The reconstruction f32[B, Y] that a code [B, K] stands for."""
+
+    @abc.abstractmethod
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """The reconstruction f32[B, Y] of rows."""
 
     @abc.abstractmethod
     def objective(
@@ -114,17 +205,9 @@ class AbstractSae(abc.ABC):
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """The train state after the optimiser moved the weights: constraints are restored here."""
 
-
-class SaeConfig(Protocol):
-    """What the loop asks of a variant's config."""
-
-    variant: str
-    n_latents: int
-    input_norm: InputNorm
-
-    def init(self, key: jax.Array, sample: Sample) -> AbstractSae:
-        """Initial weights; on a mesh every array is created where it will live."""
-        ...
+    @abc.abstractmethod
+    def folded(self, scale: Scale) -> Self:
+        """The same dictionary for rows that were not multiplied by `scale`, as `load` gives it to users."""
 
 
 def variants() -> list[str]:
@@ -140,36 +223,77 @@ def config_class(variant: str) -> type[SaeConfig]:
     return importlib.import_module(f"sae_jax.saes.{variant}").Config
 
 
-def as_rows(x: Any, d_model: int) -> jax.Array:
-    """x [..., D] from numpy, JAX or (through dlpack) torch as f32[..., D]. Raises UsageError on another width."""
+def check_autoencoder(config: SaeConfig, widths: Widths, same: bool) -> None:
+    """Refuse what only transcoders and crosscoders can work on."""
+    if not same:
+        raise UsageError(
+            f"sae.variant={config.variant} reconstructs what it encodes; leave `reconstruct` out, or use a transcoder"
+        )
+    if len(widths.x) > 1:
+        raise UsageError(
+            f"sae.variant={config.variant} encodes one source, not {len(widths.x)}; name one in `site`, or use a "
+            f"crosscoder"
+        )
+
+
+def as_rows(x: Any, width: int) -> jax.Array:
+    """x [..., X] from numpy, JAX or (through dlpack) torch as f32[..., X]. Raises UsageError on another width."""
     if not isinstance(x, jax.Array | np.ndarray) and hasattr(x, "__dlpack__"):
         x = jnp.from_dlpack(x.detach() if hasattr(x, "detach") else x)
     x = jnp.asarray(x, jnp.float32)
-    if x.shape[-1:] != (d_model,):
-        raise UsageError(f"x has shape {x.shape}; its last dimension must be d_model={d_model}")
+    if x.shape[-1:] != (width,):
+        raise UsageError(f"x has shape {x.shape}; its last dimension must be d_model={width}")
     return x
 
 
-def on_rows(fn: Callable[[jax.Array], Any], x: Any, d_model: int) -> Any:
-    """`fn` of x [..., D] as rows f32[B, D]; what it returns, [B, ...], gets the leading dimensions of x."""
-    x = as_rows(x, d_model)
-    return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], *y.shape[1:]), fn(x.reshape(-1, d_model)))
+@jax.jit
+def _normed(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
+    return normalise(x_BX, sae.config.input_norm)[0]
 
 
-def on_codes(fn: Callable[[Code], jax.Array], code: Code) -> jax.Array:
-    """`fn` of a code [..., K] as one of rows [B, K]; what it returns, [B, ...], gets the code's leading dimensions."""
-    *lead, n_slots = code.indices.shape
-    shape = (math.prod(lead), n_slots)
-    y = fn(Code(*(jnp.asarray(field).reshape(shape) for field in (code.indices, code.values))))
-    return y.reshape(*lead, *y.shape[1:])
+@partial(jax.jit, static_argnames="n_slots")
+def _encode(sae: AbstractSae, x_BX: jax.Array, n_slots: int) -> Code:
+    return sae.encode_rows(x_BX, n_slots)
+
+
+@jax.jit
+def _decode(sae: AbstractSae, code: Code) -> jax.Array:
+    return sae.decode_rows(code)
+
+
+@jax.jit
+def _reconstruct(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
+    x_BX, mean, scale = normalise(x_BX, sae.config.input_norm)
+    return sae.reconstruct_rows(x_BX) * scale + mean
+
+
+def slots_for(n_active: jax.Array) -> int:
+    """Slots for codes with up to this many active latents: a power of two, so that few programs are compiled."""
+    return 1 << (int(np.max(n_active, initial=1)) - 1).bit_length()
+
+
+def normalised(batch: Batch, kind: InputNorm, scale: Scale) -> tuple[Batch, Callable[[jax.Array], jax.Array]]:
+    """A batch as dictionaries see it, y set; and what takes their rows [B, Y] to where errors are measured.
+
+    That is the units of the set for one source; sources that were scaled stay so, and then weigh alike.
+    """
+    x_BX, y_BY = batch.x, batch.x if batch.y is None else batch.y
+    if kind in PER_VECTOR:
+        x_BX, mean_B1, scale_B1 = normalise(x_BX, kind)
+        y_BY = x_BX if batch.y is None else (y_BY.astype(jnp.float32) - mean_B1) / scale_B1
+        return Batch(x_BX, y_BY), lambda rows_BY: rows_BY * scale_B1 + mean_B1
+    if kind != "none":
+        x_BX = x_BX.astype(jnp.float32) * scale.x[None]
+        y_BY = x_BX if batch.y is None else y_BY.astype(jnp.float32) * scale.y[None]
+    return Batch(x_BX, y_BY), lambda rows_BY: rows_BY
 
 
 def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Per-vector input normalisation: (normalised x, mean [B, 1], scale [B, 1]); undo with x * scale + mean.
+    """Normalisation of each vector: (normalised x, mean [B, 1], scale [B, 1]); undo with x * scale + mean.
 
-    In f32, except that "none" leaves x as it is, in its type: the ops take it from there a block at a time.
+    In f32, except that the other kinds leave x as it is, in its type: the ops take it from there a block at a time.
     """
-    if kind == "none":
+    if kind not in PER_VECTOR:
         return x_BD, jnp.float32(0), jnp.float32(1)
     x_BD = x_BD.astype(jnp.float32)
     mean_B1 = x_BD.mean(-1, keepdims=True)
@@ -182,15 +306,56 @@ def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, j
     return centred_BD / scale_B1, mean_B1, scale_B1
 
 
-def sample_statistics(rows_ND: np.ndarray, kind: InputNorm) -> Sample:
-    """Geometric median and variance of a sample of rows f32[N, D], in float64 on the host."""
-    rows_ND = np.asarray(normalise(jnp.asarray(rows_ND, jnp.float32), kind)[0], np.float64)
-    variance = ((rows_ND - rows_ND.mean(0)) ** 2).mean()
-    if not np.isfinite(variance) or variance == 0:
+def factor(kind: InputNorm, mean_square: float, width: int) -> float:
+    """What the rows of a source are multiplied by, given the mean of their squared norms."""
+    wanted = {"dataset_rms": 1.0, "dataset_sqrt_d": float(width)}.get(kind)
+    return 1.0 if wanted is None else math.sqrt(wanted / mean_square)
+
+
+def sample_statistics(
+    x_ND: np.ndarray,
+    kind: InputNorm,
+    y_ND: np.ndarray | None = None,
+    widths: Widths | None = None,
+    mean_squares: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Sample:
+    """What initialisation needs, from a sample of rows, in float64 on the host.
+
+    Args:
+        x_ND: f32[N, X], in the units of the set.
+        kind: how they will be normalised.
+        y_ND: f32[N, Y]; None: x.
+        widths: of the sources side by side in x and y; None: one each.
+        mean_squares: mean squared norm of each source in x and in y, over the whole set; None: over the sample.
+
+    Raises:
+        UsageError: rows that are not finite, or do not vary.
+    """
+    y_ND = x_ND if y_ND is None else y_ND
+    widths = widths or Widths((x_ND.shape[1],), (y_ND.shape[1],))
+    scales = []
+    for side, (rows_ND, own) in enumerate(((x_ND, widths.x), (y_ND, widths.y))):
+        parts = np.split(rows_ND, np.cumsum(own)[:-1], axis=1)
+        squares = mean_squares[side] if mean_squares else [float((np.float64(p) ** 2).sum(1).mean()) for p in parts]
+        factors = [factor(kind, square, width) for square, width in zip(squares, own, strict=True)]
+        scales.append(np.repeat(np.asarray(factors, np.float32), own))
+    scale = Scale(*map(jnp.asarray, scales))
+    batch = normalised(Batch(jnp.asarray(x_ND, jnp.float32), jnp.asarray(y_ND, jnp.float32)), kind, scale)[0]
+    x_ND, y_ND = np.asarray(batch.x, np.float64), np.asarray(batch.y, np.float64)
+    variance = ((y_ND - y_ND.mean(0)) ** 2).mean()
+    if not np.isfinite(variance) or not np.isfinite(x_ND).all() or variance == 0:
         raise UsageError(
-            f"the sample of {len(rows_ND)} activations has variance {variance}; a set must hold finite, varied rows"
+            f"the sample of {len(x_ND)} activations has variance {variance}; a set must hold finite, varied rows"
         )
-    return Sample(jnp.asarray(geometric_median(rows_ND), jnp.float32), jnp.asarray(variance, jnp.float32))
+    found = (geometric_median(x_ND), y_ND.mean(0), variance)
+    median, mean, variance = (jnp.asarray(value, jnp.float32) for value in found)
+    return Sample(median, mean, variance, scale, widths)
+
+
+def abstract_sample(widths: Widths) -> Sample:
+    """Shapes in the place of a sample."""
+    x, y, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((sum(widths.x),), (sum(widths.y),), ()))
+    return Sample(x, y, one, Scale(x, y), widths)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
 
 
 def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: float = 1e-5) -> np.ndarray:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -27,7 +26,7 @@ from jax import lax
 from sae_jax import mesh
 from sae_jax.ops import encode, explain, sparse
 from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Batch, Outcome, Sample, Statistics
+from sae_jax.saes.base import AbstractSae, Batch, Outcome, SaeConfig, Sample, Scale, Statistics
 from sae_jax.types import Code, UsageError
 
 N_PROBES = 256  # random unit vectors that set the encoder's scale
@@ -35,29 +34,21 @@ MULTI = 4  # Multi-TopK's second reconstruction uses this many times k latents
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SaeConfig):
     """TopK with AuxK."""
 
     variant: Literal["topk"] = "topk"
-    """the file in sae_jax/saes/ that is trained"""
-    n_latents: int = 32768
-    """width of the dictionary"""
     k: int = 32
     """active latents a token"""
-    input_norm: base.InputNorm = "none"
-    """per-vector normalisation applied to inputs and undone on outputs"""
     aux_coefficient: float = 1 / 32
     """weight of the AuxK loss; 0 turns it off"""
     k_aux: int = 0
     """dead latents that explain the error; 0 = the power of two nearest d_model / 2"""
     multi_topk: float = 0.0
     """weight of a second reconstruction from 4k latents (Multi-TopK; 1/8 in the paper); 0 = none"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """inputs of the encoder product; weights, sums, selection and losses are float32"""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n_latents < 2**31:
-            raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1 and below 2^31: indices are int32")
+        super().__post_init__()
         if not 1 <= self.k <= self.n_latents:
             raise UsageError(f"sae.k={self.k} must be between 1 and sae.n_latents={self.n_latents}")
         for name, what in (("aux_coefficient", "AuxK"), ("multi_topk", "Multi-TopK")):
@@ -94,36 +85,39 @@ class TopK(AbstractSae):
     b_dec: jax.Array  # f32[D]
     config: Config = struct.field(pytree_node=False)
 
-    def encode(self, x: Any) -> Code:
-        """See AbstractSae. With an input_norm the values are in normalised units."""
-        return base.on_rows(partial(_encode_rows, self), x, self.b_dec.shape[0])
-
-    def decode(self, code: Code) -> jax.Array:
-        """See AbstractSae. With an input_norm the result is in normalised units."""
-        return base.on_codes(partial(_decode_rows, self), code)
-
-    def __call__(self, x: Any) -> jax.Array:
+    def n_slots(self, x_BX: jax.Array) -> int:
         """See AbstractSae."""
-        return base.on_rows(partial(_reconstruct_rows, self), x, self.b_dec.shape[0])
+        return self.config.k
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        return self._encode(x_BX, n_slots)[0]
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae."""
+        return self._decode(code, self.w_dec)[0]
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """See AbstractSae."""
+        return self.decode_rows(self.encode_rows(x_BX, self.config.k))
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
-        x_BD, mean, scale = base.normalise(batch.x, self.config.input_norm)
-        y_BD = (batch.y.astype(jnp.float32) - mean) / scale
+        x_BD, y_BD = batch.x, batch.y
         w_dec = base.tangent_to_rows(self.w_dec)
         wide, w_enc = self._encode(x_BD, self.config.k * (MULTI if self.config.multi_topk else 1))
         code = encode.narrow(wide, self.config.k) if self.config.multi_topk else wide
         x_hat_BD, w_dec = self._decode(code, w_dec)
-        loss = statistics.loss_scale * ((x_hat_BD - y_BD) ** 2).mean()
+        loss = statistics.loss_scale * ((y_BD - x_hat_BD) ** 2).mean()
         # Counters before AuxK: a latent that fires in this very batch is not dead.
         fired_F = sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE)
         statistics = statistics.after(fired_F, batch.x.shape[0])
         metrics = {}
         if self.config.multi_topk:
             wide_hat_BD, w_dec = self._decode(wide, w_dec)
-            metrics["multi_loss"] = statistics.loss_scale * ((wide_hat_BD - y_BD) ** 2).mean()
+            metrics["multi_loss"] = statistics.loss_scale * ((y_BD - wide_hat_BD) ** 2).mean()
             loss = loss + self.config.multi_topk * metrics["multi_loss"]
         if self.config.aux_coefficient:
             error_BD = lax.stop_gradient(y_BD - x_hat_BD)
@@ -134,11 +128,15 @@ class TopK(AbstractSae):
             metrics["aux_loss"] = losses.auxiliary_ratio(error_BD, left)
             loss = loss + self.config.aux_coefficient * metrics["aux_loss"]
         l0 = (code.values > 0).sum(-1).mean(dtype=jnp.float32)
-        return loss, Outcome(x_hat_BD * scale + mean, l0, statistics, metrics)
+        return loss, Outcome(x_hat_BD, l0, statistics, metrics)
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again."""
         return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+
+    def folded(self, scale: Scale) -> TopK:
+        """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
+        return replace(self, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -151,22 +149,6 @@ class TopK(AbstractSae):
     def _decode(self, code: Code, w_dec: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_hat_BD, w_dec = sparse.decode(code, w_dec, self._dtype)
         return x_hat_BD + self.b_dec[None], w_dec
-
-
-@jax.jit
-def _encode_rows(sae: TopK, x_BD: jax.Array) -> Code:
-    return sae._encode(base.normalise(x_BD, sae.config.input_norm)[0], sae.config.k)[0]
-
-
-@jax.jit
-def _decode_rows(sae: TopK, code: Code) -> jax.Array:
-    return sae._decode(code, sae.w_dec)[0]
-
-
-@jax.jit
-def _reconstruct_rows(sae: TopK, x_BD: jax.Array) -> jax.Array:
-    normed_BD, mean, scale = base.normalise(x_BD, sae.config.input_norm)
-    return _decode_rows(sae, sae._encode(normed_BD, sae.config.k)[0]) * scale + mean
 
 
 def _response(sae: TopK, key: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
 from sae_jax.train import optim
 from sae_jax.train.state import MAY_CHANGE, TrainConfig, TrainState, abstract
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import UsageError, UserError, Widths
 
 MEMBERS = "members"  # folder of a set's members
 IN_RUN = ("step", "statistics", "key", "values")
@@ -164,10 +164,12 @@ def load_run(run: str | Path, ema: bool = False) -> Loaded:
         if checkpoints.latest is None:
             raise UserError(f"{run}: no complete checkpoint yet; let training reach train.checkpoint_every steps")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = _to_tree({name: abstract(sae_config, train_config, facts["d_model"], here)})
+        target = _to_tree({name: abstract(sae_config, train_config, Widths.of(facts["widths"]), here)})
         weights, counters = _part(name, "average" if ema else "sae"), _part(name, "run")
         step, tree = checkpoints.read({part: target[part] for part in (weights, counters)})
-    return Loaded(optim.read(tree[weights]), step, float(tree[counters]["statistics"].dead.mean()), facts)
+    statistics = tree[counters]["statistics"]
+    sae = optim.read(tree[weights]).folded(statistics.scale)
+    return Loaded(sae, step, float(statistics.dead.mean()), facts)
 
 
 def latest_step(run: Path, name: str = "") -> int | None:
@@ -180,7 +182,7 @@ def latest_step(run: Path, name: str = "") -> int | None:
 def read_config(run: Path) -> dict[str, Any]:
     """RUN/config.json. Raises UserError where there is none, or it lacks what describes a run."""
     facts = _facts(run)
-    needed = {"sae": dict, "train": dict, "d_model": int, "site": str, "data": str}
+    needed = {"sae": dict, "train": dict, "widths": dict, "sites": dict, "data": str}
     if names := members(run):
         raise UserError(f"{run}: a set of members; name one: {', '.join(str(run / MEMBERS / name) for name in names)}")
     if not all(isinstance(facts.get(name), kind) for name, kind in needed.items()) or "variant" not in facts["sae"]:
@@ -200,7 +202,8 @@ def check_resumable(run: Path, facts: dict[str, Any]) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, now = dict(configs.flatten(read_config(run))), dict(configs.flatten(facts))
     for key in sorted(before.keys() | now.keys()):
-        if key in MAY_CHANGE or before.get(key) == now.get(key):
+        bound = key == "train.steps" and now.get("train.decay_steps")  # the rate falls towards the last step
+        if (key in MAY_CHANGE and not bound) or before.get(key) == now.get(key):
             continue
         if key == "set":
             raise UsageError(f"{run} was started on other rows than {facts['data']} holds now; give another --out")

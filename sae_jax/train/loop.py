@@ -33,7 +33,7 @@ from sae_jax.train.checkpoint import Checkpoints, check_members, check_resumable
 from sae_jax.train.members import Lane, Member, check_lanes, initial_states, lanes_of, place
 from sae_jax.train.state import TrainState, abstract
 from sae_jax.train.step import Metrics
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import Sites, UsageError, UserError
 
 
 class Batches(Protocol):
@@ -55,7 +55,7 @@ def train(
     members: Sequence[Member],
     mesh: Mesh,
     loader: Batches,
-    site: str,
+    sites: Sites,
     sample: Callable[[InputNorm], Sample],
 ) -> int:
     """Train every member until its `train.steps`, or until the machine is to be taken away (SIGTERM).
@@ -67,7 +67,7 @@ def train(
         members: what to train; they agree in all that belongs to the pass over the data (state.SHARED).
         mesh: devices; batches are split over all of them.
         loader: rows of any step.
-        site: the source that is encoded and reconstructed.
+        sites: sources that are encoded, and reconstructed.
         sample: called for a run without checkpoint, to learn what initialisation needs to know of the data.
 
     Returns:
@@ -110,7 +110,7 @@ def train(
             for step, rows in loader.batches(start):
                 if not active:
                     break
-                batch = place(rows[site], mesh)
+                batch = place(rows, sites, mesh)
                 queued = [(lane, lane.step(batch)) for lane in lanes]
                 active = finish(step, pending)
                 done, pending = step + 1, queued
@@ -167,7 +167,7 @@ def _take_up(
     if start == 0:
         states = initial_states(active, sample, mesh)
     else:
-        targets = {m: abstract(m.sae, m.train, m.facts["d_model"], mesh) for m in active}
+        targets = {m: abstract(m.sae, m.train, m.widths, mesh) for m in active}
         in_set = {m.name: target for m, target in targets.items() if latest_step(run, m.name) == start}
         states = checkpoints.restore(in_set) if in_set else {}
         for member, target in targets.items():
@@ -304,7 +304,7 @@ def _fail(
     checkpoints.wait()
     last = latest_step(run, member.name)
     if member.name and last is not None:  # the set's checkpoints will go on without it
-        target = abstract(member.sae, member.train, member.facts["d_model"], mesh)
+        target = abstract(member.sae, member.train, member.widths, mesh)
         with Checkpoints(member.folder) as own:
             own.save(last, {"": checkpoints.restore({member.name: target})[member.name]})
     path = _failure(member, jax.process_index())

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,7 @@ from sae_jax import mesh as meshes
 from sae_jax.saes.base import Batch, InputNorm, SaeConfig, Sample
 from sae_jax.train.state import TrainConfig, TrainState, Values, abstract, initial, program
 from sae_jax.train.step import Metrics, make_step
-from sae_jax.types import UsageError
+from sae_jax.types import Sites, UsageError, Widths
 
 T = TypeVar("T")
 Program = tuple[SaeConfig, TrainConfig]
@@ -41,6 +42,11 @@ class Member:
     train: TrainConfig
     folder: Path  # of config.json and metrics.jsonl; the run's own if it is the only one
     facts: dict[str, Any]  # what config.json says
+
+    @property
+    def widths(self) -> Widths:
+        """Of the sources."""
+        return Widths.of(self.facts["widths"])
 
     @property
     def program(self) -> Program:
@@ -112,9 +118,7 @@ def initial_states(members: Sequence[Member], sample: Callable[[InputNorm], Samp
     """{member: its state before the first step}, at rest."""
     states = {}
     for (sae_config, train_config), own in _by_program(members).items():
-        places = jax.tree.map(
-            lambda leaf: leaf.sharding, abstract(sae_config, train_config, own[0].facts["d_model"], mesh)
-        )
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract(sae_config, train_config, own[0].widths, mesh))
 
         def born(sample: Sample, values: Values, sae_config=sae_config, train_config=train_config, places=places):
             state = initial(sae_config, train_config, sample, values)
@@ -122,16 +126,20 @@ def initial_states(members: Sequence[Member], sample: Callable[[InputNorm], Samp
 
         born = jax.jit(born)
         for member in own:
-            values = Values.of(member.train, sae_config.n_latents)
+            values = Values.of(member.train, sae_config)
             states[member.name] = _in_order(born(sample(sae_config.input_norm), values))
     return states
 
 
-def place(rows: Any, mesh: Mesh) -> Batch:
+def place(rows: dict[str, np.ndarray], sites: Sites, mesh: Mesh) -> Batch:
     """This process's rows as its part of the global batch: sent to all devices once, ROWS in every slice."""
-    x = jax.make_array_from_process_local_data(meshes.sharding(mesh, meshes.input_rows(mesh)), rows)
-    x = _in_order(jax.sharding.reshard(x, meshes.sharding(mesh, meshes.ROWS)))
-    return Batch(x, x)
+
+    def placed(sources: tuple[str, ...]) -> jax.Array:
+        own = rows[sources[0]] if len(sources) == 1 else np.concatenate([rows[source] for source in sources], axis=1)
+        own = jax.make_array_from_process_local_data(meshes.sharding(mesh, meshes.input_rows(mesh)), own)
+        return _in_order(jax.sharding.reshard(own, meshes.sharding(mesh, meshes.ROWS)))
+
+    return Batch(placed(sites.x), None if sites.y == sites.x else placed(sites.y))
 
 
 def _in_order(x: T) -> T:

@@ -33,11 +33,11 @@ from flax import struct
 from jax import lax
 
 if TYPE_CHECKING:
+    from sae_jax.saes.base import Adam, SaeConfig
     from sae_jax.train.state import TrainConfig, Values
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
-B1, B2, EPS = 0.9, 0.999, 6.25e-10
 BLOCK = 256  # elements that share a scale, at most
 
 
@@ -81,16 +81,32 @@ class AdamState:
     square: Any  # of squared gradients
 
 
-def learning_rate(config: TrainConfig, n_latents: int) -> float:
-    """The configured rate, or 2e-4 / sqrt(n_latents / 2^14) (Gao et al. 2024, arXiv 2406.04093, appendix A.3)."""
-    return config.lr if config.lr is not None else 2e-4 / (n_latents / 2**14) ** 0.5
+def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
+    """The configured peak rate, or the variant's / sqrt(n_latents / 2^14) (Gao et al. 2024, arXiv 2406.04093, A.3)."""
+    return config.lr if config.lr is not None else sae.ADAM.lr / (sae.n_latents / 2**14) ** 0.5
 
 
-def optimiser(config: TrainConfig, values: Values) -> optax.GradientTransformation:
-    """Clip by the global norm, then Adam(0.9, 0.999, eps 6.25e-10) at a constant rate.
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Share of the peak rate at a step, counted from 1: up over the warm-up, 1, down over the decay."""
+    parts, ends = [optax.constant_schedule(1.0)], []
+    if config.warmup_steps:
+        parts.insert(0, optax.linear_schedule(0.0, 1.0, config.warmup_steps))
+        ends.append(config.warmup_steps)
+    if config.decay_steps:
+        linear = optax.linear_schedule(1.0, config.decay_to, config.decay_steps)
+        cosine = optax.cosine_decay_schedule(1.0, config.decay_steps, config.decay_to)
+        parts.append(linear if config.decay == "linear" else cosine)
+        ends.append(config.steps - config.decay_steps)
+    return optax.join_schedules(parts, ends)
 
-    `config` says what is done and in which form moments are kept, `values` how far.
+
+def optimiser(config: TrainConfig, values: Values, own: Adam) -> optax.GradientTransformation:
+    """Clip by the global norm, then Adam.
+
+    `config` says what is done and in which form moments are kept, `values` how far, `own` what the variant wants.
     """
+    b1, b2 = own.beta1 if config.beta1 is None else config.beta1, own.beta2 if config.beta2 is None else config.beta2
+    eps, share = own.eps if config.eps is None else config.eps, schedule(config)
 
     def init(weights: Any) -> AdamState:
         return AdamState(jnp.int32(0), nothing(weights, config.moments, MEAN), nothing(weights, config.moments, SQUARE))
@@ -99,12 +115,13 @@ def optimiser(config: TrainConfig, values: Values) -> optax.GradientTransformati
         # One factor, not a quotient of every gradient, of which XLA would make an array.
         clip = jnp.minimum(1, values.clip / optax.tree.norm(gradients)) if config.clip else 1.0
         count = state.count + 1
-        mean = follow(state.mean, gradients, B1, count, salt=0, factor=clip)
-        square = follow(state.square, gradients, B2, count, salt=1, factor=clip, power=2)
-        rate_now, fix_square = -values.lr / correction(math.log(B1), count), lax.rsqrt(correction(math.log(B2), count))
+        mean = follow(state.mean, gradients, b1, count, salt=0, factor=clip)
+        square = follow(state.square, gradients, b2, count, salt=1, factor=clip, power=2)
+        rate_now = -values.lr * share(count) / correction(b1, count)
+        fix_square = lax.rsqrt(correction(b2, count))
 
         def step(m: jax.Array, v: jax.Array) -> jax.Array:
-            return rate_now * m / (fix_square * jnp.sqrt(v) + EPS)
+            return rate_now * m / (fix_square * jnp.sqrt(v) + eps)
 
         return jax.tree.map(step, read(mean), read(square)), AdamState(count, mean, square)
 
@@ -172,11 +189,12 @@ def average(kept: Any, weights: Any, decay: jax.Array | float, step: jax.Array) 
     It equals the usual one divided by 1 - decay^t, but is close to the weights from the first step on: rounding costs
     as much as an average moves.
     """
-    return follow(kept, weights, 1 - (1 - decay) / correction(jnp.log(decay), step), step, salt=2)
+    return follow(kept, weights, 1 - (1 - decay) / correction(decay, step), step, salt=2)
 
 
-def correction(log_decay: jax.Array | float, step: jax.Array) -> jax.Array:
+def correction(decay: jax.Array | float, step: jax.Array) -> jax.Array:
     """1 - decay^step, f32[]; written so that it does not cancel near decay = 1."""
+    log_decay = jnp.log(decay) if isinstance(decay, jax.Array) else math.log(max(decay, 1e-38))
     return -jnp.expm1(step.astype(jnp.float32) * log_decay)
 
 

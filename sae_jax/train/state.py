@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from sae_jax import mesh
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
 from sae_jax.train import optim
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, Widths
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
@@ -48,7 +48,21 @@ class TrainConfig:
     batch_size: int = 8192
     """token activations a step, over all devices"""
     lr: float | None = None
-    """learning rate, constant; None = 2e-4 / sqrt(n_latents / 2^14)"""
+    """learning rate; None = the variant's own at 2^14 latents (TopK: 2e-4) / sqrt(n_latents / 2^14)"""
+    warmup_steps: int = 0
+    """first steps, over which the rate rises linearly from 0"""
+    decay_steps: int = 0
+    """last steps, over which it falls to lr * decay_to"""
+    decay: Literal["linear", "cosine"] = "linear"
+    """shape of that fall"""
+    decay_to: float = 0.0
+    """share of the rate that is left at the end"""
+    beta1: float | None = None
+    """Adam's decay of the mean gradient; None = the variant's own (TopK: 0.9)"""
+    beta2: float | None = None
+    """Adam's decay of the mean squared gradient; None = the variant's own (TopK: 0.999)"""
+    eps: float | None = None
+    """what Adam adds to the root of the mean squared gradient; None = the variant's own (TopK: 6.25e-10)"""
     seed: int = 0
     """of the weights"""
     order_seed: int | None = None
@@ -78,6 +92,18 @@ class TrainConfig:
             raise UsageError(f"train.dead_after_tokens={self.dead_after_tokens} must stay below 2^31 - batch_size")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"train.lr={self.lr} must be above 0 and finite")
+        if min(self.warmup_steps, self.decay_steps) < 0 or self.warmup_steps + self.decay_steps > self.steps:
+            raise UsageError(
+                f"train.warmup_steps={self.warmup_steps} and train.decay_steps={self.decay_steps} must be >= 0, and "
+                f"together at most train.steps={self.steps}"
+            )
+        if not 0 <= self.decay_to <= 1:
+            raise UsageError(f"train.decay_to={self.decay_to} must be in [0, 1]")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (getattr(self, name) or 0.0) < 1:
+                raise UsageError(f"train.{name}={getattr(self, name)} must be in [0, 1)")
+        if self.eps is not None and not 0 < self.eps < math.inf:
+            raise UsageError(f"train.eps={self.eps} must be above 0 and finite")
         if not 0 <= self.clip < math.inf:
             raise UsageError(f"train.clip={self.clip} must be >= 0 and finite; 0 turns it off")
         if not 0 <= self.ema < 1:
@@ -107,11 +133,11 @@ class Values:
     dead_after: jax.Array  # i32[]
 
     @classmethod
-    def of(cls, config: TrainConfig, n_latents: int) -> Self:
+    def of(cls, config: TrainConfig, sae_config: SaeConfig) -> Self:
         """The values in a config."""
         return cls(
             seed=jnp.int32(config.seed),
-            lr=jnp.float32(optim.learning_rate(config, n_latents)),
+            lr=jnp.float32(optim.learning_rate(config, sae_config)),
             clip=jnp.float32(config.clip),
             ema=jnp.float32(config.ema),
             dead_after=jnp.int32(config.dead_after_tokens),
@@ -122,7 +148,9 @@ def program(config: TrainConfig) -> TrainConfig:
     """`config` with all that is data to the program, or nothing to it, at fixed values: equal where it is shared."""
     return replace(
         config,
-        **{"steps": 1, "lr": None, "seed": 0, "dead_after_tokens": 1},
+        # How long a run is matters to its steps only where the rate falls at the end.
+        **{"steps": config.steps if config.decay_steps else max(1, config.warmup_steps)},
+        **{"lr": None, "seed": 0, "dead_after_tokens": 1},
         **{"order_seed": None, "checkpoint_every": 1, "log_every": 1, "tensorboard": False},
         **{"clip": float(config.clip > 0), "ema": 0.5 * (config.ema > 0)},
     )
@@ -146,18 +174,20 @@ def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample, values: 
 
     `values` stand for those of `config` where several runs share this program.
     """
-    values = Values.of(config, sae_config.n_latents) if values is None else values
+    values = Values.of(config, sae_config) if values is None else values
     key = jax.random.key(values.seed)
     sae = sae_config.init(jax.random.fold_in(key, 0), sample)
     return TrainState(
         step=jnp.int32(0),
         sae=sae,
-        moments=optim.optimiser(config, values).init(sae),  # pyrefly: ignore[bad-argument-type]
+        moments=optim.optimiser(config, values, sae_config.ADAM).init(sae),  # pyrefly: ignore[bad-argument-type]
         average=optim.nothing(sae, config.ema_dtype, optim.WEIGHT) if config.ema else None,
         statistics=Statistics(
             silent=base.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
             dead_after=values.dead_after,
             loss_scale=1 / sample.variance,
+            scale=sample.scale,
+            own=sae_config.own_statistics(sample),
         ),
         key=jax.random.fold_in(key, 1),
         values=values,
@@ -165,17 +195,13 @@ def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample, values: 
 
 
 def abstract(
-    sae_config: SaeConfig, config: TrainConfig, d_model: int, place: Mesh | AbstractMesh | jax.sharding.Sharding
+    sae_config: SaeConfig, config: TrainConfig, widths: Widths, place: Mesh | AbstractMesh | jax.sharding.Sharding
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state at rest, without computing anything.
 
     `place` is the mesh to spread the state over (the one in use), or one sharding for every array.
     """
-    sample = Sample(
-        median=jax.ShapeDtypeStruct((d_model,), jnp.float32),  # type: ignore[arg-type]
-        variance=jax.ShapeDtypeStruct((), jnp.float32),  # type: ignore[arg-type]
-    )
-    state = jax.eval_shape(lambda sample: initial(sae_config, config, sample), sample)
+    state = jax.eval_shape(lambda sample: initial(sae_config, config, sample), base.abstract_sample(widths))
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # A leaf that no op placed (a scalar, the key) says nothing of a mesh; it is replicated.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sae_jax.saes import losses
+from sae_jax.saes import base, losses
 from sae_jax.saes.base import Batch, SaeConfig
 from sae_jax.train import optim
 from sae_jax.train.state import TrainConfig, TrainState
@@ -27,22 +27,28 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
         key = jax.random.fold_in(state.key, state.step)
         objective_key, after_key = jax.random.split(key)
 
+        rows, undo = base.normalised(batch, sae_config.input_norm, state.statistics.scale)
+
         def objective(sae):
-            return sae.objective(batch, state.statistics, state.step, objective_key)
+            return sae.objective(rows, state.statistics, state.step, objective_key)
 
         with jax.named_scope("objective"):
             (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
         with jax.named_scope("optimiser"):
             grad_norm = optax.tree.norm(gradients)
-            tx = optim.optimiser(config, state.values)
+            tx = optim.optimiser(config, state.values, sae_config.ADAM)
             updates, moments = tx.update(gradients, state.moments, state.sae)  # pyrefly: ignore[bad-argument-type]
             # What is not finite moves nothing. It also parts the update from the norms that constraints take of the new
             # weights: XLA's CPU fusion of the two would write every scalar of Adam's out as an array of weights.
             finite = jnp.isfinite(grad_norm)
+
+            def learn(w, update):
+                return jnp.where(finite, w + update, w)
+
             state = replace(
                 state,
                 step=state.step + 1,
-                sae=jax.tree.map(lambda w, update: jnp.where(finite, w + update, w), state.sae, updates),
+                sae=replace(jax.tree.map(learn, state.sae, updates), **outcome.set),
                 moments=moments,
                 statistics=outcome.statistics,
             )
@@ -52,7 +58,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
                 state = replace(state, average=average)
         return state, {
             "loss": loss,
-            "fvu": losses.batch_fvu(batch.y, outcome.x_hat),
+            "fvu": losses.batch_fvu(undo(rows.y if outcome.y is None else outcome.y), undo(outcome.y_hat)),
             "l0": outcome.l0,
             "dead_fraction": outcome.statistics.dead.mean(dtype=jnp.float32),
             "grad_norm": grad_norm,

@@ -31,7 +31,7 @@ def sae(activations):
 def test_every_activation_stands_where_its_row_came_from(activations, sae, n_tokens, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 50)  # so that blocks cross chunks
     seen = []
-    table, sequences = collect_set(sae, activations, "resid_post.1", n_tokens, seen.append)
+    table, sequences = collect_set(sae, activations, ("resid_post.1",), n_tokens, seen.append)
     np.testing.assert_array_equal(sequences[table.seq, table.pos], table.token)
     assert table.n_rows == seen[-1]
     if n_tokens > activations.n_rows:

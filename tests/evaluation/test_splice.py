@@ -9,6 +9,7 @@ from flax import struct
 
 from sae_jax import lm
 from sae_jax.evaluation.splice import splice
+from sae_jax.evaluation.text import HeldOut
 from sae_jax.types import Code
 
 HOOK = lm.Hook(2, "resid_post")
@@ -38,11 +39,24 @@ def batches(model):
     return [np.random.default_rng(i).integers(1, model.spec.n_vocab, (2, 12)) for i in range(2)]
 
 
-def measure(model, batches, factor, keep=lambda ids, norm: np.ones(ids.shape, bool)):
-    mean = np.full(model.spec.d_model, 0.1)
-    return splice(
-        Scaled(jnp.float32(factor), jnp.zeros(4)), model, HOOK, mean, batches, keep, np.array([0]), lambda n: None
-    )
+class First(HeldOut):
+    """Text of which a set holds one position."""
+
+    def keep(self, ids_BT, norm_BTS):
+        return np.arange(ids_BT.size).reshape(ids_BT.shape) < 1
+
+
+class All(HeldOut):
+    """Text of which a set holds every position, special tokens too."""
+
+    def keep(self, ids_BT, norm_BTS):
+        return np.ones(ids_BT.shape, bool)
+
+
+def measure(model, batches, factor, kind=All, hooks=(HOOK,)):
+    text = kind("text", model, hooks, hooks, np.concatenate(batches), np.array([0]), None)
+    mean = np.full(len(hooks) * model.spec.d_model, 0.1)
+    return splice(Scaled(jnp.float32(factor), jnp.zeros(4)), text, mean, batches, lambda n: None)
 
 
 def test_the_identity_changes_nothing(model, batches):
@@ -62,7 +76,7 @@ def test_zeros_are_the_zero_ablation(model, batches):
 
 
 def test_left_out_positions_keep_their_activations(model, batches):
-    got = measure(model, batches, 0.0, keep=lambda ids, norm: np.arange(ids.size).reshape(ids.shape) < 1)
+    got = measure(model, batches, 0.0, First)
     everywhere = measure(model, batches, 0.0)
     assert got["n_rows"] == 2
     assert abs(got["ce_sae"] - got["ce_clean"]) < abs(everywhere["ce_sae"] - everywhere["ce_clean"])
@@ -77,6 +91,16 @@ def test_predictions_from_and_of_special_tokens_do_not_count(model, batches):
     counted = [(ids[:, :-1] != 0) & (ids[:, 1:] != 0) for ids in marked]
     want = sum((n * c).sum() for n, c in zip(nll, counted, strict=True)) / (2 * 2 * 11 - 2)
     assert got["ce_clean"] == pytest.approx(want, rel=1e-4)
+
+
+def test_several_sites_are_replaced_together(model, batches):
+    hooks = (lm.Hook(3, "mlp_out"), lm.Hook(1, "resid_post"))
+    same = measure(model, batches, 1.0, hooks=hooks)
+    assert same["ce_sae"] == pytest.approx(same["ce_clean"], abs=1e-4)
+    zeros = measure(model, batches, 0.0, hooks=hooks)
+    edits = {hook: jnp.zeros_like for hook in hooks}
+    nll = [np.asarray(lm.cross_entropy(lm.run(model, ids, edits=edits).logits, ids)).mean() for ids in batches]
+    assert zeros["ce_sae"] == pytest.approx(np.mean(nll), rel=1e-4)
 
 
 def test_clean_cross_entropy_is_the_models_own(model, batches):

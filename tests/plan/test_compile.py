@@ -14,7 +14,7 @@ from sae_jax.ops.tuning import EngineConfig
 from sae_jax.plan import analytic, compile, hlo, targets
 from sae_jax.saes import base
 from sae_jax.train.state import TrainConfig
-from sae_jax.types import UserError
+from sae_jax.types import UserError, Widths
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
@@ -35,7 +35,13 @@ N, D, K, BATCH = 8192, 256, 16, 512
 def toy(name: str, n_latents: int = N) -> compile.Compiled:
     sae = base.config_class("topk")(n_latents=n_latents, k=K)
     return compile.compile_step(
-        targets.parse(name), sae, TrainConfig(batch_size=BATCH), meshes.MeshConfig(), EngineConfig(), D
+        targets.parse(name),
+        sae,
+        TrainConfig(batch_size=BATCH),
+        meshes.MeshConfig(),
+        EngineConfig(),
+        Widths.one(D),
+        True,
     )
 
 
@@ -48,7 +54,7 @@ def plan(capsys, recipe: str, target: str, *flags: str) -> dict:
 def test_state_is_given_away_and_is_what_arithmetic_says(name):
     sae = base.config_class("topk")(n_latents=N, k=K)
     mesh = meshes.abstract_mesh(meshes.MeshConfig(), targets.parse(name).n_devices)
-    expected = analytic.step(sae, TrainConfig(batch_size=BATCH), D, mesh).state_bytes
+    expected = analytic.step(sae, TrainConfig(batch_size=BATCH), Widths.one(D), mesh).state_bytes
     assert toy(name).alias_bytes == pytest.approx(expected, rel=0.02)
     assert toy(name).argument_bytes == pytest.approx(expected, rel=0.05)
     assert toy(name).peak_bytes > expected
@@ -96,7 +102,8 @@ def test_a_compiler_that_does_not_come_back_is_ended():
             TrainConfig(batch_size=BATCH),
             meshes.MeshConfig(),
             EngineConfig(),
-            D,
+            Widths.one(D),
+            True,
             timeout=0.5,
         )
 

@@ -12,6 +12,7 @@ from sae_jax import mesh as meshes
 from sae_jax.saes import base
 from sae_jax.train.state import TrainConfig, initial
 from sae_jax.train.step import make_step
+from sae_jax.types import Widths
 
 D, F, B = 16, 64, 32
 SETTINGS = {"n_latents": F, "k": 4, "l1_coefficient": 0.02, "dtype": "float32"}
@@ -75,7 +76,7 @@ def test_jit_changes_nothing(config, planted):
     loss, outcome = state.sae.objective(*arguments)
     jitted_loss, jitted = jax.jit(lambda sae, *rest: sae.objective(*rest))(state.sae, *arguments)
     np.testing.assert_allclose(loss, jitted_loss, rtol=1e-5)
-    np.testing.assert_allclose(outcome.x_hat, jitted.x_hat, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outcome.y_hat, jitted.y_hat, rtol=1e-4, atol=1e-5)
 
 
 def test_fifty_steps_agree_on_every_mesh(config, planted):
@@ -104,7 +105,7 @@ def test_gradient_lowers_for_a_pod_that_is_not_there(config):
     big = configured(config.variant, n_latents=2**22, k=64, dtype="bfloat16")
     train = TrainConfig(batch_size=2**17)
     mesh = AbstractMesh((2, 4096, 1, 1), meshes.AXES, axis_types=(AxisType.Explicit,) * 4)
-    sample = base.Sample(jax.ShapeDtypeStruct((1024,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))
+    sample = base.abstract_sample(Widths.one(1024))
     with jax.sharding.use_abstract_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         state = jax.eval_shape(lambda sample: initial(big, train, sample), sample)
         assert state.sae.w_enc.sharding.spec[0] == meshes.DICT[0]

@@ -28,7 +28,9 @@ def rows() -> np.ndarray:
 
 def statistics() -> base.Statistics:
     silent = np.random.default_rng(1).integers(0, WINDOW, F).astype(np.int32)
-    return base.Statistics(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7))
+    return base.Statistics(
+        jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), base.Scale(jnp.ones(D), jnp.ones(D))
+    )
 
 
 def value_and_gradient(sae, x, stats):
@@ -59,7 +61,7 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
             (loss, outcome), gradients = value_and_gradient(split, place(x, meshes.ROWS), stats)
             assert jax.typeof(gradients.w_enc) == jax.typeof(split.w_enc)
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
-    np.testing.assert_allclose(outcome.x_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(outcome.metrics["l1"], want.z_BF.sum(1).mean(), rtol=1e-5)
     np.testing.assert_array_equal(outcome.statistics.silent, want.silent_F)
@@ -86,7 +88,7 @@ def test_the_oracle_gradients_are_finite_differences():
 
 def test_bfloat16_products_keep_float32_everywhere_else():
     (loss, outcome), gradients = value_and_gradient(make(dtype="bfloat16"), rows(), statistics())
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((gradients, outcome.x_hat)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((gradients, outcome.y_hat)))
     want = expected(make(), rows(), statistics())
     np.testing.assert_allclose(loss, want.loss, rtol=0.02)
     assert np.linalg.norm(gradients.w_enc - want.gradients["w_enc"]) < 0.05 * np.linalg.norm(want.gradients["w_enc"])

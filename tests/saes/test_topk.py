@@ -25,7 +25,9 @@ def make(seed: int = 0, **settings) -> topk.TopK:
 def statistics(n_dead: int) -> base.Statistics:
     silent = np.zeros(F, np.int32)
     silent[np.random.default_rng(1).permutation(F)[:n_dead]] = WINDOW + 1
-    return base.Statistics(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7))
+    return base.Statistics(
+        jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), base.Scale(jnp.ones(D), jnp.ones(D))
+    )
 
 
 def rows(seed: int = 5) -> np.ndarray:
@@ -64,7 +66,7 @@ def test_objective_and_gradients_are_the_oracle(n_dead, multi_topk):
     want = expected(sae, x, stats)
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.metrics["aux_loss"], want.aux_loss, rtol=1e-5)
-    np.testing.assert_allclose(outcome.x_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(outcome.statistics.silent, want.silent_F)
     for name, gradient in want.gradients.items():
         np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -208,7 +210,7 @@ def test_bfloat16_products_keep_float32_everywhere_else():
     (_, outcome), gradients = value_and_gradient(rounded, x, statistics(5))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients))
     (_, exact), _ = value_and_gradient(sae, x, statistics(5))
-    assert abs(float(losses.batch_fvu(x, outcome.x_hat) - losses.batch_fvu(x, exact.x_hat))) < 0.02
+    assert abs(float(losses.batch_fvu(x, outcome.y_hat) - losses.batch_fvu(x, exact.y_hat))) < 0.02
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)], ids=str)

@@ -60,7 +60,7 @@ class Watched:
 def member_of(run: Path, name: str, folder: Path | None = None, **changed) -> Member:
     sae, train = SETTINGS[name]
     train = dataclasses.replace(train, **changed)
-    facts = {"d_model": runs.D_MODEL, "site": "acts", "data": "set"}
+    facts = {**runs.FACTS, "data": "set"}
     facts |= {"sae": dataclasses.asdict(sae), "train": dataclasses.asdict(train)}
     return Member("" if folder else name, sae, train, folder or run / "members" / name, facts)
 
@@ -74,7 +74,7 @@ def train(
     # optax does not pass under strict promotion.
     with jax.numpy_dtype_promotion("standard"), Loader(activations, ("acts",), TRAIN.batch_size, 0) as loader:
         watched = Watched(loader, cut)
-        end = loop.train(run, members, mesh, watched, "acts", lambda norm: sample_statistics(rows, norm))
+        end = loop.train(run, members, mesh, watched, runs.SITES, lambda norm: sample_statistics(rows, norm))
     assert end == max(member.train.steps for member in members)
     return watched.steps
 
@@ -86,7 +86,7 @@ def one_device() -> jax.sharding.Mesh:
 def bits_of(run: Path, member: Member) -> dict[str, bytes]:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(run, writes=False) as saved:
-        return runs.bits(saved.restore({"": abstract(member.sae, member.train, runs.D_MODEL, here)})[""])
+        return runs.bits(saved.restore({"": abstract(member.sae, member.train, runs.WIDTHS, here)})[""])
 
 
 class Whole(NamedTuple):
@@ -144,7 +144,7 @@ def test_slices_exchange_metrics_alone() -> None:
     with jax.numpy_dtype_promotion("standard"), jax.set_mesh(mesh):
         states = initial_states(members, lambda norm: sample_statistics(rows, norm), mesh)
         (lane,) = lanes_of(members, states, mesh)
-        text = lane._step.lower(lane._state, place(rows, mesh)).compile().as_text()
+        text = lane._step.lower(lane._state, place({"acts": rows}, runs.SITES, mesh)).compile().as_text()
     collectives = re.findall(r"= (\S+) (?:all-|reduce-sc|collective-)\S*\(.*?replica_groups=(\S+)", text)
     assert not [kind for kind, _ in collectives if "64,8]" in kind]
     across = {kind for kind, groups in collectives if not groups.startswith(("{{0,1}", "[4,2]<=[8]"))}

@@ -15,6 +15,7 @@ from sae_jax.saes import base, topk
 from sae_jax.train import optim
 from sae_jax.train.state import TrainConfig, Values, abstract, initial
 from sae_jax.train.step import make_step
+from sae_jax.types import Widths
 from tests.oracles.adam import adam
 
 FORMS = ("float32", "bfloat16", "int8")
@@ -26,7 +27,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 def optimiser(**settings) -> optax.GradientTransformation:
     config = TrainConfig(**settings)
-    return optim.optimiser(config, Values.of(config, 64))
+    return optim.optimiser(config, Values.of(config, SAE), SAE.ADAM)
 
 
 def steps_of_adam(form: str, gradients: np.ndarray, clip: float = 0.0) -> tuple[np.ndarray, optim.AdamState]:
@@ -197,7 +198,9 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
     assert max(temporary for _, temporary in ours.values()) < one_copy / 2
 
 
-SAMPLE = base.Sample(np.zeros(24, np.float32), np.float32(1))
+WIDTHS = Widths.one(24)
+ONES = np.ones(24, np.float32)
+SAMPLE = base.Sample(0 * ONES, 0 * ONES, np.float32(1), base.Scale(ONES, ONES), WIDTHS)
 SAE = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
 
 
@@ -212,7 +215,7 @@ def sizes(array) -> tuple[int, int]:
 def test_state_is_split_over_all_devices(shape, form):
     mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
     with jax.set_mesh(mesh):
-        state = abstract(SAE, TrainConfig(moments=form, ema_dtype=form), 24, mesh)
+        state = abstract(SAE, TrainConfig(moments=form, ema_dtype=form), WIDTHS, mesh)
     whole = [sizes(a) for a in jax.tree.leaves((state.sae, state.moments, state.average, state.statistics.silent))]
     split = [(total, part) for total, part in whole if part * 8 == total]
     assert (
@@ -227,7 +230,7 @@ def test_a_step_on_a_mesh_changes_no_type_and_no_place():
     mesh = meshes.make_mesh(meshes.MeshConfig(2, 4))
     rows = np.float32(np.random.default_rng(0).standard_normal((16, 24)))
     with jax.set_mesh(mesh):
-        want = abstract(SAE, config, 24, mesh)
+        want = abstract(SAE, config, WIDTHS, mesh)
         state = jax.jit(lambda s: initial(SAE, config, s))(SAMPLE)
         rows = jax.device_put(rows, meshes.sharding(mesh, meshes.ROWS))
         kinds = jax.tree.map(jax.typeof, state)

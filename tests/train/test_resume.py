@@ -255,7 +255,7 @@ def test_allowed_changes(copied: Path) -> None:
         (facts[parts[0]] if parts else facts)[name] = 7
     check_resumable(copied, facts)
     with pytest.raises(UsageError):
-        check_resumable(copied, {**facts, "site": "other"})
+        check_resumable(copied, {**facts, "set": "other"})
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10, 1000])
@@ -289,14 +289,14 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
     sae_config = topk.Config(n_latents=64, k=4)
     activations = open_activations(small_set)
     mesh = meshes.make_mesh(meshes.MeshConfig(data=2))
-    facts = {"d_model": runs.D_MODEL, "train": dataclasses.asdict(config)}
+    facts = {**runs.FACTS, "train": dataclasses.asdict(config)}
     sample = sample_statistics(sample_rows(activations, "acts"), "none")
     stopped = pytest.raises(UserError, match=r"loss is nan.* at step 8")
     # optax does not pass under strict promotion.
     with jax.numpy_dtype_promotion("standard"), Loader(activations, ("acts",), 64, 0) as loader, stopped:
         poisoned = Poisoned(loader, 7)
         members = [Member("", sae_config, config, tmp_path, facts)]
-        loop.train(tmp_path, members, mesh, poisoned, "acts", lambda norm: sample)
+        loop.train(tmp_path, members, mesh, poisoned, runs.SITES, lambda norm: sample)
     failure = json.loads((tmp_path / "failure-0.json").read_text())
     assert (failure["step"], failure["last_checkpoint"]) == (8, 6)
     assert runs.checkpoints(tmp_path) == [4, 6]
@@ -315,9 +315,9 @@ def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
         mesh = meshes.make_mesh(meshes.MeshConfig(data=data))
         config = TrainConfig(steps=steps, batch_size=64, log_every=1, moments="int8", ema_dtype="bfloat16")
         settings = {"sae": dataclasses.asdict(sae_config), "train": dataclasses.asdict(config)}
-        facts = {"d_model": runs.D_MODEL, "site": "acts", "data": str(small_set), **settings}
+        facts = {**runs.FACTS, "data": str(small_set), **settings}
         with Loader(activations, ("acts",), 64, 0) as loader:
-            loop.train(run, [Member("", sae_config, config, run, facts)], mesh, loader, "acts", lambda norm: sample)
+            loop.train(run, [Member("", sae_config, config, run, facts)], mesh, loader, runs.SITES, lambda norm: sample)
 
     whole, halted, moved = tmp_path / "whole", tmp_path / "halted", tmp_path / "moved"
     train(whole, 8)

@@ -56,9 +56,9 @@ def test_steps_follow_the_oracle(clip):
 
 
 def test_learning_rate_rule():
-    assert learning_rate(TrainConfig(), 2**14) == pytest.approx(2e-4)
-    assert learning_rate(TrainConfig(), 2**20) == pytest.approx(2e-4 / 8)
-    assert learning_rate(TrainConfig(lr=1e-3), 2**20) == 1e-3
+    assert learning_rate(TrainConfig(), topk.Config(n_latents=2**14)) == pytest.approx(2e-4)
+    assert learning_rate(TrainConfig(), topk.Config(n_latents=2**20)) == pytest.approx(2e-4 / 8)
+    assert learning_rate(TrainConfig(lr=1e-3), topk.Config(n_latents=2**20)) == 1e-3
 
 
 @pytest.mark.parametrize(
