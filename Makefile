@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not peers and not aot"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot"
 
 check: format lint types fast
 
@@ -26,7 +26,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check
 
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not peers and not aot and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not slow"
 
 # Parity with torch and the peer libraries, in an environment of its own: they are large and pin their own versions.
 test-peers:

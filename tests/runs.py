@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from sae_jax.train.state import TrainConfig, TrainState, abstract
 from sae_jax.types import Sites, Widths
 
 ROOT = Path(__file__).parent.parent
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 STEPS = 200
 SECONDS = 120  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
 D_MODEL = 8
@@ -53,10 +55,15 @@ def write_set(path: Path, outlier: int | None = None) -> Path:
 
 
 def environment(n_devices: int = 1) -> dict[str, str]:
-    """Of a process that shall see this checkout and that many CPU devices."""
+    """Of a process that shall see this checkout and that many CPU devices. They compile a program once between them."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
     flags = f"--xla_force_host_platform_device_count={n_devices}"
-    return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {**kept, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def command(*words: str | Path) -> list[str]:

@@ -10,6 +10,7 @@ from sae_jax import config
 from sae_jax.commands import recipe
 from sae_jax.commands.harvest import Harvest
 from sae_jax.commands.train import Train
+from tests import runs
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -51,6 +52,7 @@ def test_experiment_runs(path, tmp_path):
     done = subprocess.run(
         [sys.executable, str(path), "--smoke", "--out", str(tmp_path / "out")],
         cwd=ROOT,
+        env=runs.environment(),
         capture_output=True,
         text=True,
         timeout=280,
