@@ -14,7 +14,7 @@ from tests.oracles import topk as oracle
 
 B, D, F, K = 16, 8, 64, 5
 # As many pieces as the sizes here allow: exchanged rows, pairs, rows and latents of a product; the last of each uneven.
-PIECES = tuning.Tuning(1, 3, latent_major=False, two_stage=False, exchange_bytes=7 * 4 * D, pair_bytes=3 * 4 * D)
+PIECES = tuning.Tuning(1, 3, latent_major=False, in_stages=False, exchange_bytes=7 * 4 * D, pair_bytes=3 * 4 * D)
 ROLES = (meshes.ROWS, meshes.DICT, meshes.DICT, meshes.REPLICATED, meshes.DICT)
 
 

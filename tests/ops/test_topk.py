@@ -36,12 +36,12 @@ def test_top_k_is_the_oracle(seed, width, kind):
         np.testing.assert_array_equal(values, np.take_along_axis(pre, expected, 1))
 
 
-def test_two_stage_selection_is_used_and_agrees(monkeypatch):
+def test_in_stages_selection_is_used_and_agrees(monkeypatch):
     pre = pre_activations(0, 16, 2048, "ties")
-    two_stage = topk.top_k(jnp.asarray(pre), 5)
+    in_stages = topk.top_k(jnp.asarray(pre), 5)
     monkeypatch.setattr(topk, "TWO_STAGE_FROM", 10**9)
     whole = topk.top_k(jnp.asarray(pre), 5)
-    jax.tree.map(np.testing.assert_array_equal, two_stage, whole)
+    jax.tree.map(np.testing.assert_array_equal, in_stages, whole)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
