@@ -205,7 +205,7 @@ def _backward(select, width, dtype, saved, cotangent: tuple[Code, jax.Array, Any
         g_w_RD, _ = sparse.accumulated(block, g_w_RD, (rows.own(x_RD), *codes))
         g_b_F = sparse.add_up(index_BK, g_BK, n_local)
         g_b_R = spmd.reduce_scatter(g_b_F, mesh.DATA)
-        g_b_pre_D = -spmd.total((g_b_R[:, None] * w_RD).sum(0))
+        g_b_pre_D = -spmd.total(jnp.matmul(g_b_R, w_RD, precision=EXACT))
         # Dropped by the compiler wherever x is data, which needs no gradient.
         w_FD = spmd.gather(w_RD, mesh.DATA)
         g_x_RD = rows.join_own(spmd.scan(block_of_x, None, codes)[1]).astype(x_RD.dtype)
