@@ -26,7 +26,7 @@ CAPACITY = 16  # the few: at most this part of a device's latents
 ROWS_AT_ONCE = 4  # encoder blocks' rows: the products here are narrower
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def unexplained(
     x_BD: jax.Array,
     error_BD: jax.Array,
@@ -37,6 +37,7 @@ def unexplained(
     allowed_F: jax.Array,
     k: int,
     dtype: jnp.dtype,
+    tangent: bool = False,
 ) -> jax.Array:
     """Squared error, summed over rows and D, that is left when the k strongest allowed latents explain `error`.
 
@@ -48,20 +49,23 @@ def unexplained(
         allowed_F: bool[F], DICT.
         k: latents a row; of several equal to the k-th largest value all are taken.
         dtype: what inputs of products are rounded to.
+        tangent: of the gradient of w_dec, as in `sparse.decode`.
 
     Returns:
         f32[]; 0 if none is allowed.
     """
-    return _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype)[0]
+    return _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent)[0]
 
 
-def _forward(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype):
+def _forward(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent):
     # The gradient of a sum of squares is known up to its factor, so one pass over the rows gives both.
-    error, gradients = _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype)
+    error, gradients = _with_gradients(
+        x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent
+    )
     return error, (gradients, allowed_F.any())
 
 
-def _backward(k, dtype, saved, factor: jax.Array):
+def _backward(k, dtype, tangent, saved, factor: jax.Array):
     gradients, some = saved
     # Without a dead latent they are zeros, and stay untouched. A loop of one trip or none, since it works in place
     # where the branches of a cond would copy. A factor of 0 says that the loss was not finite.
@@ -77,7 +81,7 @@ def _backward(k, dtype, saved, factor: jax.Array):
 unexplained.defvjp(_forward, _backward)
 
 
-def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype):
+def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent):
     """The sum, and its gradients with respect to w_enc, b_enc, b_pre and w_dec."""
 
     def local(x_RD, error_RD, w_enc_RD, b_R, b_pre_D, w_dec_RD, allowed_R):
@@ -92,7 +96,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
             is_one_C = jnp.arange(capacity) < allowed_R.sum()
             b_C = jnp.where(is_one_C, b_R[at_C], -jnp.inf)
             error, (g_enc_CD, g_b_C, g_pre_D, g_dec_CD) = _dense(
-                x_RD, error_RD, w_enc_RD[at_C], b_C, b_pre_D, w_dec_RD[at_C], k, dtype
+                x_RD, error_RD, w_enc_RD[at_C], b_C, b_pre_D, w_dec_RD[at_C], k, dtype, tangent
             )
 
             def put(g_C, like_R):
@@ -102,7 +106,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 
         def many():
             b_allowed_R = jnp.where(allowed_R, b_R, -jnp.inf)
-            return _dense(x_RD, error_RD, w_enc_RD, b_allowed_R, b_pre_D, w_dec_RD, k, dtype)
+            return _dense(x_RD, error_RD, w_enc_RD, b_allowed_R, b_pre_D, w_dec_RD, k, dtype, tangent)
 
         return lax.switch(sum((n_most > least).astype(jnp.int32) for least in (0, capacity)), (none, few, many))
 
@@ -112,7 +116,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
     )
 
 
-def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype):
+def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype, tangent):
     """`_with_gradients` on one device, for the latents it is given of those that it owns."""
     w_enc_GD, w_dec_GD = (spmd.gather(w_CD.astype(dtype), mesh.DATA) for w_CD in (w_enc_CD, w_dec_CD))
     b_G = spmd.gather(b_C, mesh.DATA)
@@ -141,6 +145,8 @@ def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype):
     blocks = rows.own(x_RD), rows.own(error_RD), rows.own(jnp.ones(len(x_RD), bool))
     sums, _ = spmd.scan(block, (jnp.float32(0), zeros_GD, jnp.zeros(b_G.shape), zeros_GD), blocks)
     error, g_enc_CD, g_b_C, g_dec_CD = (sums[0], *(spmd.reduce_scatter(g, mesh.DATA) for g in sums[1:]))
+    if tangent:
+        g_dec_CD = g_dec_CD - (g_dec_CD * w_dec_CD).sum(-1, keepdims=True) * w_dec_CD
     g_pre_D = -spmd.total(jnp.matmul(g_b_C, w_enc_CD, precision=EXACT))
     return spmd.total(error), (g_enc_CD, g_b_C, g_pre_D, g_dec_CD)
 

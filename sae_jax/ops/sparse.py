@@ -27,14 +27,18 @@ from sae_jax.types import Code
 SINGLES = 4096  # chunks of single numbers are those of rows of this width: longer sorts take a TPU's compiler long
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def decode(code: Code, w_dec_FD: jax.Array, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def decode(
+    code: Code, w_dec_FD: jax.Array, dtype: jnp.dtype = jnp.float32, tangent: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Sum of the decoder rows of the active latents, without bias.
 
     Args:
         code: [B, K], CODE on a mesh. A slot of value 0 is empty: it adds nothing and has no gradient.
         w_dec_FD: f32[F, D], DICT.
         dtype: in which the gradient of the reconstruction is sent to other latent shards.
+        tangent: the rows of w_dec are of unit norm, and what this use of them adds to their gradient loses its
+            component along each, g_f - (g_f . w_f) w_f. g_f . w_f is a sum over pairs of value * (value's gradient).
 
     Returns:
         f32[B, D], ROWS; and w_dec as it is, for what uses the decoder again (see `encode.encode_topk`).
@@ -57,7 +61,7 @@ def _decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
     return spmd.per_device(local, (spmd.CODES, DICT), ROWS)(code, w_dec_FD)
 
 
-def _decode_backward(dtype, saved, cotangents: tuple[jax.Array, jax.Array]):
+def _decode_backward(dtype, tangent, saved, cotangents: tuple[jax.Array, jax.Array]):
     code, w_dec_FD = saved
     g_x_hat_BD, g_w_FD = cotangents
 
@@ -76,7 +80,11 @@ def _decode_backward(dtype, saved, cotangents: tuple[jax.Array, jax.Array]):
         index_BK = code.indices - spmd.first_latent(len(w_FD))
         blocks = rows.own(g_RD), rows.shared(index_BK), rows.shared(code.values)
         g_w_RD, g_values_nbK = accumulated(block, g_w_RD, blocks)
-        return g_w_RD, rows.join_shared(g_values_nbK)
+        g_values_BK = rows.join_shared(g_values_nbK)
+        if tangent:
+            along_F = add_up(index_BK, code.values * g_values_BK, len(w_FD))
+            g_w_RD = g_w_RD - spmd.reduce_scatter(along_F, mesh.DATA)[:, None] * w_RD
+        return g_w_RD, g_values_BK
 
     g_w_FD, g_values_BK = spmd.per_device(local, (spmd.CODES, DICT, ROWS, DICT), (DICT, CODE))(
         code, w_dec_FD, g_x_hat_BD, g_w_FD
@@ -84,7 +92,11 @@ def _decode_backward(dtype, saved, cotangents: tuple[jax.Array, jax.Array]):
     return Code(None, g_values_BK), g_w_FD  # pyrefly: ignore[bad-argument-type] (integers have no gradient)
 
 
-decode.defvjp(lambda code, w_dec_FD, dtype: ((_decode(code, w_dec_FD), w_dec_FD), (code, w_dec_FD)), _decode_backward)
+def _decode_saving(code, w_dec_FD, dtype, tangent):
+    return (_decode(code, w_dec_FD), w_dec_FD), (code, w_dec_FD)
+
+
+decode.defvjp(_decode_saving, _decode_backward)
 
 
 def fired(code: Code, n_latents: int, above: float) -> jax.Array:

@@ -10,18 +10,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
 from sae_jax import mesh
 from sae_jax.ops import spmd, tuning
 
-GROUP = 32  # members of a group in two-stage selection: a group's maxima vectorise, its members stay in cache
-TWO_STAGE_FROM = 8  # two-stage pays when there are at least this many groups for each of the k wanted
+GROUP = 8  # members of a group in staged selection
+STAGES_FROM = 8  # another stage pays when there are at least this many groups for each of the k wanted
 
 
 def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of each row on one device.
+
+    In stages, where the row is long: of groups of neighbours by their maxima, in the same way, then of their members.
 
     Args:
         pre_BF: f32[B, F].
@@ -30,22 +33,23 @@ def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Returns:
         values f32[B, k] in descending order and their indices i32[B, k]; ties go to the lower index.
     """
-    pre_BF = _one_zero(pre_BF)
-    if not _in_two_stages(pre_BF.shape[1], k):
-        values_BK, index_BK = lax.top_k(pre_BF, k)
+    if not _in_stages(pre_BF.shape[1], k):
+        values_BK, index_BK = lax.top_k(_one_zero(pre_BF), k)
         return values_BK, index_BK
     groups_BGM = pre_BF.reshape(len(pre_BF), pre_BF.shape[1] // GROUP, GROUP)
-    group_BK = _best_groups(groups_BGM.max(-1), k)
+    group_BK = _in_order(top_k(groups_BGM.max(-1), k))
     return _best_members(jnp.take_along_axis(groups_BGM, group_BK[:, :, None], axis=1), group_BK, k)
 
 
 def top_k_latent_major(pre_FB: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`top_k` of pre-activations that lie f32[F, B]; results as there, [B, k]."""
-    if not _in_two_stages(pre_FB.shape[0], k):
+    if not _in_stages(len(pre_FB), k):
         return top_k(pre_FB.T, k)
     n_rows = pre_FB.shape[1]
-    groups_GMB = _one_zero(pre_FB).reshape(len(pre_FB) // GROUP, GROUP, n_rows)
-    group_BK = _best_groups(groups_GMB.max(1).T, k)
+    groups_GMB = pre_FB.reshape(len(pre_FB) // GROUP, GROUP, n_rows)
+    # XLA's CPU back end hands a maximum that it knows as one to a library, for which it writes pre_FB out once more.
+    best_GB = lax.reduce(groups_GMB, np.float32(-np.inf), _larger, (1,))
+    group_BK = _in_order(top_k_latent_major(best_GB, k))
     rows_B = jnp.arange(n_rows, dtype=jnp.int32)
     members_BKM = groups_GMB[group_BK[:, :, None], jnp.arange(GROUP)[None, None], rows_B[:, None, None]]
     return _best_members(members_BKM, group_BK, k)
@@ -173,8 +177,8 @@ def _from_bits(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _in_two_stages(width: int, k: int) -> bool:
-    return tuning.current().two_stage and width % GROUP == 0 and width // GROUP >= TWO_STAGE_FROM * k
+def _in_stages(width: int, k: int) -> bool:
+    return tuning.current().in_stages and width % GROUP == 0 and width // GROUP >= STAGES_FROM * k
 
 
 def _one_zero(pre: jax.Array) -> jax.Array:
@@ -182,11 +186,15 @@ def _one_zero(pre: jax.Array) -> jax.Array:
     return jnp.where(pre == 0, 0.0, pre)
 
 
-def _best_groups(best_BG: jax.Array, k: int) -> jax.Array:
-    """The k groups with the largest maxima, i32[B, k], in order of latent: else ties would go by group maximum."""
-    return jnp.sort(lax.top_k(best_BG, k)[1], axis=-1)
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where((a > b) | (a != a), a, b)  # nan is the largest, as it is to lax.top_k
+
+
+def _in_order(best: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The chosen groups in order of latent: else ties would go by group maximum."""
+    return jnp.sort(best[1], axis=-1)
 
 
 def _best_members(members_BKM: jax.Array, group_BK: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    values_BK, slot_BK = lax.top_k(members_BKM.reshape(len(members_BKM), k * GROUP), k)
+    values_BK, slot_BK = lax.top_k(_one_zero(members_BKM.reshape(len(members_BKM), k * GROUP)), k)
     return values_BK, jnp.take_along_axis(group_BK, slot_BK // GROUP, axis=1) * GROUP + slot_BK % GROUP

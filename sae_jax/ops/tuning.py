@@ -24,7 +24,7 @@ class Tuning:
     block_bytes: int  # pre-activations alive at a time, f32[block_rows, tile of latents]
     block_rows: int  # rows of one encoder product
     latent_major: bool  # pre-activations as [F, B]: group maxima run over contiguous rows
-    two_stage: bool  # select among group maxima first; where the back end's own top-k is no full sort it is the better
+    in_stages: bool  # select among group maxima first; where the back end's own top-k is no full sort it is the better
     exchange_bytes: int  # rows f32[B, D] that are gathered or summed over latent shards at a time
     pair_bytes: int  # dictionary rows f32[P, D] that a compacted code gathers at a time
     kernels: bool = False  # hand-written kernels instead of XLA's
@@ -33,9 +33,9 @@ class Tuning:
 # cpu: a block of 64 rows stays in cache, and the product writes [F, 64] a third faster than [64, F].
 # gpu, tpu: compiled for, never timed: large blocks, lax.top_k on a TPU is no sort while width / k is above 80.
 TABLE = {
-    "cpu": Tuning(64 * MIB, 64, latent_major=True, two_stage=True, exchange_bytes=64 * MIB, pair_bytes=4 * MIB),
-    "gpu": Tuning(256 * MIB, 1024, latent_major=False, two_stage=True, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
-    "tpu": Tuning(256 * MIB, 1024, latent_major=False, two_stage=False, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
+    "cpu": Tuning(64 * MIB, 64, latent_major=True, in_stages=True, exchange_bytes=64 * MIB, pair_bytes=4 * MIB),
+    "gpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=True, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
+    "tpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=False, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
 }
 MIN_TILE = 1024  # latents
 

@@ -106,24 +106,23 @@ class TopK(AbstractSae):
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         x_BD, y_BD = batch.x, batch.y
-        w_dec = base.tangent_to_rows(self.w_dec)
         wide, w_enc = self._encode(x_BD, self.config.k * (MULTI if self.config.multi_topk else 1))
         code = encode.narrow(wide, self.config.k) if self.config.multi_topk else wide
-        x_hat_BD, w_dec = self._decode(code, w_dec)
+        x_hat_BD, w_dec = self._decode(code, self.w_dec, tangent=True)
         loss = statistics.loss_scale * ((y_BD - x_hat_BD) ** 2).mean()
         # Counters before AuxK: a latent that fires in this very batch is not dead.
         fired_F = sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE)
         statistics = statistics.after(fired_F, batch.x.shape[0])
         metrics = {}
         if self.config.multi_topk:
-            wide_hat_BD, w_dec = self._decode(wide, w_dec)
+            wide_hat_BD, w_dec = self._decode(wide, w_dec, tangent=True)
             metrics["multi_loss"] = statistics.loss_scale * ((y_BD - wide_hat_BD) ** 2).mean()
             loss = loss + self.config.multi_topk * metrics["multi_loss"]
         if self.config.aux_coefficient:
             error_BD = lax.stop_gradient(y_BD - x_hat_BD)
             k_aux = self.config.k_aux or 2 ** round(math.log2(max(batch.x.shape[1] / 2, 1)))
             left = explain.unexplained(
-                x_BD, error_BD, w_enc, self.b_enc, self.b_dec, w_dec, statistics.dead, k_aux, self._dtype
+                x_BD, error_BD, w_enc, self.b_enc, self.b_dec, w_dec, statistics.dead, k_aux, self._dtype, tangent=True
             )
             metrics["aux_loss"] = losses.auxiliary_ratio(error_BD, left)
             loss = loss + self.config.aux_coefficient * metrics["aux_loss"]
@@ -146,8 +145,8 @@ class TopK(AbstractSae):
         k = min(k, self.config.n_latents)
         return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype)
 
-    def _decode(self, code: Code, w_dec: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_hat_BD, w_dec = sparse.decode(code, w_dec, self._dtype)
+    def _decode(self, code: Code, w_dec: jax.Array, tangent: bool = False) -> tuple[jax.Array, jax.Array]:
+        x_hat_BD, w_dec = sparse.decode(code, w_dec, self._dtype, tangent)
         return x_hat_BD + self.b_dec[None], w_dec
 
 

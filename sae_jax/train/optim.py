@@ -170,7 +170,9 @@ def follow(
     """
 
     def one(seed: int, kept: jax.Array | Blocks, target: jax.Array) -> jax.Array | Blocks:
-        x = decay * _read(kept) + (1 - decay) * (factor * target) ** power
+        y = factor * target
+        # Not y**2: XLA would share the square with a norm of the gradients, and write it out for that.
+        x = decay * _read(kept) + ((1 - decay) * y * y if power == 2 else (1 - decay) * y)
         if not isinstance(kept, Blocks):
             return x if kept.dtype == jnp.float32 else _to_bfloat16(x, _dither(x, step, seed))
         # A bound of the maximum from that of the target: the maximum itself would need x twice, or a copy of it.

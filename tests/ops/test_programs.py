@@ -16,7 +16,7 @@ from tests.hlo import largest_array
 
 D, B = 16, 4096
 PIECES = tuning.Tuning(
-    block_bytes=2**16, block_rows=8, latent_major=True, two_stage=True, exchange_bytes=2**14, pair_bytes=2**12
+    block_bytes=2**16, block_rows=8, latent_major=True, in_stages=True, exchange_bytes=2**14, pair_bytes=2**12
 )
 
 

@@ -36,12 +36,14 @@ def test_top_k_is_the_oracle(seed, width, kind):
         np.testing.assert_array_equal(values, np.take_along_axis(pre, expected, 1))
 
 
-def test_two_stage_selection_is_used_and_agrees(monkeypatch):
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_selection_in_stages_is_used_and_agrees(k, monkeypatch):
+    """2048 latents: three stages for 3, two for 5."""
     pre = pre_activations(0, 16, 2048, "ties")
-    two_stage = topk.top_k(jnp.asarray(pre), 5)
-    monkeypatch.setattr(topk, "TWO_STAGE_FROM", 10**9)
-    whole = topk.top_k(jnp.asarray(pre), 5)
-    jax.tree.map(np.testing.assert_array_equal, two_stage, whole)
+    in_stages = topk.top_k(jnp.asarray(pre), k)
+    monkeypatch.setattr(topk, "STAGES_FROM", 10**9)
+    whole = topk.top_k(jnp.asarray(pre), k)
+    jax.tree.map(np.testing.assert_array_equal, in_stages, whole)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -86,7 +88,7 @@ def test_threshold_is_the_kth_largest_positive_value(shape, k):
 @pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
 def test_latent_major_selection_is_the_oracle(kind):
     pre = pre_activations(4, 8, 2048, kind)
-    for k in (5, 200):
+    for k in (3, 5, 200):
         values, indices = topk.top_k_latent_major(jnp.asarray(pre.T), k)
         np.testing.assert_array_equal(indices, oracle.select(pre, k))
         np.testing.assert_array_equal(values, np.take_along_axis(pre, np.asarray(indices), 1))
