@@ -32,10 +32,11 @@ def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F,
 
 def reconstruct(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, above) -> Tiled:
     """See ops/tiled.py."""
-    codes, penalty_BF = activation((x_BD - b_pre_D[None]) @ w_enc_FD.T, latents)
+    codes, penalties = activation((x_BD - b_pre_D[None]) @ w_enc_FD.T, latents)
     x_hat = jax.tree.map(lambda z_BF, w_FD: z_BF @ w_FD, codes, w_dec)
     z_BF = jax.tree.leaves(codes)[0]
-    return Tiled(x_hat, penalty_BF.sum(0), (z_BF > 0).sum(0, dtype=jnp.float32), (z_BF > above).any(0))
+    penalty = jax.tree.map(lambda penalty_BF: penalty_BF.sum(0), penalties)
+    return Tiled(x_hat, penalty, (z_BF > 0).sum(0, dtype=jnp.float32), (z_BF > above).any(0))
 
 
 def to_dense(code: Code, n_latents: int) -> jax.Array:

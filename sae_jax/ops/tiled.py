@@ -8,6 +8,7 @@ engine knows none. What it may ask for:
 
     biases, thresholds, decoder norms   per-latent parameters: arrays [F, ...], each differentiated
     several reconstructions             a tree of codes and a tree of decoders of one structure
+    several penalties                   a tree of them
     tied weights, frozen decoders       the same array twice, `stop_gradient` of it: what needs no gradient costs none
     straight-through estimators         jax.custom_jvp or jax.custom_vjp inside the activation
     several inputs or outputs a row     side by side in D
@@ -34,8 +35,8 @@ from sae_jax.mesh import CODE, DATA, DICT, LATENT, REPLICATED, ROWS
 from sae_jax.ops import encode, spmd, topk, tuning
 from sae_jax.types import Code
 
-# (pre f32[b, f], parameters [f, ...]) -> (tree of codes f32[b, f] >= 0, penalty f32[b, f])
-Activation = Callable[[jax.Array, Any], tuple[Any, jax.Array]]
+# (pre f32[b, f], parameters [f, ...]) -> (tree of codes f32[b, f] >= 0, tree of penalties f32[b, f])
+Activation = Callable[[jax.Array, Any], tuple[Any, Any]]
 
 
 @struct.dataclass
@@ -43,7 +44,7 @@ class Tiled:
     """What `reconstruct` returns."""
 
     x_hat: Any  # tree of f32[B, D], ROWS: one for each decoder, without bias
-    penalty: jax.Array  # f32[F], DICT: each latent's penalty summed over the batch
+    penalty: Any  # tree of f32[F], DICT: each latent's penalties summed over the batch
     n_active: jax.Array  # f32[F], DICT: rows in which the first code is above 0; no gradient
     fired: jax.Array  # bool[F], DICT: the first code exceeds `above` in some row
 
@@ -67,7 +68,7 @@ def reconstruct(
         w_dec: f32[F, D], DICT; a tree of the structure of the activation's codes, each of a D of its own.
         b_pre_D: f32[D], subtracted from x first, in f32.
         latents: tree of f32[F, ...], DICT: what the activation needs to know of each latent.
-        activation: from tiles of pre-activations and of `latents` to tiles of codes and of the penalty.
+        activation: from tiles of pre-activations and of `latents` to tiles of codes and of penalties.
         dtype: what the inputs of products are rounded to, backward too; they accumulate in f32.
         above: a latent counts as fired when its value exceeds this.
     """
@@ -88,13 +89,13 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
                 x_hat, sums = carry
                 at = cut.tile(t)
                 pre_bf = product("bd,fd->bf", x_bD, at.take(w_enc_FD))
-                codes, penalty_bf = cut.real(activation, number, at)(pre_bf, at.take(latents))
+                codes, penalties = cut.real(activation, number, at)(pre_bf, at.take(latents))
                 x_hat = jax.tree.map(
                     lambda x_hat_bD, z_bf, w_FD: x_hat_bD + product("bf,fd->bd", z_bf, at.take(w_FD)),
                     *(x_hat, codes, w_dec),
                 )
                 z_bf = jax.tree.leaves(codes)[0]
-                parts = (penalty_bf, *((z_bf > low).astype(jnp.float32) for low in (0.0, above)))
+                parts = (penalties, *((z_bf > low).astype(jnp.float32) for low in (0.0, above)))
                 return x_hat, at.add(sums, jax.tree.map(lambda part_bf: part_bf.sum(0), parts))
 
             zeros = jax.tree.map(lambda w_FD: jnp.zeros((x_bD.shape[0], w_FD.shape[1])), w_dec)
@@ -102,9 +103,11 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
             return sums, jax.tree.map(lambda x_hat_bD: spmd.reduce_scatter(x_hat_bD, LATENT), x_hat)
 
         zeros_F = jnp.zeros(cut.n_latents)
-        sums, x_hat = spmd.scan(block, (zeros_F,) * 3, cut.blocks(x_RD))
-        penalty_R, active_R, fired_R = (spmd.reduce_scatter(sum_F, DATA) for sum_F in sums)
-        return Tiled(jax.tree.map(cut.rows.join_own, x_hat), penalty_R, active_R, fired_R > 0)
+        penalties = jax.eval_shape(activation, jax.ShapeDtypeStruct((1, cut.n_latents), jnp.float32), latents)[1]
+        zeros = jax.tree.map(lambda _: zeros_F, penalties), zeros_F, zeros_F
+        sums, x_hat = spmd.scan(block, zeros, cut.blocks(x_RD))
+        penalty, active_R, fired_R = jax.tree.map(lambda sum_F: spmd.reduce_scatter(sum_F, DATA), sums)
+        return Tiled(jax.tree.map(cut.rows.join_own, x_hat), penalty, active_R, fired_R > 0)
 
     out_specs: Any = Tiled(ROWS, DICT, DICT, DICT)  # pyrefly: ignore[bad-argument-type] (specs in its shape)
     arguments = (x_BD, w_enc_FD, w_dec, b_pre_D, latents)
@@ -128,14 +131,14 @@ def _values(arguments: Any) -> Any:
 
 def _backward(activation, dtype, above, saved, cotangent: Tiled):
     (x_BD, w_enc_FD, w_dec, b_pre_D, latents), (wants_x, *wants_dec) = saved
-    g_x_hat, g_penalty_F = (
+    g_x_hat, g_penalty = (
         jax.tree.map(partial(_instantiated, role=role), g)
         for g, role in ((cotangent.x_hat, ROWS), (cotangent.penalty, DICT))
     )
 
-    def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents, g_x_hat, g_penalty_R):
+    def local(x_RD, w_enc_RD, w_dec, b_pre_D, latents, g_x_hat, g_penalty):
         w_enc_FD, w_dec = (jax.tree.map(partial(encode.gathered, dtype=dtype), w) for w in (w_enc_RD, w_dec))
-        latents, g_penalty_F = _gathered((latents, g_penalty_R))
+        latents, g_penalty = _gathered((latents, g_penalty))
         cut, product = _Cut.of(x_RD, w_enc_FD), partial(_product, dtype=dtype)
         decoders_FD, structure = jax.tree.flatten(w_dec)
 
@@ -153,8 +156,8 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
                     product("bd,fd->bf", g_bD, at.take(w_FD))
                     for g_bD, w_FD in zip(g_x_hats_bD, decoders_FD, strict=True)
                 ]
-                g_penalty_bf = jnp.broadcast_to(at.take(g_penalty_F)[None], pre_bf.shape)
-                g_pre_bf, g_latents = pull((jax.tree.unflatten(structure, g_codes), g_penalty_bf))
+                g_penalties = jax.tree.map(lambda g_F: jnp.broadcast_to(at.take(g_F)[None], pre_bf.shape), g_penalty)
+                g_pre_bf, g_latents = pull((jax.tree.unflatten(structure, g_codes), g_penalties))
                 g_dec = [
                     None if wants is None else product("bf,bd->fd", z_bf, g_bD)
                     for wants, z_bf, g_bD in zip(wants_dec, jax.tree.leaves(codes), g_x_hats_bD, strict=True)
@@ -169,7 +172,7 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
             return sums, jax.tree.map(lambda g_bD: spmd.reduce_scatter(g_bD, LATENT), g_x_bD)
 
         g_dec = [None if wants is None else w_FD for wants, w_FD in zip(wants_dec, decoders_FD, strict=True)]
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), (g_penalty_F, w_enc_FD, g_dec, latents))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), (jnp.zeros(cut.n_latents), w_enc_FD, g_dec, latents))
         sums, g_x = spmd.scan(block, zeros, cut.blocks(x_RD, g_x_hat))
         g_pre_R, g_enc_RD, g_dec, g_latents = jax.tree.map(lambda sum_F: spmd.reduce_scatter(sum_F, DATA), sums)
         # Summed over the batch first: a mat-vec instead of a product of full size.
@@ -180,7 +183,7 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
     in_specs = (ROWS, DICT, DICT, REPLICATED, DICT, ROWS, DICT)
     out_specs = (ROWS, DICT, DICT, REPLICATED, DICT)
     g_x, g_enc, g_dec, g_b_pre, g_latents = spmd.per_device(local, in_specs, out_specs)(
-        x_BD, w_enc_FD, w_dec, b_pre_D, latents, g_x_hat, g_penalty_F
+        x_BD, w_enc_FD, w_dec, b_pre_D, latents, g_x_hat, g_penalty
     )
     return g_x, g_enc, jax.tree.unflatten(jax.tree.structure(w_dec), g_dec), g_b_pre, g_latents
 

@@ -375,7 +375,12 @@ def unit_rows(w_FD: jax.Array) -> jax.Array:
     """Rows scaled to norm 1. A row of zeros stays."""
     # Apart from what made them: XLA on GPU would write moments of fewer bytes out in f32, as operands of this fusion.
     w_FD = lax.optimization_barrier(w_FD)
-    return w_FD / jnp.maximum(jnp.linalg.norm(w_FD, axis=-1, keepdims=True), 1e-12)
+    return w_FD / row_norms(w_FD)[:, None]
+
+
+def row_norms(w_FD: jax.Array) -> jax.Array:
+    """Norm of each row, f32[F], to divide by: above 0."""
+    return jnp.maximum(jnp.linalg.norm(w_FD, axis=-1), 1e-12)
 
 
 @jax.custom_vjp

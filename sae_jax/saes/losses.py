@@ -1,9 +1,40 @@
-"""Error measures that objectives share. Sums over D, means over rows; everything in f32."""
+"""Error measures that objectives share, everything in f32; and what a sparsity coefficient stands beside.
+
+    summed    SE = squared error summed over D, mean over rows       loss = SE + coefficient * penalty
+    mean      MSE = SE / D                                           loss = MSE + coefficient * penalty
+
+The penalty is a sum over latents and a mean over rows in both, so the same trade-off has coefficient(mean) =
+coefficient(summed) / D. A variant with a penalty has `error` in its config, and so in the config.json of its runs.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+
+from sae_jax.types import UsageError
+
+Error = Literal["summed", "mean"]
+
+
+def error(kind: Error, error_BD: jax.Array) -> jax.Array:
+    """SE or MSE, see the head of this file (f32[])."""
+    return squared_error(error_BD) / (error_BD.shape[1] if kind == "mean" else 1)
+
+
+def warmed(coefficient: float, step: jax.Array, warmup_steps: int) -> jax.Array:
+    """A coefficient that rises linearly from 0 over the first steps (f32[]); `step`, i32[], is 0 at the first."""
+    return coefficient * jnp.minimum((step + 1).astype(jnp.float32) / max(warmup_steps, 1), 1.0)
+
+
+def check_penalty(**settings: float) -> None:
+    """Refuse coefficients and numbers of warm-up steps below 0, or not finite."""
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise UsageError(f"sae.{name}={value} must be >= 0 and finite; 0 turns it off")
 
 
 def squared_error(error_BD: jax.Array) -> jax.Array:

@@ -1,13 +1,22 @@
 """ReLU autoencoder with an L1 penalty and a decoder of unit rows.
 
     z = ReLU(W_enc (x - b_dec) + b_enc)      x_hat = W_dec^T z + b_dec
-    loss = mean ||x - x_hat||^2 + l1_coefficient * mean ||z||_1,      ||W_dec row|| = 1
+    loss = error + l1_coefficient * mean ||z||_1,      ||W_dec row|| = 1
 
-Squared errors are summed over d_model and averaged over rows. Any number of latents may be active, so the objective
-runs in tiles (ops/tiled.py). Decoder rows have unit norm, or the penalty could be evaded by small values and long
-rows: their gradient is projected before the moments see it, the rows renormalised after the step.
+Any number of latents may be active, so the objective runs in tiles (ops/tiled.py). Decoder rows have unit norm, or the
+penalty could be evaded by small values and long rows: their gradient is projected before the moments see it, the rows
+renormalised after the step.
 
-Source: Bricken et al. 2023, "Towards Monosemanticity". Left out: resampling of dead latents.
+Resampling: after each of `resample_steps` dead latents start anew in directions that are reconstructed badly,
+
+    W_dec row = v / ||v||      W_enc row = 0.2 * (mean norm of alive rows) * v / ||v||      b_enc = 0      moments = 0
+
+where v = x - b_dec is one of the `resample_inputs` rows before, drawn with a probability that grows with the square of
+its squared error.
+
+Source: Bricken et al. 2023, "Towards Monosemanticity". There a latent is resampled if silent for 12,500 steps, here if
+dead (`train.dead_after_tokens`); v is x, the loss that is squared counts the penalty too, and the learning rate, if it
+had a warm-up, has it again.
 """
 
 from __future__ import annotations
@@ -19,12 +28,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import sparse, tiled
+from sae_jax.ops import resample, sparse, tiled
 from sae_jax.saes import base, losses
 from sae_jax.saes.base import AbstractSae, Batch, Outcome, SaeConfig, Sample, Scale, Statistics
 from sae_jax.types import Code, UsageError
+
+MOST_RESAMPLED = 8192  # latents at a time: as many rows are kept on every device
+RESAMPLED_NORM = 0.2  # of an encoder row, among the mean of alive ones
 
 
 @dataclass(frozen=True)
@@ -34,13 +47,23 @@ class Config(SaeConfig):
     variant: Literal["relu"] = "relu"
     l1_coefficient: float = 5.0
     """weight of ||z||_1; for the same sparsity it grows with the norm of the activations"""
-    l1_convention: Literal["summed"] = "summed"
-    """l1_coefficient stands beside the squared error summed over d_model; beside its mean, divide by d_model"""
+    error: losses.Error = "summed"
+    """which squared error l1_coefficient stands beside, see saes/losses.py"""
+    sparsity_warmup_steps: int = 0
+    """first steps, over which l1_coefficient rises linearly from 0"""
+    resample_steps: tuple[int, ...] = ()
+    """numbers of steps after which dead latents are resampled (25k, 50k, 75k and 100k in the paper); none = never"""
+    resample_inputs: int = 819_200
+    """rows before each of them that new directions are drawn from"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.l1_coefficient < math.inf:
-            raise UsageError(f"sae.l1_coefficient={self.l1_coefficient} must be >= 0 and finite; 0 turns it off")
+        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+        if any(step < 1 for step in self.resample_steps) or self.resample_inputs < 1:
+            raise UsageError(
+                f"sae.resample_steps={self.resample_steps} and sae.resample_inputs={self.resample_inputs} must be at "
+                f"least 1; leave resample_steps out for none"
+            )
 
     def init(self, key: jax.Array, sample: Sample) -> Relu:
         """Encoder and decoder independent and Kaiming-uniform, decoder rows then of norm 1; bias = geometric median."""
@@ -53,6 +76,14 @@ class Config(SaeConfig):
             b_dec=sample.median,
             config=self,
         )
+
+    def own_statistics(self, sample: Sample) -> dict[str, jax.Array]:
+        """Rows to resample from, and the logarithms of their keys (ops/resample.py)."""
+        if not self.resample_steps:
+            return {}
+        n_kept = min(self.n_latents, MOST_RESAMPLED)
+        rows_RD = base.zeros((n_kept, sample.median.shape[0]), mesh.REPLICATED)
+        return {"row_keys": base.zeros((n_kept,), mesh.REPLICATED) - jnp.inf, "rows": rows_RD}
 
 
 @struct.dataclass
@@ -90,17 +121,39 @@ class Relu(AbstractSae):
         tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_dec))
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = tiles.penalty.sum() / n_rows
-        loss = losses.squared_error(batch.y - x_hat_BD) + self.config.l1_coefficient * l1
+        coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
+        loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
         l0 = tiles.n_active.sum() / n_rows
-        return loss, Outcome(x_hat_BD, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        statistics = statistics.after(tiles.fired, n_rows)
+        if self.config.resample_steps:
+            error_B = lax.stop_gradient(((batch.y - x_hat_BD) ** 2).sum(-1))
+            statistics = replace(statistics, own=self._collected(statistics.own, batch.x, error_B, step, key))
+        return loss, Outcome(x_hat_BD, l0, statistics, {"l1": l1})
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+        """Unit decoder rows again; new rows for dead latents when it is time."""
+        state = replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+        if not self.config.resample_steps:
+            return state
+        is_time = (state.step == jnp.asarray(self.config.resample_steps, jnp.int32)).any()
+        return lax.cond(is_time, _resampled, lambda state: state, state)
 
     def folded(self, scale: Scale) -> Relu:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
         return replace(self, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
+
+    def _collected(
+        self, own: dict[str, jax.Array], x_BD: jax.Array, error_B: jax.Array, step: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """`Statistics.own` after a batch, which counts if the next resampling is near."""
+        n_steps = math.ceil(self.config.resample_inputs / len(x_BD))
+        left_E = jnp.asarray(self.config.resample_steps, jnp.int32) - step
+
+        def keep(own):
+            keys_R, rows_RD = resample.keep_rows(own["row_keys"], own["rows"], x_BD, error_B**2, key)
+            return {"row_keys": keys_R, "rows": rows_RD}
+
+        return lax.cond(((left_E > 0) & (left_E <= n_steps)).any(), keep, lambda own: own, own)
 
     def _reconstruct(self, x_BD: jax.Array, w_dec: jax.Array) -> tiled.Tiled:
         dtype = jnp.dtype(self.config.dtype)
@@ -110,6 +163,40 @@ class Relu(AbstractSae):
 def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
     z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
     return z_bf, z_bf
+
+
+def _resampled(state: Any) -> Any:
+    """The train state with the dead latents begun anew, as many as there are rows kept."""
+    sae, statistics, own = state.sae, state.statistics, state.statistics.own
+    rank_F = resample.ranks(statistics.dead)
+    chosen_F = statistics.dead & (rank_F < (own["row_keys"] > -jnp.inf).sum(dtype=jnp.int32))
+    v_RD = base.unit_rows(own["rows"] - sae.b_dec[None])
+    v_FD = v_RD.at[jnp.minimum(rank_F, len(v_RD) - 1)].get(out_sharding=mesh.placed(mesh.DICT))
+    norms_F = jnp.where(statistics.dead, 0.0, jnp.linalg.norm(sae.w_enc, axis=-1))
+    norm = norms_F.sum() / jnp.maximum((~statistics.dead).sum(dtype=jnp.float32), 1.0)
+
+    def begin(w_FD: jax.Array, value: Any) -> jax.Array:
+        return jnp.where(chosen_F.reshape(-1, *(1,) * (w_FD.ndim - 1)), value, w_FD)
+
+    def forget(average: Any) -> Any:
+        rows = {name: getattr(average, name) for name in ("w_enc", "b_enc", "w_dec")}
+        return replace(average, **jax.tree.map(lambda a: begin(a, jnp.zeros((), a.dtype)), rows))
+
+    return replace(
+        state,
+        sae=replace(
+            sae,
+            w_enc=begin(sae.w_enc, RESAMPLED_NORM * norm * v_FD),
+            b_enc=begin(sae.b_enc, 0.0),
+            w_dec=begin(sae.w_dec, v_FD),
+        ),
+        moments=replace(state.moments, mean=forget(state.moments.mean), square=forget(state.moments.square)),
+        statistics=replace(
+            statistics,
+            silent=begin(statistics.silent, 0),
+            own={**own, "row_keys": jnp.full_like(own["row_keys"], -jnp.inf)},
+        ),
+    )
 
 
 @jax.jit

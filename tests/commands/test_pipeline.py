@@ -169,7 +169,7 @@ def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
     run(work, "train", "--data", work / "set", "--out", tmp_path / "run", *flags)
     assert "relu has no k; left out" in capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "config.json").read_text())["sae"]
-    assert (config["l1_coefficient"], config["l1_convention"]) == (0.3, "summed")
+    assert (config["l1_coefficient"], config["error"]) == (0.3, "summed")
     run(work, "evaluate", tmp_path / "run", "--tokens", 256)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert 0 < result["l0"] < 64

@@ -32,10 +32,11 @@ def _(primals, tangents):
 
 
 def gated(pre, latents):
-    """As much as an activation may ask for: parameters, two codes, a penalty and a straight-through estimator."""
+    """As much as an activation may ask for: parameters, two codes, two penalties and a straight-through estimator."""
     gate = pre + latents["b_gate"][None]
     size = jnp.exp(latents["log_size"])[None] * pre + latents["b_size"][None]
-    return (step(gate) * jax.nn.relu(size), jax.nn.relu(gate)), jax.nn.relu(gate) * latents["log_size"][None] ** 2
+    penalties = jax.nn.relu(gate) * latents["log_size"][None] ** 2, jnp.tanh(size)
+    return (step(gate) * jax.nn.relu(size), jax.nn.relu(gate)), penalties
 
 
 def draw_arrays(n_rows, n_latents):
@@ -53,7 +54,7 @@ def value_and_gradients(reconstruct, target, arrays, frozen):
         w_dec = (w_dec[0], jax.lax.stop_gradient(w_dec[1])) if frozen else w_dec
         out = reconstruct(x, w_enc, w_dec, b_pre, latents)
         value = sum(((x_hat - target[:, : x_hat.shape[1]]) ** 2).mean() for x_hat in out.x_hat)
-        return value + (out.penalty**2).mean(), out
+        return value + sum((penalty**2).mean() for penalty in out.penalty), out
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*arrays)
 

@@ -7,6 +7,9 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, relu
+from sae_jax.train import optim
+from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.step import make_step
 from sae_jax.types import UsageError
 from tests.oracles import relu as oracle
 
@@ -123,7 +126,71 @@ def test_a_code_holds_all_that_is_active_and_decodes_to_the_reconstruction():
     assert not silent.values.any()
 
 
-@pytest.mark.parametrize("setting", [{"n_latents": 0}, {"l1_coefficient": -1.0}, {"l1_coefficient": float("nan")}])
+def test_the_coefficient_means_what_the_error_convention_says_and_warms_up():
+    x, stats = rows(), statistics()
+    batch, key = base.Batch(x, x), jax.random.key(0)
+    loss = [make(**s).objective(batch, stats, jnp.int32(1), key)[0] for s in ({}, {"error": "mean"})]
+    summed, outcome = make(l1_coefficient=0.7 * D).objective(batch, stats, jnp.int32(1), key)
+    np.testing.assert_allclose(loss[1], summed / D, rtol=1e-6)
+    half, _ = make(sparsity_warmup_steps=4).objective(batch, stats, jnp.int32(1), key)
+    np.testing.assert_allclose(loss[0] - half, 0.35 * outcome.metrics["l1"], rtol=1e-5)
+
+
+def test_dead_latents_begin_anew_in_directions_that_are_reconstructed_badly():
+    """On one device and on a mesh: rows, biases, moments in any form and counters of the dead, not of the others."""
+    config = relu.Config(n_latents=F, l1_coefficient=0.1, dtype="float32", resample_steps=(3,), resample_inputs=2 * B)
+    train = TrainConfig(batch_size=B, lr=0.01, ema=0, dead_after_tokens=B, moments="int8")
+    x = np.random.default_rng(0).standard_normal((4, B, D)).astype(np.float32)
+    buried = np.arange(F) % 5 == 0
+
+    def run(mesh):
+        placed = (lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))) if mesh else (lambda a, role: a)
+        state = jax.jit(lambda s: initial(config, train, s))(base.sample_statistics(x.reshape(-1, D), "none"))
+        b_enc = placed(jnp.where(buried, -50.0, state.sae.b_enc), meshes.DICT)
+        state = state.replace(sae=state.sae.replace(b_enc=b_enc))
+        step, states = make_step(config, train), []
+        for batch in x:
+            batch = placed(batch, meshes.ROWS)
+            state, _ = step(state, base.Batch(batch, batch))
+            plain = {"sae": state.sae, "statistics": state.statistics}
+            moments = {"mean": optim.read(state.moments.mean), "square": optim.read(state.moments.square)}
+            states.append(jax.tree.map(np.asarray, plain | moments))
+        return states
+
+    with jax.numpy_dtype_promotion("standard"):
+        _, before, after, later = run(None)
+        mesh = meshes.make_mesh(meshes.MeshConfig(2, 4))
+        with jax.set_mesh(mesh):
+            on_mesh = run(mesh)[2]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), on_mesh["sae"], after["sae"])
+
+    sae = after["sae"]
+    assert (before["statistics"].silent[buried] > B).all()
+    assert not after["statistics"].silent[buried].any()
+    centred = x[1:3].reshape(-1, D) - sae.b_dec
+    cosine = sae.w_dec[buried] @ (centred / np.linalg.norm(centred, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(cosine.max(1), 1, rtol=1e-5)
+    assert len(set(cosine.argmax(1))) == buried.sum()
+    alive = np.linalg.norm(sae.w_enc[~buried], axis=1).mean()
+    np.testing.assert_allclose(sae.w_enc[buried], 0.2 * alive * sae.w_dec[buried], rtol=1e-4)
+    assert not sae.b_enc[buried].any()
+    for moments in (after["mean"], after["square"]):
+        assert not any(getattr(moments, name)[buried].any() for name in ("w_enc", "b_enc", "w_dec"))
+        assert moments.w_enc[~buried].any()
+    assert (later["statistics"].silent[buried] == 0).any(), "what begins anew should fire"
+    assert np.isinf(after["statistics"].own["row_keys"]).all()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"n_latents": 0},
+        {"l1_coefficient": -1.0},
+        {"l1_coefficient": float("nan")},
+        {"resample_steps": (0,)},
+        {"sparsity_warmup_steps": -1},
+    ],
+)
 def test_bad_settings_are_refused(setting):
     with pytest.raises(UsageError, match=f"sae.{next(iter(setting))}"):
         relu.Config(**setting)

@@ -1,0 +1,265 @@
+"""JumpReLU autoencoder: a latent is silent below a threshold of its own, which is learnt.
+
+    pi = W_enc x + b_enc      z = pi * H(pi - theta)      x_hat = W_dec^T z + b_dec      theta = exp(log_threshold) > 0
+    loss = error + l0_coefficient * sparsity
+
+    sparsity   sum_i p_i                      p_i: share of the rows of a batch in which latent i is active
+               sum_i p_i (1 + p_i / s)        with frequency_scale s: latents that are always active cost more
+               (sum_i p_i / L0* - 1)^2        with target_l0 L0*
+               mean sum_i tanh(c z_i ||d_i||) penalty "tanh": p_i is the mean of this smooth count, d_i a decoder row
+
+H has no gradient, so the backward pass estimates that of its mean over a batch from the rows near the threshold, with
+K(u) = 1[|u| < 1/2] and bandwidth eps:
+
+    dz/dpi = H      dz/dtheta = -(theta / eps) K((pi - theta) / eps)      dH/dtheta = -(1 / eps) K((pi - theta) / eps)
+
+and dH/dpi = 0: the count moves thresholds alone. With the tanh the count is a function of z and reaches every weight,
+and latents that a row does not reach are raised by preactivation_coefficient * sum_i ReLU(theta_i - pi_i) ||d_i||.
+Decoder rows have unit norm, or with the tanh any norm, which `folded` moves into the code.
+
+Sources: Rajamanoharan et al. 2024, arXiv 2407.14435, sections 3 and 4, appendix B; the tanh: Conerly et al. 2025,
+"Circuits Updates - January 2025". There biases start from quantiles of a sample, here from those of a normal
+distribution with its mean and variance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.scipy.special import ndtri
+
+from sae_jax import mesh
+from sae_jax.ops import sparse, tiled
+from sae_jax.saes import base, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.types import Code, UsageError
+
+STEEPNESS = 4.0  # c of the tanh
+N_ACTIVE_AT_START = 10_000  # over all latents a row, as far as the tanh's biases can tell
+
+
+@dataclass(frozen=True)
+class Config(SaeConfig):
+    """JumpReLU.
+
+    Thresholds move by at most a factor of exp(train.lr) a step: a run of few steps wants them, and the bandwidth, near
+    the values that it looks for (`--sae.initial_threshold=0.1 --sae.bandwidth=0.1`).
+    The tanh's authors: `--sae.penalty=tanh --sae.input_norm=dataset_sqrt_d --sae.bandwidth=2
+    --sae.initial_threshold=0.1`, coefficient warm-up over the whole run and `train.decay_steps` a fifth of it.
+    """
+
+    variant: Literal["jumprelu"] = "jumprelu"
+    input_norm: InputNorm = "dataset_rms"
+    """coefficient, threshold and bandwidth stand for this one"""
+    l0_coefficient: float = 1e-3
+    """weight of the sparsity"""
+    sparsity_warmup_steps: int = 0
+    """first steps, over which that weight rises linearly from 0 (10,000 in the paper)"""
+    penalty: Literal["l0", "tanh"] = "l0"
+    """how active latents are counted"""
+    target_l0: float | None = None
+    """number of active latents that is aimed at; None = as few as the coefficient makes"""
+    frequency_scale: float | None = None
+    """share of rows above which an active latent costs more; None = all cost the same"""
+    preactivation_coefficient: float = 3e-6
+    """with the tanh: weight of how far rows stay below the thresholds"""
+    initial_threshold: float = 1e-3
+    bandwidth: float = 1e-3
+    """width of the window around a threshold whose rows say where it should go"""
+    pre_bias: bool = False
+    """subtract b_dec before encoding"""
+    error: losses.Error = "summed"
+    """which squared error the coefficients stand beside, see saes/losses.py"""
+
+    ADAM: ClassVar[Adam] = Adam(lr=2e-4, beta1=0.0, eps=1e-8)  # 7e-5 at the 2^17 latents of the paper
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses.check_penalty(
+            l0_coefficient=self.l0_coefficient,
+            sparsity_warmup_steps=self.sparsity_warmup_steps,
+            preactivation_coefficient=self.preactivation_coefficient,
+        )
+        for name in ("initial_threshold", "bandwidth", "target_l0", "frequency_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"sae.{name}={value} must be above 0 and finite")
+        if self.target_l0 is not None and (self.penalty == "tanh" or self.frequency_scale is not None):
+            other = f"penalty={self.penalty}" if self.penalty == "tanh" else f"frequency_scale={self.frequency_scale}"
+            raise UsageError(f"sae.target_l0={self.target_l0} needs the plain count; leave out sae.{other}")
+
+    def init(self, key: jax.Array, sample: Sample) -> JumpRelu:
+        """Encoder = transposed decoder of uniform rows, of norm 1; biases 0, b_dec the geometric median if it is used.
+
+        With the tanh rows keep their norm, the encoder is d_model / n_latents as long and biases let every latent
+        be active on about 10,000 / n_latents of the rows.
+        """
+        d_model = sample.median.shape[0]
+        w_dec = base.linear_rows(key, self.n_latents, d_model)
+        b_enc = base.zeros((self.n_latents,), mesh.DICT)
+        b_dec = sample.median if self.pre_bias else jnp.zeros_like(sample.median)
+        if self.penalty == "tanh":
+            w_enc = d_model / self.n_latents * w_dec
+            share = min(0.5, N_ACTIVE_AT_START / self.n_latents)
+            mean_F = (w_enc * (sample.mean - b_dec)[None]).sum(-1)
+            spread_F = jnp.sqrt(sample.variance) * jnp.linalg.norm(w_enc, axis=-1)
+            b_enc = self.initial_threshold - mean_F - ndtri(1 - share) * spread_F
+        else:
+            w_enc = w_dec = base.unit_rows(w_dec)
+        return JumpRelu(
+            w_enc=w_enc,
+            b_enc=b_enc,
+            w_dec=w_dec,
+            b_dec=b_dec,
+            log_threshold=base.zeros((self.n_latents,), mesh.DICT) + math.log(self.initial_threshold),
+            config=self,
+        )
+
+
+@struct.dataclass
+class JumpRelu(AbstractSae):
+    """A JumpReLU autoencoder; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), D]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), D], unit rows, but for the tanh
+    b_dec: jax.Array  # f32[D]
+    log_threshold: jax.Array  # f32[F@(latent,data)]
+    config: Config = struct.field(pytree_node=False)
+
+    @property
+    def threshold(self) -> jax.Array:
+        """f32[F], > 0: a latent is active where its pre-activation exceeds this."""
+        return jnp.exp(self.log_threshold)
+
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """See AbstractSae."""
+        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        dtype = jnp.dtype(self.config.dtype)
+        return tiled.encode_largest(x_BX, self.w_enc, self._b_pre, self._latents, _counting(), dtype, n_slots)
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae."""
+        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """See AbstractSae."""
+        return self._reconstruct(x_BX, self.w_dec, self._latents, _counting()).x_hat + self.b_dec[None]
+
+    def objective(
+        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """See AbstractSae and the head of this file."""
+        config, n_rows = self.config, batch.x.shape[0]
+        if config.penalty == "tanh":
+            latents = {**self._latents, "norm": jnp.linalg.norm(self.w_dec, axis=-1)}
+            tiles = self._reconstruct(batch.x, self.w_dec, latents, partial(_smooth, bandwidth=config.bandwidth))
+            count_F, below_F = tiles.penalty
+        else:
+            counting = _counting(config.bandwidth)
+            tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_dec), self._latents, counting)
+            count_F, below_F = tiles.penalty, None
+        share_F = count_F / n_rows
+        if config.target_l0 is not None:
+            sparsity = (share_F.sum() / config.target_l0 - 1) ** 2
+        elif config.frequency_scale is not None:
+            sparsity = (share_F * (1 + share_F / config.frequency_scale)).sum()
+        else:
+            sparsity = share_F.sum()
+        x_hat_BD = tiles.x_hat + self.b_dec[None]
+        coefficient = losses.warmed(config.l0_coefficient, step, config.sparsity_warmup_steps)
+        loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * sparsity
+        metrics = {"sparsity": sparsity, "threshold": self.threshold.mean()}
+        if below_F is not None:
+            metrics["below"] = below_F.sum() / n_rows
+            loss = loss + config.preactivation_coefficient * metrics["below"]
+        l0 = tiles.n_active.sum() / n_rows
+        return loss, Outcome(x_hat_BD, l0, statistics.after(tiles.fired, n_rows), metrics)
+
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """Unit decoder rows again, but for the tanh."""
+        if self.config.penalty == "tanh":
+            return state
+        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+
+    def folded(self, scale: Scale) -> JumpRelu:
+        """See AbstractSae. For rows c times as large, biases, thresholds and codes are too."""
+        factor = scale.x[0]
+        norm_F = base.row_norms(self.w_dec) if self.config.penalty == "tanh" else jnp.ones_like(self.b_enc)
+        return replace(
+            self,
+            w_enc=self.w_enc * norm_F[:, None],
+            b_enc=self.b_enc * norm_F / factor,
+            w_dec=self.w_dec / norm_F[:, None],
+            b_dec=self.b_dec / scale.y,
+            log_threshold=self.log_threshold + jnp.log(norm_F / factor),
+        )
+
+    @property
+    def _b_pre(self) -> jax.Array:
+        return self.b_dec if self.config.pre_bias else jnp.zeros(self.w_enc.shape[1])
+
+    @property
+    def _latents(self) -> dict[str, jax.Array]:
+        return {"b_enc": self.b_enc, "threshold": self.threshold}
+
+    def _reconstruct(
+        self, x_BD: jax.Array, w_dec: jax.Array, latents: Any, activation: tiled.Activation
+    ) -> tiled.Tiled:
+        dtype = jnp.dtype(self.config.dtype)
+        return tiled.reconstruct(x_BD, self.w_enc, w_dec, self._b_pre, latents, activation, dtype, base.FIRED_ABOVE)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def active(pi: jax.Array, theta: jax.Array, bandwidth: float) -> jax.Array:
+    """H(pi - theta), f32; its gradient is estimated, see the head of this file."""
+    return (pi > theta).astype(jnp.float32)
+
+
+@active.defjvp
+def _(bandwidth, primals, tangents):
+    pi, theta = primals
+    near = (jnp.abs(pi - theta) < bandwidth / 2).astype(jnp.float32)
+    return active(pi, theta, bandwidth), -near / bandwidth * tangents[1]
+
+
+def _jump(pre_bf: jax.Array, latents: Any, bandwidth: float) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(pi, theta, H, z)."""
+    pi_bf, theta_1f = pre_bf + latents["b_enc"][None], latents["threshold"][None]
+    h_bf = active(pi_bf, jnp.broadcast_to(theta_1f, pi_bf.shape), bandwidth)
+    fixed_bf = lax.stop_gradient(h_bf)
+    # The second term is zero, with the gradient of a step of height theta.
+    z_bf = pi_bf * fixed_bf + lax.stop_gradient(theta_1f) * (h_bf - fixed_bf)
+    return pi_bf, theta_1f, h_bf, z_bf
+
+
+def _counting(bandwidth: float = 1.0) -> tiled.Activation:
+    """z and the count H. The bandwidth is that of gradients alone."""
+
+    def activation(pre_bf, latents):
+        _, _, h_bf, z_bf = _jump(pre_bf, latents, bandwidth)
+        return z_bf, h_bf
+
+    return activation
+
+
+def _smooth(pre_bf: jax.Array, latents: Any, bandwidth: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """z, and both penalties of the tanh."""
+    pi_bf, theta_1f, _, z_bf = _jump(pre_bf, latents, bandwidth)
+    norm_1f = latents["norm"][None]
+    return z_bf, (jnp.tanh(STEEPNESS * z_bf * norm_1f), jax.nn.relu(theta_1f - pi_bf) * norm_1f)
+
+
+@jax.jit
+def _n_active(sae: JumpRelu, x_BX: jax.Array) -> jax.Array:
+    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae._latents, _counting(), jnp.dtype(sae.config.dtype))

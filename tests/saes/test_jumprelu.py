@@ -1,0 +1,200 @@
+"""JumpReLU against its float64 oracle, its estimator of a step's gradient, and what it learns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import mesh as meshes
+from sae_jax.saes import base, jumprelu
+from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.step import make_step
+from sae_jax.types import UsageError
+from tests.oracles import jumprelu as oracle
+
+B, D, F, BANDWIDTH = 16, 8, 48, 0.8
+TANH = {"penalty": "tanh", "preactivation_coefficient": 0.1}
+NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "log_threshold")
+
+
+def make(seed: int = 0, **settings) -> jumprelu.JumpRelu:
+    """Away from the initialisation, so that a missed bias, norm or threshold would show."""
+    rng = np.random.default_rng(seed)
+    settings = {"n_latents": F, "l0_coefficient": 0.3, "bandwidth": BANDWIDTH, "dtype": "float32", **settings}
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,), (F,))]
+    w_enc, b_enc, w_dec, b_dec, log_threshold = map(jnp.asarray, arrays)
+    w_dec = w_dec if settings.get("penalty") == "tanh" else base.unit_rows(w_dec)
+    return jumprelu.JumpRelu(w_enc, b_enc - 1, w_dec, b_dec, log_threshold - 1, jumprelu.Config(**settings))
+
+
+def rows() -> np.ndarray:
+    return np.random.default_rng(5).standard_normal((B, D)).astype(np.float32)
+
+
+def statistics() -> base.Statistics:
+    scale = base.Scale(jnp.ones(D), jnp.ones(D))
+    return base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(100), jnp.float32(0.7), scale)
+
+
+def value_and_gradient(sae, x, stats):
+    def objective(sae):
+        return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
+
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
+
+
+def expected(sae, x, weights=None) -> oracle.Result:
+    config = sae.config
+    weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
+    return oracle.objective(
+        np.float64(x),
+        **weights,
+        coefficient=config.l0_coefficient,
+        bandwidth=config.bandwidth,
+        pre_bias=config.pre_bias,
+        target_l0=config.target_l0,
+        frequency_scale=config.frequency_scale,
+        tanh=config.penalty == "tanh",
+        below_coefficient=config.preactivation_coefficient,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (None, {"pre_bias": True}),
+        (None, {"target_l0": 5.0}),
+        (None, TANH),
+        ((1, 8), {"target_l0": 5.0, "pre_bias": True}),
+        ((2, 4), {**TANH, "frequency_scale": 0.1}),
+        ((8, 1), {"frequency_scale": 0.1}),
+    ],
+    ids=str,
+)
+def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, settings):
+    sae, x, stats = make(**settings), rows(), statistics()
+    want = expected(sae, x)
+    if shape is None:
+        (loss, outcome), gradients = value_and_gradient(sae, x, stats)
+    else:
+        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+        with jax.set_mesh(mesh):
+            split, wide = meshes.DICT, meshes.REPLICATED
+            place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
+            placed = jax.tree.map(place, sae, jumprelu.JumpRelu(split, split, split, wide, split, sae.config))
+            stats = stats.replace(silent=place(stats.silent, split))
+            (loss, outcome), gradients = value_and_gradient(placed, place(x, meshes.ROWS), stats)
+            assert jax.tree.map(jax.typeof, gradients) == jax.tree.map(jax.typeof, placed)
+    np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
+    np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
+    np.testing.assert_allclose(outcome.metrics["sparsity"], want.sparsity, rtol=1e-5)
+    for name, gradient in want.gradients.items():
+        np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("settings", [{"pre_bias": True, "frequency_scale": 0.1}, TANH], ids=str)
+def test_the_oracle_gradients_are_finite_differences(settings):
+    """Where no row crosses a threshold, which is all but a few of them, nothing is estimated."""
+    sae, x = make(**settings), rows()
+    sae = sae.replace(config=dataclasses.replace(sae.config, bandwidth=1e-12))
+    weights = {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
+    gradients = expected(sae, x).gradients
+    rng = np.random.default_rng(2)
+    for name, value in weights.items():
+        step = 1e-6 * rng.standard_normal(value.shape)
+        if name == "w_dec" and sae.config.penalty == "l0":  # no component along the rows
+            step -= (step * value).sum(1, keepdims=True) * value
+        up, down = (expected(sae, x, {**weights, name: value + sign * step}).loss for sign in (1, -1))
+        np.testing.assert_allclose((up - down) / 2, (gradients[name] * step).sum(), rtol=1e-4, atol=1e-12, err_msg=name)
+
+
+def test_the_estimated_gradient_of_l0_is_the_measured_one():
+    """With the bandwidth as its step a central difference of L0 itself is the kernel estimate, row by row.
+
+    With a smaller bandwidth it is the derivative that many rows show: minus their density at the threshold.
+    """
+    n_rows, theta = 40_000, 0.4
+    x = np.random.default_rng(0).standard_normal((n_rows, D)).astype(np.float32)
+    sae = make(pre_bias=False)
+    sae = sae.replace(w_enc=base.unit_rows(sae.w_enc), b_enc=jnp.zeros(F), log_threshold=jnp.full(F, np.log(theta)))
+
+    def l0(log_threshold, bandwidth):
+        latents = {"b_enc": sae.b_enc, "threshold": jnp.exp(log_threshold)}
+        activation = jumprelu._counting(bandwidth)
+        tiles = sae._reconstruct(x, sae.w_dec, latents, activation)
+        return tiles.penalty.sum() / n_rows, tiles.penalty / n_rows
+
+    for bandwidth, tolerance in ((0.5, 1e-3), (0.05, 0.1)):
+        estimate_F = np.asarray(jax.grad(l0, has_aux=True)(sae.log_threshold, bandwidth)[0]) / theta
+        above, below = (l0(jnp.full(F, np.log(theta + sign * bandwidth / 2)), 1.0)[1] for sign in (1, -1))
+        np.testing.assert_allclose(estimate_F, (above - below) / bandwidth, rtol=1e-3)
+        density = np.exp(-(theta**2) / 2) / np.sqrt(2 * np.pi)
+        np.testing.assert_allclose(estimate_F.mean(), -density, rtol=0.02)
+        assert abs(estimate_F / -density - 1).max() < max(tolerance, 0.15)
+
+
+def planted_run(n_steps=300, **settings):
+    """(metrics of the last step, thresholds) after a short training on few directions a row."""
+    rng = np.random.default_rng(0)
+    directions = base.unit_rows(jnp.asarray(rng.standard_normal((40, 16)), jnp.float32))
+    z = rng.random((4096, 40)) * (rng.random((4096, 40)) < 0.06)
+    data = np.float32(z @ np.asarray(directions))
+    settings = {"initial_threshold": 0.05, "bandwidth": 0.05, "dtype": "float32", **settings}
+    config = jumprelu.Config(n_latents=64, **settings)
+    train = TrainConfig(steps=n_steps, batch_size=64, lr=3e-3, dead_after_tokens=2000)
+    with jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda s: initial(config, train, s))(base.sample_statistics(data, config.input_norm))
+        step = make_step(config, train)
+        for t in range(n_steps):
+            batch = data[np.random.default_rng(t).permutation(len(data))[:64]]
+            state, metrics = step(state, base.Batch(batch, batch))
+    return {name: float(value) for name, value in metrics.items()}, np.asarray(state.sae.threshold)
+
+
+def test_thresholds_move_and_reach_the_l0_that_is_asked_for():
+    loose, _ = planted_run(l0_coefficient=1e-4)
+    dense, thresholds = planted_run(l0_coefficient=0.01)
+    assert dense["l0"] < 0.8 * loose["l0"]
+    assert np.abs(np.log(thresholds / 0.05)).mean() > 0.2
+    for target in (8.0, 12.0):
+        aimed, _ = planted_run(l0_coefficient=1.0, target_l0=target)
+        assert aimed["l0"] == pytest.approx(target, rel=0.2)
+
+
+def test_initialisation():
+    sample = base.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) * 3 + 7, "dataset_rms")
+    sae = jumprelu.Config(n_latents=256).init(jax.random.key(0), sample)
+    np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(sae.w_enc, sae.w_dec)
+    np.testing.assert_allclose(sae.threshold, 1e-3, rtol=1e-5)
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+    np.testing.assert_allclose(jumprelu.Config(pre_bias=True).init(jax.random.key(0), sample).b_dec, sample.median)
+
+
+def test_biases_of_the_tanh_let_every_latent_be_active_on_its_share_of_rows():
+    x = np.random.default_rng(0).standard_normal((2000, 32)).astype(np.float32) + 7
+    config = jumprelu.Config(n_latents=2**17, penalty="tanh", initial_threshold=0.1)
+    sae = config.init(jax.random.key(0), base.sample_statistics(x, "none"))
+    active = (x @ np.asarray(sae.w_enc[:500]).T + np.asarray(sae.b_enc[:500]) > 0.1).mean(0)
+    assert active.mean() == pytest.approx(10_000 / 2**17, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"l0_coefficient": -1.0}, "sae.l0_coefficient=-1"),
+        ({"bandwidth": 0.0}, "sae.bandwidth=0"),
+        ({"initial_threshold": float("inf")}, "sae.initial_threshold=inf"),
+        ({"target_l0": 0.0}, "sae.target_l0=0"),
+        ({"target_l0": 5.0, "penalty": "tanh"}, "sae.target_l0=5.* sae.penalty=tanh"),
+        ({"target_l0": 5.0, "frequency_scale": 0.1}, "sae.target_l0=5.* sae.frequency_scale=0.1"),
+        ({"sparsity_warmup_steps": -1}, "sae.sparsity_warmup_steps=-1"),
+    ],
+)
+def test_bad_settings_are_refused(setting, message):
+    with pytest.raises(UsageError, match=message):
+        jumprelu.Config(**setting)
