@@ -40,7 +40,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from sae_jax import load
@@ -48,10 +47,9 @@ from sae_jax.activations.harvest import harvest
 from sae_jax.activations.store import open_activations
 from sae_jax.commands import recipe
 from sae_jax.commands.train import Train, train
-from sae_jax.evaluation.reconstruction import Reconstruction
+from sae_jax.evaluation.reconstruction import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
-from sae_jax.saes.base import AbstractSae
 from sae_jax.train import optim
 from sae_jax.train.state import abstract
 from sae_jax.types import Sites, Widths
@@ -107,7 +105,10 @@ def main(config: Config) -> None:
         command = recipe.parse(Train, words, "state_precision")
         with bend(bent):
             train({"": command})
-            fvu = {"live": heldout_fvu(load(run), heldout_ND), "average": heldout_fvu(load(run, ema=True), heldout_ND)}
+            fvu = {
+                "live": on_rows(load(run), heldout_ND)["fvu"],
+                "average": on_rows(load(run, ema=True), heldout_ND)["fvu"],
+            }
         results.append({"name": name, "steps": steps, "bytes_per_latent": bytes_per_latent(command), **fvu})
         console.print(
             "{name}: {bytes_per_latent:.0f} bytes a latent, fvu {live:.5f}, {average:.5f}".format(**results[-1])
@@ -127,17 +128,6 @@ def bend(what: str) -> Iterator[None]:
                 code = getattr(optim, name)._replace(octaves=0, mantissa=7)
                 stack.enter_context(mock.patch.object(optim, name, code))
         yield
-
-
-def heldout_fvu(sae: AbstractSae, rows_ND: np.ndarray) -> float:
-    """Fraction of the variance of all rows that the dictionary leaves."""
-    reconstruction = Reconstruction(sae.b_enc.shape[0])
-    size = 4096
-    for first in range(0, len(rows_ND), size):
-        block_ND = np.asarray(rows_ND[first : first + size], np.float32)
-        keep_N = np.arange(size) < len(block_ND)
-        reconstruction.add(sae, np.pad(block_ND, ((0, size - len(block_ND)), (0, 0))), keep_N)
-    return reconstruction.result()["fvu"]
 
 
 def bytes_per_latent(command: Train) -> float:

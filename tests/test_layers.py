@@ -14,7 +14,7 @@ ORDER = [
     {"ops"},
     {"saes", "lm"},
     {"activations"},
-    {"train"},
+    {"train", "testbeds"},
     {"evaluation", "analysis", "scaling", "interchange", "plan"},
     {"commands"},
 ]

@@ -23,7 +23,7 @@ from sae_jax.commands import recipe, runtime
 from sae_jax.commands.dashboard import Dashboard, dashboard
 from sae_jax.commands.evaluate import Evaluate, evaluate
 from sae_jax.commands.train import Train, train
-from sae_jax.evaluation.reconstruction import pca_fvu
+from sae_jax.evaluation import baselines, reconstruction
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.train.logs import read_metrics
@@ -67,10 +67,11 @@ def run(argv: Sequence[str]) -> None:
     activations, sites = open_activations(activations_path), Sites.of(result["sites"])
     text = held_out(activations, sites, EVERYTHING)
     assert text is not None
+    pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))
     summary = {
         **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
         **{name: result[name] for name in ("loss_recovered", "kl")},
-        "fvu_pca": pca_fvu(sample_rows(activations, sites.x[0]), text.rows(), round(result["l0"])),
+        "fvu_pca": reconstruction.on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),

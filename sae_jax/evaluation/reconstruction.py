@@ -92,6 +92,17 @@ class Reconstruction:
         }
 
 
+def on_rows(sae: AbstractSae, x_NX: np.ndarray, block_rows: int = 4096) -> dict[str, Any]:
+    """`Reconstruction.result()` of an autoencoder on rows [N, X] in memory."""
+    reconstruction = Reconstruction(sae.b_enc.shape[0])
+    for first in range(0, len(x_NX), block_rows):
+        block_BX = x_NX[first : first + block_rows]
+        # The last block is short; filled up, it does not compile anew.
+        keep_B, fill = np.arange(block_rows) < len(block_BX), ((0, block_rows - len(block_BX)), (0, 0))
+        reconstruction.add(sae, np.pad(block_BX, fill), keep_B)
+    return reconstruction.result()
+
+
 @partial(jax.jit, static_argnames="n_latents")
 def _block_sums(
     code: Code, x_ND: jax.Array, x_hat_ND: jax.Array, keep_N: jax.Array, centre_D: jax.Array, n_latents: int
@@ -113,12 +124,3 @@ def _block_sums(
     }
     fired_F = jnp.zeros(n_latents, jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))
     return sums, fired_F, (code.values > 0).sum(-1)
-
-
-def pca_fvu(train_ND: np.ndarray, test_ND: np.ndarray, rank: int) -> float:
-    """FVU on test rows of the best rank-`rank` affine reconstruction of the training rows (float64, host)."""
-    mean_D = train_ND.mean(0, dtype=np.float64)
-    _, _, components_KD = np.linalg.svd(np.cov(train_ND.T.astype(np.float64)))
-    offset_ND = test_ND - mean_D
-    error_ND = offset_ND - offset_ND @ components_KD[:rank].T @ components_KD[:rank]
-    return float((error_ND**2).sum() / ((test_ND - test_ND.mean(0)) ** 2).sum())

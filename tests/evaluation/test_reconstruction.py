@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax.evaluation.reconstruction import Reconstruction, pca_fvu
+from sae_jax.evaluation.reconstruction import Reconstruction, on_rows
 from sae_jax.saes import base, topk
 
 D, F, K = 8, 32, 4
@@ -56,8 +56,9 @@ def test_left_out_rows_do_not_count(rows, sae):
     assert a["l0_histogram"] == b["l0_histogram"]
 
 
-def test_pca_of_full_rank_leaves_nothing_and_rank_zero_leaves_all(rows):
-    assert pca_fvu(rows, rows, D) == pytest.approx(0, abs=1e-9)
-    assert pca_fvu(rows, rows, 0) == pytest.approx(1)
-    eigenvalues = np.linalg.eigvalsh(np.cov(rows.T.astype(np.float64)))[::-1]
-    assert pca_fvu(rows, rows, 3) == pytest.approx(eigenvalues[3:].sum() / eigenvalues.sum(), rel=1e-6)
+def test_rows_in_memory_are_cut_into_blocks(rows, sae):
+    whole = Reconstruction(F)
+    whole.add(sae, rows)
+    want, got = whole.result(), on_rows(sae, rows, block_rows=300)
+    assert got["l0_histogram"] == want["l0_histogram"]
+    assert got["fvu"] == pytest.approx(want["fvu"], rel=1e-4)
