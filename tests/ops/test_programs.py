@@ -12,6 +12,7 @@ from sae_jax.plan import hlo
 from sae_jax.saes import base, topk
 from sae_jax.train.state import TrainConfig, abstract
 from sae_jax.train.step import make_step
+from sae_jax.types import Widths
 from tests.hlo import largest_array
 
 D, B = 16, 4096
@@ -27,8 +28,8 @@ def program(n_latents: int, data: int, latent: int, n_rows: int = B, cut: tuning
     mesh = meshes.make_mesh(meshes.MeshConfig(data, latent), jax.devices()[: data * latent])
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"), tuning.using(cut):
         rows = jax.ShapeDtypeStruct((n_rows, D), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
-        state = abstract(config, train, D, mesh)
-        return make_step(config, train).lower(state, base.Batch(rows, rows)).compile().as_text()
+        state = abstract(config, train, Widths.one(D), mesh)
+        return make_step(config, train).lower(state, base.Batch(rows)).compile().as_text()
 
 
 @pytest.mark.parametrize(("data", "latent"), [(1, 1), (2, 2)])
