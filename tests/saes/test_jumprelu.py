@@ -7,50 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import mesh as meshes
 from sae_jax.saes import base, jumprelu
 from sae_jax.train.state import TrainConfig, initial
 from sae_jax.train.step import make_step
 from sae_jax.types import UsageError
 from tests.oracles import jumprelu as oracle
+from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
 
-B, D, F, BANDWIDTH = 16, 8, 48, 0.8
 TANH = {"penalty": "tanh", "preactivation_coefficient": 0.1}
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "log_threshold")
 
 
-def make(seed: int = 0, **settings) -> jumprelu.JumpRelu:
-    """Away from the initialisation, so that a missed bias, norm or threshold would show."""
-    rng = np.random.default_rng(seed)
-    settings = {"n_latents": F, "l0_coefficient": 0.3, "bandwidth": BANDWIDTH, "dtype": "float32", **settings}
-    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,), (F,))]
-    w_enc, b_enc, w_dec, b_dec, log_threshold = map(jnp.asarray, arrays)
+def make(**settings) -> jumprelu.JumpRelu:
+    settings = {"n_latents": F, "l0_coefficient": 0.3, "bandwidth": 0.8, "dtype": "float32", **settings}
+    w_enc, b_enc, w_dec, b_dec, log_threshold = arrays(0, (F, D), (F,), (F, D), (D,), (F,))
     w_dec = w_dec if settings.get("penalty") == "tanh" else base.unit_rows(w_dec)
     return jumprelu.JumpRelu(w_enc, b_enc - 1, w_dec, b_dec, log_threshold - 1, jumprelu.Config(**settings))
 
 
-def rows() -> np.ndarray:
-    return np.random.default_rng(5).standard_normal((B, D)).astype(np.float32)
-
-
-def statistics() -> base.Statistics:
-    scale = base.Scale(jnp.ones(D), jnp.ones(D))
-    return base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(100), jnp.float32(0.7), scale)
-
-
-def value_and_gradient(sae, x, stats):
-    def objective(sae):
-        return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
-
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
-
-
 def expected(sae, x, weights=None) -> oracle.Result:
     config = sae.config
-    weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
     return oracle.objective(
         np.float64(x),
-        **weights,
+        **(weights or float64(sae, NAMES)),
         coefficient=config.l0_coefficient,
         bandwidth=config.bandwidth,
         pre_bias=config.pre_bias,
@@ -74,25 +53,8 @@ def expected(sae, x, weights=None) -> oracle.Result:
     ids=str,
 )
 def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, settings):
-    sae, x, stats = make(**settings), rows(), statistics()
-    want = expected(sae, x)
-    if shape is None:
-        (loss, outcome), gradients = value_and_gradient(sae, x, stats)
-    else:
-        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
-        with jax.set_mesh(mesh):
-            split, wide = meshes.DICT, meshes.REPLICATED
-            place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
-            placed = jax.tree.map(place, sae, jumprelu.JumpRelu(split, split, split, wide, split, sae.config))
-            stats = stats.replace(silent=place(stats.silent, split))
-            (loss, outcome), gradients = value_and_gradient(placed, place(x, meshes.ROWS), stats)
-            assert jax.tree.map(jax.typeof, gradients) == jax.tree.map(jax.typeof, placed)
-    np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
-    np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_allclose(outcome.metrics["sparsity"], want.sparsity, rtol=1e-5)
-    for name, gradient in want.gradients.items():
-        np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+    sae = make(**settings)
+    assert_is_oracle(sae, expected(sae, rows()), shape)
 
 
 @pytest.mark.parametrize("settings", [{"pre_bias": True, "frequency_scale": 0.1}, TANH], ids=str)
@@ -100,15 +62,8 @@ def test_the_oracle_gradients_are_finite_differences(settings):
     """Where no row crosses a threshold, which is all but a few of them, nothing is estimated."""
     sae, x = make(**settings), rows()
     sae = sae.replace(config=dataclasses.replace(sae.config, bandwidth=1e-12))
-    weights = {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
-    gradients = expected(sae, x).gradients
-    rng = np.random.default_rng(2)
-    for name, value in weights.items():
-        step = 1e-6 * rng.standard_normal(value.shape)
-        if name == "w_dec" and sae.config.penalty == "l0":  # no component along the rows
-            step -= (step * value).sum(1, keepdims=True) * value
-        up, down = (expected(sae, x, {**weights, name: value + sign * step}).loss for sign in (1, -1))
-        np.testing.assert_allclose((up - down) / 2, (gradients[name] * step).sum(), rtol=1e-4, atol=1e-12, err_msg=name)
+    tangent = () if sae.config.penalty == "tanh" else ("w_dec",)
+    assert_finite_differences(lambda weights: expected(sae, x, weights), float64(sae, NAMES), tangent)
 
 
 def test_the_estimated_gradient_of_l0_is_the_measured_one():

@@ -1,0 +1,139 @@
+"""ReLU autoencoder with an L1 penalty weighted by the norms of decoder rows, which are free.
+
+    z = ReLU(W_enc x + b_enc)      x_hat = W_dec^T z + b_dec
+    loss = error + l1_coefficient * mean sum_i z_i ||d_i||,      d_i: row i of W_dec
+
+Long rows cost as much as large values, so no constraint on them is needed. What a latent contributes is z_i ||d_i||,
+and `folded` moves the norms into the encoder: codes that users see are these, and decoder rows have norm 1.
+
+Source: Conerly et al. 2024, "Circuits Updates - April 2024", its update on training. There the coefficient rises over
+the first 5 % of the steps and the rate falls to 0 over the last 20 %: `sparsity_warmup_steps`, `train.decay_steps`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sae_jax import mesh
+from sae_jax.ops import sparse, tiled
+from sae_jax.saes import base, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.types import Code
+
+ROW_NORM = 0.1  # of decoder rows at the start
+
+
+@dataclass(frozen=True)
+class Config(SaeConfig):
+    """ReLU with an L1 penalty weighted by decoder norms."""
+
+    variant: Literal["relu_norm"] = "relu_norm"
+    input_norm: InputNorm = "dataset_sqrt_d"
+    """the coefficient stands for this one"""
+    l1_coefficient: float = 5.0
+    """weight of sum_i z_i ||d_i||"""
+    sparsity_warmup_steps: int = 500
+    """first steps, over which that weight rises linearly from 0"""
+    error: losses.Error = "summed"
+    """which squared error the coefficient stands beside, see saes/losses.py"""
+
+    ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+
+    def init(self, key: jax.Array, sample: Sample) -> ReluNorm:
+        """Decoder rows in random directions and of norm 0.1, encoder = transposed decoder, biases 0."""
+        shape = (self.n_latents, sample.median.shape[0])
+        directions = jax.random.normal(key, shape, out_sharding=mesh.placed(mesh.DICT))
+        w_dec = ROW_NORM * base.unit_rows(directions)
+        return ReluNorm(
+            w_enc=w_dec,
+            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            w_dec=w_dec,
+            b_dec=jnp.zeros_like(sample.median),
+            config=self,
+        )
+
+
+@struct.dataclass
+class ReluNorm(AbstractSae):
+    """A ReLU autoencoder with free decoder norms; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), D]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), D]
+    b_dec: jax.Array  # f32[D]
+    config: Config = struct.field(pytree_node=False)
+
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """See AbstractSae."""
+        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        return tiled.encode_largest(x_BX, self.w_enc, self._b_pre, self.b_enc, _activation, self._dtype, n_slots)
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae."""
+        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """See AbstractSae."""
+        return self._reconstruct(x_BX).x_hat + self.b_dec[None]
+
+    def objective(
+        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """See AbstractSae and the head of this file."""
+        n_rows = batch.x.shape[0]
+        tiles = self._reconstruct(batch.x)
+        x_hat_BD = tiles.x_hat + self.b_dec[None]
+        l1 = (tiles.penalty * jnp.linalg.norm(self.w_dec, axis=-1)).sum() / n_rows
+        coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
+        loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
+        l0 = tiles.n_active.sum() / n_rows
+        return loss, Outcome(x_hat_BD, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """No constraint."""
+        return state
+
+    def folded(self, scale: Scale) -> ReluNorm:
+        """See AbstractSae. For rows c times as large, biases and codes are too; decoder rows have norm 1."""
+        norm_F = base.row_norms(self.w_dec)
+        return replace(
+            self,
+            w_enc=self.w_enc * norm_F[:, None],
+            b_enc=self.b_enc * norm_F / scale.x[0],
+            w_dec=self.w_dec / norm_F[:, None],
+            b_dec=self.b_dec / scale.y,
+        )
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def _b_pre(self) -> jax.Array:
+        return jnp.zeros(self.w_enc.shape[1])
+
+    def _reconstruct(self, x_BD: jax.Array) -> tiled.Tiled:
+        weights = (self.w_enc, self.w_dec, self._b_pre, self.b_enc)
+        return tiled.reconstruct(x_BD, *weights, _activation, self._dtype, base.FIRED_ABOVE)
+
+
+def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
+    return z_bf, z_bf
+
+
+@jax.jit
+def _n_active(sae: ReluNorm, x_BX: jax.Array) -> jax.Array:
+    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae.b_enc, _activation, sae._dtype)

@@ -1,0 +1,51 @@
+"""Tied ReLU against its float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax.saes import base, tied
+from sae_jax.types import UsageError
+from tests.oracles import tied as oracle
+from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
+
+NAMES = ("w_enc", "b_enc", "b_dec")
+
+
+def make(**settings) -> tied.Tied:
+    config = tied.Config(**{"n_latents": F, "l1_coefficient": 0.1, "dtype": "float32", **settings})
+    w_enc, b_enc, b_dec = arrays(0, (F, D), (F,), (D,))
+    return tied.Tied(base.unit_rows(w_enc), 0.3 * b_enc - 0.5, b_dec, config)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
+    sae = make()
+    assert_is_oracle(sae, oracle.objective(np.float64(rows()), **float64(sae, NAMES), coefficient=0.1), shape)
+
+
+def test_the_oracle_gradients_are_finite_differences():
+    weights = float64(make(), NAMES)
+    centre = weights.pop("b_dec")  # which has none, though the loss depends on it
+    assert_finite_differences(
+        lambda weights: oracle.objective(np.float64(rows()), **weights, b_dec=centre, coefficient=0.1),
+        weights,
+        tangent=("w_enc",),
+    )
+
+
+def test_initialisation():
+    x = np.random.default_rng(0).standard_normal((500, 32)) + 7
+    sample = base.sample_statistics(x, "none")
+    sae = tied.Config(n_latents=256).init(jax.random.key(0), sample)
+    np.testing.assert_allclose(jnp.linalg.norm(sae.w_enc, axis=1), 1, rtol=1e-5)
+    assert sae.w_dec is sae.w_enc
+    assert not sae.b_dec.any()
+    centred = tied.Config(n_latents=256, centre=True).init(jax.random.key(0), sample)
+    np.testing.assert_allclose(centred.b_dec, x.mean(0), rtol=1e-5)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(UsageError, match=r"sae.l1_coefficient=nan"):
+        tied.Config(l1_coefficient=float("nan"))
