@@ -86,9 +86,9 @@ def encode_batch_topk(
     """The B*k largest pre-activations of the whole batch, over all devices, after ReLU.
 
     Args:
-        width: candidates of a row on a latent shard, say 4k.
-        wide: as many are looked at where a row might have had more, counted in `n_widened`; say 16k. A row that might
-            have had still more is counted in `n_saturated`: the selection is exact where that is 0.
+        width: candidates of a row on a latent shard.
+        wide: as many are looked at where a row might have had more, counted in `n_widened`. A row that might have
+            had still more is counted in `n_saturated`: the selection is exact where that is 0.
         The others as in `encode_topk`.
 
     Returns:

@@ -91,7 +91,7 @@ def n_winners(values_BK: jax.Array, k: int, now: jax.Array | None = None) -> jax
     return spmd.swap(count_SR).reshape(n_rows)
 
 
-def threshold(values_BF: jax.Array, k: int) -> jax.Array:
+def threshold(values_BF: jax.Array, k: int | jax.Array) -> jax.Array:
     """The k-th largest positive value of each row over all latent shards, f32[B]; 0 for a row with fewer than k.
 
     By bisection on the bits, which order positive floats as integers: 31 counts are summed over the shards, whatever
@@ -99,7 +99,7 @@ def threshold(values_BF: jax.Array, k: int) -> jax.Array:
 
     Args:
         values_BF: f32[B, F], this shard's values; those not above 0 are ignored.
-        k: rank of the value looked for.
+        k: rank of the value looked for, one for all rows or i32[B].
     """
     bits_BF = _bits(values_BF)
 
@@ -108,6 +108,19 @@ def threshold(values_BF: jax.Array, k: int) -> jax.Array:
         return spmd.total(count_B, mesh.LATENT) >= k
 
     return _from_bits(_last_that(at_least_k, jnp.zeros(len(bits_BF), jnp.int32)))
+
+
+def largest_of(values_F: jax.Array, rank_G: jax.Array) -> jax.Array:
+    """The rank-th largest positive value of an array [F], DICT, for each rank (i32[G]); 0 where there are fewer.
+
+    f32[G], the same on all devices.
+    """
+
+    def local(values_R, rank_G):
+        values_F = spmd.gather(values_R, mesh.DATA)
+        return threshold(jnp.broadcast_to(values_F[None], (len(rank_G), len(values_F))), rank_G)
+
+    return spmd.per_device(local, (mesh.DICT, mesh.REPLICATED), mesh.REPLICATED)(values_F, rank_G)
 
 
 @struct.dataclass

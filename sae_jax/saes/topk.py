@@ -62,8 +62,8 @@ class Config(KConfig):
             )
 
     def init(self, key: jax.Array, sample: Sample) -> TopK:
-        """See KConfig.autoencoder."""
-        return TopK(**self.autoencoder(key, sample, self.decoder == "transposed"), config=self)
+        """See KConfig.weights. The bias is the geometric median."""
+        return TopK(**self.weights(key, sample, self.decoder == "transposed"), b_dec=sample.median, config=self)
 
     def k_at(self, step: jax.Array) -> jax.Array:
         """Active latents at a step, i32[]."""
