@@ -91,8 +91,8 @@ class BatchTopK(AbstractSae):
         """See AbstractSae and the head of this file."""
         config = self.config
         code, w_enc, found = select(self, batch.x)
-        w_dec, dense = base.tangent_to_rows(self.w_dec), encode.dense_slots(config.k)
-        y_hat_BY, w_dec = sparse.decode(code, w_dec, jnp.dtype(config.dtype), dense)
+        dense = encode.dense_slots(config.k)
+        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, jnp.dtype(config.dtype), tangent=True, dense=dense)
         y_hat_BY = y_hat_BY + self.b_dec[None]
         loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
         encoder = w_enc, self.b_enc, self.b_dec

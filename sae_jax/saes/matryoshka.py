@@ -112,14 +112,14 @@ class Matryoshka(AbstractSae):
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
-        config, w_dec = self.config, base.tangent_to_rows(self.w_dec)
+        config, w_dec = self.config, self.w_dec
         code, w_enc, found = batch_topk.select(self, batch.x)
         group_BK = self._group(code, statistics, key)
         n_groups = config.random_prefixes or len(config.prefixes)
         y_hat_BY, loss = jnp.broadcast_to(self.b_dec[None], batch.y.shape), jnp.float32(0)
         for group in range(n_groups):
             part = replace(code, values=jnp.where(group_BK == group, code.values, 0.0))
-            part_BY, w_dec = sparse.decode(part, w_dec, jnp.dtype(config.dtype), 0)
+            part_BY, w_dec = sparse.decode(part, w_dec, jnp.dtype(config.dtype), tangent=True, dense=0)
             y_hat_BY = y_hat_BY + part_BY
             loss = loss + statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean() / n_groups
         encoder = w_enc, self.b_enc, self.b_dec

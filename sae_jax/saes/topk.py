@@ -135,5 +135,5 @@ class TopK(AbstractSae):
         return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype, most, now)
 
     def _decode(self, code: Code, w_dec: jax.Array, dense: int | None = None) -> tuple[jax.Array, jax.Array]:
-        y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, True, dense)
+        y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, tangent=True, dense=dense)
         return y_hat_BY + self.b_dec[None], w_dec

@@ -61,9 +61,7 @@ class Config(KConfig):
         if same:
             raise UsageError("sae.variant=transcoder reconstructs another source; name it in `reconstruct`")
         if len(widths.x) > 1:
-            raise UsageError(
-                f"sae.variant=transcoder encodes one source, not {len(widths.x)}; name one in `site`"
-            )
+            raise UsageError(f"sae.variant=transcoder encodes one source, not {len(widths.x)}; name one in `site`")
 
 
 @struct.dataclass
@@ -99,17 +97,18 @@ class Transcoder(AbstractSae):
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
-        config, n_rows, w_dec = self.config, batch.x.shape[0], base.tangent_to_rows(self.w_dec)
+        config, n_rows = self.config, batch.x.shape[0]
         rest_BY = self.b_dec[None] + self._skipped(batch.x)
         if config.activation == "topk":
             code, w_enc = self._encode(batch.x)
-            y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype)
+            y_hat_BY, w_dec = sparse.decode(code, self.w_dec, self._dtype, tangent=True)
             y_hat_BY = y_hat_BY + rest_BY
             loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
             encoder = w_enc, self.b_enc, self._nothing
             return losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
         tiles = tiled.reconstruct(
-            *(batch.x, self.w_enc, w_dec, self._nothing, self.b_enc, _relu, self._dtype, base.FIRED_ABOVE)
+            *(batch.x, self.w_enc, base.tangent_to_rows(self.w_dec), self._nothing, self.b_enc),
+            *(_relu, self._dtype, base.FIRED_ABOVE),
         )
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
         coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
