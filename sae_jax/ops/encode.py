@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,14 @@ EXACT = lax.Precision.HIGHEST  # float32 means float32: accelerators would round
 
 
 def encode_topk(
-    x_BD: jax.Array, w_enc_FD: jax.Array, b_enc_F: jax.Array, b_pre_D: jax.Array, k: int, dtype: jnp.dtype
+    x_BD: jax.Array,
+    w_enc_FD: jax.Array,
+    b_enc_F: jax.Array,
+    b_pre_D: jax.Array,
+    k: int,
+    dtype: jnp.dtype,
+    most: int | None = None,
+    now: jax.Array | None = None,
 ) -> tuple[Code, jax.Array]:
     """The k largest pre-activations of each row, after ReLU.
 
@@ -42,6 +50,8 @@ def encode_topk(
         b_pre_D: f32[D], subtracted from x first, in f32.
         k: active latents a row.
         dtype: what the product's inputs are rounded to; it accumulates in f32.
+        most, now: for a k that changes while it runs: `now` (i32[]) latents instead, at most `most` > k, in a code of
+            `most` slots. Once it is at most k the search costs what it costs for k.
 
     Returns:
         The code. On one latent shard a public one, [B, min(k, F)]; on S shards [B, S * min(k, F/S)] as CODE: every
@@ -49,11 +59,17 @@ def encode_topk(
         And w_enc as it is. What uses the encoder again should use that one: the gradients of all uses then gather in
         one buffer, where several would be added up.
     """
+    n_slots = k if most is None else most
 
-    def select(values_BK, index_BK, n_local):
-        return _prefix(topk.n_winners(values_BK, k), values_BK.shape[1]), ()
+    def search(candidates, now, n_local):
+        def of(width):
+            values_BK, index_BK = candidates(width)
+            wins_BK = _prefix(topk.n_winners(values_BK, width, now), values_BK.shape[1])
+            return _kept(values_BK, index_BK, wins_BK, min(n_slots, n_local)), ()
 
-    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, k, dtype)
+        return of(k) if now is None else lax.cond(now > k, lambda: of(n_slots), lambda: of(k))
+
+    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, k, dtype)
     return code, w_enc_FD
 
 
@@ -65,25 +81,43 @@ def encode_batch_topk(
     k: int,
     dtype: jnp.dtype,
     width: int,
+    wide: int,
 ) -> tuple[Code, jax.Array, topk.BatchSelection]:
     """The B*k largest pre-activations of the whole batch, over all devices, after ReLU.
 
     Args:
-        width: candidates of a row on a latent shard, say 4k. A row that might have had more is counted in
-            `n_saturated`: where that is not 0 the selection is not exact, and wants a larger width.
+        width: candidates of a row on a latent shard.
+        wide: as many are looked at where a row might have had more, counted in `n_widened`. A row that might have
+            had still more is counted in `n_saturated`: the selection is exact where that is 0.
         The others as in `encode_topk`.
 
     Returns:
-        As `encode_topk`, with min(width, F/S) slots a shard; and what the selection found.
+        As `encode_topk`, with min(wide, F/S) slots a shard, mostly empty; and what the selection found.
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
     """
     n_kept = len(x_BD) * k
 
-    def select(values_BC, index_BC, n_local):
-        return topk.batch_winners(values_BC, index_BC, n_local, n_kept)
+    def search(candidates, _, n_local):
+        def of(width):
+            values_BC, index_BC = candidates(width)
+            wins_BC, found = topk.batch_winners(values_BC, index_BC, n_local, n_kept)
+            return _kept(values_BC, index_BC, wins_BC, min(wide, n_local)), found
 
-    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype)
+        def again():
+            code, found = of(wide)
+            return code, replace(found, n_widened=first[1].n_saturated)
+
+        first = of(width)
+        # A count over all devices: they take this turn together, or their collectives would wait for ever.
+        return lax.cond(first[1].n_saturated > 0, again, lambda: first) if width < min(wide, n_local) else first
+
+    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, dense_slots(k), dtype)
+
+
+def dense_slots(k: int) -> int:
+    """Slots that most rows use in a code of k latents a row on average: see `sparse.decode`."""
+    return -(-k // 2)
 
 
 def narrow(code: Code, k: int) -> Code:
@@ -147,41 +181,42 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
     return lax.scan(lambda best, first: (topk.merge(best, in_tile(first), k), None), in_tile(jnp.int32(0)), firsts)[0]
 
 
-# (values_BC, index_BC, n_local) -> (which of a shard's candidates win, what else the selection found)
-Select = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, Any]]
+# (width -> a shard's candidates (values_BC, index_BC), what is known now, n_local) -> (a shard's code, what was found)
+Search = Callable[[Callable[[int], tuple[jax.Array, jax.Array]], Any, int], tuple[Code, Any]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, select: Select, width: int, dtype: jnp.dtype):
-    """Code of the candidates that `select` keeps, w_enc, and what the selection found."""
-    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search: Search, dense: int, dtype: jnp.dtype):
+    """The code that `search` finds, w_enc, and what else it found. `dense`: see `sparse.decode`."""
+    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype)
     return code, w_enc_FD, found
 
 
-def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype) -> tuple[Code, Any]:
-    def local(x_RD, w_RD, b_R, b_pre_D):
+def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype) -> tuple[Code, Any]:
+    def local(x_RD, w_RD, b_R, b_pre_D, now):
         w_FD, b_F = gathered(w_RD, dtype), spmd.gather(b_R, mesh.DATA)
         rows = spmd.row_blocks(*x_RD.shape)
 
-        def block(_, x_rD):
-            x_bD = spmd.gather(centred(x_rD, b_pre_D).astype(dtype), mesh.LATENT)
-            return None, largest(x_bD, w_FD, b_F, min(width, len(b_F)), dtype)
+        def candidates(width):
+            def block(_, x_rD):
+                x_bD = spmd.gather(centred(x_rD, b_pre_D).astype(dtype), mesh.LATENT)
+                return None, largest(x_bD, w_FD, b_F, min(width, len(b_F)), dtype)
 
-        values_BC, index_BC = jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
-        wins_BC, found = select(values_BC, index_BC, len(b_F))
-        values_BC = jnp.where(wins_BC, jnp.maximum(values_BC, 0.0), 0.0)
-        return Code(index_BC + spmd.first_latent(len(b_F)), values_BC), found
+            return jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
 
-    in_specs = (ROWS, DICT, DICT, REPLICATED)
-    return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D)
+        code, found = search(candidates, now, len(b_F))
+        return replace(code, indices=code.indices + spmd.first_latent(len(b_F))), found
+
+    in_specs = (ROWS, DICT, DICT, REPLICATED, REPLICATED)
+    return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D, now)
 
 
-def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype):
-    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, select, width, dtype)
+def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dense, dtype):
+    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype)
     return (code, w_enc_FD, found), (x_BD, w_enc_FD, b_pre_D, code)
 
 
-def _backward(select, width, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
+def _backward(search, dense, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
     x_BD, w_enc_FD, b_pre_D, code = saved
     g_code, g_w_FD, _ = cotangent
 
@@ -194,11 +229,11 @@ def _backward(select, width, dtype, saved, cotangent: tuple[Code, jax.Array, Any
         def block(g_w_FD, blocks):
             x_rD, index_bK, g_bK = blocks
             x_bD = spmd.gather(shared_type(centred(x_rD, b_pre_D), dtype), mesh.LATENT)
-            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD), None
+            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD, dense), None
 
         def block_of_x(_, blocks):
             index_bK, g_bK = blocks
-            g_x_bD = sparse.gather_rows(index_bK, g_bK, w_FD)
+            g_x_bD = sparse.gather_rows(index_bK, g_bK, w_FD, dense)
             return None, spmd.reduce_scatter(g_x_bD, mesh.LATENT)
 
         codes = rows.shared(index_BK), rows.shared(g_BK)
@@ -212,9 +247,10 @@ def _backward(select, width, dtype, saved, cotangent: tuple[Code, jax.Array, Any
         return g_x_RD, g_w_RD, g_b_R, g_b_pre_D
 
     in_specs = (ROWS, DICT, REPLICATED, spmd.CODES, CODE, DICT)
-    return spmd.per_device(local, in_specs, (ROWS, DICT, DICT, REPLICATED))(
+    gradients = spmd.per_device(local, in_specs, (ROWS, DICT, DICT, REPLICATED))(
         x_BD, w_enc_FD, b_pre_D, code, g_code.values, g_w_FD
     )
+    return *gradients, None
 
 
 _encode.defvjp(_forward_saving, _backward)
@@ -233,6 +269,13 @@ def shared_type(x_rD: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def gathered(w_RD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The latent shard's weights from the devices of `data`, rounded before they are sent; as they are on one."""
     return spmd.gather(w_RD.astype(dtype), mesh.DATA) if mesh.axis_size(mesh.DATA) > 1 else w_RD
+
+
+def _kept(values_BC: jax.Array, index_BC: jax.Array, wins_BC: jax.Array, n_slots: int) -> Code:
+    """The code of the candidates that win, in more slots if need be."""
+    values_BC = jnp.where(wins_BC, jnp.maximum(values_BC, 0.0), 0.0)
+    more = (0, 0), (0, n_slots - values_BC.shape[1])
+    return Code(jnp.pad(index_BC, more), jnp.pad(values_BC, more)) if any(more[1]) else Code(index_BC, values_BC)
 
 
 def _prefix(count_B: jax.Array, width: int) -> jax.Array:

@@ -141,9 +141,9 @@ def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype, tangent):
         )
         return sums, None
 
-    zeros_GD = jnp.zeros(w_enc_GD.shape)
+    zeros = jnp.float32(0), jnp.zeros(w_enc_GD.shape), jnp.zeros(b_G.shape), jnp.zeros(w_dec_GD.shape)
     blocks = rows.own(x_RD), rows.own(error_RD), rows.own(jnp.ones(len(x_RD), bool))
-    sums, _ = spmd.scan(block, (jnp.float32(0), zeros_GD, jnp.zeros(b_G.shape), zeros_GD), blocks)
+    sums, _ = spmd.scan(block, zeros, blocks)
     error, g_enc_CD, g_b_C, g_dec_CD = (sums[0], *(spmd.reduce_scatter(g, mesh.DATA) for g in sums[1:]))
     if tangent:
         g_dec_CD = g_dec_CD - (g_dec_CD * w_dec_CD).sum(-1, keepdims=True) * w_dec_CD

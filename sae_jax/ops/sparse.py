@@ -3,9 +3,10 @@
     x_hat = z W_dec
 
 The sum over shards is reduce-scattered, so the reconstruction of a row exists on one device only; its gradient
-is gathered on the way back. On one latent shard every slot of a code is in use, and the slots are gone through one by
-one. On S shards a device's slots are mostly empty, about k/S of k are not: the active ones are counted off and taken
-in chunks, as many as there are, so that a device's work is its share and no row is ever dropped.
+is gathered on the way back. On one latent shard slots that are in use in every row are gone through one by one. Where
+slots are mostly empty the active ones are counted off and taken in chunks, as many as there are: on S shards, where
+about k/S of k are in use, so that a device's work is its share and no row is ever dropped; and beyond the first `dense`
+slots of a code whose rows differ in their number of latents.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from sae_jax.types import Code
 SINGLES = 4096  # chunks of single numbers are those of rows of this width: longer sorts take a TPU's compiler long
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def decode(
-    code: Code, w_dec_FD: jax.Array, dtype: jnp.dtype = jnp.float32, tangent: bool = False
+    code: Code,
+    w_dec_FD: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+    tangent: bool = False,
+    dense: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the decoder rows of the active latents, without bias.
 
@@ -39,21 +44,22 @@ def decode(
         dtype: in which the gradient of the reconstruction is sent to other latent shards.
         tangent: the rows of w_dec are of unit norm, and what this use of them adds to their gradient loses its
             component along each, g_f - (g_f . w_f) w_f. g_f . w_f is a sum over pairs of value * (value's gradient).
+        dense: leading slots that most rows use; None: all. It decides how the work is done, not what comes out.
 
     Returns:
         f32[B, D], ROWS; and w_dec as it is, for what uses the decoder again (see `encode.encode_topk`).
     """
-    return _decode(code, w_dec_FD), w_dec_FD
+    return _decode(code, w_dec_FD, dense), w_dec_FD
 
 
-def _decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
+def _decode(code: Code, w_dec_FD: jax.Array, dense: int | None) -> jax.Array:
     def local(code, w_RD):
         w_FD = spmd.gather(w_RD, mesh.DATA)
         rows = spmd.row_blocks(len(code.values) // mesh.axis_size(mesh.LATENT), w_FD.shape[1])
 
         def block(_, blocks):
             index_bK, values_bK = blocks
-            return None, spmd.reduce_scatter(gather_rows(index_bK, values_bK, w_FD), mesh.LATENT)
+            return None, spmd.reduce_scatter(gather_rows(index_bK, values_bK, w_FD, dense), mesh.LATENT)
 
         index_BK = code.indices - spmd.first_latent(len(w_FD))
         return rows.join_own(spmd.scan(block, None, (rows.shared(index_BK), rows.shared(code.values)))[1])
@@ -61,7 +67,7 @@ def _decode(code: Code, w_dec_FD: jax.Array) -> jax.Array:
     return spmd.per_device(local, (spmd.CODES, DICT), ROWS)(code, w_dec_FD)
 
 
-def _decode_backward(dtype, tangent, saved, cotangents: tuple[jax.Array, jax.Array]):
+def _decode_backward(dtype, tangent, dense, saved, cotangents: tuple[jax.Array, jax.Array]):
     code, w_dec_FD = saved
     g_x_hat_BD, g_w_FD = cotangents
 
@@ -74,8 +80,8 @@ def _decode_backward(dtype, tangent, saved, cotangents: tuple[jax.Array, jax.Arr
             if mesh.axis_size(mesh.LATENT) > 1:
                 g_rD = g_rD.astype(dtype)
             g_bD = spmd.gather(g_rD, mesh.LATENT)
-            g_values_bK = sampled_products(index_bK, values_bK, g_bD, w_FD)
-            return scatter_rows(g_w_FD, index_bK, values_bK, g_bD), g_values_bK
+            g_values_bK = sampled_products(index_bK, values_bK, g_bD, w_FD, dense)
+            return scatter_rows(g_w_FD, index_bK, values_bK, g_bD, dense), g_values_bK
 
         index_BK = code.indices - spmd.first_latent(len(w_FD))
         blocks = rows.own(g_RD), rows.shared(index_BK), rows.shared(code.values)
@@ -92,8 +98,8 @@ def _decode_backward(dtype, tangent, saved, cotangents: tuple[jax.Array, jax.Arr
     return Code(None, g_values_BK), g_w_FD  # pyrefly: ignore[bad-argument-type] (integers have no gradient)
 
 
-def _decode_saving(code, w_dec_FD, dtype, tangent):
-    return (_decode(code, w_dec_FD), w_dec_FD), (code, w_dec_FD)
+def _decode_saving(code, w_dec_FD, dtype, tangent, dense):
+    return (_decode(code, w_dec_FD, dense), w_dec_FD), (code, w_dec_FD)
 
 
 decode.defvjp(_decode_saving, _decode_backward)
@@ -101,14 +107,28 @@ decode.defvjp(_decode_saving, _decode_backward)
 
 def fired(code: Code, n_latents: int, above: float) -> jax.Array:
     """Which latents exceed `above` anywhere in the batch: bool[F], DICT."""
+    return summed(Code(code.indices, (code.values > above).astype(jnp.float32)), n_latents) > 0
+
+
+def summed(code: Code, n_latents: int) -> jax.Array:
+    """Each latent's values summed over the batch: f32[F], DICT. Without gradient."""
 
     def local(code):
         n_local = n_latents // mesh.axis_size(mesh.LATENT)
         index_BK = code.indices - spmd.first_latent(n_local)
-        hits_F = add_up(index_BK, (code.values > above).astype(jnp.float32), n_local)
-        return spmd.reduce_scatter(hits_F, mesh.DATA) > 0
+        return spmd.reduce_scatter(add_up(index_BK, code.values, n_local), mesh.DATA)
 
-    return spmd.per_device(local, (spmd.CODES,), DICT)(code)
+    return spmd.per_device(local, (spmd.CODES,), DICT)(lax.stop_gradient(code))
+
+
+def looked_up(code: Code, table_F: jax.Array) -> jax.Array:
+    """What a table [F], DICT, says of the latent of each slot: [B, K], CODE. Without gradient."""
+
+    def local(indices_BK, table_R):
+        table_F = spmd.gather(table_R, mesh.DATA)
+        return table_F[indices_BK - spmd.first_latent(len(table_F))]
+
+    return spmd.per_device(local, (CODE, DICT), CODE)(code.indices, lax.stop_gradient(table_F))
 
 
 def accumulated(block: Callable[..., Any], g_w_RD: jax.Array, blocks: Any) -> tuple[jax.Array, Any]:
@@ -123,45 +143,46 @@ def accumulated(block: Callable[..., Any], g_w_RD: jax.Array, blocks: Any) -> tu
     return g_w_RD + spmd.reduce_scatter(g_w_FD, mesh.DATA), y
 
 
-def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array) -> jax.Array:
-    """Weighted sum of the K chosen rows: f32[B, D]. One device."""
+def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array, dense: int | None = None) -> jax.Array:
+    """Weighted sum of the K chosen rows: f32[B, D]. One device. For `dense` see `decode`."""
     if tuning.current().kernels:
         return _kernels().gather_rows(index_BK, weight_BK, table_FD)
-    zeros_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
-    if not _mostly_empty():
+    (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
-        def add(sum_BD, slot):
-            index_B, weight_B = slot
-            return sum_BD + weight_B[:, None] * table_FD[index_B], None
-
-        return lax.scan(add, zeros_BD, (index_BK.T, weight_BK.T))[0]
+    def add(sum_BD, slot):
+        index_B, weight_B = slot
+        return sum_BD + weight_B[:, None] * table_FD[index_B], None
 
     def add_pairs(sum_BD, pairs):
-        return sum_BD.at[pairs.row].add(pairs.take(weight_BK)[:, None] * table_FD[pairs.take(index_BK)])
+        return sum_BD.at[pairs.row].add(pairs.take(weight_BE)[:, None] * table_FD[pairs.take(index_BE)])
 
-    return _for_active(weight_BK, table_FD.shape[1], add_pairs, zeros_BD)
+    zeros_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
+    sum_BD = lax.scan(add, zeros_BD, (index_BS.T, weight_BS.T))[0] if index_BS.size else zeros_BD
+    return _for_active(weight_BE, table_FD.shape[1], add_pairs, sum_BD)
 
 
-def scatter_rows(sum_FD: jax.Array, index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array) -> jax.Array:
-    """`sum_FD` with each row, weighted, added to its K chosen latents: f32[F, D]. One device.
+def scatter_rows(
+    sum_FD: jax.Array, index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, dense: int | None = None
+) -> jax.Array:
+    """`sum_FD` with each row, weighted, added to its K chosen latents: f32[F, D]. One device. `dense`: see `decode`.
 
     Slot by slot, or chunk by chunk: one scatter of all B*K rows would first write them out, B*K*D numbers.
     """
     if tuning.current().kernels:
         return _kernels().scatter_rows(sum_FD, index_BK, weight_BK, rows_BD)
-    if not _mostly_empty():
+    (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
-        def add(sum_FD, slot):
-            index_B, weight_B = slot
-            return sum_FD.at[index_B].add(weight_B[:, None] * rows_BD), None
-
-        return lax.scan(add, sum_FD, (index_BK.T, weight_BK.T))[0]
+    def add(sum_FD, slot):
+        index_B, weight_B = slot
+        return sum_FD.at[index_B].add(weight_B[:, None] * rows_BD), None
 
     def add_pairs(sum_FD, pairs):
         rows_PD = rows_BD[pairs.row].astype(jnp.float32)
-        return sum_FD.at[pairs.take(index_BK)].add(pairs.take(weight_BK)[:, None] * rows_PD)
+        return sum_FD.at[pairs.take(index_BE)].add(pairs.take(weight_BE)[:, None] * rows_PD)
 
-    return _for_active(weight_BK, rows_BD.shape[1], add_pairs, sum_FD)
+    if index_BS.size:
+        sum_FD = lax.scan(add, sum_FD, (index_BS.T, weight_BS.T))[0]
+    return _for_active(weight_BE, rows_BD.shape[1], add_pairs, sum_FD)
 
 
 def add_up(index_BK: jax.Array, weight_BK: jax.Array, n_latents: int) -> jax.Array:
@@ -170,7 +191,7 @@ def add_up(index_BK: jax.Array, weight_BK: jax.Array, n_latents: int) -> jax.Arr
     A TPU sorts the indices of a scatter of single numbers, so the empty slots had better stay out of it.
     """
     zeros_F = jnp.zeros(n_latents)
-    if not _mostly_empty():
+    if mesh.axis_size(mesh.LATENT) == 1:
         return zeros_F.at[index_BK.ravel()].add(weight_BK.ravel())
 
     def add_pairs(sum_F, pairs):
@@ -179,23 +200,27 @@ def add_up(index_BK: jax.Array, weight_BK: jax.Array, n_latents: int) -> jax.Arr
     return _for_active(weight_BK, SINGLES, add_pairs, zeros_F)
 
 
-def sampled_products(index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array) -> jax.Array:
+def sampled_products(
+    index_BK: jax.Array, weight_BK: jax.Array, rows_BD: jax.Array, table_FD: jax.Array, dense: int | None = None
+) -> jax.Array:
     """Inner product of each row with its K chosen table rows, 0 where the weight is: f32[B, K]. One device."""
     if tuning.current().kernels:
         return _kernels().sampled_products(index_BK, weight_BK, rows_BD, table_FD)
-    if not _mostly_empty():
+    (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
-        def product(_, index_B):
-            return None, (rows_BD * table_FD[index_B]).sum(-1)
+    def product(_, index_B):
+        return None, (rows_BD * table_FD[index_B]).sum(-1)
 
-        return jnp.where(weight_BK != 0, lax.scan(product, None, index_BK.T)[1].T, 0.0)
-
-    def set_pairs(products_BK, pairs):
+    def set_pairs(products_BE, pairs):
         rows_PD = rows_BD[pairs.row].astype(jnp.float32)
-        products_P = (rows_PD * table_FD[pairs.take(index_BK)]).sum(-1)
-        return products_BK.at[pairs.row, pairs.slot].add(jnp.where(pairs.is_one, products_P, 0.0))
+        products_P = (rows_PD * table_FD[pairs.take(index_BE)]).sum(-1)
+        return products_BE.at[pairs.row, pairs.slot].add(jnp.where(pairs.is_one, products_P, 0.0))
 
-    return _for_active(weight_BK, rows_BD.shape[1], set_pairs, jnp.zeros(index_BK.shape))
+    products_BE = _for_active(weight_BE, rows_BD.shape[1], set_pairs, jnp.zeros(index_BE.shape))
+    if not index_BS.size:
+        return products_BE
+    products_BS = jnp.where(weight_BS != 0, lax.scan(product, None, index_BS.T)[1].T, 0.0)
+    return jnp.concatenate([products_BS, products_BE], axis=1) if index_BE.size else products_BS
 
 
 class _Pairs:
@@ -214,6 +239,8 @@ def _for_active(weight_BK: jax.Array, width: int, body: Callable, carry: jax.Arr
 
     A chunk is as many rows f32[width] as keep to the budget.
     """
+    if not weight_BK.size:
+        return carry
     size = min(max(1, tuning.current().pair_bytes // (4 * width)), weight_BK.size)
     upto_P = jnp.cumsum((weight_BK != 0).ravel(), dtype=jnp.int32)
 
@@ -232,6 +259,8 @@ def _kernels() -> ModuleType:
     return pallas_sparse
 
 
-def _mostly_empty() -> bool:
-    """Whether a device's slots are its share of k among k: so on several latent shards."""
-    return mesh.axis_size(mesh.LATENT) > 1
+def _split(dense: int | None, *codes_BK: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Slots to go through one by one, and those beyond them, or of several latent shards, which are mostly empty."""
+    n_slots = codes_BK[0].shape[1]
+    n = 0 if mesh.axis_size(mesh.LATENT) > 1 else n_slots if dense is None else min(dense, n_slots)
+    return [c_BK[:, :n] for c_BK in codes_BK], [c_BK[:, n:] for c_BK in codes_BK]

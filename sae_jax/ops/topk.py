@@ -62,7 +62,7 @@ def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], k: int
     return values_BK, jnp.take_along_axis(index_BC, slot_BK, axis=1)
 
 
-def n_winners(values_BK: jax.Array, k: int) -> jax.Array:
+def n_winners(values_BK: jax.Array, k: int, now: jax.Array | None = None) -> jax.Array:
     """How many of this latent shard's candidates are among the row's k largest over all shards. Inside `per_device`.
 
     Shards stand in order of latent and each list is sorted, so the winners are a prefix of every list and a count
@@ -72,6 +72,7 @@ def n_winners(values_BK: jax.Array, k: int) -> jax.Array:
     Args:
         values_BK: f32[B, K], this shard's candidates for all rows of its data shard, descending.
         k: how many win over all shards.
+        now: i32[], fewer than k that win instead; None: k.
 
     Returns:
         i32[B], in 0..K.
@@ -79,16 +80,18 @@ def n_winners(values_BK: jax.Array, k: int) -> jax.Array:
     n_shards = mesh.axis_size(mesh.LATENT)
     n_rows, width = values_BK.shape
     if n_shards == 1:
-        return jnp.full((n_rows,), min(k, width), jnp.int32)
+        return jnp.full((n_rows,), min(k, width) if now is None else jnp.minimum(now, width), jnp.int32)
     lists_SRK = spmd.swap(values_BK.reshape(n_shards, n_rows // n_shards, width))
     merged_RC = lists_SRK.transpose(1, 0, 2).reshape(n_rows // n_shards, n_shards * width)
     _, winner_RK = lax.top_k(merged_RC, min(k, n_shards * width))
-    shard_S = jnp.arange(n_shards)
-    count_SR = (winner_RK[None] // width == shard_S[:, None, None]).sum(-1, dtype=jnp.int32)
+    shard_RK = winner_RK // width
+    if now is not None:
+        shard_RK = jnp.where(jnp.arange(shard_RK.shape[1])[None] < now, shard_RK, n_shards)
+    count_SR = (shard_RK[None] == jnp.arange(n_shards)[:, None, None]).sum(-1, dtype=jnp.int32)
     return spmd.swap(count_SR).reshape(n_rows)
 
 
-def threshold(values_BF: jax.Array, k: int) -> jax.Array:
+def threshold(values_BF: jax.Array, k: int | jax.Array) -> jax.Array:
     """The k-th largest positive value of each row over all latent shards, f32[B]; 0 for a row with fewer than k.
 
     By bisection on the bits, which order positive floats as integers: 31 counts are summed over the shards, whatever
@@ -96,7 +99,7 @@ def threshold(values_BF: jax.Array, k: int) -> jax.Array:
 
     Args:
         values_BF: f32[B, F], this shard's values; those not above 0 are ignored.
-        k: rank of the value looked for.
+        k: rank of the value looked for, one for all rows or i32[B].
     """
     bits_BF = _bits(values_BF)
 
@@ -107,12 +110,26 @@ def threshold(values_BF: jax.Array, k: int) -> jax.Array:
     return _from_bits(_last_that(at_least_k, jnp.zeros(len(bits_BF), jnp.int32)))
 
 
+def largest_of(values_F: jax.Array, rank_G: jax.Array) -> jax.Array:
+    """The rank-th largest positive value of an array [F], DICT, for each rank (i32[G]); 0 where there are fewer.
+
+    f32[G], the same on all devices.
+    """
+
+    def local(values_R, rank_G):
+        values_F = spmd.gather(values_R, mesh.DATA)
+        return threshold(jnp.broadcast_to(values_F[None], (len(rank_G), len(values_F))), rank_G)
+
+    return spmd.per_device(local, (mesh.DICT, mesh.REPLICATED), mesh.REPLICATED)(values_F, rank_G)
+
+
 @struct.dataclass
 class BatchSelection:
     """What a selection over a whole batch found."""
 
     threshold: jax.Array  # f32[], the smallest value kept; 0 if all positive ones were
     n_saturated: jax.Array  # i32[], lists of candidates kept to the last, which may have ended too early
+    n_widened: jax.Array  # i32[], such lists of a narrower search before this one; 0 if there was none
 
 
 def batch_winners(
@@ -160,7 +177,7 @@ def batch_winners(
     found_all = count(bits_BC > 0) <= n_kept
     is_cut = jnp.int32(values_BC.shape[1] < n_latents)
     n_saturated = is_cut * count(keep_BC[:, -1])
-    return keep_BC, BatchSelection(jnp.where(found_all, 0.0, _from_bits(least)), n_saturated)
+    return keep_BC, BatchSelection(jnp.where(found_all, 0.0, _from_bits(least)), n_saturated, zero)
 
 
 def _last_that(holds: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:

@@ -33,11 +33,13 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
+from sae_jax.ops import encode, sparse
 from sae_jax.types import Code, UsageError, Widths
 
 InputNorm = Literal["none", "layer_norm", "unit_norm", "dataset_rms", "dataset_sqrt_d"]
 PER_VECTOR = ("layer_norm", "unit_norm")
 
+N_PROBES = 256  # random unit vectors that set an encoder's scale
 FIRED_ABOVE = 1e-3  # a latent counts as fired when its value exceeds this (Gao et al. 2024, released training code)
 NOT_VARIANTS = ("base", "losses")
 
@@ -142,6 +144,46 @@ class SaeConfig:
     def check(self, widths: Widths, same: bool) -> None:
         """Refuse sources that this variant cannot work on. `same`: what is encoded is what is reconstructed."""
         check_autoencoder(self, widths, same)
+
+
+@dataclass(frozen=True)
+class KConfig(SaeConfig):
+    """What dictionaries that select k latents a row have to be told, and how their weights begin."""
+
+    k: int = 32
+    """active latents a token"""
+    aux_coefficient: float = 1 / 32
+    """weight of the AuxK loss; 0 turns it off"""
+    k_aux: int = 0
+    """dead latents that explain the error; 0 = the power of two nearest d_model / 2"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k <= self.n_latents:
+            raise UsageError(f"sae.k={self.k} must be between 1 and sae.n_latents={self.n_latents}")
+        if not 0 <= self.aux_coefficient < math.inf:
+            raise UsageError(f"sae.aux_coefficient={self.aux_coefficient} must be >= 0 and finite; 0 turns AuxK off")
+        if self.k_aux < 0:
+            raise UsageError(f"sae.k_aux={self.k_aux} must be >= 0")
+
+    def weights(self, key: jax.Array, sample: Sample, transposed: bool = True) -> dict[str, jax.Array]:
+        """w_enc, b_enc, w_dec: the decoder is the transposed encoder with unit rows, the encoder's bias is 0.
+
+        The encoder is divided by r, the mean norm of what the k strongest latents make of random unit vectors. Not
+        `transposed`: a decoder that knows nothing of the encoder, else the same.
+
+        Source: Gao et al. 2024, arXiv 2406.04093, section A.1 and its released code.
+        """
+        encoder_width, width = sample.median.shape[0], sample.mean.shape[0]
+        w_enc, b_enc = linear_rows(key, self.n_latents, encoder_width), zeros((self.n_latents,), mesh.DICT)
+        probe_key, decoder_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+        w_dec = unit_rows(w_enc if transposed else linear_rows(decoder_key, self.n_latents, width))
+        n_devices = mesh.axis_size(mesh.AXES)
+        shape = (math.ceil(N_PROBES / n_devices) * n_devices, encoder_width)
+        probes_PX = unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
+        code, _ = encode.encode_topk(probes_PX, w_enc, b_enc, jnp.zeros(encoder_width), self.k, jnp.dtype(self.dtype))
+        r = jnp.linalg.norm(sparse.decode(code, w_dec)[0], axis=-1).mean()
+        return {"w_enc": w_enc / jnp.where(r > 0, r, 1.0), "b_enc": b_enc, "w_dec": w_dec}
 
 
 class AbstractSae(abc.ABC):

@@ -220,6 +220,19 @@ class JumpRelu(AbstractSae):
         return tiled.reconstruct(x_BD, self.w_enc, w_dec, self._b_pre, latents, activation, dtype, base.FIRED_ABOVE)
 
 
+def with_threshold(sae: Any, threshold: jax.Array, pre_bias: bool = True) -> JumpRelu:
+    """The dictionary `sae` of unit rows, whose latents are active above `threshold`.
+
+    Args:
+        sae: weights, and a config that says n_latents, input_norm and dtype.
+        threshold: f32[] for all latents or f32[F], DICT; >= 0.
+        pre_bias: b_dec is subtracted before encoding.
+    """
+    config, zeros_F = sae.config, jnp.zeros_like(sae.b_enc)
+    own = Config(n_latents=config.n_latents, input_norm=config.input_norm, dtype=config.dtype, pre_bias=pre_bias)
+    return JumpRelu(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, zeros_F + jnp.log(threshold), own)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def active(pi: jax.Array, theta: jax.Array, bandwidth: float) -> jax.Array:
     """H(pi - theta), f32; its gradient is estimated, see the head of this file."""

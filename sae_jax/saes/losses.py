@@ -1,4 +1,4 @@
-"""Error measures that objectives share, everything in f32; and what a sparsity coefficient stands beside.
+"""Error measures that objectives share, everything in f32; AuxK; and what a sparsity coefficient stands beside.
 
     summed    SE = squared error summed over D, mean over rows       loss = SE + coefficient * penalty
     mean      MSE = SE / D                                           loss = MSE + coefficient * penalty
@@ -14,8 +14,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sae_jax.types import UsageError
+from sae_jax.ops import explain, sparse
+from sae_jax.saes import base
+from sae_jax.saes.base import Batch, KConfig, Outcome, Statistics
+from sae_jax.types import Code, UsageError
 
 Error = Literal["summed", "mean"]
 
@@ -61,3 +65,40 @@ def auxiliary_ratio(error_BD: jax.Array, unexplained: jax.Array) -> jax.Array:
     total = ((error_BD - error_BD.mean(0, keepdims=True)) ** 2).sum()
     ratio = unexplained / jnp.where(total > 0, total, 1.0)
     return jnp.where((total > 0) & jnp.isfinite(ratio), ratio, 0.0)
+
+
+def with_auxk(
+    loss: jax.Array,
+    batch: Batch,
+    y_hat_BY: jax.Array,
+    code: Code,
+    encoder: tuple[jax.Array, jax.Array, jax.Array],
+    w_dec: jax.Array,
+    config: KConfig,
+    statistics: Statistics,
+) -> tuple[jax.Array, Outcome]:
+    """A loss with that of AuxK added; counters and L0 of the code.
+
+    The k_aux strongest dead latents explain, without bias, the error that the living leave, e = sg(y - y_hat).
+
+    Args:
+        loss: f32[].
+        batch: as the objective got it.
+        y_hat_BY: f32[B, Y], ROWS.
+        code: [B, K], CODE: what y_hat was decoded from.
+        encoder: w_enc, b_enc, and what is subtracted from x before; as the code's op returned them.
+        w_dec: f32[F, Y], DICT, unit rows; as the code's decoding returned it.
+        config: says the weight, and k_aux.
+        statistics: before this batch.
+    """
+    # Counters before AuxK: a latent that fires in this very batch is not dead.
+    statistics = statistics.after(sparse.fired(code, config.n_latents, base.FIRED_ABOVE), batch.x.shape[0])
+    outcome = Outcome(y_hat_BY, (code.values > 0).sum(-1).mean(dtype=jnp.float32), statistics, {})
+    if not config.aux_coefficient:
+        return loss, outcome
+    error_BY = lax.stop_gradient(batch.y - y_hat_BY)
+    k_aux = config.k_aux or 2 ** round(math.log2(max(error_BY.shape[1] / 2, 1)))
+    dead_F, dtype = statistics.dead, jnp.dtype(config.dtype)
+    left = explain.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent=True)
+    outcome.metrics["aux_loss"] = auxiliary_ratio(error_BY, left)
+    return loss + config.aux_coefficient * outcome.metrics["aux_loss"], outcome

@@ -218,7 +218,7 @@ def test_batch_selection_is_the_oracle(arrays, shape, kind):
         x, width = x * np.linspace(0.1, 9, B, dtype=np.float32)[:, None], 2
 
     def encode_and_check(x, w_enc, b_enc, b_pre, w_dec):
-        code, _, found = encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, width)
+        code, _, found = encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, width, width)
         return code, found
 
     code, found = on_mesh(shape, jax.jit(encode_and_check), (x, w_enc, b_enc, b_pre, w_dec))
@@ -241,7 +241,7 @@ def test_batch_selection_has_the_gradient_of_what_it_keeps(arrays):
         def fn(w_enc, b_enc, w_dec):
             x, b_pre = jnp.asarray(arrays[0]), jnp.asarray(arrays[3])
             if keep is None:
-                code, *_ = encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, 4 * K)
+                code, *_ = encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, 4 * K, 4 * K)
                 x_hat, _ = sparse.decode(code, w_dec)
             else:
                 pre = jnp.matmul(x - b_pre[None], w_enc.T, precision="highest") + b_enc[None]

@@ -1,0 +1,136 @@
+"""BatchTopK autoencoder: B*k latents are active in a batch of B rows, each row as many as it needs.
+
+    pre = W_enc (x - b_dec) + b_enc      z = keep_{B k}(ReLU(pre))      x_hat = W_dec^T z + b_dec
+    loss = s * mean((x - x_hat)^2) + aux_coefficient * L_aux            s, L_aux, unit rows: saes/topk.py
+
+The B*k largest positive entries of the whole batch are kept, over all devices. A row on its own has no batch, so a
+dictionary that is used takes a threshold for the selection, z = pre * 1[pre > threshold]: the running mean of the
+smallest value kept, plain over the first 1 / (1 - threshold_decay) steps, exponential after. Until threshold_start it
+is that of the last batch. Before the first step it is 0, and every positive latent is active.
+
+A row of many active latents may need more than its list of candidates on a latent shard: 4k on one shard, towards k on
+many. Such lists are counted (`widened` in the log) and the search is done again with lists four times as long;
+`saturated` counts those that were too short even so, whose rows lost latents to others.
+
+Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders", arXiv 2412.06410. There the threshold is the mean over
+batches after training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sae_jax import mesh
+from sae_jax.ops import encode, sparse
+from sae_jax.ops.topk import BatchSelection
+from sae_jax.saes import base, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.types import Code, UsageError
+
+
+@dataclass(frozen=True)
+class Config(KConfig):
+    """BatchTopK with AuxK."""
+
+    variant: Literal["batch_topk"] = "batch_topk"
+    threshold_decay: float = 0.999
+    """of the running mean of the smallest value kept"""
+    threshold_start: int = 1000
+    """steps before that mean begins"""
+
+    ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta2=0.99, eps=1e-8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_threshold(self.threshold_decay, self.threshold_start)
+
+    def init(self, key: jax.Array, sample: Sample) -> BatchTopK:
+        """See KConfig.weights."""
+        return BatchTopK(**self.weights(key, sample), b_dec=sample.median, threshold=jnp.zeros(()), config=self)
+
+
+@struct.dataclass
+class BatchTopK(AbstractSae):
+    """A BatchTopK autoencoder; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), D]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), D], unit rows
+    b_dec: jax.Array  # f32[D]
+    threshold: jax.Array  # f32[], not learnt but set
+    config: Config = struct.field(pytree_node=False)
+
+    def to_jumprelu(self) -> jumprelu.JumpRelu:
+        """What it is to a row on its own."""
+        return jumprelu.with_threshold(self, self.threshold)
+
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """See AbstractSae."""
+        return self.to_jumprelu().n_slots(x_BX)
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        return self.to_jumprelu().encode_rows(x_BX, n_slots)
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae."""
+        return self.to_jumprelu().decode_rows(code)
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """See AbstractSae."""
+        return self.to_jumprelu().reconstruct_rows(x_BX)
+
+    def objective(
+        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """See AbstractSae and the head of this file."""
+        config = self.config
+        code, w_enc, found = select(self, batch.x)
+        dense = encode.dense_slots(config.k)
+        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, jnp.dtype(config.dtype), tangent=True, dense=dense)
+        y_hat_BY = y_hat_BY + self.b_dec[None]
+        loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
+        encoder = w_enc, self.b_enc, self.b_dec
+        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
+        return loss, noted(outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start)
+
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """Unit decoder rows again."""
+        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+
+    def folded(self, scale: Scale) -> BatchTopK:
+        """See AbstractSae. For rows c times as large, biases, codes and the threshold are too."""
+        c = scale.x[0]
+        return replace(self, b_enc=self.b_enc / c, b_dec=self.b_dec / scale.y, threshold=self.threshold / c)
+
+
+def check_threshold(decay: float, start: int) -> None:
+    """Refuse what makes no running mean."""
+    if not 0 <= decay < 1:
+        raise UsageError(f"sae.threshold_decay={decay} must be in [0, 1); 0 keeps the last batch's")
+    if start < 0:
+        raise UsageError(f"sae.threshold_start={start} must be >= 0")
+
+
+def select(sae: Any, x_BX: jax.Array) -> tuple[Code, jax.Array, BatchSelection]:
+    """The code of a batch, see `encode.encode_batch_topk`; `sae` has the weights, and k and dtype in its config."""
+    k, n_latents, dtype = sae.config.k, sae.config.n_latents, jnp.dtype(sae.config.dtype)
+    # The more shards, the fewer of a row's winners on each; k leaves room for latents that fire together.
+    width = min(k + -(-3 * k // mesh.axis_size(mesh.LATENT)), n_latents)
+    return encode.encode_batch_topk(x_BX, sae.w_enc, sae.b_enc, sae.b_dec, k, dtype, width, min(4 * width, n_latents))
+
+
+def noted(
+    outcome: Outcome, threshold: jax.Array, found: BatchSelection, step: jax.Array, decay: float, start: int
+) -> Outcome:
+    """An outcome with the threshold that follows from what a selection found, and its counts."""
+    n_seen = jnp.maximum(step - start + 1, 1).astype(jnp.float32)
+    threshold = threshold + jnp.maximum(1 / n_seen, 1 - decay) * (found.threshold - threshold)
+    metrics = {"threshold": threshold, "widened": found.n_widened, "saturated": found.n_saturated}
+    threshold = jax.lax.stop_gradient(threshold)
+    return replace(outcome, metrics={**outcome.metrics, **metrics}, set={**outcome.set, "threshold": threshold})

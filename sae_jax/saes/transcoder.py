@@ -1,0 +1,157 @@
+"""Transcoder: from the activations x of one place to those of another, y, through sparse latents.
+
+    z = act(W_enc x + b_enc)      y_hat = W_dec^T z + b_dec (+ W_skip x)
+    topk   keep_k, ReLU           loss = s * mean((y - y_hat)^2) + aux_coefficient * L_aux        see saes/topk.py
+    relu   ReLU                   loss = error + l1_coefficient * mean ||z||_1                    see saes/losses.py
+
+`site` names what is encoded, `reconstruct` what is reconstructed: the input and the output of an MLP, or the outputs of
+several later ones side by side, which makes each layer's transcoder a cross-layer one. Encoder and decoder begin
+independent of each other, nothing is subtracted from x, b_dec begins as the mean of y and W_skip at zero. Decoder rows
+have unit norm, the gradient is projected and the rows renormalised, as in an autoencoder.
+
+`decode` gives what the latents write; the skip is added where x is at hand, in `sae(x)` and in training.
+
+Sources: Dunefsky et al. 2024, arXiv 2406.11944, section 3; the skip: Paulo et al. 2025, arXiv 2501.18823; several
+outputs: Ameisen et al. 2025, "Circuit tracing", section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sae_jax.ops import encode, sparse, tiled
+from sae_jax.saes import base, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Batch, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.types import Code, UsageError, Widths
+
+
+@dataclass(frozen=True)
+class Config(KConfig):
+    """Transcoder; k and AuxK are for topk, l1_coefficient and error for relu."""
+
+    variant: Literal["transcoder"] = "transcoder"
+    activation: Literal["topk", "relu"] = "topk"
+    """which latents are active: the k strongest, or all positive ones, which then are penalised"""
+    skip: bool = False
+    """add a linear map of x"""
+    l1_coefficient: float = 5.0
+    """weight of ||z||_1; for the same sparsity it grows with the norm of the activations"""
+    sparsity_warmup_steps: int = 0
+    """first steps, over which that weight rises linearly from 0"""
+    error: losses.Error = "summed"
+    """which squared error l1_coefficient stands beside, see saes/losses.py"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+
+    def init(self, key: jax.Array, sample: Sample) -> Transcoder:
+        """See KConfig.weights and the head of this file."""
+        shape = sample.mean.shape[0], sample.median.shape[0]
+        w_skip = jnp.zeros(shape) if self.skip else None
+        return Transcoder(**self.weights(key, sample, False), b_dec=sample.mean, w_skip=w_skip, config=self)
+
+    def check(self, widths: Widths, same: bool) -> None:
+        """Refuse to encode several sources, or to reconstruct what is encoded."""
+        if same:
+            raise UsageError("sae.variant=transcoder reconstructs another source; name it in `reconstruct`")
+        if len(widths.x) > 1:
+            raise UsageError(f"sae.variant=transcoder encodes one source, not {len(widths.x)}; name one in `site`")
+
+
+@struct.dataclass
+class Transcoder(AbstractSae):
+    """A transcoder; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), X]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), Y], unit rows
+    b_dec: jax.Array  # f32[Y]
+    w_skip: jax.Array | None  # f32[Y, X], on every device; None: no skip
+    config: Config = struct.field(pytree_node=False)
+
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """See AbstractSae."""
+        return self._relu.n_slots(x_BX) if self.config.activation == "relu" else self.config.k
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        return self._relu.encode_rows(x_BX, n_slots) if self.config.activation == "relu" else self._encode(x_BX)[0]
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae; without the skip."""
+        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """See AbstractSae."""
+        relu = self.config.activation == "relu"
+        y_hat_BY = self._relu.reconstruct_rows(x_BX) if relu else self.decode_rows(self._encode(x_BX)[0])
+        return y_hat_BY + self._skipped(x_BX)
+
+    def objective(
+        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """See AbstractSae and the head of this file."""
+        config, n_rows = self.config, batch.x.shape[0]
+        rest_BY = self.b_dec[None] + self._skipped(batch.x)
+        if config.activation == "topk":
+            code, w_enc = self._encode(batch.x)
+            y_hat_BY, w_dec = sparse.decode(code, self.w_dec, self._dtype, tangent=True)
+            y_hat_BY = y_hat_BY + rest_BY
+            loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
+            encoder = w_enc, self.b_enc, self._nothing
+            return losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
+        tiles = tiled.reconstruct(
+            *(batch.x, self.w_enc, base.tangent_to_rows(self.w_dec), self._nothing, self.b_enc),
+            *(_relu, self._dtype, base.FIRED_ABOVE),
+        )
+        y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
+        coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
+        loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
+        l0 = tiles.n_active.sum() / n_rows
+        return loss, Outcome(y_hat_BY, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """Unit decoder rows again."""
+        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+
+    def folded(self, scale: Scale) -> Transcoder:
+        """See AbstractSae. Codes are in the units of x; decoder rows then lead from these to those of y."""
+        c = scale.x[0]
+        return replace(
+            self,
+            b_enc=self.b_enc / c,
+            w_dec=self.w_dec * (c / scale.y)[None],
+            b_dec=self.b_dec / scale.y,
+            w_skip=None if self.w_skip is None else self.w_skip * c / scale.y[:, None],
+        )
+
+    @property
+    def _relu(self) -> jumprelu.JumpRelu:
+        return jumprelu.with_threshold(self, jnp.zeros(()), pre_bias=False)
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def _nothing(self) -> jax.Array:
+        return jnp.zeros(self.w_enc.shape[1])
+
+    def _encode(self, x_BX: jax.Array) -> tuple[Code, jax.Array]:
+        return encode.encode_topk(x_BX, self.w_enc, self.b_enc, self._nothing, self.config.k, self._dtype)
+
+    def _skipped(self, x_BX: jax.Array) -> jax.Array | float:
+        if self.w_skip is None:
+            return 0.0
+        return encode.product(x_BX.astype(self._dtype), self.w_skip.astype(self._dtype), "bx,yx->by")
+
+
+def _relu(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
+    return z_bf, z_bf
