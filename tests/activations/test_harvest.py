@@ -88,21 +88,6 @@ def test_norm_masks_use_the_shards_own_median(text, tmp_path):
     assert open_activations(tmp_path / "set").n_rows < open_activations(tmp_path / "all").n_rows
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """The bundled model after a change of one layer, as a folder."""
-    from sae_jax import lm
-    from sae_jax.lm import weights
-
-    folder, model = tmp_path_factory.mktemp("tuned") / "lm", lm.load("bundled")
-    up = np.asarray(model.params["layers"]["up.w"]).copy()
-    up[1] += 0.1 * np.random.default_rng(0).standard_normal(up[1].shape)
-    weights.save(folder, model.spec, {**model.params, "layers": {**model.params["layers"], "up.w": up}})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(lm.locate("bundled") / name, folder)
-    return folder
-
-
 def test_two_models_share_rows_and_keep_their_own_activations(text, tuned, tmp_path):
     models, hooks = ("base=bundled", f"tuned={tuned}"), ("resid_post.1", "mlp_out.0")
     spec = harvest(small(text, model=models, hooks=hooks), str(tmp_path / "both"))
