@@ -31,3 +31,9 @@ def uninterrupted(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     runs.complete(runs.train_command(small_set, run, "--train.checkpoint-every=100"))
     return run
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled language model after a change of one layer, as a folder."""
+    return runs.write_tuned(tmp_path_factory.mktemp("tuned") / "lm")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 
 from sae_jax import config as configs
-from sae_jax import write_activations
+from sae_jax import lm, write_activations
+from sae_jax.lm import weights
 from sae_jax.saes import base
 from sae_jax.train import logs
 from sae_jax.train.checkpoint import Checkpoints, read_config
@@ -52,6 +54,17 @@ def write_set(path: Path, outlier: int | None = None) -> Path:
         rows_BD[outlier] = 1e20
     write_activations(path, rows_BD.astype(np.float32), dtype="float32")
     return path
+
+
+def write_tuned(folder: Path) -> Path:
+    """The bundled language model with noise on what layer 1 reads into its neurons, and the same tokenizer."""
+    model = lm.load("bundled")
+    up = np.array(model.params["layers"]["up.w"])
+    up[1] += 0.1 * np.random.default_rng(0).standard_normal(up[1].shape)
+    weights.save(folder, model.spec, {**model.params, "layers": {**model.params["layers"], "up.w": up}})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lm.locate("bundled") / name, folder)
+    return folder
 
 
 def environment(n_devices: int = 1) -> dict[str, str]:

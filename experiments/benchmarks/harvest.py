@@ -70,7 +70,7 @@ def measure(model: str, hook: str, n_tokens: int, runs: int, folder: Path) -> di
     ours_s, torch_s = [], []
     for run in range(runs + 1):
         began = time.perf_counter()
-        config = HarvestConfig(model=model, hooks=(hook,), context=CONTEXT, tokens=n_tokens, text="stdlib")
+        config = HarvestConfig(model=(model,), hooks=(hook,), context=CONTEXT, tokens=n_tokens, text="stdlib")
         harvest(config, str(folder / f"{Path(model).name}-{run}"))
         seconds = time.perf_counter() - began
         if run:  # the first compiles

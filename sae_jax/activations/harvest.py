@@ -3,6 +3,9 @@
     text -> packed sequences -> model up to the last hook -> rows of a shard -> disk
                                  (batch i+1 runs while i is fetched; shard s is written while s+1 is computed)
 
+Several models with one tokenizer, such as a model and what fine-tuning made of it, run on the same sequences: their
+sources share rows and order.
+
 What a shard holds depends on the settings and its number alone, so harvesting is resumed by repeating the command
 and spread over machines by `--shard i/n`, with nothing else between them.
 """
@@ -13,11 +16,13 @@ import glob
 import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +35,15 @@ from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console
 from sae_jax.types import UsageError
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
 
 @dataclass(frozen=True)
 class HarvestConfig:
     """Which activations of which model on which text."""
 
-    model: str = "bundled"
-    """`bundled`, a local Hugging Face folder, or hub-id[@revision]"""
+    model: tuple[str, ...] = ("bundled",)
+    """`bundled`, a local Hugging Face folder, or hub-id[@revision]; several, with one tokenizer, as name=reference"""
     text: str = "stdlib"
     """`stdlib`, a file, folder or glob, or hf:dataset[@revision][:split]"""
     heldout: str | None = None
@@ -57,6 +64,7 @@ class HarvestConfig:
     """of the order of rows inside a shard"""
 
     def __post_init__(self) -> None:
+        self.models()  # refuses names that are not
         if not self.hooks:
             raise UsageError("harvest.hooks is empty; name at least one site, such as resid_post.2")
         if self.context < 2:
@@ -72,6 +80,19 @@ class HarvestConfig:
         if self.max_norm_multiple is not None and not 1 < self.max_norm_multiple < math.inf:
             raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1 and finite, or none")
 
+    def models(self) -> dict[str, str]:
+        """{name: reference}; a single model has the name "". Raises UsageError."""
+        if len(self.model) == 1:
+            return {"": self.model[0]}
+        named = [text.partition("=") for text in self.model]
+        found = {name: reference for name, _, reference in named if _NAME.fullmatch(name) and reference}
+        if len(found) < len(named) or not found:
+            raise UsageError(
+                f"harvest.model={' '.join(self.model)!r}: give one model, or several as name=reference, each name its "
+                f"own and of letters, digits, '_' and '-'"
+            )
+        return found
+
 
 def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) -> SetSpec:
     """Make the shards i, i + n, i + 2n, ... of an activation set that are not there yet.
@@ -84,8 +105,9 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
     Raises:
         UsageError: a model, hook or text that does not exist, or a set of other settings at `out`.
     """
-    model, tokenizer = lm.load(config.model), lm.tokenizer(config.model)
-    spec = plan(config, model, tokenizer)
+    models = {name: lm.load(reference) for name, reference in config.models().items()}
+    tokenizer = shared_tokenizer(config)
+    spec = plan(config, models, tokenizer)
     writer = store.create(out, spec)
     done = writer.committed()
     todo = [s for s in range(spec.n_shards) if s % shard[1] == shard[0] and s not in done]
@@ -93,7 +115,7 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
     mine = len(range(shard[0], spec.n_shards, shard[1]))
     total = mine * per_shard * config.context
     finished = (mine - len(todo)) * per_shard * config.context
-    forward = _Forward(model, config)
+    forward = _Forward(models, config)
     special = np.asarray(tokenizer.special_ids, np.int32)
 
     rows_written, tokens_run, began, pending = 0, 0, time.monotonic(), None
@@ -134,14 +156,25 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
     return spec
 
 
-def plan(config: HarvestConfig, model: lm.LanguageModel, tokenizer: lm.Tokenizer) -> SetSpec:
+def shared_tokenizer(config: HarvestConfig) -> lm.Tokenizer:
+    """The tokenizer of all models. Raises UsageError where one has another: the same ids would be other text to it."""
+    (name, reference), *others = config.models().items()
+    tokenizer = lm.tokenizer(reference)
+    for other, its_reference in others:
+        its = lm.tokenizer(its_reference)
+        if (its.vocabulary, its.separator_id) != (tokenizer.vocabulary, tokenizer.separator_id):
+            raise UsageError(
+                f"harvest.model: {other} ({its_reference}) has another tokenizer than {name} ({reference}); models of "
+                f"one set read the same tokens"
+            )
+    return tokenizer
+
+
+def plan(config: HarvestConfig, models: dict[str, lm.LanguageModel], tokenizer: lm.Tokenizer) -> SetSpec:
     """The set that these settings describe: the same on every machine."""
-    hooks = [lm.parse_hook(text, model.spec) for text in config.hooks]
-    if len(set(hooks)) < len(hooks):
-        raise UsageError(f"harvest.hooks names a site twice: {', '.join(config.hooks)}")
-    if config.context > model.spec.n_context:
-        raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
-    model_reference, text = _from_anywhere(config.model), _from_anywhere(config.text)
+    sites = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
+    references = {name: _from_anywhere(reference) for name, reference in config.models().items()}
+    text = _from_anywhere(config.text)
     heldout = None if config.heldout is None else _from_anywhere(config.heldout)
     digest = tokens.text_digest(text)
     if heldout is not None and tokens.text_digest(heldout) == digest:
@@ -153,20 +186,20 @@ def plan(config: HarvestConfig, model: lm.LanguageModel, tokenizer: lm.Tokenizer
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_bytes = sum(len(document.encode()) + 1 for document in tokens.documents(text))
         n_sequences = min(n_sequences, -(-n_bytes // config.context))
-    widths = [lm.hook_width(model.spec, hook) for hook in hooks]
+    widths = [lm.hook_width(models[name].spec, hook) for name, hook in sites]
     n_shards, shard_rows, chunk_rows = layout(
         n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
     )
     return SetSpec(
         sources=tuple(
-            SourceSpec(str(hook), width, config.dtype, model_reference, model.digest, str(hook))
-            for hook, width in zip(hooks, widths, strict=True)
+            SourceSpec(_source(name, hook), width, config.dtype, references[name], models[name].digest, str(hook))
+            for (name, hook), width in zip(sites, widths, strict=True)
         ),
         n_shards=n_shards,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
         seed=config.seed,
-        tokenizer=model_reference,
+        tokenizer=next(iter(references.values())),
         text=text,
         text_digest=digest,
         heldout=heldout,
@@ -198,26 +231,41 @@ def read_sites(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook,
     return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
 
 
+def _hooks(config: HarvestConfig, model: lm.LanguageModel) -> tuple[lm.Hook, ...]:
+    hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
+    if len(set(hooks)) < len(hooks):
+        raise UsageError(f"harvest.hooks names a site twice: {', '.join(config.hooks)}")
+    if config.context > model.spec.n_context:
+        raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
+    return hooks
+
+
+def _source(model: str, hook: lm.Hook | str) -> str:
+    """Name of a source: of a set of one model that of the hook."""
+    return f"{model}.{hook}" if model else str(hook)
+
+
 def _from_anywhere(reference: str) -> str:
     """A reference that means the same in another working directory: local paths become absolute."""
     return os.path.abspath(reference) if os.path.exists(reference) or glob.has_magic(reference) else reference
 
 
 class _Forward:
-    """Runs sequences through the model on all local devices, one batch ahead of the one being fetched."""
+    """Runs sequences through the models on all local devices, one batch ahead of the one being fetched."""
 
-    def __init__(self, model: lm.LanguageModel, config: HarvestConfig) -> None:
+    def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig) -> None:
         devices = jax.local_devices()
         self._mesh = meshes.make_mesh(meshes.MeshConfig(), devices)
-        self._model = jax.device_put(model, meshes.sharding(self._mesh, meshes.REPLICATED))
-        self._hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
+        everywhere = meshes.sharding(self._mesh, meshes.REPLICATED)
+        self._models = {name: jax.device_put(model, everywhere) for name, model in models.items()}
+        self._hooks = {name: _hooks(config, model) for name, model in models.items()}
         self._dtype = config.dtype
-        self.names = tuple(str(hook) for hook in self._hooks)
+        self.names = tuple(_source(name, hook) for name, hooks in self._hooks.items() for hook in hooks)
         self._batch = max(config.batch_tokens // config.context // len(devices), 1) * len(devices)
 
     def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         """({name: [b, T, D]}, norms [b, T, sites]) block by block, on the host."""
-        queued: tuple[int, object] | None = None
+        queued: tuple[int, Any] | None = None
         for first in range(0, len(ids_ST), self._batch):
             ids_BT = ids_ST[first : first + self._batch]
             n = len(ids_BT)
@@ -225,17 +273,23 @@ class _Forward:
             ids_BT = np.concatenate([ids_BT, np.zeros((self._batch - n, ids_BT.shape[1]), np.int32)])
             with jax.set_mesh(self._mesh):
                 placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.ROWS))
-                result = read_sites(self._model, placed, self._hooks, self._dtype)
+                result = [
+                    read_sites(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()
+                ]
             if queued is not None:
-                yield _fetch(*queued)
+                yield self._fetch(*queued)
             queued = (n, result)
         if queued is not None:
-            yield _fetch(*queued)
+            yield self._fetch(*queued)
 
-
-def _fetch(n: int, result) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    acts, norm_BTS = jax.device_get(result)
-    return {name: x[:n] for name, x in acts.items()}, norm_BTS[:n]
+    def _fetch(self, n: int, result: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        acts, norms = zip(*jax.device_get(result), strict=True)
+        blocks = {
+            _source(name, hook): x_BTD[:n]
+            for name, of_model in zip(self._models, acts, strict=True)
+            for hook, x_BTD in of_model.items()
+        }
+        return blocks, np.concatenate(norms, axis=-1)[:n]
 
 
 def _shards(

@@ -65,6 +65,8 @@ def run(argv: Sequence[str]) -> None:
     for name in SHOWN:
         if name in result:
             table.add_row(name, f"{result[name]:.4f}")
+    for name, fvu in result.get("fvu_by_source", {}).items():
+        table.add_row(f"fvu of {name}", f"{fvu:.4f}")
     Console().print(table)
 
 

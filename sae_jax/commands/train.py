@@ -100,7 +100,8 @@ def train(commands: dict[str, Train]) -> int:
 
     def sample(norm: InputNorm) -> Sample:
         squares = [[activations.stats(name).mean_square for name in names] for names in sites]
-        return sample_statistics(rows(sites.x), norm, rows(sites.y), widths, (squares[0], squares[1]))
+        y_ND = None if sites.y == sites.x else rows(sites.y)
+        return sample_statistics(rows(sites.x), norm, y_ND, widths, (squares[0], squares[1]))
 
     place = (jax.process_index(), jax.process_count())
     batch_size, order = command.train.batch_size, command.train.order

@@ -43,8 +43,8 @@ def measure(
         return {**where, **_on_rows(sae, activations, sites, n_tokens)}
     with Progress("evaluate", len(text.sequences), "sequences") as progress:
         size = max(batch_tokens // text.sequences.shape[1], 1)
-        mean_Y = np.concatenate([activations.stats(name).mean for name in sites.y])
-        return {**where, **splice(sae, text, mean_Y, text.batches(size), progress.update)}
+        means = {name: activations.stats(name).mean for name in sites.y}
+        return {**where, **splice(sae, text, means, text.batches(size), progress.update)}
 
 
 def _on_rows(sae: AbstractSae, activations: ActivationSet, sites: Sites, n_rows: int) -> dict[str, Any]:
@@ -63,4 +63,4 @@ def _on_rows(sae: AbstractSae, activations: ActivationSet, sites: Sites, n_rows:
             keep_N, fill = np.arange(size) < len(x_NX), ((0, size - len(x_NX)), (0, 0))
             reconstruction.add(sae, np.pad(x_NX, fill), keep_N, np.pad(y_NY, fill))
             progress.update(done)
-    return reconstruction.result()
+    return reconstruction.result({name: activations.source(name).d for name in sites.y})

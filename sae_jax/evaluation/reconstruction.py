@@ -1,6 +1,7 @@
 """How well and how sparsely a dictionary rewrites activations, accumulated over a set of any size.
 
     fvu               E||x - x_hat||^2 / E||x - E x||^2, both over the whole set: a ratio of sums
+    fvu_by_source     the same of each source by itself, where several are reconstructed
     nmse_uncentered   E||x - x_hat||^2 / E||x||^2
     gamma             E||x_hat||^2 / E[x . x_hat]; 1 is unbiased, below 1 is shrinkage (Rajamanoharan et al. 2024,
                       arXiv 2404.16014)
@@ -10,6 +11,7 @@ Blocks are summed in f32 on the device and added up in float64 on the host.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -69,20 +71,29 @@ class Reconstruction:
         """Share of the rows seen on which each latent was active, f64[F]."""
         return self._fired_F / max(float(self._sums["rows"]) if self._sums else 0.0, 1.0)
 
-    def result(self) -> dict[str, Any]:
-        """fvu, nmse_uncentered, l0, cosine, gamma, silent_fraction, and the distributions behind them."""
+    def result(self, sources: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """fvu, nmse_uncentered, l0, cosine, gamma, silent_fraction, and the distributions behind them.
+
+        Args:
+            sources: widths of the sources side by side in y, by name; if there are several, `fvu_by_source` has each.
+        """
         if self._sums is None or self._sums["rows"] == 0:
             raise ValueError("no rows were added")
         s, n = self._sums, self._sums["rows"]
         centre_D = np.asarray(self._centre_D, np.float64)
         mean_D = s["offset_D"] / n + centre_D
-        variance = s["offset2"] - n * ((mean_D - centre_D) ** 2).sum()
+        error_D, variance_D = s["error2_D"], s["offset2_D"] - n * (mean_D - centre_D) ** 2
         rates = self.firing_rates
         counts, _ = np.histogram(np.log10(np.maximum(rates[rates > 0], 1e-6)), DENSITY_EDGES)
+        of_each, first = {}, 0
+        for name, width in (sources or {}).items():
+            own = slice(first, first := first + width)
+            of_each[name] = float(error_D[own].sum() / variance_D[own].sum())
         return {
             "n_rows": int(n),
-            "fvu": s["error2"] / variance,
-            "nmse_uncentered": s["error2"] / s["x2"],
+            "fvu": float(error_D.sum() / variance_D.sum()),
+            **({"fvu_by_source": of_each} if len(of_each) > 1 else {}),
+            "nmse_uncentered": float(error_D.sum() / s["x2"]),
             "l0": float(self._l0 @ np.arange(len(self._l0)) / n),
             "l0_histogram": self._l0.tolist(),
             "cosine": s["cosine"] / n,
@@ -117,9 +128,9 @@ def _block_sums(
         "x2": (weight_N * x2_N).sum(),
         "x_hat2": (weight_N * x_hat2_N).sum(),
         "product": (weight_N * product_N).sum(),
-        "error2": (weight_N * ((x_ND - x_hat_ND) ** 2).sum(-1)).sum(),
+        "error2_D": (weight_N[:, None] * (x_ND - x_hat_ND) ** 2).sum(0),
         "offset_D": (weight_N[:, None] * offset_ND).sum(0),
-        "offset2": (weight_N * (offset_ND**2).sum(-1)).sum(),
+        "offset2_D": (weight_N[:, None] * offset_ND**2).sum(0),
         "cosine": (weight_N * cosine_N).sum(),
     }
     fired_F = jnp.zeros(n_latents, jnp.int32).at[code.indices.ravel()].add(active_NK.ravel().astype(jnp.int32))

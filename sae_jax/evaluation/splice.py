@@ -12,7 +12,7 @@ reconstruction metric. Predictions from or of a special token count in no cross-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from sae_jax.saes.base import AbstractSae
 def splice(
     sae: AbstractSae,
     text: HeldOut,
-    mean_Y: np.ndarray,
+    means: Mapping[str, np.ndarray],
     batches: Iterable[np.ndarray],
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
@@ -38,11 +38,12 @@ def splice(
     Args:
         sae: trained on the sites of `text`.
         text: the language model, and where it is replaced.
-        mean_Y: f64[Y], what mean ablation puts there.
+        means: f64[D] of each source that is reconstructed, by name: what mean ablation puts there.
         batches: i32[B, T] token ids; a short last batch costs a second compilation.
         progress: called with the number of sequences done.
     """
     model, hooks = text.model, tuple(dict.fromkeys(text.encoded + text.reconstructed))
+    mean_Y = jnp.asarray(np.concatenate(list(means.values())), jnp.float32)
     reconstruction = Reconstruction(sae.b_enc.shape[0])
     sums: dict[str, float] = {}
     n_predictions = n_sequences = 0
@@ -55,7 +56,7 @@ def splice(
         x_NX, y_NY = (side.reshape(-1, side.shape[-1]) for side in (x_BTX, y_BTY))
         y_hat_NY = reconstruction.add(sae, x_NX, keep_BT.ravel(), y_NY)
         replaced = {"sae": y_hat_NY.reshape(y_BTY.shape), "zero": jnp.zeros_like(y_BTY)}
-        replaced["mean"] = jnp.broadcast_to(jnp.asarray(mean_Y, jnp.float32), y_BTY.shape)
+        replaced["mean"] = jnp.broadcast_to(mean_Y, y_BTY.shape)
         text_BT = ~np.isin(ids_BT, text.special)
         counted_BT = jnp.asarray(text_BT[:, :-1] & text_BT[:, 1:], jnp.float32)
         block = {"clean": (lm.cross_entropy(clean_BTV, jnp.asarray(ids_BT)) * counted_BT).sum()}
@@ -71,7 +72,7 @@ def splice(
         progress(n_sequences)
     ce = {name: total / n_predictions for name, total in sums.items()}
     return {
-        **reconstruction.result(),
+        **reconstruction.result({name: len(mean_D) for name, mean_D in means.items()}),
         "n_predictions": n_predictions,
         "ce_clean": ce["clean"],
         "ce_sae": ce["sae"],

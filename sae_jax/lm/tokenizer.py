@@ -41,6 +41,11 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token: where these are equal, ids are the same text."""
+        return self._backend.get_vocab()
+
+    @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids that stand for no text: what a harvest may leave out."""
         return tuple(sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special))

@@ -102,6 +102,7 @@ class Sample:
     variance: jax.Array  # f32[], mean over rows and dimensions of (y - mean y)^2
     scale: Scale
     widths: Widths = struct.field(pytree_node=False)
+    same: bool = struct.field(pytree_node=False, default=True)  # y is x
 
 
 class Adam(NamedTuple):
@@ -373,7 +374,7 @@ def sample_statistics(
     Raises:
         UsageError: rows that are not finite, or do not vary.
     """
-    y_ND = x_ND if y_ND is None else y_ND
+    same, y_ND = y_ND is None, x_ND if y_ND is None else y_ND
     widths = widths or Widths((x_ND.shape[1],), (y_ND.shape[1],))
     scales = []
     for side, (rows_ND, own) in enumerate(((x_ND, widths.x), (y_ND, widths.y))):
@@ -391,7 +392,7 @@ def sample_statistics(
         )
     found = (geometric_median(x_ND), y_ND.mean(0), variance)
     median, mean, variance = (jnp.asarray(value, jnp.float32) for value in found)
-    return Sample(median, mean, variance, scale, widths)
+    return Sample(median, mean, variance, scale, widths, same)
 
 
 def abstract_sample(widths: Widths) -> Sample:

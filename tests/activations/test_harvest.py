@@ -1,5 +1,8 @@
 """What a harvest leaves out, and what it does when the text is shorter than the set."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -85,9 +88,60 @@ def test_norm_masks_use_the_shards_own_median(text, tmp_path):
     assert open_activations(tmp_path / "set").n_rows < open_activations(tmp_path / "all").n_rows
 
 
+def test_two_models_share_rows_and_keep_their_own_activations(text, tuned, tmp_path):
+    models, hooks = ("base=bundled", f"tuned={tuned}"), ("resid_post.1", "mlp_out.0")
+    spec = harvest(small(text, model=models, hooks=hooks), str(tmp_path / "both"))
+    assert [s.name for s in spec.sources] == [f"{m}.{h}" for m in ("base", "tuned") for h in hooks]
+    assert spec.source("base.mlp_out.0").model == "bundled"
+    assert spec.source("tuned.mlp_out.0").model == str(tuned)
+    assert spec.source("tuned.mlp_out.0").model_digest != spec.source("base.mlp_out.0").model_digest
+    harvest(small(text, model=(str(tuned),), hooks=hooks), str(tmp_path / "one"))
+    both, one = open_activations(tmp_path / "both"), open_activations(tmp_path / "one")
+
+    def rows(activations, name):
+        """By token: how a set is cut depends on its sources."""
+        index = [activations.read_index(i) for i in range(activations.n_chunks)]
+        chunks = [np.float32(activations.read_chunk(name, i)) for i in range(activations.n_chunks)]
+        place = [np.concatenate([part[key] for part in index]) for key in ("pos", "seq")]
+        return np.concatenate(chunks)[np.lexsort(place)]
+
+    for hook in hooks:
+        np.testing.assert_allclose(rows(both, f"tuned.{hook}"), rows(one, hook), rtol=2e-2, atol=2e-2)
+    # The change is in layer 1 alone.
+    np.testing.assert_array_equal(rows(both, "base.mlp_out.0"), rows(both, "tuned.mlp_out.0"))
+    assert np.abs(rows(both, "base.resid_post.1") - rows(both, "tuned.resid_post.1")).max() > 0.1
+
+
+def test_a_norm_that_one_model_alone_has_masks_the_row_of_both(text, tuned, tmp_path):
+    models, settings = ("base=bundled", f"tuned={tuned}"), {"hooks": ("mlp_out.1",), "max_norm_multiple": 1.2}
+    n_rows = []
+    for number, model in enumerate((models, models[:1], models[1:])):
+        reference = model if len(model) > 1 else (model[0].partition("=")[2],)
+        harvest(small(text, model=reference, **settings), str(tmp_path / str(number)))
+        n_rows.append(open_activations(tmp_path / str(number)).n_rows)
+    assert n_rows[0] < min(n_rows[1:])
+
+
+def test_models_with_another_tokenizer_are_refused(text, tuned, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tuned, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    a, b = list(vocabulary)[300:302]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"other \(.*\) has another tokenizer than base \(bundled\)"):
+        harvest(small(text, model=("base=bundled", f"other={other}")), str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        {"model": ()},
+        {"model": ("bundled", "bundled")},
+        {"model": ("a=bundled", "a=bundled")},
+        {"model": ("a.b=bundled", "c=bundled")},
         {"hooks": ()},
         {"hooks": ("resid_post.0", "resid_post.0")},
         {"context": 1},
@@ -111,7 +165,7 @@ def test_batches_come_back_in_order(text):
 
     model = lm.load("bundled")
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
-    forward = module._Forward(model, small(text))
+    forward = module._Forward({"": model}, small(text))
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)

@@ -181,6 +181,20 @@ def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
     np.testing.assert_allclose(sae.decode(sae.encode(rows)), sae(rows), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_crosscoder_of_two_models_goes_the_same_way(work, tuned, tmp_path):
+    models, sites = ["base=bundled", f"tuned={tuned}"], ["base.resid_post.1", "tuned.resid_post.1"]
+    run(work, "harvest", "--out", tmp_path / "set", "--harvest.model", *models, "--harvest.tokens=1024")
+    flags = ["--sae.variant=crosscoder", "--train.steps=20", "--site", *sites]
+    run(work, "train", "--data", tmp_path / "set", "--out", tmp_path / "run", *flags)
+    run(work, "evaluate", tmp_path / "run", "--tokens", 256)
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(result["fvu_by_source"]) == sites
+    assert min(result["fvu_by_source"].values()) < result["fvu"] < max(result["fvu_by_source"].values())
+    run(work, "dashboard", tmp_path / "run", "--out", tmp_path / "site", "--tokens", 500)
+    assert (tmp_path / "site" / "index.html").exists()
+
+
 def test_verify_and_damage(work, tmp_path, capsys):
     run(work, "verify", work / "set")
     for name, damage in {

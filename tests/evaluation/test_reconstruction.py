@@ -26,11 +26,15 @@ def test_metrics_are_ratios_of_sums_over_the_whole_set(rows, sae):
     reconstruction = Reconstruction(F)
     for first in (0, 300, 650):  # blocks of different sizes
         reconstruction.add(sae, rows[first : {0: 300, 300: 650, 650: 1000}[first]])
-    got = reconstruction.result()
+    got = reconstruction.result({"a": 3, "b": D - 3})
     x, x_hat = np.float64(rows), np.float64(sae(rows))
     values = np.asarray(sae.encode(rows).values)
     error = ((x - x_hat) ** 2).sum()
     assert got["fvu"] == pytest.approx(error / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+    for name, part in {"a": slice(0, 3), "b": slice(3, D)}.items():
+        own = ((x - x_hat)[:, part] ** 2).sum() / ((x - x.mean(0))[:, part] ** 2).sum()
+        assert got["fvu_by_source"][name] == pytest.approx(own, rel=1e-4)
+    assert "fvu_by_source" not in reconstruction.result({"all": D})
     assert got["nmse_uncentered"] == pytest.approx(error / (x**2).sum(), rel=1e-4)
     assert got["l0"] == pytest.approx((values > 0).sum(1).mean())
     cosine = (x * x_hat).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(x_hat, axis=1)

@@ -55,8 +55,8 @@ class All(HeldOut):
 
 def measure(model, batches, factor, kind=All, hooks=(HOOK,)):
     text = kind("text", model, hooks, hooks, np.concatenate(batches), np.array([0]), None)
-    mean = np.full(len(hooks) * model.spec.d_model, 0.1)
-    return splice(Scaled(jnp.float32(factor), jnp.zeros(4)), text, mean, batches, lambda n: None)
+    means = {str(hook): np.full(model.spec.d_model, 0.1) for hook in hooks}
+    return splice(Scaled(jnp.float32(factor), jnp.zeros(4)), text, means, batches, lambda n: None)
 
 
 def test_the_identity_changes_nothing(model, batches):
@@ -98,6 +98,7 @@ def test_several_sites_are_replaced_together(model, batches):
     same = measure(model, batches, 1.0, hooks=hooks)
     assert same["ce_sae"] == pytest.approx(same["ce_clean"], abs=1e-4)
     zeros = measure(model, batches, 0.0, hooks=hooks)
+    assert list(zeros["fvu_by_source"]) == ["mlp_out.3", "resid_post.1"]
     edits = {hook: jnp.zeros_like for hook in hooks}
     nll = [np.asarray(lm.cross_entropy(lm.run(model, ids, edits=edits).logits, ids)).mean() for ids in batches]
     assert zeros["ce_sae"] == pytest.approx(np.mean(nll), rel=1e-4)

@@ -44,7 +44,9 @@ TRAIN = TrainConfig(steps=300, batch_size=B, lr=3e-3, dead_after_tokens=2000)
 
 
 def start(config, rows):
-    return jax.jit(lambda sample: initial(config, TRAIN, sample))(base.sample_statistics(rows, "none"))
+    # Two sources side by side: to whoever encodes one, rows of one.
+    sample = base.sample_statistics(rows, "none", widths=Widths((D // 2, D // 2), (D // 2, D // 2)))
+    return jax.jit(lambda sample: initial(config, TRAIN, sample))(sample)
 
 
 def test_initial_state_is_finite_and_a_step_changes_no_type(config, planted):

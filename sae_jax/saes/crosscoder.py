@@ -1,0 +1,245 @@
+"""Crosscoder: one code for several sources, layers or models; a latent has an encoder and a decoder row for each.
+
+    f = ReLU(sum_l W_enc^l x^l + b_enc)      y_hat^m = W_dec^m^T f + b_dec^m
+    loss = error + l1_coefficient * mean sum_i f_i ||d_i||
+
+    ||d_i||    sum_m ||d_i^m||, d_i^m row i of W_dec^m: what it costs to write to several sources is what it costs to
+               have a latent for each; or sqrt(sum_m ||d_i^m||^2), which favours latents that many sources share
+
+The squared error is summed over all sources. Where y are other sources than x, it is a cross-layer transcoder.
+
+Masks: sources stand in the order of layers, and latents are cut into as many groups, one after the other. Latents of
+group g, with `weakly_causal`, read source g and write g and later ones; `strictly_causal`, read g and write later ones
+(there is no last group); with `window`, read and write sources at most `window` places from g. What a mask bars is 0
+from the start, and its gradient is: no mask is stored, none is multiplied with weights.
+
+Source: Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing". Ours: b_dec starts at the
+mean of y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from sae_jax import mesh
+from sae_jax.ops import sparse, tiled
+from sae_jax.saes import base, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.types import Code, UsageError, Widths
+
+NO_NORM = 1e-12  # of a decoder that a mask bars; the derivative of a norm of 0 would not be finite
+
+
+@dataclass(frozen=True)
+class Config(SaeConfig):
+    """Crosscoder."""
+
+    variant: Literal["crosscoder"] = "crosscoder"
+    input_norm: InputNorm = "dataset_sqrt_d"
+    """one constant a source, so that all weigh alike; the coefficient stands for this one"""
+    l1_coefficient: float = 2.0
+    """weight of the penalty"""
+    sparsity_warmup_steps: int = 0
+    """first steps, over which that weight rises linearly from 0 (a twentieth of the run in the paper)"""
+    decoder_norm: Literal["sum", "root"] = "sum"
+    """||d_i|| over sources: the sum of their norms, or the root of the sum of squares"""
+    error: losses.Error = "summed"
+    """which squared error l1_coefficient stands beside, see saes/losses.py"""
+    mask: Literal["acausal", "weakly_causal", "strictly_causal", "window"] = "acausal"
+    """which sources a latent may read and write"""
+    window: int = 1
+    """places to either side that mask=window leaves open"""
+    initial_norm: float = 0.08
+    """of a decoder row of one source at the start; lower it for very wide dictionaries"""
+
+    ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+        if self.input_norm in base.PER_VECTOR:
+            raise UsageError(
+                f"sae.input_norm={self.input_norm} would mix the sources of a row; use dataset_sqrt_d, dataset_rms or "
+                f"none"
+            )
+        if self.window < 0:
+            raise UsageError(f"sae.window={self.window} must be >= 0; 0 lets latents read and write one source alone")
+        if not 0 < self.initial_norm < math.inf:
+            raise UsageError(f"sae.initial_norm={self.initial_norm} must be above 0 and finite, such as 0.08")
+
+    def init(self, key: jax.Array, sample: Sample) -> Crosscoder:
+        """Decoder rows in random directions, all of one norm; the encoder transposed, if x is y, else independent."""
+        dec_key, enc_key = jax.random.split(key)
+        widths = sample.widths
+        rows_FY = _unit_parts(base.linear_rows(dec_key, self.n_latents, sum(widths.y)), widths.y)
+        rows_FX = rows_FY
+        if not sample.same:
+            rows_FX = _unit_parts(base.linear_rows(enc_key, self.n_latents, sum(widths.x)), widths.x)
+        return Crosscoder(
+            w_enc=_masked(self, widths.x, _reads, self.initial_norm * rows_FX),
+            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            w_dec=_masked(self, widths.y, _writes, self.initial_norm * rows_FY),
+            b_dec=sample.mean,
+            config=self,
+            widths=widths,
+        )
+
+    def check(self, widths: Widths, same: bool) -> None:
+        """Masks need sources that stand in pairs, and latents for each group."""
+        if self.mask == "acausal":
+            return
+        n_x, n_y = len(widths.x), len(widths.y)
+        if n_x != n_y or n_x < 2:
+            raise UsageError(
+                f"sae.mask={self.mask} needs at least two sources, and as many that are reconstructed as are encoded, "
+                f"not {n_x} and {n_y}; use sae.mask=acausal"
+            )
+        if self.n_latents < n_x:
+            raise UsageError(f"sae.n_latents={self.n_latents} must be at least the number of sources, {n_x}")
+
+
+@struct.dataclass
+class Crosscoder(AbstractSae):
+    """A crosscoder; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), X]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), Y]
+    b_dec: jax.Array  # f32[Y]
+    config: Config = struct.field(pytree_node=False)
+    widths: Widths = struct.field(pytree_node=False)
+
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """See AbstractSae."""
+        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        return tiled.encode_largest(x_BX, self.w_enc, self._b_pre, self.b_enc, _activation, self._dtype, n_slots)
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae."""
+        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+        """See AbstractSae."""
+        tiles = tiled.reconstruct(
+            x_BX, self.w_enc, self.w_dec, self._b_pre, self.b_enc, _activation, self._dtype, base.FIRED_ABOVE
+        )
+        return tiles.x_hat + self.b_dec[None]
+
+    def objective(
+        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """See AbstractSae and the head of this file."""
+        config, n_rows = self.config, batch.x.shape[0]
+        w_enc = _learnable(self.w_enc, partial(_masked, config, self.widths.x, _reads))
+        w_dec = _learnable(self.w_dec, partial(_masked, config, self.widths.y, _writes))
+        latents = {"b_enc": self.b_enc, "norm": row_norms(w_dec, self.widths.y, config.decoder_norm)}
+        tiles = tiled.reconstruct(batch.x, w_enc, w_dec, self._b_pre, latents, _weighted, self._dtype, base.FIRED_ABOVE)
+        y_hat_BY = tiles.x_hat + self.b_dec[None]
+        l1 = tiles.penalty.sum() / n_rows
+        coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
+        loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
+        l0 = tiles.n_active.sum() / n_rows
+        return loss, Outcome(y_hat_BY, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """Decoders may have any norm."""
+        return state
+
+    def folded(self, scale: Scale) -> Crosscoder:
+        """See AbstractSae. A code says how much f_i ||d_i|| was in scaled rows, so latents can be compared."""
+        norm_F = row_norms(self.w_dec, self.widths.y, self.config.decoder_norm)
+        return replace(
+            self,
+            w_enc=self.w_enc * norm_F[:, None] * scale.x[None],
+            b_enc=self.b_enc * norm_F,
+            w_dec=self.w_dec / norm_F[:, None] / scale.y[None],
+            b_dec=self.b_dec / scale.y,
+        )
+
+    @property
+    def _b_pre(self) -> jax.Array:
+        return jnp.zeros(self.w_enc.shape[1])
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+
+def source_norms(w_dec: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """Norm of each decoder row in each source: [F, Y] -> f32[F, S], above 0."""
+    squares_FS = jnp.stack([(part_FD**2).sum(-1) for part_FD in _parts(w_dec, widths)], axis=-1)
+    return jnp.sqrt(jnp.maximum(squares_FS, NO_NORM**2))
+
+
+def row_norms(w_dec: jax.Array, widths: Sequence[int], kind: Literal["sum", "root"]) -> jax.Array:
+    """||d_i|| over sources, f32[F]: see the head of this file."""
+    norms_FS = source_norms(w_dec, widths)
+    return norms_FS.sum(-1) if kind == "sum" else jnp.sqrt((norms_FS**2).sum(-1))
+
+
+def _parts(w_FY: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
+    return [w_FY[:, end - width : end] for end, width in zip(np.cumsum(widths), widths, strict=True)]
+
+
+def _unit_parts(w_FY: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """Rows of norm 1 in each source."""
+    return jnp.concatenate([base.unit_rows(part_FD) for part_FD in _parts(w_FY, widths)], axis=1)
+
+
+def _reads(config: Config, distance: jax.Array) -> jax.Array:
+    """Whether a latent reads a source that stands `distance` places after that of its group."""
+    return abs(distance) <= config.window if config.mask == "window" else distance == 0
+
+
+def _writes(config: Config, distance: jax.Array) -> jax.Array:
+    if config.mask == "window":
+        return abs(distance) <= config.window
+    return distance > 0 if config.mask == "strictly_causal" else distance >= 0
+
+
+def _masked(config: Config, widths: Sequence[int], allows: Callable[..., jax.Array], w_FY: jax.Array) -> jax.Array:
+    """`w_FY` with zeros where the mask bars a latent from a source."""
+    if config.mask == "acausal":
+        return w_FY
+    n_groups = len(widths) - (config.mask == "strictly_causal")
+    latent_FY = lax.broadcasted_iota(jnp.int32, w_FY.shape, 0, out_sharding=mesh.placed(mesh.DICT))
+    group_FY = jnp.minimum(latent_FY // (config.n_latents // n_groups), n_groups - 1)
+    source_Y = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
+    return jnp.where(allows(config, source_Y[None] - group_FY), w_FY, 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _learnable(w_FY: jax.Array, of_gradient: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The identity, with a gradient that `of_gradient` has changed."""
+    return w_FY
+
+
+_learnable.defvjp(lambda w_FY, of_gradient: (w_FY, None), lambda of_gradient, _, g_FY: (of_gradient(g_FY),))
+
+
+def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    f_bf = jax.nn.relu(pre_bf + b_enc_f[None])
+    return f_bf, f_bf
+
+
+def _weighted(pre_bf: jax.Array, latents: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    f_bf = jax.nn.relu(pre_bf + latents["b_enc"][None])
+    return f_bf, f_bf * latents["norm"][None]
+
+
+@jax.jit
+def _n_active(sae: Crosscoder, x_BX: jax.Array) -> jax.Array:
+    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae.b_enc, _activation, sae._dtype)
