@@ -72,6 +72,11 @@ def run(argv: Sequence[str]) -> None:
 
 def plan(command: Plan) -> dict[str, Any]:
     """The report on what `command` describes (sae_jax/plan/report.py)."""
+    if command.sae.learns != "rows":
+        raise UsageError(
+            f"sae.variant={command.sae.variant} is trained through a language model, which a plan knows nothing of; "
+            f"plan a topk of this size, and add what the model takes"
+        )
     target = targets.parse(command.target)
     mesh = meshes.abstract_mesh(command.mesh, target.n_devices)
     command.engine.on("tpu" if target.is_tpu else "gpu")

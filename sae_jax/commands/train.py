@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 import jax
 import numpy as np
@@ -16,11 +17,12 @@ from sae_jax import config
 from sae_jax import mesh as meshes
 from sae_jax.activations.loader import Loader
 from sae_jax.activations.sample import sample_rows
+from sae_jax.activations.sequences import Sequences, through_model
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import recipe, runtime
 from sae_jax.ops import tuning
 from sae_jax.progress import console
-from sae_jax.saes.base import InputNorm, Sample, sample_statistics
+from sae_jax.saes.base import InputNorm, Learns, Sample, sample_statistics
 from sae_jax.train import checkpoint, loop
 from sae_jax.train.members import Member
 from sae_jax.train.state import TrainConfig
@@ -105,11 +107,30 @@ def train(commands: dict[str, Train]) -> int:
 
     place = (jax.process_index(), jax.process_count())
     batch_size, order = command.train.batch_size, command.train.order
-    with tuning.using(engine), Loader(activations, sites.all, batch_size, order, *place) as loader:
-        step = loop.train(run, members, mesh, loader, sites, sample)
+    learns = learning(commands)
+    with tuning.using(engine), contextlib.ExitStack() as stack:
+        if learns == "rows":
+            prepare = None
+            loader = stack.enter_context(Loader(activations, sites.all, batch_size, order, *place))
+        else:
+            loader = Sequences(activations, sites.x[0], batch_size, order, mesh.size, *place)
+            prepare = through_model(activations, sites.x[0], mesh, later=learns == "through_layers")
+        step = loop.train(run, members, mesh, loader, sites, sample, prepare)
     if jax.process_index() == 0:
         console.print(f"{command.out}: step {step} of {max(own.train.steps for own in commands.values())}")
     return step
+
+
+def learning(commands: dict[str, Train]) -> Learns:
+    """What the members learn from. Raises UsageError if it is rows of the set for some and the model for others."""
+    found = {own.sae.learns: name for name, own in commands.items()}
+    if "rows" in found and len(found) > 1:
+        other = next(name for learns, name in found.items() if learns != "rows")
+        raise UsageError(
+            f"members {found['rows']} and {other}: one learns from rows, the other through the model, so not from the "
+            f"same batches; train them apart"
+        )
+    return max(found, key=get_args(Learns).index)
 
 
 def choose_sites(activations: ActivationSet, command: Train) -> tuple[Sites, Widths]:

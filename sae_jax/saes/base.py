@@ -38,6 +38,8 @@ from sae_jax.types import Code, UsageError, Widths
 
 InputNorm = Literal["none", "layer_norm", "unit_norm", "dataset_rms", "dataset_sqrt_d"]
 PER_VECTOR = ("layer_norm", "unit_norm")
+# What a variant learns from: the rows of a set, or a language model, by its logits, or by its later layers too.
+Learns = Literal["rows", "through_logits", "through_layers"]
 
 N_PROBES = 256  # random unit vectors that set an encoder's scale
 FIRED_ABOVE = 1e-3  # a latent counts as fired when its value exceeds this (Gao et al. 2024, released training code)
@@ -50,6 +52,7 @@ class Batch:
 
     x: jax.Array  # [B, X], ROWS
     y: Any = None  # [B, Y], ROWS; None: x, as for every autoencoder. An objective finds it set.
+    context: Any = None  # a pytree: what else is known of these rows, for objectives that ask for it (end_to_end.py)
 
 
 @struct.dataclass
@@ -141,6 +144,11 @@ class SaeConfig:
     def own_statistics(self, sample: Sample) -> dict[str, jax.Array]:
         """What the objective keeps in `Statistics.own`, before the first step."""
         return {}
+
+    @property
+    def learns(self) -> Learns:
+        """What `objective` has to be given."""
+        return "rows"
 
     def check(self, widths: Widths, same: bool) -> None:
         """Refuse sources that this variant cannot work on. `same`: what is encoded is what is reconstructed."""
@@ -324,11 +332,11 @@ def normalised(batch: Batch, kind: InputNorm, scale: Scale) -> tuple[Batch, Call
     if kind in PER_VECTOR:
         x_BX, mean_B1, scale_B1 = normalise(x_BX, kind)
         y_BY = x_BX if batch.y is None else (y_BY.astype(jnp.float32) - mean_B1) / scale_B1
-        return Batch(x_BX, y_BY), lambda rows_BY: rows_BY * scale_B1 + mean_B1
+        return replace(batch, x=x_BX, y=y_BY), lambda rows_BY: rows_BY * scale_B1 + mean_B1
     if kind != "none":
         x_BX = x_BX.astype(jnp.float32) * scale.x[None]
         y_BY = x_BX if batch.y is None else y_BY.astype(jnp.float32) * scale.y[None]
-    return Batch(x_BX, y_BY), lambda rows_BY: rows_BY
+    return replace(batch, x=x_BX, y=y_BY), lambda rows_BY: rows_BY
 
 
 def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.progress import Progress, console
-from sae_jax.saes.base import InputNorm, Sample
+from sae_jax.saes.base import Batch, InputNorm, Sample
 from sae_jax.train import logs
 from sae_jax.train.checkpoint import Checkpoints, check_members, check_resumable, latest_step
 from sae_jax.train.members import Lane, Member, check_lanes, initial_states, lanes_of, place
@@ -57,6 +57,7 @@ def train(
     loader: Batches,
     sites: Sites,
     sample: Callable[[InputNorm], Sample],
+    prepare: Callable[[Batch], Batch] | None = None,
 ) -> int:
     """Train every member until its `train.steps`, or until the machine is to be taken away (SIGTERM).
 
@@ -69,6 +70,7 @@ def train(
         loader: rows of any step.
         sites: sources that are encoded, and reconstructed.
         sample: called for a run without checkpoint, to learn what initialisation needs to know of the data.
+        prepare: makes the batch that members learn from of the one on the devices, where that is not the loader's.
 
     Returns:
         The step the run stands at.
@@ -111,6 +113,7 @@ def train(
                 if not active:
                     break
                 batch = place(rows, sites, mesh)
+                batch = prepare(batch) if prepare else batch
                 queued = [(lane, lane.step(batch)) for lane in lanes]
                 active = finish(step, pending)
                 done, pending = step + 1, queued
