@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from sae_jax import mesh as meshes
+from sae_jax.ops.reference import to_dense
 from sae_jax.saes import base
-from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.checkpoint import Checkpoints
+from sae_jax.train.state import TrainConfig, abstract, initial
 from sae_jax.train.step import make_step
 from sae_jax.types import Widths
+from tests.runs import bits
 
 D, F, B = 16, 64, 32
 SETTINGS = {"n_latents": F, "k": 4, "l1_coefficient": 0.02, "dtype": "float32"}
@@ -40,12 +43,13 @@ def planted():
     return np.float32(z @ directions + 0.5)
 
 
+WIDTHS = Widths((D // 2, D // 2), (D // 2, D // 2))
 TRAIN = TrainConfig(steps=300, batch_size=B, lr=3e-3, dead_after_tokens=2000)
 
 
 def start(config, rows):
     # Two sources side by side: to whoever encodes one, rows of one.
-    sample = base.sample_statistics(rows, "none", widths=Widths((D // 2, D // 2), (D // 2, D // 2)))
+    sample = base.sample_statistics(rows, "none", widths=WIDTHS)
     return jax.jit(lambda sample: initial(config, TRAIN, sample))(sample)
 
 
@@ -100,6 +104,52 @@ def test_fifty_steps_agree_on_every_mesh(config, planted):
             got = run(mesh)
         for name, value in want.items():
             assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (shape, name)
+
+
+def test_the_dictionary_for_raw_rows_is_the_one_that_saw_normalised_rows(config, planted):
+    """Reconstructions, and what each latent contributes to them, thresholds included."""
+    x, rng, state = jnp.asarray(planted[:B]), np.random.default_rng(0), start(config, planted)
+
+    def shaken(w):
+        """Away from the initialisation, so that a missed bias would show."""
+        return w + 0.1 * jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
+
+    def parts(sae, rows):
+        """Norms of what latents add up to, f32[B, F]."""
+        code = sae.encode_rows(rows, n_slots)
+        return to_dense(code, F) * jnp.linalg.norm(sae.w_dec, axis=1)[None]
+
+    @jax.jit
+    def both(sae, scale):
+        rows, undo = base.normalised(base.Batch(x), kind, scale)
+        folded = sae.folded(scale)
+        want = undo(sae.reconstruct_rows(rows.x)) / scale.y[None], parts(sae, rows.x) / scale.x[0]
+        return want, (folded(x), parts(folded, base.normalise(x, kind)[0]))
+
+    for kind in ("layer_norm", "dataset_sqrt_d"):  # one of each kind: the others differ in numbers alone
+        scale = base.sample_statistics(planted, kind).scale
+        sae = jax.tree.map(shaken, state.sae).replace(config=dataclasses.replace(config, input_norm=kind))
+        n_slots = sae.n_slots(base.normalised(base.Batch(x), kind, scale)[0].x)
+        want, got = both(sae, scale)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(abs(b).max()), err_msg=kind)
+        assert 0 < (want[1] > 0).mean() < 1
+
+
+def test_a_checkpoint_gives_back_every_bit(config, planted, tmp_path):
+    """Moments, counters and constants included, and what goes on from it is the same run."""
+    batch = base.Batch(planted[:B], planted[:B])
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with jax.numpy_dtype_promotion("standard"):
+        step = make_step(config, TRAIN)
+        state, _ = step(start(config, planted), batch)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, {"": state})
+            checkpoints.wait()
+            back = checkpoints.restore({"": abstract(config, TRAIN, WIDTHS, here)})[""]
+        assert jax.tree.structure(back) == jax.tree.structure(state)
+        assert bits(back) == bits(state)
+        assert bits(step(back, batch)[0]) == bits(step(state, batch)[0])
 
 
 def test_gradient_lowers_for_a_pod_that_is_not_there(config):

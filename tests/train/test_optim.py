@@ -67,6 +67,26 @@ def test_f32_is_adam(clip):
     np.testing.assert_allclose(weights, want_weights, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize(("warmup_steps", "decay_steps"), [(0, 0), (10, 0), (10, 20), (30, 70), (0, 100)])
+def test_the_rate_rises_stays_and_falls(decay, warmup_steps, decay_steps):
+    """What the optimiser does of a gradient that is always 1 is the rate itself."""
+    settings = {"steps": 100, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "decay": decay}
+    tx = optimiser(lr=1.0, clip=0.0, decay_to=0.1, **settings)
+    weights = jnp.zeros(1)
+
+    def step(state, _):
+        update, state = tx.update(jnp.ones(1), state, weights)
+        return state, update[0]
+
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        rates = -np.asarray(jax.lax.scan(step, tx.init(weights), None, 100)[1])
+    t = np.arange(1, 101)
+    fallen = np.clip((t - 100 + decay_steps) / max(decay_steps, 1), 0, 1) * (decay_steps > 0)
+    left = 1 - fallen if decay == "linear" else (1 + np.cos(np.pi * fallen)) / 2
+    np.testing.assert_allclose(rates, np.minimum(t / max(warmup_steps, 1), 1) * (0.1 + 0.9 * left), rtol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 def test_fewer_bytes_are_adam_on_average(form):
     """512 columns with the same gradients: each is within its rounding, their mean that of f32 but for chance."""

@@ -258,6 +258,15 @@ def test_allowed_changes(copied: Path) -> None:
         check_resumable(copied, {**facts, "set": "other"})
 
 
+def test_a_run_whose_rate_falls_towards_its_last_step_keeps_that_step(copied: Path) -> None:
+    facts = read_config(copied)
+    facts["train"]["decay_steps"] = 20
+    (copied / "config.json").write_text(json.dumps(facts))
+    check_resumable(copied, facts)
+    with pytest.raises(UsageError, match=r"was started with train.steps=\d+, not 7; keep it"):
+        check_resumable(copied, {**facts, "train": {**facts["train"], "steps": 7}})
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 10, 1000])
 def test_marks(every: int) -> None:
     """Two marks apart is at most one interval: the older of two saves is on the disk before the younger begins."""
