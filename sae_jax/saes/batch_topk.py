@@ -13,7 +13,8 @@ many. Such lists are counted (`widened` in the log) and the search is done again
 `saturated` counts those that were too short even so, whose rows lost latents to others.
 
 Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders", arXiv 2412.06410. There the threshold is the mean over
-batches after training.
+batches after training; implementations keep a running one of decay 0.999, which lags behind a threshold that falls as
+weights learn: after the demo's 1,500 steps it left 14.0 of 16 latents active on held-out text.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Config(KConfig):
     """BatchTopK with AuxK."""
 
     variant: Literal["batch_topk"] = "batch_topk"
-    threshold_decay: float = 0.999
-    """of the running mean of the smallest value kept"""
+    threshold_decay: float = 0.98
+    """of the running mean of the smallest value kept; over more batches it is the threshold of earlier weights"""
     threshold_start: int = 1000
     """steps before that mean begins"""
 

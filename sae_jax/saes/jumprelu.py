@@ -36,7 +36,7 @@ from jax import lax
 from jax.scipy.special import ndtri
 
 from sae_jax import mesh
-from sae_jax.ops import sparse, tiled
+from sae_jax.ops import encode, sparse, tiled, tuning
 from sae_jax.saes import base, losses
 from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
 from sae_jax.types import Code, UsageError
@@ -231,6 +231,43 @@ def with_threshold(sae: Any, threshold: jax.Array, pre_bias: bool = True) -> Jum
     config, zeros_F = sae.config, jnp.zeros_like(sae.b_enc)
     own = Config(n_latents=config.n_latents, input_norm=config.input_norm, dtype=config.dtype, pre_bias=pre_bias)
     return JumpRelu(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, zeros_F + jnp.log(threshold), own)
+
+
+def calibrated(sae: Any, x: Any, per_latent: bool = False, pre_bias: bool = True) -> JumpRelu:
+    """`with_threshold` such that the rows x have k = sae.config.k active latents on average. On one device.
+
+    Args:
+        sae: a dictionary that selects k latents a row, in the units of x.
+        x: a sample of rows, [..., X].
+        per_latent: each latent has a threshold of its own, that of as many of the rows as select it now, or above all
+            of them if none does; else one for all.
+        pre_bias: b_dec is subtracted before encoding.
+    """
+    config, (n_latents, width) = sae.config, sae.w_enc.shape
+    x_NX = base.normalise(base.as_rows(x, width).reshape(-1, width), config.input_norm)[0]
+    b_pre, dtype, threshold_F = sae.b_dec if pre_bias else jnp.zeros(width), jnp.dtype(config.dtype), []
+    if not per_latent:
+        n_slots, encoder = min(4 * config.k, n_latents), (sae.w_enc, sae.b_enc, b_pre)
+        while True:
+            _, _, found = encode.encode_batch_topk(x_NX, *encoder, config.k, dtype, n_slots, n_slots)
+            if not found.n_saturated:
+                return with_threshold(sae, _just_below(found.threshold), pre_bias)
+            n_slots = min(2 * n_slots, n_latents)
+    code = sae.encode_rows(x_NX, config.k)
+    count_F = jnp.zeros(n_latents, jnp.int32).at[code.indices].add((code.values > 0).astype(jnp.int32))
+    x_NX = encode.centred(x_NX, b_pre).astype(dtype)
+    size = max(1, tuning.current().block_bytes // (4 * len(x_NX)))
+    for first in range(0, n_latents, size):
+        w_fX, b_f, count_f = (a[first : first + size] for a in (sae.w_enc, sae.b_enc, count_F))
+        pre_fN = encode.product(w_fX.astype(dtype), x_NX, "fx,nx->fn") + b_f[:, None]
+        nth_f = jnp.take_along_axis(-jnp.sort(-pre_fN, axis=1), jnp.maximum(count_f - 1, 0)[:, None], axis=1)[:, 0]
+        threshold_F.append(jnp.where(count_f > 0, _just_below(nth_f), nth_f))
+    return with_threshold(sae, jnp.maximum(jnp.concatenate(threshold_F), 0.0), pre_bias)
+
+
+def _just_below(value: jax.Array) -> jax.Array:
+    """By more than the logarithm that thresholds are kept in may round."""
+    return value * (1 - 1e-6)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -44,8 +44,8 @@ class Config(KConfig):
     """sizes of the prefixes as fractions of n_latents; the last is 1"""
     random_prefixes: int = 0
     """this many prefixes of sizes drawn every step instead; 0 = the fixed ones"""
-    threshold_decay: float = 0.999
-    """of the running mean of the smallest value kept"""
+    threshold_decay: float = 0.98
+    """of the running mean of the smallest value kept; over more batches it is the threshold of earlier weights"""
     threshold_start: int = 1000
     """steps before that mean begins"""
 

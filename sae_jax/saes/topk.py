@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.ops import encode, sparse
-from sae_jax.saes import base, losses
+from sae_jax.saes import base, jumprelu, losses
 from sae_jax.saes.base import AbstractSae, Batch, KConfig, Outcome, Sample, Scale, Statistics
 from sae_jax.types import Code, UsageError
 
@@ -80,6 +80,10 @@ class TopK(AbstractSae):
     w_dec: jax.Array  # f32[F@(latent,data), D], unit rows
     b_dec: jax.Array  # f32[D]
     config: Config = struct.field(pytree_node=False)
+
+    def to_jumprelu(self, x: Any, per_latent: bool = False) -> jumprelu.JumpRelu:
+        """With thresholds in place of the selection, see `jumprelu.calibrated`: k active latents a row on average."""
+        return jumprelu.calibrated(self, x, per_latent)
 
     def n_slots(self, x_BX: jax.Array) -> int:
         """See AbstractSae."""

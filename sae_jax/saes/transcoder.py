@@ -75,6 +75,14 @@ class Transcoder(AbstractSae):
     w_skip: jax.Array | None  # f32[Y, X], on every device; None: no skip
     config: Config = struct.field(pytree_node=False)
 
+    def to_jumprelu(self, x: Any, per_latent: bool = False) -> jumprelu.JumpRelu:
+        """With thresholds in place of the selection, see `jumprelu.calibrated`. UsageError if there is a skip."""
+        if self.w_skip is not None:
+            raise UsageError("sae.skip=true: a JumpReLU has no skip; train a transcoder without one")
+        if self.config.activation == "relu":
+            return self._relu
+        return jumprelu.calibrated(self, x, per_latent, pre_bias=False)
+
     def n_slots(self, x_BX: jax.Array) -> int:
         """See AbstractSae."""
         return self._relu.n_slots(x_BX) if self.config.activation == "relu" else self.config.k

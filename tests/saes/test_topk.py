@@ -1,5 +1,7 @@
 """TopK with AuxK against its float64 oracle, and what its initialisation promises."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +199,9 @@ def test_public_calls_take_any_shape_and_any_array_library():
         ({"n_latents": 0}, "sae.n_latents=0"),
         ({"aux_coefficient": -1.0}, "sae.aux_coefficient=-1"),
         ({"multi_topk": float("inf")}, "sae.multi_topk=inf"),
+        ({"k_start": 3, "k_steps": 5}, "sae.k_start=3 must be above sae.k=4"),
+        ({"k_start": 8}, "sae.k_steps=0: give both"),
+        ({"k_start": 8, "k_steps": 5, "multi_topk": 0.1}, "sae.k_start=8 does not go with"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -227,3 +232,46 @@ def test_one_step_gradients_agree_on_every_mesh(shape):
         assert jax.typeof(got.w_enc) == jax.typeof(split.w_enc)
     np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 4)], ids=str)
+def test_k_falls_on_its_schedule_in_one_program(shape):
+    """From 20 at step 0 to K = 4 at step 8: at each step what a TopK of that k would do."""
+    x, stats, sae = rows(), statistics(10), make(k_start=20, k_steps=8)
+    mesh = None if shape is None else meshes.make_mesh(meshes.MeshConfig(*shape))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        place = lambda a, role: a if mesh is None else jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
+        roles = topk.TopK(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
+        split, split_stats = jax.tree.map(place, sae, roles), stats.replace(silent=place(stats.silent, meshes.DICT))
+        batch = base.Batch(*(place(x, meshes.ROWS),) * 2)
+        both = jax.jit(
+            jax.value_and_grad(lambda sae, t: sae.objective(batch, split_stats, t, jax.random.key(0)), has_aux=True)
+        )
+        for step, k in ((0, 20), (1, 18), (7, 6), (8, 4), (1000, 4)):
+            (loss, outcome), gradients = both(split, jnp.int32(step))
+            weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]
+            silent = np.asarray(stats.silent)
+            want = oracle.objective(np.float64(x), *weights, k, 0.7, silent, WINDOW, 1 / 32, K_AUX)
+            assert int(outcome.metrics["k"]) == k
+            np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
+            np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
+            for name, gradient in want.gradients.items():
+                np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert both._cache_size() == 1
+
+
+@pytest.mark.parametrize("per_latent", [False, True])
+def test_thresholds_in_place_of_the_selection(per_latent):
+    """k active latents a row on average; with a threshold each, every latent is active as often as it was."""
+    sae = make()
+    x = np.random.default_rng(6).standard_normal((400, D)).astype(np.float32)
+    jump, code = sae.to_jumprelu(x, per_latent), sae.encode(x)
+    got = jump.encode(x)
+    active = np.asarray(got.values) > 0
+    assert active.sum(1).mean() == pytest.approx(K, abs=1 / 400)
+    assert (np.bincount(active.sum(1)) > 0).sum() > 1  # no longer the same in every row
+    if per_latent:
+        times = [np.bincount(np.asarray(c.indices)[np.asarray(c.values) > 0], minlength=F) for c in (got, code)]
+        np.testing.assert_array_equal(*times)
+    else:
+        assert float(np.ptp(jump.log_threshold)) == 0

@@ -1,0 +1,92 @@
+"""Do latents die for want of a transposed decoder at the start, of AuxK, or of both?
+
+Question: which share of the latents of a TopK autoencoder on the bundled model is dead at the end when the decoder
+begins as the transposed encoder or at random, with AuxK and without, at 2^13 latents, and at 2^15 with both and with
+neither?
+Guess: most without both, under 5 % with both, and each alone between.
+Command: sae-jax harvest configs/demo.yaml --out SET
+         python experiments/dead_latents.py --data SET --out OUT
+Cost: not measured yet.
+Answer: not measured yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import matplotlib
+import tyro
+
+from sae_jax.activations.harvest import harvest
+from sae_jax.commands import recipe
+from sae_jax.commands.train import Train, train
+from sae_jax.progress import console
+from sae_jax.train import logs
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
+# name: how the decoder begins, weight of AuxK
+KINDS = {
+    "both": ("transposed", 1 / 32),
+    "transposed": ("transposed", 0.0),
+    "auxk": ("independent", 1 / 32),
+    "neither": ("independent", 0.0),
+}
+RUNS = {2**13: tuple(KINDS), 2**15: ("both", "neither")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how long to train."""
+
+    out: Path = Path("build/dead_latents")
+    """Folder for the runs, results.json and dead_latents.png."""
+    data: Path | None = None
+    """The demo's activation set; made in `out` if not given."""
+    steps: int = 400
+    """Optimiser steps, of 2,048 tokens each."""
+    window: int = 200_000
+    """Tokens without firing after which a latent is dead."""
+    smoke: bool = False
+    """Twenty steps at 256 latents on a hundredth of the text: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train each width from one pass over the data, collect, draw."""
+    steps, window = (20, 10_000) if config.smoke else (config.steps, config.window)
+    runs = {256: tuple(KINDS)} if config.smoke else RUNS
+    data = config.data or config.out / "set"
+    small = ["--harvest.tokens=20480"] if config.smoke else []
+    if not data.exists():
+        harvest(recipe.parse(recipe.Recipe, [str(RECIPE), *small], "dead_latents").harvest, str(data))
+    results = []
+    for n_latents, names in runs.items():
+        members = []
+        for name in names:
+            decoder, coefficient = KINDS[name]
+            members.append(f"{name} --sae.decoder={decoder} --sae.aux_coefficient={coefficient}")
+        run = config.out / f"n{n_latents}"
+        flags = [f"--sae.n_latents={n_latents}", f"--train.steps={steps}", f"--train.dead_after_tokens={window}"]
+        words = [str(RECIPE), f"--data={data}", f"--out={run}", *flags, "--sae.k=32", "--train.ema=0"]
+        train(recipe.parse_members(Train, [*words, "--members", *members], "dead_latents"))
+        for name in names:
+            rows = logs.read_metrics(run / "members" / name)
+            last = {key: rows[-1][key] for key in ("dead_fraction", "fvu")}
+            results.append({"n_latents": n_latents, "name": name, "tokens": rows[-1]["tokens"], **last})
+            console.print("{n_latents} {name}: {dead_fraction:.1%} dead, fvu {fvu:.4f}".format(**results[-1]))
+            curve = [row["tokens"] for row in rows], [row["dead_fraction"] for row in rows]
+            plt.plot(*curve, label=f"{n_latents:,}, {name}")
+        (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plt.xlabel("tokens")
+    plt.ylabel(f"share of latents silent for {window:,} tokens")
+    plt.ylim(0, 1)
+    plt.legend()
+    plt.savefig(config.out / "dead_latents.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
