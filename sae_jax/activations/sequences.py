@@ -2,7 +2,7 @@
 
 Batch t is positions [t * S, (t + 1) * S) of an endless stream of sequences: a fresh permutation of all of them for each
 epoch, with no remainder dropped. It depends on the set, S, the seed and t alone; process p of P gets its p-th part.
-On the devices the model runs on a batch once, and its activations at the site are the rows that dictionaries learn from.
+On the devices the model runs on a batch once; its activations at the site are the rows that dictionaries learn from.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from flax import struct
 
 from sae_jax.lm.hooks import Hook
 from sae_jax.lm.model import LanguageModel
-from sae_jax.lm.run import run
+from sae_jax.lm.run import Edits, run
 
 
 @struct.dataclass
@@ -42,7 +42,7 @@ class Hole:
         rows = rows_BX.reshape(*self.ids.shape, -1).reshape(self.acts.shape)
         acts = jnp.where(keep, rows.astype(self.acts.dtype), self.acts)
         # The incoming value is not used: at a residual site nothing before it is computed again.
-        edits = {self.site: lambda _: acts}
+        edits: Edits = {self.site: lambda _: acts}
         hooks = later_hooks(self.model, self.site) if self.later else ()
         out = run(self.model, self.ids, edits=edits, capture=hooks)
         assert out.logits is not None

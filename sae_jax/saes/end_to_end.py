@@ -14,7 +14,7 @@ nowhere. W_dec is learnt freely; it is scaled in the forward pass.
 
 It learns from `Batch.context`, a model that is cut open at the site (sae_jax/lm/hole.py), which it knows by four names:
 
-    keep bool[S, T]    logits f32[S, T, V]    later (f32[S, T, D], ...)    with_rows(rows f32[S * T, X]) -> logits, later
+    keep bool[S, T]   logits f32[S, T, V]   later (f32[S, T, D], ...)   with_rows(rows f32[S * T, X]) -> logits, later
 
 Source: Braun et al. 2024, "Identifying Functionally Important Features with End-to-End Sparse Dictionary Learning",
 arXiv 2405.12241, sections 2 and 3. Other than there: b_dec is subtracted first and starts as the geometric median, the

@@ -1,0 +1,107 @@
+"""Does a dictionary trained through the language model hurt it less than one trained on its activations?
+
+Question: at the same k, on the same batches of tokens, how do autoencoders of one site that were trained end to end (on
+the KL of the model's predictions, without and with later layers' errors) and locally (on the squared error at the site)
+compare in the cross-entropy that the model loses, in its KL and in the variance left unexplained? Each at two learning
+rates; the better one, by its own measure on held-out text, stands for its kind.
+Guess: end to end loses less cross-entropy at a much larger FVU; with later layers both lie between.
+Command: python experiments/end_to_end.py --out OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import tyro
+
+from sae_jax.activations.harvest import harvest
+from sae_jax.commands import recipe
+from sae_jax.commands.evaluate import Evaluate, evaluate
+from sae_jax.commands.train import Train, train
+from sae_jax.progress import console
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
+# kind: its flags, and the measure by which its learning rate is chosen
+KINDS = {
+    "local": (["--sae.objective=local"], "fvu"),
+    "end to end": ([], "kl"),
+    "with later layers": (["--sae.downstream=0.001"], "kl"),
+}
+RATES = (1e-3, 3e-3)
+SHOWN = ("ce_clean", "ce_sae", "loss_recovered", "kl", "fvu", "l0", "dead_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how long to train."""
+
+    out: Path = Path("build/end_to_end")
+    """Folder for the run, results.json and the figure."""
+    data: Path | None = None
+    """The demo's activation set; made in `out` if not given."""
+    k: int = 16
+    """Active latents a token, of all."""
+    steps: int = 300
+    """Optimiser steps, of 2,048 tokens."""
+    tokens: int = 25_000
+    """Held-out tokens to measure on."""
+    smoke: bool = False
+    """A few steps of small dictionaries on a hundredth of the text: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train all from one pass over the sequences, measure each, write OUT/results.json and OUT/end_to_end.png."""
+    small = ["--harvest.tokens=20480", "--sae.n_latents=128", "--train.batch_size=512"] if config.smoke else []
+    steps, tokens = (8, 1024) if config.smoke else (config.steps, config.tokens)
+    data = config.data or config.out / "set"
+    if not data.exists():
+        harvest(recipe.parse(recipe.Recipe, [str(RECIPE), *small], "end_to_end").harvest, str(data))
+    run = config.out / "run"
+    words = [str(RECIPE), f"--data={data}", f"--out={run}", "--sae.variant=end_to_end", f"--sae.k={config.k}"]
+    words += [*small[1:], f"--train.steps={steps}", f"--train.decay_steps={steps // 5}", "--train.ema=0", "--members"]
+    words += [
+        f"{name(kind, rate)} {' '.join(flags)} --train.lr={rate}"
+        for kind, (flags, _) in KINDS.items()
+        for rate in RATES
+    ]
+    train(recipe.parse_members(Train, words, "end_to_end"))
+    results: dict[str, dict[str, Any]] = {}
+    for kind, (_, measure) in KINDS.items():
+        found = []
+        for rate in RATES:
+            measured = evaluate(Evaluate(str(run / "members" / name(kind, rate)), tokens=tokens))
+            found.append({"lr": rate, **{key: measured[key] for key in SHOWN}})
+            console.print(f"{kind}: {json.dumps(found[-1])}", markup=False)
+        results[kind] = {**min(found, key=lambda row: row[measure]), "all": found}
+    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(results, config.out / "end_to_end.png")
+
+
+def name(kind: str, rate: float) -> str:
+    """Of the member."""
+    return f"{kind.replace(' ', '-')}-{rate}"
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """What the model loses against what is left of the activations, a point for each run, full for the chosen ones."""
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for kind, chosen in results.items():
+        colour = axes.scatter([], [], label=kind).get_facecolor()
+        for row in chosen["all"]:
+            face = colour if row["lr"] == chosen["lr"] else "none"
+            axes.scatter(row["fvu"], row["ce_sae"] - row["ce_clean"], facecolors=face, edgecolors=colour)
+    axes.set(xlabel="variance unexplained at the site", ylabel="cross-entropy lost, nats a token", xscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
