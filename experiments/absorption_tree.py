@@ -1,0 +1,90 @@
+"""Does a Matryoshka dictionary keep a parent's latent firing where a child's fires too?
+
+Question: on the hierarchical tree, how often is a parent absorbed (its latent silent, its children's latents say it) in
+BatchTopK and in Matryoshka dictionaries of the same size and sparsity, and what does Matryoshka lose of the variance?
+Guess: absorption at least three times lower, at most 3 points of explained variance lost.
+Command: python experiments/absorption_tree.py --out OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+
+from sae_jax import load, testbeds
+from sae_jax.commands import recipe
+from sae_jax.commands.train import Train, train
+from sae_jax.evaluation.dictionaries import absorption, mmcs
+from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.progress import console
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BED = testbeds.Tree(d_model=128, branching=(20, 4), rates=(0.1, 0.15), strength=(0.8, 1.2))
+SEEDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, what to compare and how long to train."""
+
+    out: Path = Path("build/absorption_tree")
+    """Folder for the set, the runs, results.json and the figure."""
+    variants: tuple[str, ...] = ("batch_topk", "matryoshka")
+    """Which to train."""
+    rows: int = 200_000
+    """Of the set."""
+    steps: int = 4000
+    """Optimiser steps, of 512 rows."""
+    smoke: bool = False
+    """Few rows, twenty steps of one seed: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Write the set, train all seeds of all variants in one pass, measure absorption and reconstruction."""
+    rows, steps, seeds = (8192, 20, 1) if config.smoke else (config.rows, config.steps, SEEDS)
+    data, run = config.out / "set", config.out / "run"
+    if not data.exists():
+        testbeds.write(BED, data, rows)
+    # As many active as there are features on a row, rounded, and as many latents as features: no room to spare.
+    n_features = len(BED.directions)
+    n_active = BED.draw(16_384, np.random.default_rng(1)).codes.astype(bool).sum(1).mean()
+    words = [f"--data={data}", f"--out={run}", f"--sae.n-latents={n_features}", "--sae.dtype=float32"]
+    words += [f"--sae.k={round(n_active)}", f"--train.steps={steps}", f"--train.decay-steps={steps // 4}"]
+    words += ["--train.batch-size=512", "--train.lr=3e-3", "--train.ema=0", "--train.dead-after-tokens=50000"]
+    words += ["--train.log-every=100", "--train.order-seed=0", "--members"]
+    names = {f"{variant}.{seed}": (variant, seed) for variant in config.variants for seed in range(seeds)}
+    members = [f"{name} --sae.variant={v} --train.seed={seed}" for name, (v, seed) in names.items()]
+    train(recipe.parse_members(Train, [*words, *members], "absorption_tree"))
+
+    fresh = BED.draw(16_384, np.random.default_rng(2))
+    results = []
+    for name, (variant, seed) in names.items():
+        sae = load(run / "members" / name)
+        absorbed_P = absorption(sae, fresh.rows, fresh.codes, BED.directions, BED.parents)
+        found = on_rows(sae, fresh.rows)
+        own = {"variant": variant, "seed": seed, "absorption": float(absorbed_P.mean()), "fvu": found["fvu"]}
+        own |= {"l0": found["l0"], "mmcs": mmcs(BED.directions, sae.w_dec)[0], "parents": absorbed_P.tolist()}
+        results.append(own)
+        shown = (f"{key} {own[key]:.4f}" for key in ("absorption", "fvu", "l0", "mmcs"))
+        console.print(f"{name:16} " + "  ".join(shown))
+    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for i, variant in enumerate(config.variants):
+        shares = np.sort(np.concatenate([own["parents"] for own in results if own["variant"] == variant]))
+        axis.step(np.linspace(0, 1, len(shares)), shares, where="mid", color=f"C{i}", label=variant)
+    axis.set(xlabel="parents of all seeds, in order", ylabel="share of rows on which absorbed")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(config.out / "absorption.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,146 @@
+"""Which family leaves least of a language model's activations unexplained at the same number of active latents?
+
+Question: on residual activations of the bundled language model, at 8, 16, 32 and 64 active latents: what do TopK,
+BatchTopK, ReLU with L1, Gated and JumpReLU leave of the variance of held-out rows, and do they shrink what they
+rebuild?
+Guess: TopK is below ReLU with its best rate and coefficient everywhere, BatchTopK at or below TopK, JumpReLU and Gated
+near them; only L1 shrinks: its gamma is below 0.97, that of the others within 0.02 of 1.
+Command: python experiments/family_comparison.py --out OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from sae_jax import load
+from sae_jax.activations.harvest import harvest
+from sae_jax.activations.store import open_activations
+from sae_jax.commands import recipe
+from sae_jax.commands.train import Train, train
+from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.text import held_out
+from sae_jax.types import Sites
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
+K = (8, 16, 32, 64)
+# What the members of each variant differ in. Coefficients are for rows of mean squared norm 1.
+L1 = [f"--sae.l1-coefficient={c} --train.lr={lr}" for c in (0.005, 0.01, 0.02, 0.04, 0.08) for lr in (5e-4, 1e-3, 2e-3)]
+GATED = [f"--sae.l1-coefficient={c} --train.lr=1e-3" for c in (0.005, 0.01, 0.02, 0.04, 0.08)]
+# Thresholds move by a factor of exp(lr) a step at most, so a short run begins near them, with as wide a window.
+JUMP = "--sae.initial-threshold=0.03 --sae.bandwidth=0.03 --train.lr=1e-3"
+MEMBERS = {
+    "topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
+    "batch_topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
+    "relu": L1,
+    "gated": GATED,
+    "jumprelu": [f"--sae.l0-coefficient={c} {JUMP}" for c in (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, what to compare and how long to train."""
+
+    out: Path = Path("build/family_comparison")
+    """Folder for the runs, results.json and the figure."""
+    data: Path | None = None
+    """The demo's activation set; made in `out` if not given."""
+    variants: tuple[str, ...] = tuple(MEMBERS)
+    """Which to train."""
+    n_latents: int = 1024
+    """Of every dictionary."""
+    steps: int = 1200
+    """Optimiser steps, of 1024 rows."""
+    smoke: bool = False
+    """Twenty steps of one member of each variant on a hundredth of the text: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train all members in one pass, measure them on held-out rows, write OUT/results.json and OUT/family.png."""
+    steps, n_latents = (20, 128) if config.smoke else (config.steps, config.n_latents)
+    settings = recipe.parse(
+        recipe.Recipe, [str(RECIPE), *(["--harvest.tokens=20480"] if config.smoke else [])], "family"
+    )
+    data = config.data or config.out / "set"
+    if not data.exists():
+        harvest(settings.harvest, str(data))
+    members = {
+        f"{variant}.{i}": f"--sae.variant={variant} {own}"
+        for variant in config.variants
+        for i, own in enumerate(MEMBERS[variant][: 1 if config.smoke else None])
+    }
+    run = config.out / "run"
+    words = [f"--data={data}", f"--out={run}", f"--sae.n-latents={n_latents}", "--sae.dtype=float32"]
+    words += ["--sae.input-norm=dataset_rms", f"--train.steps={steps}", f"--train.decay-steps={steps // 5}"]
+    words += ["--train.batch-size=1024", "--train.ema=0", "--train.dead-after-tokens=200000", "--train.log-every=100"]
+    commands = recipe.parse_members(
+        Train, [*words, "--members", *(f"{name} {m}" for name, m in members.items())], "family"
+    )
+    train(commands)
+
+    text = held_out(open_activations(str(data)), Sites(settings.site, settings.site), 2**15)
+    assert text is not None
+    rows_ND = text.rows()
+    results = []
+    for name, flags in members.items():
+        found = on_rows(load(run / "members" / name), rows_ND)
+        kept = {key: found[key] for key in ("l0", "fvu", "gamma", "silent_fraction")}
+        results.append({"variant": name.partition(".")[0], "flags": flags, **kept})
+    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+    plot(results, config.out / "family.png")
+
+
+def front(results: list[dict[str, Any]], variant: str) -> np.ndarray:
+    """Of a variant (L0, FVU) of the members that no other beats in both, by L0, as f64[*, 2]."""
+    points = sorted((found["l0"], found["fvu"]) for found in results if found["variant"] == variant)
+    best = np.minimum.accumulate([fvu for _, fvu in points])
+    return np.asarray([point for point, least in zip(points, best, strict=True) if point[1] == least])
+
+
+def fvu_at(points_P2: np.ndarray, l0: float) -> float:
+    """FVU on the line between points, in the logarithm of L0; NaN outside of them."""
+    return float(np.interp(np.log(l0), np.log(points_P2[:, 0]), points_P2[:, 1], left=np.nan, right=np.nan))
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Every member; then the FVU of every variant at each k."""
+    every = Table("L0", "FVU", "gamma", "silent", "member", title="held-out rows")
+    for found in results:
+        numbers = (f"{found[name]:.4g}" for name in ("l0", "fvu", "gamma", "silent_fraction"))
+        every.add_row(*numbers, found["flags"].removeprefix("--sae.variant="))
+    matched = Table("variant", *map(str, K), title="FVU at L0, between members")
+    for variant in dict.fromkeys(found["variant"] for found in results):
+        matched.add_row(variant, *(f"{fvu_at(front(results, variant), k):.4f}" for k in K))
+    console = Console(width=140)
+    console.print(every)
+    console.print(matched)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """FVU against L0, all members as points and the front of each variant as a line."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, variant in enumerate(dict.fromkeys(found["variant"] for found in results)):
+        members = [found for found in results if found["variant"] == variant]
+        axis.plot([m["l0"] for m in members], [m["fvu"] for m in members], "o", color=f"C{i}", markersize=3, alpha=0.4)
+        axis.plot(*front(results, variant).T, color=f"C{i}", label=variant)
+    axis.set(xscale="log", yscale="log", xlabel="active latents a token", ylabel="FVU of held-out rows")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
