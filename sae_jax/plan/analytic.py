@@ -80,7 +80,7 @@ def _step_flop(sae: SaeConfig, batch_size: int, widths: Widths) -> int:
     bound both matrices take part forward, and twice more backward.
     """
     encoded, decoded = sum(widths.x), sum(widths.y)
-    active = getattr(sae, "k", None)
+    active = sae.n_active
     if active is None:
         return 6 * batch_size * sae.n_latents * (encoded + decoded)
     return 2 * batch_size * (encoded * (sae.n_latents + active) + 3 * active * decoded)

@@ -146,6 +146,11 @@ class SaeConfig:
         return {}
 
     @property
+    def n_active(self) -> int | None:
+        """Active latents a row, where their number is set."""
+        return None
+
+    @property
     def learns(self) -> Learns:
         """What `objective` has to be given."""
         return "rows"
@@ -174,6 +179,11 @@ class KConfig(SaeConfig):
             raise UsageError(f"sae.aux_coefficient={self.aux_coefficient} must be >= 0 and finite; 0 turns AuxK off")
         if self.k_aux < 0:
             raise UsageError(f"sae.k_aux={self.k_aux} must be >= 0")
+
+    @property
+    def n_active(self) -> int | None:
+        """See SaeConfig."""
+        return self.k
 
     def weights(self, key: jax.Array, sample: Sample, transposed: bool = True) -> dict[str, jax.Array]:
         """w_enc, b_enc, w_dec: the decoder is the transposed encoder with unit rows, the encoder's bias is 0.

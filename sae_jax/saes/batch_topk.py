@@ -91,7 +91,7 @@ class BatchTopK(AbstractSae):
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config = self.config
-        code, w_enc, found = select(self, batch.x)
+        code, w_enc, found = select(self, batch.x, self.b_dec)
         dense = encode.dense_slots(config.k)
         y_hat_BY, w_dec = sparse.decode(code, self.w_dec, jnp.dtype(config.dtype), tangent=True, dense=dense)
         y_hat_BY = y_hat_BY + self.b_dec[None]
@@ -118,12 +118,12 @@ def check_threshold(decay: float, start: int) -> None:
         raise UsageError(f"sae.threshold_start={start} must be >= 0")
 
 
-def select(sae: Any, x_BX: jax.Array) -> tuple[Code, jax.Array, BatchSelection]:
+def select(sae: Any, x_BX: jax.Array, b_pre: jax.Array) -> tuple[Code, jax.Array, BatchSelection]:
     """The code of a batch, see `encode.encode_batch_topk`; `sae` has the weights, and k and dtype in its config."""
     k, n_latents, dtype = sae.config.k, sae.config.n_latents, jnp.dtype(sae.config.dtype)
     # The more shards, the fewer of a row's winners on each; k leaves room for latents that fire together.
     width = min(k + -(-3 * k // mesh.axis_size(mesh.LATENT)), n_latents)
-    return encode.encode_batch_topk(x_BX, sae.w_enc, sae.b_enc, sae.b_dec, k, dtype, width, min(4 * width, n_latents))
+    return encode.encode_batch_topk(x_BX, sae.w_enc, sae.b_enc, b_pre, k, dtype, width, min(4 * width, n_latents))
 
 
 def noted(

@@ -1,10 +1,15 @@
 """Crosscoder: one code for several sources, layers or models; a latent has an encoder and a decoder row for each.
 
-    f = ReLU(sum_l W_enc^l x^l + b_enc)      y_hat^m = W_dec^m^T f + b_dec^m
-    loss = error + l1_coefficient * mean sum_i f_i ||d_i||
+    pre = sum_l W_enc^l x^l + b_enc      y_hat^m = W_dec^m^T f + b_dec^m
+    relu          f = ReLU(pre)          loss = error + l1_coefficient * mean sum_i f_i ||d_i||
+    batch_topk    f = keep_{B k}(ReLU(pre)), ranked by f_i ||d_i||
+                                         loss = s * mean((y - y_hat)^2) + aux_coefficient * L_aux    (batch_topk.py)
 
     ||d_i||    sum_m ||d_i^m||, d_i^m row i of W_dec^m: what it costs to write to several sources is what it costs to
                have a latent for each; or sqrt(sum_m ||d_i^m||^2), which favours latents that many sources share
+
+Nothing but a penalty cares how long d_i is, if f_i is as much shorter: with batch_topk ||d_i|| is kept at 1, so that
+latents rank by f_i alone.
 
 The squared error is summed over all sources. Where y are other sources than x, it is a cross-layer transcoder.
 
@@ -13,8 +18,8 @@ group g, with `weakly_causal`, read source g and write g and later ones; `strict
 (there is no last group); with `window`, read and write sources at most `window` places from g. What a mask bars is 0
 from the start, and its gradient is: no mask is stored, none is multiplied with weights.
 
-Source: Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing". Ours: b_dec starts at the
-mean of y.
+Sources: Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing"; batch_topk: Minder et al.
+2025, arXiv 2504.02922, there with rows of any length. Ours: b_dec starts at the mean of y.
 """
 
 from __future__ import annotations
@@ -32,21 +37,23 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import sparse, tiled
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.ops import encode, sparse, tiled
+from sae_jax.saes import base, batch_topk, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, KConfig, Outcome, Sample, Scale, Statistics
 from sae_jax.types import Code, UsageError, Widths
 
 NO_NORM = 1e-12  # of a decoder that a mask bars; the derivative of a norm of 0 would not be finite
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
-    """Crosscoder."""
+class Config(KConfig):
+    """Crosscoder; k, AuxK and the threshold are for batch_topk, coefficient, error and initial_norm for relu."""
 
     variant: Literal["crosscoder"] = "crosscoder"
     input_norm: InputNorm = "dataset_sqrt_d"
     """one constant a source, so that all weigh alike; the coefficient stands for this one"""
+    activation: Literal["relu", "batch_topk"] = "relu"
+    """which latents are active: all positive ones, which then are penalised, or the strongest of a batch"""
     l1_coefficient: float = 2.0
     """weight of the penalty"""
     sparsity_warmup_steps: int = 0
@@ -61,12 +68,17 @@ class Config(SaeConfig):
     """places to either side that mask=window leaves open"""
     initial_norm: float = 0.08
     """of a decoder row of one source at the start; lower it for very wide dictionaries"""
+    threshold_decay: float = 0.999
+    """of the running mean of the smallest value kept"""
+    threshold_start: int = 1000
+    """steps before that mean begins"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+        batch_topk.check_threshold(self.threshold_decay, self.threshold_start)
         if self.input_norm in base.PER_VECTOR:
             raise UsageError(
                 f"sae.input_norm={self.input_norm} would mix the sources of a row; use dataset_sqrt_d, dataset_rms or "
@@ -77,19 +89,33 @@ class Config(SaeConfig):
         if not 0 < self.initial_norm < math.inf:
             raise UsageError(f"sae.initial_norm={self.initial_norm} must be above 0 and finite, such as 0.08")
 
+    @property
+    def n_active(self) -> int | None:
+        """See SaeConfig."""
+        return None if self.activation == "relu" else self.k
+
     def init(self, key: jax.Array, sample: Sample) -> Crosscoder:
-        """Decoder rows in random directions, all of one norm; the encoder transposed, if x is y, else independent."""
+        """Decoder rows in random directions, of one length; the encoder transposed, or independent if y is not x.
+
+        With batch_topk the encoder is as long as makes a row along one latent's directions come out as it went in.
+        """
         dec_key, enc_key = jax.random.split(key)
         widths = sample.widths
         rows_FY = _unit_parts(base.linear_rows(dec_key, self.n_latents, sum(widths.y)), widths.y)
         rows_FX = rows_FY
         if not sample.same:
             rows_FX = _unit_parts(base.linear_rows(enc_key, self.n_latents, sum(widths.x)), widths.x)
+        w_enc, w_dec = _masked(self, widths.x, _reads, rows_FX), _masked(self, widths.y, _writes, rows_FY)
+        enc_scale = dec_scale = self.initial_norm
+        if self.activation == "batch_topk":
+            norm_F1 = row_norms(w_dec, widths.y, self.decoder_norm)[:, None]
+            enc_scale, dec_scale = norm_F1 / row_norms(w_enc, widths.x, "sum")[:, None], 1 / norm_F1
         return Crosscoder(
-            w_enc=_masked(self, widths.x, _reads, self.initial_norm * rows_FX),
+            w_enc=enc_scale * w_enc,
             b_enc=base.zeros((self.n_latents,), mesh.DICT),
-            w_dec=_masked(self, widths.y, _writes, self.initial_norm * rows_FY),
+            w_dec=dec_scale * w_dec,
             b_dec=sample.mean,
+            threshold=jnp.zeros(()),
             config=self,
             widths=widths,
         )
@@ -116,47 +142,60 @@ class Crosscoder(AbstractSae):
     b_enc: jax.Array  # f32[F@(latent,data)]
     w_dec: jax.Array  # f32[F@(latent,data), Y]
     b_dec: jax.Array  # f32[Y]
+    threshold: jax.Array  # f32[], not learnt but set; 0 with relu
     config: Config = struct.field(pytree_node=False)
     widths: Widths = struct.field(pytree_node=False)
 
     def n_slots(self, x_BX: jax.Array) -> int:
         """See AbstractSae."""
-        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
+        return self._jumprelu.n_slots(x_BX)
 
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
-        return tiled.encode_largest(x_BX, self.w_enc, self._b_pre, self.b_enc, _activation, self._dtype, n_slots)
+        return self._jumprelu.encode_rows(x_BX, n_slots)
 
     def decode_rows(self, code: Code) -> jax.Array:
         """See AbstractSae."""
-        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
+        return self._jumprelu.decode_rows(code)
 
     def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
         """See AbstractSae."""
-        tiles = tiled.reconstruct(
-            x_BX, self.w_enc, self.w_dec, self._b_pre, self.b_enc, _activation, self._dtype, base.FIRED_ABOVE
-        )
-        return tiles.x_hat + self.b_dec[None]
+        return self._jumprelu.reconstruct_rows(x_BX)
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, n_rows = self.config, batch.x.shape[0]
-        w_enc = _learnable(self.w_enc, partial(_masked, config, self.widths.x, _reads))
-        w_dec = _learnable(self.w_dec, partial(_masked, config, self.widths.y, _writes))
+        w_enc = _learnable(self.w_enc, lambda g_FX, _: _masked(config, self.widths.x, _reads, g_FX))
+        w_dec = _learnable(self.w_dec, self._of_gradient)
+        if config.activation == "batch_topk":
+            code, w_enc, found = batch_topk.select(replace(self, w_enc=w_enc), batch.x, self._nothing)
+            y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, dense=encode.dense_slots(config.k))
+            y_hat_BY = y_hat_BY + self.b_dec[None]
+            loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
+            encoder = w_enc, self.b_enc, self._nothing
+            loss, outcome = losses.with_auxk(
+                loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics, tangent=False
+            )
+            return loss, batch_topk.noted(
+                outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start
+            )
         latents = {"b_enc": self.b_enc, "norm": row_norms(w_dec, self.widths.y, config.decoder_norm)}
-        tiles = tiled.reconstruct(batch.x, w_enc, w_dec, self._b_pre, latents, _weighted, self._dtype, base.FIRED_ABOVE)
-        y_hat_BY = tiles.x_hat + self.b_dec[None]
-        l1 = tiles.penalty.sum() / n_rows
+        tiles = tiled.reconstruct(batch.x, w_enc, w_dec, self._nothing, latents, _relu, self._dtype, base.FIRED_ABOVE)
+        y_hat_BY, l1 = tiles.x_hat + self.b_dec[None], tiles.penalty.sum() / n_rows
         coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
         l0 = tiles.n_active.sum() / n_rows
         return loss, Outcome(y_hat_BY, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Decoders may have any norm."""
-        return state
+        """With batch_topk ||d_i|| = 1 again."""
+        if self.config.activation == "relu":
+            return state
+        w_dec = state.sae.w_dec
+        norm_F = row_norms(w_dec, self.widths.y, self.config.decoder_norm)
+        return replace(state, sae=replace(state.sae, w_dec=w_dec / norm_F[:, None]))
 
     def folded(self, scale: Scale) -> Crosscoder:
         """See AbstractSae. A code says how much f_i ||d_i|| was in scaled rows, so latents can be compared."""
@@ -170,12 +209,24 @@ class Crosscoder(AbstractSae):
         )
 
     @property
-    def _b_pre(self) -> jax.Array:
+    def _jumprelu(self) -> jumprelu.JumpRelu:
+        return jumprelu.with_threshold(self, self.threshold, pre_bias=False)
+
+    @property
+    def _nothing(self) -> jax.Array:
         return jnp.zeros(self.w_enc.shape[1])
 
     @property
     def _dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.dtype)
+
+    def _of_gradient(self, g_FY: jax.Array, w_FY: jax.Array) -> jax.Array:
+        """The decoder's gradient: nothing where a mask bars, nor along rows whose length is kept."""
+        g_FY = _masked(self.config, self.widths.y, _writes, g_FY)
+        if self.config.activation == "relu":
+            return g_FY
+        along_F1 = (g_FY * w_FY).sum(-1, keepdims=True) / (w_FY**2).sum(-1, keepdims=True)
+        return g_FY - along_F1 * w_FY
 
 
 def source_norms(w_dec: jax.Array, widths: Sequence[int]) -> jax.Array:
@@ -222,24 +273,14 @@ def _masked(config: Config, widths: Sequence[int], allows: Callable[..., jax.Arr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _learnable(w_FY: jax.Array, of_gradient: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The identity, with a gradient that `of_gradient` has changed."""
+def _learnable(w_FY: jax.Array, of_gradient: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """The identity, with the gradient `of_gradient(its own, w)`."""
     return w_FY
 
 
-_learnable.defvjp(lambda w_FY, of_gradient: (w_FY, None), lambda of_gradient, _, g_FY: (of_gradient(g_FY),))
+_learnable.defvjp(lambda w_FY, of_gradient: (w_FY, w_FY), lambda of_gradient, w_FY, g_FY: (of_gradient(g_FY, w_FY),))
 
 
-def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    f_bf = jax.nn.relu(pre_bf + b_enc_f[None])
-    return f_bf, f_bf
-
-
-def _weighted(pre_bf: jax.Array, latents: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _relu(pre_bf: jax.Array, latents: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     f_bf = jax.nn.relu(pre_bf + latents["b_enc"][None])
     return f_bf, f_bf * latents["norm"][None]
-
-
-@jax.jit
-def _n_active(sae: Crosscoder, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae.b_enc, _activation, sae._dtype)

@@ -76,6 +76,7 @@ def with_auxk(
     w_dec: jax.Array,
     config: KConfig,
     statistics: Statistics,
+    tangent: bool = True,
 ) -> tuple[jax.Array, Outcome]:
     """A loss with that of AuxK added; counters and L0 of the code.
 
@@ -87,9 +88,10 @@ def with_auxk(
         y_hat_BY: f32[B, Y], ROWS.
         code: [B, K], CODE: what y_hat was decoded from.
         encoder: w_enc, b_enc, and what is subtracted from x before; as the code's op returned them.
-        w_dec: f32[F, Y], DICT, unit rows; as the code's decoding returned it.
+        w_dec: f32[F, Y], DICT; as the code's decoding returned it.
         config: says the weight, and k_aux.
         statistics: before this batch.
+        tangent: the rows of w_dec have unit norm, and the gradient keeps it: see `sparse.decode`.
     """
     # Counters before AuxK: a latent that fires in this very batch is not dead.
     statistics = statistics.after(sparse.fired(code, config.n_latents, base.FIRED_ABOVE), batch.x.shape[0])
@@ -99,6 +101,6 @@ def with_auxk(
     error_BY = lax.stop_gradient(batch.y - y_hat_BY)
     k_aux = config.k_aux or 2 ** round(math.log2(max(error_BY.shape[1] / 2, 1)))
     dead_F, dtype = statistics.dead, jnp.dtype(config.dtype)
-    left = explain.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent=True)
+    left = explain.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent)
     outcome.metrics["aux_loss"] = auxiliary_ratio(error_BY, left)
     return loss + config.aux_coefficient * outcome.metrics["aux_loss"], outcome

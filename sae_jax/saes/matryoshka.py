@@ -113,7 +113,7 @@ class Matryoshka(AbstractSae):
     ) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, w_dec = self.config, self.w_dec
-        code, w_enc, found = batch_topk.select(self, batch.x)
+        code, w_enc, found = batch_topk.select(self, batch.x, self.b_dec)
         group_BK = self._group(code, statistics, key)
         n_groups = config.random_prefixes or len(config.prefixes)
         y_hat_BY, loss = jnp.broadcast_to(self.b_dec[None], batch.y.shape), jnp.float32(0)

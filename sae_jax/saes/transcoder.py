@@ -50,6 +50,11 @@ class Config(KConfig):
         super().__post_init__()
         losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
 
+    @property
+    def n_active(self) -> int | None:
+        """See SaeConfig."""
+        return self.k if self.activation == "topk" else None
+
     def init(self, key: jax.Array, sample: Sample) -> Transcoder:
         """See KConfig.weights and the head of this file."""
         shape = sample.mean.shape[0], sample.median.shape[0]

@@ -27,7 +27,7 @@ def sae():
     b_enc = np.where(np.arange(F) == 16, -1e3, rng.standard_normal(F))
     arrays = (jnp.asarray(a, jnp.float32) for a in (w_enc, b_enc, w_dec, rng.standard_normal(2 * D)))
     widths = Widths((D, D), (D, D))
-    return crosscoder.Crosscoder(*arrays, crosscoder.Config(n_latents=F, dtype="float32"), widths)
+    return crosscoder.Crosscoder(*arrays, jnp.float32(0), crosscoder.Config(n_latents=F, k=1, dtype="float32"), widths)
 
 
 def test_latents_are_split_by_where_they_write(sae):
@@ -75,10 +75,10 @@ def test_what_is_shrunk_or_written_by_others_shows_and_what_is_exclusive_does_no
         w_enc[:, D:] = u
         w_dec = np.stack([np.concatenate([own_a * u, u]), np.concatenate([others_a * u, 0 * u])])
         arrays = (jnp.asarray(a) for a in (w_enc, np.zeros(2, np.float32), w_dec, np.zeros(2 * D, np.float32)))
-        config, widths = crosscoder.Config(n_latents=2, dtype="float32"), Widths((D, D), (D, D))
+        config, widths = crosscoder.Config(n_latents=2, k=1, dtype="float32"), Widths((D, D), (D, D))
         x = strength * np.concatenate([there * u, u])
         got = diffing.latent_scaling(
-            crosscoder.Crosscoder(*arrays, config, widths), [x], np.array([0]), own=OTHER, other=A
+            crosscoder.Crosscoder(*arrays, jnp.float32(0), config, widths), [x], np.array([0]), own=OTHER, other=A
         )
         assert got.nu_error[0] == pytest.approx(float(name == "shrunk"), abs=1e-5)
         assert got.nu_reconstruction[0] == pytest.approx(float(name == "decoupled"), abs=1e-5)

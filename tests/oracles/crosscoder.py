@@ -71,3 +71,38 @@ def objective(x, y, w_enc, b_enc, w_dec, b_dec, widths_x, widths_y, coefficient,
             "b_dec": np.concatenate(g_b_dec),
         },
     )
+
+
+def batch_topk(
+    x, y, w_enc, b_enc, w_dec, b_dec, widths_y, k, scale, root, reads, writes, silent_F, dead_after, k_aux
+) -> Result:
+    """s * MSE of the B*k largest f ||d||, plus AuxK / 32. Decoder gradients lose what lies along each row."""
+    n_rows = len(x)
+    pre = x @ w_enc.T + b_enc
+    norms = np.stack([np.sqrt((w_l**2).sum(1)) for w_l in parts(w_dec, widths_y)], 1)
+    norm = np.sqrt((norms**2).sum(1)) if root else norms.sum(1)
+    ranked = np.argsort(-(np.maximum(pre, 0) * norm).ravel(), kind="stable")[: n_rows * k]
+    f = np.zeros(pre.size)
+    f[ranked] = np.maximum(pre, 0).ravel()[ranked]
+    f = f.reshape(pre.shape)
+    y_hat = f @ w_dec + b_dec
+    g_y = 2 * scale * (y_hat - y) / y.size
+    g_pre, g_dec = g_y @ w_dec.T * (f > 0), f.T @ g_y
+    silent_F = np.where((f > 1e-3).any(0), 0, silent_F + n_rows)
+    pre_dead, error = np.where(silent_F > dead_after, pre, -np.inf), y - y_hat
+    chosen = np.argsort(-pre_dead, axis=1, kind="stable")[:, : min(k_aux, (silent_F > dead_after).sum())]
+    f_aux = np.zeros_like(pre)
+    np.put_along_axis(f_aux, chosen, np.maximum(np.take_along_axis(pre_dead, chosen, 1), 0), 1)
+    left, total = f_aux @ w_dec - error, ((error - error.mean(0)) ** 2).sum()
+    g_left = 2 / 32 * left / total
+    g_pre, g_dec = g_pre + g_left @ w_dec.T * (f_aux > 0), g_dec + f_aux.T @ g_left
+    g_dec = g_dec * np.repeat(writes, widths_y, axis=1)
+    g_dec -= (g_dec * w_dec).sum(1, keepdims=True) / (w_dec**2).sum(1, keepdims=True) * w_dec
+    reads = np.repeat(reads, x.shape[1] // reads.shape[1], axis=1)
+    return Result(
+        f_BF=f,
+        y_hat=parts(y_hat, widths_y),
+        l1=np.nan,
+        loss=scale * ((y_hat - y) ** 2).mean() + (left**2).sum() / total / 32,
+        gradients={"w_enc": g_pre.T @ x * reads, "b_enc": g_pre.sum(0), "w_dec": g_dec, "b_dec": g_y.sum(0)},
+    )

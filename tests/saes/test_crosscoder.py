@@ -14,6 +14,8 @@ from tests.oracles import crosscoder as oracle
 
 B, F = 16, 48
 TWO, THREE = Widths((3, 5), (3, 5)), Widths((2, 3, 3), (4, 1, 3))
+EVEN = Widths((3, 3, 3), (2, 3, 3))
+BATCH = {"activation": "batch_topk", "k": 3, "k_aux": 4}
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 
 
@@ -33,7 +35,10 @@ def make(widths=TWO, seed: int = 0, **settings) -> crosscoder.Crosscoder:
     w_enc, b_enc, w_dec, b_dec = (rng.standard_normal(shape) for shape in ((F, n_x), (F,), (F, n_y), (n_y,)))
     reads, writes = (np.repeat(m, w, axis=1) for m, w in zip(allowed(config, widths), widths, strict=True))
     arrays = (w_enc * reads, b_enc - 1, w_dec * writes, b_dec)
-    return crosscoder.Crosscoder(*(jnp.asarray(a, jnp.float32) for a in arrays), config, widths)
+    sae = crosscoder.Crosscoder(*(jnp.asarray(a, jnp.float32) for a in arrays), jnp.float32(0), config, widths)
+    if config.activation == "batch_topk":
+        sae = sae.replace(w_dec=sae.w_dec / crosscoder.row_norms(sae.w_dec, widths.y, config.decoder_norm)[:, None])
+    return sae
 
 
 def rows(widths) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +48,8 @@ def rows(widths) -> tuple[np.ndarray, np.ndarray]:
 
 def statistics(widths) -> base.Statistics:
     scale = base.Scale(*(jnp.ones(sum(own)) for own in widths))
-    return base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(100), jnp.float32(0.7), scale)
+    silent = 200 * (np.arange(F) % 5 == 0).astype(np.int32)
+    return base.Statistics(jnp.asarray(silent), jnp.int32(100), jnp.float32(0.7), scale)
 
 
 def value_and_gradient(sae, batch, stats, step=0):
@@ -57,6 +63,12 @@ def expected(sae, x, y, weights=None) -> oracle.Result:
     config = sae.config
     weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
     root, sides = config.decoder_norm == "root", allowed(config, sae.widths)
+    if config.activation == "batch_topk":
+        silent = np.asarray(statistics(sae.widths).silent)
+        return oracle.batch_topk(
+            np.float64(x), np.float64(y), **weights, widths_y=sae.widths.y, k=config.k, scale=0.7, root=root,
+            reads=sides[0], writes=sides[1], silent_F=silent, dead_after=100, k_aux=config.k_aux,
+        )  # fmt: skip
     return oracle.objective(
         np.float64(x), np.float64(y), **weights, widths_x=sae.widths.x, widths_y=sae.widths.y,
         coefficient=config.l1_coefficient, root=root, reads=sides[0], writes=sides[1],
@@ -72,6 +84,9 @@ def expected(sae, x, y, weights=None) -> oracle.Result:
         ((1, 8), THREE, {"mask": "window"}),
         ((2, 4), Widths((6,), (3, 5)), {"decoder_norm": "root"}),
         ((8, 1), THREE, {"mask": "weakly_causal"}),
+        (None, TWO, {**BATCH, "decoder_norm": "root"}),
+        (None, EVEN, {**BATCH, "mask": "weakly_causal"}),
+        ((2, 4), EVEN, {**BATCH, "mask": "window"}),
     ],
     ids=str,
 )
@@ -85,7 +100,9 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, widths, set
         with jax.set_mesh(mesh):
             split, wide = meshes.DICT, meshes.REPLICATED
             place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
-            placed = jax.tree.map(place, sae, crosscoder.Crosscoder(split, split, split, wide, sae.config, sae.widths))
+            placed = jax.tree.map(
+                place, sae, crosscoder.Crosscoder(split, split, split, wide, wide, sae.config, sae.widths)
+            )
             stats = stats.replace(silent=place(stats.silent, split))
             batch = base.Batch(place(x, meshes.ROWS), place(y, meshes.ROWS))
             (loss, outcome), gradients = value_and_gradient(placed, batch, stats)
@@ -93,7 +110,9 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, widths, set
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat, np.concatenate(want.y_hat, 1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outcome.l0, (want.f_BF > 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_allclose(outcome.metrics["l1"], want.l1, rtol=1e-5)
+    if sae.config.activation == "relu":
+        np.testing.assert_allclose(outcome.metrics["l1"], want.l1, rtol=1e-5)
+    assert float(gradients.threshold) == 0
     for name, gradient in want.gradients.items():
         np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=2e-5, err_msg=name)
 
@@ -110,9 +129,9 @@ def test_the_oracle_gradients_are_finite_differences(settings):
         np.testing.assert_allclose((up - down) / 2, (gradients[name] * step).sum(), rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("mask", ["strictly_causal", "window"])
-def test_what_a_mask_bars_stays_zero_from_the_start_through_training(mask):
-    config = crosscoder.Config(n_latents=F, mask=mask, dtype="float32")
+@pytest.mark.parametrize(("mask", "settings"), [("strictly_causal", {}), ("window", BATCH)])
+def test_what_a_mask_bars_stays_zero_from_the_start_through_training(mask, settings):
+    config = crosscoder.Config(n_latents=F, mask=mask, dtype="float32", **settings)
     widths = Widths((3, 3, 3), (3, 3, 3))
     x = np.random.default_rng(0).standard_normal((4, B, 9)).astype(np.float32)
     train = TrainConfig(batch_size=B, lr=0.01, moments="int8")
@@ -126,6 +145,8 @@ def test_what_a_mask_bars_stays_zero_from_the_start_through_training(mask):
     for name, side in zip(("w_enc", "w_dec"), allowed(config, widths), strict=True):
         for sae in (begun, state.sae):
             np.testing.assert_array_equal(np.asarray(getattr(sae, name)) != 0, np.repeat(side, 3, axis=1))
+    if settings:
+        np.testing.assert_allclose(crosscoder.row_norms(state.sae.w_dec, widths.y, "sum"), 1, rtol=1e-5)
 
 
 def test_initialisation():
@@ -140,29 +161,36 @@ def test_initialisation():
     assert abs((a * b).sum(1).mean()) < 0.05, "sources begin independently"
     # Of one mean squared norm a dimension, whatever the units of a source are.
     np.testing.assert_allclose((x * np.asarray(sample.scale.x))[:, :6].var() + sae.b_dec[0] ** 2, 1, rtol=0.1)
+    strongest = crosscoder.Config(n_latents=4096, activation="batch_topk").init(jax.random.key(0), sample)
+    np.testing.assert_allclose(crosscoder.row_norms(strongest.w_dec, widths.y, "sum"), 1, rtol=1e-5)
+    row = 3 * strongest.w_dec[:1]
+    np.testing.assert_allclose((row @ strongest.w_enc[:1].T) @ strongest.w_dec[:1], row, rtol=1e-4)
     other = base.sample_statistics(x, config.input_norm, x[:, ::-1], Widths((6, 10), (10, 6)))
     sae = config.init(jax.random.key(0), other)
     assert abs((base.unit_rows(sae.w_enc) * base.unit_rows(sae.w_dec)).sum(1).mean()) < 0.05
     np.testing.assert_allclose(sae.b_dec, other.mean)
 
 
-@pytest.mark.parametrize("decoder_norm", ["sum", "root"])
-def test_folding_is_exact_where_sources_have_different_scales(decoder_norm):
-    sae, (x, y) = make(THREE, decoder_norm=decoder_norm), rows(THREE)
+@pytest.mark.parametrize("settings", [{}, {"decoder_norm": "root"}, BATCH], ids=str)
+def test_folding_is_exact_where_sources_have_different_scales(settings):
+    sae, (x, _) = make(THREE, **settings), rows(THREE)
+    if settings == BATCH:
+        sae = sae.replace(threshold=jnp.float32(1.2))
     scale = base.Scale(
         jnp.asarray(np.repeat([0.3, 5.0, 1.0], THREE.x), jnp.float32),
         jnp.asarray(np.repeat([7.0, 0.1, 2.0], THREE.y), jnp.float32),
     )
     folded = sae.folded(scale)
-    want = expected(sae, x, y)
+    w_enc, b_enc, w_dec, b_dec = (np.asarray(getattr(sae, name), np.float64) for name in NAMES)
+    pre = x @ w_enc.T + b_enc
+    f = np.where(pre > float(sae.threshold), pre, 0)
     raw = x / np.asarray(scale.x)
-    np.testing.assert_allclose(
-        np.asarray(folded(raw)) * np.asarray(scale.y), np.concatenate(want.y_hat, 1), rtol=1e-4, atol=1e-5
-    )
+    y_hat = np.asarray(folded(raw)) * np.asarray(scale.y)
+    np.testing.assert_allclose(y_hat, f @ w_dec + b_dec, rtol=1e-4, atol=1e-4)
     code = folded.encode(raw)
     np.testing.assert_allclose(folded.decode(code), folded(raw), rtol=1e-4, atol=1e-4)
-    norm = np.asarray(crosscoder.row_norms(sae.w_dec, THREE.y, decoder_norm))
-    np.testing.assert_allclose(code.values.sum(1), (want.f_BF * norm).sum(1), rtol=1e-5)
+    norm = np.asarray(crosscoder.row_norms(sae.w_dec, THREE.y, sae.config.decoder_norm))
+    np.testing.assert_allclose(code.values.sum(1), (f * norm).sum(1), rtol=1e-5)
 
 
 def test_the_coefficient_warms_up():
