@@ -14,7 +14,7 @@ from sae_jax.saes import base
 from sae_jax.train.checkpoint import Checkpoints
 from sae_jax.train.state import TrainConfig, abstract, initial
 from sae_jax.train.step import make_step
-from sae_jax.types import Widths
+from sae_jax.types import UsageError, Widths
 from tests.runs import bits
 
 D, F, B = 16, 64, 32
@@ -107,33 +107,40 @@ def test_fifty_steps_agree_on_every_mesh(config, planted):
 
 
 def test_the_dictionary_for_raw_rows_is_the_one_that_saw_normalised_rows(config, planted):
-    """Reconstructions, and what each latent contributes to them, thresholds included."""
+    """Which latents are active, what codes decode to and what rows are reconstructed as."""
     x, rng, state = jnp.asarray(planted[:B]), np.random.default_rng(0), start(config, planted)
 
     def shaken(w):
-        """Away from the initialisation, so that a missed bias would show."""
-        return w + 0.1 * jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
+        """Away from the initialisation, so that a missed bias would show; a threshold of all is not negative."""
+        return w + jnp.asarray(0.1 * rng.standard_normal(w.shape) if w.ndim else 0.2, jnp.float32)
 
     def parts(sae, rows):
-        """Norms of what latents add up to, f32[B, F]."""
+        """(what is active, what codes decode to)."""
         code = sae.encode_rows(rows, n_slots)
-        return to_dense(code, F) * jnp.linalg.norm(sae.w_dec, axis=1)[None]
+        return to_dense(code, F) > 0, sae.decode_rows(code)
 
     @jax.jit
     def both(sae, scale):
         rows, undo = base.normalised(base.Batch(x), kind, scale)
         folded = sae.folded(scale)
-        want = undo(sae.reconstruct_rows(rows.x)) / scale.y[None], parts(sae, rows.x) / scale.x[0]
-        return want, (folded(x), parts(folded, base.normalise(x, kind)[0]))
+        seen_BX = base.normalise(x, kind)[0]
+        want, got = parts(sae, rows.x), parts(folded, seen_BX)
+        return (*want, undo(sae.reconstruct_rows(rows.x))), (*got, folded(x))
 
     for kind in ("layer_norm", "dataset_sqrt_d"):  # one of each kind: the others differ in numbers alone
+        try:
+            of_kind = dataclasses.replace(config, input_norm=kind)
+        except UsageError:  # norms of each vector, where they would mix sources or leave the model's units
+            continue
         scale = base.sample_statistics(planted, kind).scale
-        sae = jax.tree.map(shaken, state.sae).replace(config=dataclasses.replace(config, input_norm=kind))
+        sae = jax.tree.map(shaken, state.sae).replace(config=of_kind)
         n_slots = sae.n_slots(base.normalised(base.Batch(x), kind, scale)[0].x)
-        want, got = both(sae, scale)
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(abs(b).max()), err_msg=kind)
-        assert 0 < (want[1] > 0).mean() < 1
+        (active_BF, *want), (got_BF, *got) = both(sae, scale)
+        np.testing.assert_array_equal(got_BF, active_BF, err_msg=kind)
+        for a_BD, b_BD in zip(got, want, strict=True):
+            b_BD = b_BD / scale.y[None]
+            np.testing.assert_allclose(a_BD, b_BD, rtol=1e-5, atol=1e-5 * float(abs(b_BD).max()), err_msg=kind)
+        assert 0 < active_BF.mean() < 1
 
 
 def test_a_checkpoint_gives_back_every_bit(config, planted, tmp_path):
@@ -169,5 +176,5 @@ def test_gradient_lowers_for_a_pod_that_is_not_there(config):
 
 
 def test_unknown_variants_are_refused_by_name():
-    with pytest.raises(base.UsageError, match="topk"):
+    with pytest.raises(UsageError, match="topk"):
         base.config_class("base")
