@@ -40,7 +40,7 @@ class Config:
     """Which to train."""
     rows: int = 200_000
     """Of the set."""
-    steps: int = 4000
+    steps: int = 2000
     """Optimiser steps, of 512 rows."""
     smoke: bool = False
     """Few rows, twenty steps of one seed: does it run?"""

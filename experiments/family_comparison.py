@@ -36,16 +36,15 @@ import matplotlib.pyplot as plt
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 K = (8, 16, 32, 64)
 # What the members of each variant differ in. Coefficients are for rows of mean squared norm 1.
-L1 = [f"--sae.l1-coefficient={c} --train.lr={lr}" for c in (0.005, 0.01, 0.02, 0.04, 0.08) for lr in (5e-4, 1e-3, 2e-3)]
-GATED = [f"--sae.l1-coefficient={c} --train.lr=1e-3" for c in (0.005, 0.01, 0.02, 0.04, 0.08)]
+PENALTIES, RATES = (0.02, 0.04, 0.08, 0.16, 0.32), (5e-4, 1e-3, 2e-3)
 # Thresholds move by a factor of exp(lr) a step at most, so a short run begins near them, with as wide a window.
 JUMP = "--sae.initial-threshold=0.03 --sae.bandwidth=0.03 --train.lr=1e-3"
 MEMBERS = {
     "topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
     "batch_topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
-    "relu": L1,
-    "gated": GATED,
-    "jumprelu": [f"--sae.l0-coefficient={c} {JUMP}" for c in (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)],
+    "relu": [f"--sae.l1-coefficient={c} --train.lr={lr}" for c in PENALTIES for lr in RATES],
+    "gated": [f"--sae.l1-coefficient={c} --train.lr=1e-3" for c in (0.05, 0.1, 0.2, 0.4, 0.8)],
+    "jumprelu": [f"--sae.l0-coefficient={c} {JUMP}" for c in (1e-3, 3e-3, 6e-3, 1.5e-2, 4e-2)],
 }
 
 
