@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from sae_jax.lm.hooks import Hook
 from sae_jax.lm.model import LanguageModel
@@ -36,11 +37,18 @@ class Hole:
         # In two steps: on an explicit mesh one reshape may merge only one pair of axes.
         return self.acts.reshape(*self.ids.shape, -1).reshape(self.ids.size, -1)
 
+    def shaped(self, rows_BX: jax.Array) -> jax.Array:
+        """Rows f32[S * T, width] in the shape of `acts`."""
+        sharding = jax.typeof(self.ids).sharding
+        # Where one axis becomes two, JAX would give each a part of the devices.
+        where = None if sharding.mesh.empty else P(sharding.spec[0], None, None)
+        rows_STX = jax.lax.reshape(rows_BX, (*self.ids.shape, rows_BX.shape[1]), out_sharding=where)
+        return rows_STX.reshape(self.acts.shape).astype(self.acts.dtype)
+
     def with_rows(self, rows_BX: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """(logits, later) as above, with rows f32[S * T, width] in the place of the activations."""
         keep = self.keep.reshape(*self.keep.shape, *(1,) * (self.acts.ndim - 2))
-        rows = rows_BX.reshape(*self.ids.shape, -1).reshape(self.acts.shape)
-        acts = jnp.where(keep, rows.astype(self.acts.dtype), self.acts)
+        acts = jnp.where(keep, self.shaped(rows_BX), self.acts)
         # The incoming value is not used: at a residual site nothing before it is computed again.
         edits: Edits = {self.site: lambda _: acts}
         hooks = later_hooks(self.model, self.site) if self.later else ()

@@ -37,7 +37,6 @@ from sae_jax.saes import base, losses
 from sae_jax.saes.base import AbstractSae, Adam, Batch, Learns, Outcome, SaeConfig, Sample, Scale, Statistics
 from sae_jax.types import Code, UsageError
 
-N_PROBES = 256  # random unit vectors that set the encoder's scale
 BAR, N_BARS = -1e30, 8  # columns of the encoder; several, as widths that are no multiple of 8 are slow on a GPU
 
 
@@ -93,7 +92,7 @@ class Config(SaeConfig):
             config=self,
         )
         n_devices = mesh.axis_size(mesh.AXES)
-        shape = (math.ceil(N_PROBES / n_devices) * n_devices, sample.median.shape[0])
+        shape = (math.ceil(base.N_PROBES / n_devices) * n_devices, sample.median.shape[0])
         probes_PD = base.unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
         hat_PD = sae.reconstruct_rows(probes_PD + sae.b_dec[None]) - sae.b_dec[None]
         r = jnp.linalg.norm(hat_PD, axis=-1).mean()

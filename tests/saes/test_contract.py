@@ -16,9 +16,10 @@ from sae_jax.train.state import TrainConfig, abstract, initial
 from sae_jax.train.step import make_step
 from sae_jax.types import UsageError, Widths
 from tests.runs import bits
+from tests.saes.in_model import batch_for, lowered_for
 
 D, F, B = 16, 64, 32
-SETTINGS = {"n_latents": F, "k": 4, "l1_coefficient": 0.02, "dtype": "float32"}
+SETTINGS = {"n_latents": F, "k": 4, "l1_coefficient": 0.02, "downstream": 1.0, "dtype": "float32"}
 
 
 @pytest.fixture(params=base.variants())
@@ -58,7 +59,7 @@ def test_initial_state_is_finite_and_a_step_changes_no_type(config, planted):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.sae))
     kinds = jax.tree.map(jax.typeof, state)
     with jax.numpy_dtype_promotion("standard"):  # optax
-        after, metrics = make_step(config, TRAIN)(state, base.Batch(planted[:B], planted[:B]))
+        after, metrics = make_step(config, TRAIN)(state, batch_for(config, planted[:B]))
     assert jax.tree.map(jax.typeof, after) == kinds
     assert {"loss", "fvu", "l0", "dead_fraction"} <= metrics.keys()
 
@@ -70,14 +71,14 @@ def test_loss_falls_on_planted_data(config, planted):
         seen = []
         for t in range(TRAIN.steps):
             rows = planted[np.random.default_rng(t).permutation(len(planted))[:B]]
-            state, metrics = step(state, base.Batch(rows, rows))
+            state, metrics = step(state, batch_for(config, rows))
             seen.append(float(metrics["fvu"]))
     assert np.mean(seen[-20:]) < 0.5 * np.mean(seen[:5])
 
 
 def test_jit_changes_nothing(config, planted):
     state = start(config, planted)
-    batch = base.Batch(jnp.asarray(planted[:B]), jnp.asarray(planted[:B]))
+    batch = batch_for(config, jnp.asarray(planted[:B]))
     arguments = (batch, state.statistics, jnp.int32(0), jax.random.key(0))
     loss, outcome = state.sae.objective(*arguments)
     jitted_loss, jitted = jax.jit(lambda sae, *rest: sae.objective(*rest))(state.sae, *arguments)
@@ -94,7 +95,7 @@ def test_fifty_steps_agree_on_every_mesh(config, planted):
                 rows = planted[t * B : (t + 1) * B]
                 if mesh is not None:
                     rows = jax.device_put(rows, meshes.sharding(mesh, meshes.ROWS))
-                state, metrics = step(state, base.Batch(rows, rows))
+                state, metrics = step(state, batch_for(config, rows))
             return {name: float(value) for name, value in metrics.items()}
 
     want = run(None)
@@ -169,7 +170,7 @@ def test_gradient_lowers_for_a_pod_that_is_not_there(config):
         state = jax.eval_shape(lambda sample: initial(big, train, sample), sample)
         assert state.sae.w_enc.sharding.spec[0] == meshes.DICT[0]
         rows = jax.ShapeDtypeStruct((2**17, 1024), jnp.bfloat16, sharding=jax.NamedSharding(mesh, meshes.ROWS))
-        lowered = make_step(big, train).trace(state, base.Batch(rows, rows)).lower(lowering_platforms=("tpu",))
+        lowered = make_step(big, train).trace(state, lowered_for(config, rows)).lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
     assert f"tensor<{2**17}x{2**22}xf32>" not in text
     assert "reduce_scatter" in text
