@@ -4,6 +4,23 @@ Question: on the hierarchical tree, how often is a parent absorbed (its latent s
 BatchTopK and in Matryoshka dictionaries of the same size and sparsity, and what does Matryoshka lose of the variance?
 Guess: absorption at least three times lower, at most 3 points of explained variance lost.
 Command: python experiments/absorption_tree.py --out OUT
+Cost: 8 minutes on two cores with much else running on them.
+Answer: yes. 20 parents that fire on 10 % of rows, four exclusive children each on 15 % of their parent's, strengths 0.8
+to 1.2; 100 latents, 3 active (3.2 features are), 2000 steps; 16,384 fresh rows (JAX 0.10.2, CPU;
+figures/absorption_tree.png):
+
+    variant      seed   absorption   FVU      L0     MMCS of features with the decoder
+    batch_topk   0      0.2094       0.0066   2.96   0.876
+                 1      0.1753       0.0093   2.96   0.877
+                 2      0.1559       0.0193   2.96   0.864
+    matryoshka   0      0.0459       0.0351   3.06   0.925
+                 1      0.0527       0.0332   3.06   0.930
+                 2      0.0200       0.0381   3.09   0.934
+
+On average 0.180 against 0.040, 4.6 times lower, for 2.4 points of explained variance; and it finds more of the
+features. Of 20 parents 13, 15 and 17 are then never absorbed, with BatchTopK 3 to 5. How much is absorbed hangs on how
+much variance it costs to write parent and child with one latent: with strengths from 0.5 to 1.5, tried first, with one
+seed, it was 0.079 against 0.028, 2.8 times, for 1.5 points.
 """
 
 from __future__ import annotations
@@ -83,7 +100,7 @@ def main(config: Config) -> None:
     axis.set(xlabel="parents of all seeds, in order", ylabel="share of rows on which absorbed")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(config.out / "absorption.png", dpi=110)
+    figure.savefig(config.out / "absorption_tree.png", dpi=110)
 
 
 if __name__ == "__main__":

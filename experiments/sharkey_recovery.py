@@ -5,6 +5,32 @@ cosine (MMCS) of the true directions with the decoder of TopK, of ReLU with its 
 baselines?
 Guess: TopK and the best L1 above 0.9, random directions 0.2, PCA and ICA below 0.5; what fires rarely is missed.
 Command: python experiments/sharkey_recovery.py --out OUT
+Cost: 45 minutes on two cores that some fifteen other processes were busy on.
+Answer: 512 latents, 3000 steps of 512 rows, measured on 16,384 fresh rows (JAX 0.10.2, CPU). `found`: features with a
+cosine above 0.9; `back`: mean over latents instead of features; figures/sharkey_recovery.png.
+
+                              MMCS    back    found   FVU     L0
+    topk, k=5                 0.932   0.961   0.908   0.049   4.7
+    topk, k=6                 0.947   0.971   0.930   0.027   5.4
+    topk, k=8                 0.937   0.962   0.920   0.015   6.5
+    relu, l1=0.05, lr=0.001   0.759   0.873   0.553   0.024   15.2
+    relu, l1=0.05, lr=0.003   0.920   0.969   0.836   0.016   9.0
+    relu, l1=0.05, lr=0.006   0.960   0.991   0.949   0.015   8.1
+    relu, l1=0.1, lr=0.001    0.846   0.954   0.760   0.029   7.7
+    relu, l1=0.1, lr=0.003    0.918   0.981   0.893   0.023   6.8
+    relu, l1=0.1, lr=0.006    0.901   0.955   0.873   0.024   6.4
+    relu, l1=0.2, lr=0.001    0.807   0.909   0.732   0.057   5.5
+    relu, l1=0.2, lr=0.003    0.843   0.924   0.797   0.050   5.1
+    relu, l1=0.2, lr=0.006    0.798   0.844   0.742   0.059   4.9
+    random                    0.189   0.190   0       0.492   256
+    identity                  0.189   0.187   0       0.000   256
+    PCA                       0.229   0.214   0       0.000   256
+    ICA                       0.589   0.580   0.432   0.000   256
+
+The best L1 (0.960) stands at an edge of what was searched, smallest penalty and largest rate, with 8 latents active
+where 5 features are; near 5, L1 finds fewer than TopK (0.932 to 0.947, searched over k at one rate, 0.003). Larger
+penalties (0.3, 0.4) were worse in an earlier run. What TopK and the best L1 miss fires on fewer than 2.1 rows in a
+thousand. ICA was guessed too low: it has room for 256 directions, and finds 221 features, among those that fire most.
 """
 
 from __future__ import annotations
