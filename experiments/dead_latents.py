@@ -36,20 +36,20 @@ KINDS = {
     "auxk": ("independent", 1 / 32),
     "neither": ("independent", 0.0),
 }
-RUNS = {2**13: tuple(KINDS), 2**15: ("both", "neither")}
+# latents: (which kinds, optimiser steps)
+RUNS = {2**13: (tuple(KINDS), 1000), 2**15: (("both", "neither"), 300)}
+BATCH = 512  # small, so that a short run has many steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Where things are, and how long to train."""
+    """Where things are, and what counts as dead."""
 
     out: Path = Path("build/dead_latents")
     """Folder for the runs, results.json and dead_latents.png."""
     data: Path | None = None
     """The demo's activation set; made in `out` if not given."""
-    steps: int = 400
-    """Optimiser steps, of 2,048 tokens each."""
-    window: int = 200_000
+    window: int = 50_000
     """Tokens without firing after which a latent is dead."""
     smoke: bool = False
     """Twenty steps at 256 latents on a hundredth of the text: does it run?"""
@@ -57,21 +57,20 @@ class Config:
 
 def main(config: Config) -> None:
     """Train each width from one pass over the data, collect, draw."""
-    steps, window = (20, 10_000) if config.smoke else (config.steps, config.window)
-    runs = {256: tuple(KINDS)} if config.smoke else RUNS
+    runs, window = ({256: (tuple(KINDS), 20)}, 5_000) if config.smoke else (RUNS, config.window)
     data = config.data or config.out / "set"
     small = ["--harvest.tokens=20480"] if config.smoke else []
     if not data.exists():
         harvest(recipe.parse(recipe.Recipe, [str(RECIPE), *small], "dead_latents").harvest, str(data))
     results = []
-    for n_latents, names in runs.items():
+    for n_latents, (names, steps) in runs.items():
         members = []
         for name in names:
             decoder, coefficient = KINDS[name]
             members.append(f"{name} --sae.decoder={decoder} --sae.aux_coefficient={coefficient}")
         run = config.out / f"n{n_latents}"
         flags = [f"--sae.n_latents={n_latents}", f"--train.steps={steps}", f"--train.dead_after_tokens={window}"]
-        words = [str(RECIPE), f"--data={data}", f"--out={run}", *flags, "--sae.k=32", "--train.ema=0"]
+        words = [str(RECIPE), f"--data={data}", f"--out={run}", *flags, "--train.ema=0", f"--train.batch_size={BATCH}"]
         train(recipe.parse_members(Train, [*words, "--members", *members], "dead_latents"))
         for name in names:
             rows = logs.read_metrics(run / "members" / name)

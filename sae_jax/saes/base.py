@@ -103,6 +103,7 @@ class Sample:
     median: jax.Array  # f32[X], geometric median of x
     mean: jax.Array  # f32[Y], of y
     variance: jax.Array  # f32[], mean over rows and dimensions of (y - mean y)^2
+    square: jax.Array  # f32[], mean over rows of the squared norm of x
     scale: Scale
     widths: Widths = struct.field(pytree_node=False)
     same: bool = struct.field(pytree_node=False, default=True)  # y is x
@@ -408,15 +409,15 @@ def sample_statistics(
         raise UsageError(
             f"the sample of {len(x_ND)} activations has variance {variance}; a set must hold finite, varied rows"
         )
-    found = (geometric_median(x_ND), y_ND.mean(0), variance)
-    median, mean, variance = (jnp.asarray(value, jnp.float32) for value in found)
-    return Sample(median, mean, variance, scale, widths, same)
+    found = (geometric_median(x_ND), y_ND.mean(0), variance, (x_ND**2).sum(1).mean())
+    median, mean, variance, square = (jnp.asarray(value, jnp.float32) for value in found)
+    return Sample(median, mean, variance, square, scale, widths, same)
 
 
 def abstract_sample(widths: Widths) -> Sample:
     """Shapes in the place of a sample."""
     x, y, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((sum(widths.x),), (sum(widths.y),), ()))
-    return Sample(x, y, one, Scale(x, y), widths)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
+    return Sample(x, y, one, one, Scale(x, y), widths)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
 
 
 def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: float = 1e-5) -> np.ndarray:

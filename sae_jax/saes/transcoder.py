@@ -59,7 +59,10 @@ class Config(KConfig):
         """See KConfig.weights and the head of this file."""
         shape = sample.mean.shape[0], sample.median.shape[0]
         w_skip = jnp.zeros(shape) if self.skip else None
-        return Transcoder(**self.weights(key, sample, False), b_dec=sample.mean, w_skip=w_skip, config=self)
+        sae = Transcoder(**self.weights(key, sample, False), b_dec=sample.mean, w_skip=w_skip, config=self)
+        # What is written is as large as y varies, not as x is: latents would be driven out of use until it is.
+        ratio = jnp.sqrt(sample.variance * shape[0] / jnp.maximum(sample.square, 1e-30))
+        return replace(sae, w_enc=sae.w_enc * ratio)
 
     def check(self, widths: Widths, same: bool) -> None:
         """Refuse to encode several sources, or to reconstruct what is encoded."""

@@ -106,6 +106,10 @@ def test_initialisation():
     sae = config.init(jax.random.key(0), base.sample_statistics(x, "none", y))
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(sae.b_dec, y.mean(0), rtol=1e-4)
+    written = np.asarray(sae(100 * x)) - np.asarray(sae.b_dec)
+    far = config.init(jax.random.key(0), base.sample_statistics(100 * x, "none", y))
+    np.testing.assert_allclose(far(100 * x) - far.b_dec[None], written / 100, rtol=1e-3, atol=1e-4)
+    assert 0.3 < np.linalg.norm(written / 100) / np.linalg.norm(y - y.mean(0)) < 3
     assert sae.w_skip.shape == (48, 32)
     assert not sae.w_skip.any()
 
