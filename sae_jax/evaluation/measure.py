@@ -37,8 +37,8 @@ def measure(
     where = {"text": text.name if text else None, "data": activations.path, "sites": sites.to_json()}
     if text is None:
         console.print(
-            f"{activations.path} names no held-out text or no language model: metrics are on rows of the set, without "
-            "effects on a model"
+            f"{activations.path} names no held-out text, or not one language model: metrics are on rows of the set, "
+            "without effects on a model"
         )
         return {**where, **_on_rows(sae, activations, sites, n_tokens)}
     with Progress("evaluate", len(text.sequences), "sequences") as progress:
