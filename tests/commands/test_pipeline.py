@@ -197,32 +197,31 @@ def test_a_crosscoder_of_two_models_goes_the_same_way(work, tuned, tmp_path):
 
 
 @pytest.mark.slow
-def test_members_trained_through_the_model(work, tmp_path, capsys):
-    """Resumed, the same bits; their runs load, and open like any other."""
-    flags = ["--sae.variant=end_to_end", "--train.batch_size=128", "--train.checkpoint_every=2", "--train.log_every=1"]
-    members = ["--members", "kl --sae.downstream=0.001 --sae.input_norm=dataset_rms", "local --sae.objective=local"]
-    train = ["train", "--data", work / "set", *flags, "--out"]
-    run(work, *train, tmp_path / "whole", "--train.steps=6", *members)
-    run(work, *train, tmp_path / "halted", "--train.steps=3", *members)
-    run(work, *train, tmp_path / "halted", "--train.steps=6", *members)
-    for name in ("kl", "local"):
-        runs.assert_same_run(*(tmp_path / part / "members" / name for part in ("halted", "whole")))
-    own = tmp_path / "whole" / "members" / "kl"
-    run(work, "evaluate", own, "--tokens", 256)
-    result = json.loads((own / "evaluation.json").read_text())
+def test_a_run_through_the_model_goes_the_same_way(work, tmp_path):
+    """Taken up again, the same bits; it opens like any other."""
+    flags = ["--sae.variant=end_to_end", "--sae.downstream=0.001", "--sae.input_norm=dataset_rms", "--train.steps=4"]
+    flags += ["--train.batch_size=128", "--train.checkpoint_every=2", "--train.log_every=1"]
+    run(work, "train", "--data", work / "set", "--out", tmp_path / "run", *flags)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    run(work, "train", "--data", work / "set", "--out", tmp_path / "again", *flags)
+    assert runs.attempts(tmp_path / "again")[-1]["start_step"] == 3
+    runs.assert_same_run(tmp_path / "again", tmp_path / "run")
+    run(work, "evaluate", tmp_path / "run", "--tokens", 256)
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["l0"] == 4
     assert result["ce_clean"] < result["ce_sae"]
-    run(work, "dashboard", own, "--out", tmp_path / "site", "--tokens", 500)
+    run(work, "dashboard", tmp_path / "run", "--out", tmp_path / "site", "--tokens", 500)
     assert (tmp_path / "site" / "index.html").exists()
-    said = refused(capsys, work, *train, tmp_path / "mixed", "--members", "kl", "rows --sae.variant=topk")
-    assert "members rows and kl" in said
-    assert not (tmp_path / "mixed").exists()
 
 
 def test_what_cannot_be_trained_through_the_model_is_refused(work, tmp_path, capsys):
     variant = "--sae.variant=end_to_end"
     said = refused(capsys, work, "train", "--data", work / "set", "--out", tmp_path, variant, "--train.batch_size=100")
     assert "train.batch_size=100 must be whole sequences of 16 tokens" in said
+    mixed = ["--members", f"kl {variant}", "rows --sae.variant=topk"]
+    said = refused(capsys, work, "train", "--data", work / "set", "--out", tmp_path, *mixed)
+    assert "members rows and kl" in said
     said = refused(capsys, work, "plan", "--target=h200:1", "--d-model=16", variant)
     assert "a plan knows nothing of" in said
     assert not list(tmp_path.iterdir())
