@@ -43,7 +43,7 @@ class Config(KConfig):
     k_steps: int = 0
     """steps over which k_start falls to k"""
     decoder: Literal["transposed", "independent"] = "transposed"
-    """how it begins: as the transposed encoder, or at random, of which most latents die"""
+    """how it begins: as the transposed encoder, or at random"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
