@@ -7,6 +7,8 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, batch_topk, matryoshka
+from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.step import make_step
 from sae_jax.types import UsageError
 from tests.oracles import batch_topk as oracle
 
@@ -172,3 +174,20 @@ def test_a_row_on_its_own_gets_what_exceeds_the_threshold(kind):
 def test_bad_settings_are_refused(module, setting):
     with pytest.raises(UsageError, match=f"sae.{next(iter(setting))}"):
         module.Config(**{"n_latents": F, "k": K, **setting})
+
+
+def test_after_training_rows_on_their_own_have_k_latents_on_average():
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((40, D))
+    z = rng.random((4096, 40)) * (rng.random((4096, 40)) < 0.06)
+    planted, n = np.float32(z @ directions + 0.5), 128
+    config = batch_topk.Config(n_latents=F, k=K, dtype="float32")
+    train = TrainConfig(steps=300, batch_size=n, lr=3e-3, dead_after_tokens=4000)
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        state = jax.jit(lambda s: initial(config, train, s))(base.sample_statistics(planted, "none"))
+        step = make_step(config, train)
+        for t in range(train.steps):
+            x = planted[np.random.default_rng(t).permutation(len(planted))[:n]]
+            state, metrics = step(state, base.Batch(x, x))
+            assert float(metrics["l0"]) == pytest.approx(K, abs=1e-6)
+    assert (np.asarray(state.sae.encode(planted).values) > 0).sum(1).mean() == pytest.approx(K, rel=0.05)
