@@ -4,8 +4,11 @@ import os
 import signal
 from pathlib import Path
 
-# Before JAX starts, which reads it once.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=250"
+)
 
 import jax
 import pytest

@@ -70,7 +70,8 @@ def write_tuned(folder: Path) -> Path:
 def environment(n_devices: int = 1) -> dict[str, str]:
     """Of a process that shall see this checkout and that many CPU devices. They compile a program once between them."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
-    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=100"
+    flags = f"--xla_force_host_platform_device_count={n_devices} {patience}"
     cache = {
         "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
