@@ -210,7 +210,9 @@ class Crosscoder(AbstractSae):
 
     @property
     def _jumprelu(self) -> jumprelu.JumpRelu:
-        return jumprelu.with_threshold(self, self.threshold, pre_bias=False)
+        # Only rows whose length is kept go with one threshold for all.
+        threshold = self.threshold if self.config.activation == "batch_topk" else jnp.zeros(())
+        return jumprelu.with_threshold(self, threshold, pre_bias=False)
 
     @property
     def _nothing(self) -> jax.Array:
