@@ -20,7 +20,7 @@ weights learn: after the demo's 1,500 steps it left 14.0 of 16 latents active on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +55,10 @@ class Config(KConfig):
         return BatchTopK(**self.weights(key, sample), b_dec=sample.median, threshold=jnp.zeros(()), config=self)
 
 
-@struct.dataclass
-class BatchTopK(AbstractSae):
-    """A BatchTopK autoencoder; frozen, so training makes a new one each step."""
+class Thresholded(AbstractSae):
+    """What dictionaries that select over a batch are to a row on its own: a JumpReLU with one threshold for all."""
 
-    w_enc: jax.Array  # f32[F@(latent,data), D]
-    b_enc: jax.Array  # f32[F@(latent,data)]
-    w_dec: jax.Array  # f32[F@(latent,data), D], unit rows
-    b_dec: jax.Array  # f32[D]
     threshold: jax.Array  # f32[], not learnt but set
-    config: Config = struct.field(pytree_node=False)
 
     def to_jumprelu(self) -> jumprelu.JumpRelu:
         """What it is to a row on its own."""
@@ -86,6 +80,27 @@ class BatchTopK(AbstractSae):
         """See AbstractSae."""
         return self.to_jumprelu().reconstruct_rows(x_BX)
 
+    def after_step(self, state: Any, key: jax.Array) -> Any:
+        """Unit decoder rows again."""
+        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+
+    def folded(self, scale: Scale) -> Self:
+        """See AbstractSae. For rows c times as large, biases, codes and the threshold are too."""
+        c, sae = scale.x[0], cast(Any, self)  # a struct, as all that inherit from this
+        return replace(sae, b_enc=self.b_enc / c, b_dec=self.b_dec / scale.y, threshold=self.threshold / c)
+
+
+@struct.dataclass
+class BatchTopK(Thresholded):
+    """A BatchTopK autoencoder; frozen, so training makes a new one each step."""
+
+    w_enc: jax.Array  # f32[F@(latent,data), D]
+    b_enc: jax.Array  # f32[F@(latent,data)]
+    w_dec: jax.Array  # f32[F@(latent,data), D], unit rows
+    b_dec: jax.Array  # f32[D]
+    threshold: jax.Array  # f32[], not learnt but set
+    config: Config = struct.field(pytree_node=False)
+
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Outcome]:
@@ -99,15 +114,6 @@ class BatchTopK(AbstractSae):
         encoder = w_enc, self.b_enc, self.b_dec
         loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
         return loss, noted(outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start)
-
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
-
-    def folded(self, scale: Scale) -> BatchTopK:
-        """See AbstractSae. For rows c times as large, biases, codes and the threshold are too."""
-        c = scale.x[0]
-        return replace(self, b_enc=self.b_enc / c, b_dec=self.b_dec / scale.y, threshold=self.threshold / c)
 
 
 def check_threshold(decay: float, start: int) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from flax import struct
 
 from sae_jax import mesh
 from sae_jax.ops import sparse, topk
-from sae_jax.saes import base, batch_topk, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.saes import base, batch_topk, losses
+from sae_jax.saes.base import Adam, Batch, KConfig, Outcome, Sample, Statistics
 from sae_jax.types import Code, UsageError
 
 MEMORY = 0.99  # decay of the mean square of activations
@@ -78,7 +78,7 @@ class Config(KConfig):
 
 
 @struct.dataclass
-class Matryoshka(AbstractSae):
+class Matryoshka(batch_topk.Thresholded):
     """A Matryoshka autoencoder; frozen, so training makes a new one each step."""
 
     w_enc: jax.Array  # f32[F@(latent,data), D]
@@ -87,26 +87,6 @@ class Matryoshka(AbstractSae):
     b_dec: jax.Array  # f32[D]
     threshold: jax.Array  # f32[], not learnt but set
     config: Config = struct.field(pytree_node=False)
-
-    def to_jumprelu(self) -> jumprelu.JumpRelu:
-        """What it is to a row on its own."""
-        return jumprelu.with_threshold(self, self.threshold)
-
-    def n_slots(self, x_BX: jax.Array) -> int:
-        """See AbstractSae."""
-        return self.to_jumprelu().n_slots(x_BX)
-
-    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
-        """See AbstractSae."""
-        return self.to_jumprelu().encode_rows(x_BX, n_slots)
-
-    def decode_rows(self, code: Code) -> jax.Array:
-        """See AbstractSae."""
-        return self.to_jumprelu().decode_rows(code)
-
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
-        """See AbstractSae."""
-        return self.to_jumprelu().reconstruct_rows(x_BX)
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
@@ -131,15 +111,6 @@ class Matryoshka(AbstractSae):
         return loss, batch_topk.noted(
             outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start
         )
-
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
-
-    def folded(self, scale: Scale) -> Matryoshka:
-        """See AbstractSae. For rows c times as large, biases, codes and the threshold are too."""
-        c = scale.x[0]
-        return replace(self, b_enc=self.b_enc / c, b_dec=self.b_dec / scale.y, threshold=self.threshold / c)
 
     def _group(self, code: Code, statistics: Statistics, key: jax.Array) -> jax.Array:
         """Which prefix is the first to hold the latent of each slot, i32[B, K]."""
