@@ -48,6 +48,11 @@ class Tiled:
     n_active: jax.Array  # f32[F], DICT: rows in which the first code is above 0; no gradient
     fired: jax.Array  # bool[F], DICT: the first code exceeds `above` in some row
 
+    @property
+    def l0(self) -> jax.Array:
+        """Active latents a row on average, f32[]."""
+        return self.n_active.sum() / jax.tree.leaves(self.x_hat)[0].shape[0]
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def reconstruct(

@@ -254,8 +254,8 @@ class AbstractSae(abc.ABC):
         """The reconstruction f32[B, Y] that a code [B, K] stands for."""
 
     @abc.abstractmethod
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
-        """The reconstruction f32[B, Y] of rows."""
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The reconstruction f32[B, Y] of rows, and how many latents are active in a row on average, f32[]."""
 
     @abc.abstractmethod
     def objective(
@@ -326,7 +326,12 @@ def _decode(sae: AbstractSae, code: Code) -> jax.Array:
 @jax.jit
 def _reconstruct(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
     x_BX, mean, scale = normalise(x_BX, sae.config.input_norm)
-    return sae.reconstruct_rows(x_BX) * scale + mean
+    return sae.reconstruct_rows(x_BX)[0] * scale + mean
+
+
+def l0(code: Code) -> jax.Array:
+    """Active latents a row on average, f32[]."""
+    return (code.values > 0).sum(-1).mean(dtype=jnp.float32)
 
 
 def slots_for(n_active: jax.Array) -> int:

@@ -76,7 +76,7 @@ class Thresholded(AbstractSae):
         """See AbstractSae."""
         return self.to_jumprelu().decode_rows(code)
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
         return self.to_jumprelu().reconstruct_rows(x_BX)
 

@@ -158,7 +158,7 @@ class Crosscoder(AbstractSae):
         """See AbstractSae."""
         return self._jumprelu.decode_rows(code)
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
         return self._jumprelu.reconstruct_rows(x_BX)
 
@@ -186,8 +186,7 @@ class Crosscoder(AbstractSae):
         y_hat_BY, l1 = tiles.x_hat + self.b_dec[None], tiles.penalty.sum() / n_rows
         coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
-        l0 = tiles.n_active.sum() / n_rows
-        return loss, Outcome(y_hat_BY, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(y_hat_BY, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """With batch_topk ||d_i|| = 1 again."""

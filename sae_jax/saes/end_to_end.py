@@ -94,7 +94,7 @@ class Config(SaeConfig):
         n_devices = mesh.axis_size(mesh.AXES)
         shape = (math.ceil(base.N_PROBES / n_devices) * n_devices, sample.median.shape[0])
         probes_PD = base.unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
-        hat_PD = sae.reconstruct_rows(probes_PD + sae.b_dec[None]) - sae.b_dec[None]
+        hat_PD = sae.reconstruct_rows(probes_PD + sae.b_dec[None])[0] - sae.b_dec[None]
         r = jnp.linalg.norm(hat_PD, axis=-1).mean()
         return replace(sae, w_enc=sae.w_enc / jnp.where(r > 0, r, 1.0))
 
@@ -123,9 +123,10 @@ class EndToEnd(AbstractSae):
         """See AbstractSae."""
         return sparse.decode(code, base.unit_rows(self.w_dec))[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        return self._pass(x_BX, self.w_enc, self.b_dec).x_hat + self.b_dec[None]
+        tiles = self._pass(x_BX, self.w_enc, self.b_dec)
+        return tiles.x_hat + self.b_dec[None], tiles.l0
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array

@@ -88,9 +88,10 @@ class Gated(AbstractSae):
         """See AbstractSae."""
         return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        return self._reconstruct(x_BX, self.w_dec, _activation).x_hat + self.b_dec[None]
+        tiles = self._reconstruct(x_BX, self.w_dec, _activation)
+        return tiles.x_hat + self.b_dec[None], tiles.l0
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
@@ -105,9 +106,8 @@ class Gated(AbstractSae):
         l1 = tiles.penalty.sum() / n_rows
         coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * l1 + gate_error
-        l0 = tiles.n_active.sum() / n_rows
         metrics = {"l1": l1, "gate_error": gate_error}
-        return loss, Outcome(x_hat_BD, l0, statistics.after(tiles.fired, n_rows), metrics)
+        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), metrics)
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again."""

@@ -152,9 +152,10 @@ class JumpRelu(AbstractSae):
         """See AbstractSae."""
         return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        return self._reconstruct(x_BX, self.w_dec, self._latents, _counting()).x_hat + self.b_dec[None]
+        tiles = self._reconstruct(x_BX, self.w_dec, self._latents, _counting())
+        return tiles.x_hat + self.b_dec[None], tiles.l0
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
@@ -183,8 +184,7 @@ class JumpRelu(AbstractSae):
         if below_F is not None:
             metrics["below"] = below_F.sum() / n_rows
             loss = loss + config.preactivation_coefficient * metrics["below"]
-        l0 = tiles.n_active.sum() / n_rows
-        return loss, Outcome(x_hat_BD, l0, statistics.after(tiles.fired, n_rows), metrics)
+        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), metrics)
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again, but for the tanh."""

@@ -95,7 +95,7 @@ def with_auxk(
     """
     # Counters before AuxK: a latent that fires in this very batch is not dead.
     statistics = statistics.after(sparse.fired(code, config.n_latents, base.FIRED_ABOVE), batch.x.shape[0])
-    outcome = Outcome(y_hat_BY, (code.values > 0).sum(-1).mean(dtype=jnp.float32), statistics, {})
+    outcome = Outcome(y_hat_BY, base.l0(code), statistics, {})
     if not config.aux_coefficient:
         return loss, outcome
     error_BY = lax.stop_gradient(batch.y - y_hat_BY)

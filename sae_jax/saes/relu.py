@@ -109,9 +109,10 @@ class Relu(AbstractSae):
         """See AbstractSae."""
         return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        return self._reconstruct(x_BX, self.w_dec).x_hat + self.b_dec[None]
+        tiles = self._reconstruct(x_BX, self.w_dec)
+        return tiles.x_hat + self.b_dec[None], tiles.l0
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
@@ -123,12 +124,11 @@ class Relu(AbstractSae):
         l1 = tiles.penalty.sum() / n_rows
         coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        l0 = tiles.n_active.sum() / n_rows
         statistics = statistics.after(tiles.fired, n_rows)
         if self.config.resample_steps:
             error_B = lax.stop_gradient(((batch.y - x_hat_BD) ** 2).sum(-1))
             statistics = replace(statistics, own=self._collected(statistics.own, batch.x, error_B, step, key))
-        return loss, Outcome(x_hat_BD, l0, statistics, {"l1": l1})
+        return loss, Outcome(x_hat_BD, tiles.l0, statistics, {"l1": l1})
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again; new rows for dead latents when it is time."""

@@ -84,9 +84,10 @@ class ReluNorm(AbstractSae):
         """See AbstractSae."""
         return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        return self._reconstruct(x_BX).x_hat + self.b_dec[None]
+        tiles = self._reconstruct(x_BX)
+        return tiles.x_hat + self.b_dec[None], tiles.l0
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
@@ -98,8 +99,7 @@ class ReluNorm(AbstractSae):
         l1 = (tiles.penalty * jnp.linalg.norm(self.w_dec, axis=-1)).sum() / n_rows
         coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        l0 = tiles.n_active.sum() / n_rows
-        return loss, Outcome(x_hat_BD, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """No constraint."""

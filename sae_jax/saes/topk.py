@@ -97,9 +97,10 @@ class TopK(AbstractSae):
         """See AbstractSae."""
         return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        return self.decode_rows(self.encode_rows(x_BX, self.config.k))
+        code = self.encode_rows(x_BX, self.config.k)
+        return self.decode_rows(code), base.l0(code)
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array

@@ -103,11 +103,14 @@ class Transcoder(AbstractSae):
         """See AbstractSae; without the skip."""
         return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
 
-    def reconstruct_rows(self, x_BX: jax.Array) -> jax.Array:
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        relu = self.config.activation == "relu"
-        y_hat_BY = self._relu.reconstruct_rows(x_BX) if relu else self.decode_rows(self._encode(x_BX)[0])
-        return y_hat_BY + self._skipped(x_BX)
+        if self.config.activation == "relu":
+            y_hat_BY, l0 = self._relu.reconstruct_rows(x_BX)
+        else:
+            code = self._encode(x_BX)[0]
+            y_hat_BY, l0 = self.decode_rows(code), base.l0(code)
+        return y_hat_BY + self._skipped(x_BX), l0
 
     def objective(
         self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
@@ -129,8 +132,7 @@ class Transcoder(AbstractSae):
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
         coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
-        l0 = tiles.n_active.sum() / n_rows
-        return loss, Outcome(y_hat_BY, l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(y_hat_BY, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 
     def after_step(self, state: Any, key: jax.Array) -> Any:
         """Unit decoder rows again."""
