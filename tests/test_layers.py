@@ -19,7 +19,7 @@ ORDER = [
     {"commands"},
 ]
 # Within a level only these know each other; saes and lm do not.
-PEERS = {("config", "types"), ("mesh", "types"), ("progress", "types")}
+PEERS = {("config", "types"), ("mesh", "types"), ("progress", "types"), ("plan", "scaling")}
 # train is fed by a batch source and knows neither the language model nor the set.
 FORBIDDEN = {("train", "lm"), ("train", "activations")}
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from sae_jax.plan.targets import GIB, Target
 from sae_jax.saes.base import SaeConfig
+from sae_jax.scaling import flops
 from sae_jax.train.state import TrainConfig, abstract
 from sae_jax.types import Widths
 
@@ -55,7 +56,7 @@ def step(sae: SaeConfig, train: TrainConfig, widths: Widths, mesh: AbstractMesh)
     return Step(
         state_bytes=_shard_bytes(state),
         gradient_bytes=_shard_bytes(state.sae),
-        flop=_step_flop(sae, train.batch_size, widths) // mesh.size,
+        flop=train.batch_size * flops.executed(sae, widths) // mesh.size,
     )
 
 
@@ -63,27 +64,14 @@ def run(
     sae: SaeConfig, train: TrainConfig, widths: Widths, on: Step, target: Target, mfu: float, rows: int, row_bytes: int
 ) -> Run:
     """The run whose step is `on`, at `mfu` of the target's matrix rate, over a set of `rows` of `row_bytes`."""
-    compute, memory = on.flop / target.chip.flops, 2 * on.state_bytes / target.chip.bandwidth
+    compute, memory = on.flop / target.chip.flops, flops.optimiser_bytes(on.state_bytes) / target.chip.bandwidth
     return Run(
         tokens=train.steps * train.batch_size,
         disk_bytes=rows * row_bytes,
-        flop=train.steps * _step_flop(sae, train.batch_size, widths),
+        flop=train.steps * train.batch_size * flops.executed(sae, widths),
         hours=train.steps * compute / mfu / 3600,
         floor_hours=train.steps * (compute + memory) / 3600,
     )
-
-
-def _step_flop(sae: SaeConfig, batch_size: int, widths: Widths) -> int:
-    """FLOP of one step's products. With k active latents a row: the encoder forward, and four times k rows.
-
-    Those four are the decoder, its inner products with the error, and the gradients of both matrices. Without such a
-    bound both matrices take part forward, and twice more backward.
-    """
-    encoded, decoded = sum(widths.x), sum(widths.y)
-    active = sae.n_active
-    if active is None:
-        return 6 * batch_size * sae.n_latents * (encoded + decoded)
-    return 2 * batch_size * (encoded * (sae.n_latents + active) + 3 * active * decoded)
 
 
 def _shard_bytes(tree) -> int:

@@ -1,6 +1,8 @@
 """One optimiser step, pure: (state, batch) -> (state, metrics).
 
 objective and gradient -> clip, Adam -> constraints of the variant -> running average
+
+And what a state makes of rows it does not learn from: (state, batch) -> sums.
 """
 
 from __future__ import annotations
@@ -66,3 +68,27 @@ def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainStat
         }
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_measure(sae_config: SaeConfig) -> Callable[[TrainState, Batch], Metrics]:
+    """What a state makes of a batch that it does not learn from, jitted, wherever the state lies.
+
+    Returns:
+        error: f32[], mean over rows of the squared error, where errors are measured (`base.normalised`).
+        mean: f32[Y], of what is reconstructed; variance: f32[], mean over rows of the squared distance from it.
+        l0: f32[], active latents a row on average, as users will see them: thresholds, not the selection of a batch.
+    """
+
+    def measure(state: TrainState, batch: Batch) -> Metrics:
+        rows, undo = base.normalised(batch, sae_config.input_norm, state.statistics.scale)
+        y_hat_BY, l0 = state.sae.reconstruct_rows(rows.x)
+        y_BY, y_hat_BY = undo(rows.y).astype(jnp.float32), undo(y_hat_BY)
+        mean_1Y = y_BY.mean(0, keepdims=True)
+        return {
+            "error": losses.squared_error(y_BY - y_hat_BY),
+            "mean": mean_1Y[0],
+            "variance": losses.squared_error(y_BY - mean_1Y),
+            "l0": l0,
+        }
+
+    return jax.jit(measure)

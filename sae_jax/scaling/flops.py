@@ -1,0 +1,33 @@
+"""What a token of training costs.
+
+    dense      6 n (X + Y)      both matrices forward, and twice more backward, as if no latent were left out
+    executed   with k active latents a row: the encoder forward, then k rows of the decoder, of its inner products with
+               the error and of the gradients of both matrices, 2 n X + 2 k (X + 3 Y); without such a bound, as dense
+
+Laws over compute are in dense FLOP: their unit is then n times tokens, up to a constant, whatever k and the engine are
+(Gao et al. 2024, arXiv 2406.04093, section 3.1). How long a run takes follows from what is executed. Both count
+products alone, a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+from sae_jax.saes.base import SaeConfig
+from sae_jax.types import Widths
+
+
+def dense(sae: SaeConfig, widths: Widths) -> int:
+    """FLOP a token, by the dense count."""
+    return 6 * sae.n_latents * (sum(widths.x) + sum(widths.y))
+
+
+def executed(sae: SaeConfig, widths: Widths) -> int:
+    """FLOP a token that the engine carries out, but for AuxK, whose share depends on how many latents are dead."""
+    encoded, decoded = sum(widths.x), sum(widths.y)
+    if sae.n_active is None:
+        return dense(sae, widths)
+    return 2 * (encoded * (sae.n_latents + sae.n_active) + 3 * sae.n_active * decoded)
+
+
+def optimiser_bytes(state_bytes: int) -> int:
+    """Bytes that a step moves even if everything else hides in caches: weights and moments, read and written once."""
+    return 2 * state_bytes
