@@ -1,0 +1,1 @@
+"""Scaling laws: sweeps, the table of their points, the laws fitted to it."""
