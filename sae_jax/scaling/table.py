@@ -1,0 +1,137 @@
+"""DIR/results.jsonl: the points of a sweep, one JSON object a line.
+
+A member of a sweep has a point at each of its token marks. The file is sorted by member and tokens and replaced whole,
+so that a reader sees all of it or the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_jax import config as configs
+from sae_jax.errors import UsageError, UserError
+
+FILE = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One member at one token mark. Raises UserError if a value cannot be one of a real point."""
+
+    name: str  # of the member
+    variant: str
+    n_latents: int
+    k: int | None  # None where the variant has none
+    lr: float
+    seed: int
+    d_model: int
+    tokens: int  # seen in training
+    steps: int
+    flops: float  # FLOP of all training up to these tokens
+    fvu: float  # on held-out rows
+    l0: float
+    dead_fraction: float
+    converged: bool  # the convergence rule stopped the member here
+    seconds: float
+    commit: str
+    data: str  # the activation set
+    config: dict[str, Any]  # resolved settings of the autoencoder and its training
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+                raise UserError(f"{name}={value!r} is not {_WORDS[kind]}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name}={value} is not finite")
+        for name in ("n_latents", "lr", "d_model", "tokens", "steps", "flops", "fvu"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if self.k is not None and not 0 < self.k <= self.n_latents:
+            raise UserError(f"k={self.k} must be from 1 to n_latents={self.n_latents}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Point:
+        """From JSON. A key that a point lacks is passed over. Raises UserError if one is missing or wrong."""
+        missing = [field for field in _FIELDS if field not in values]
+        if missing:
+            raise UserError(f"lacks {', '.join(missing)}")
+        return cls(**{field: values[field] for field in _FIELDS})
+
+    def to_json(self) -> dict[str, Any]:
+        """What `of` reads."""
+        return {field: getattr(self, field) for field in _FIELDS}
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What no two points of a table share, and their order."""
+        return self.name, self.tokens
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Point))
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("name", "variant", "commit", "data"), str),
+    **dict.fromkeys(("n_latents", "seed", "d_model", "tokens", "steps"), int),
+    **dict.fromkeys(("lr", "flops", "fvu", "l0", "dead_fraction", "seconds"), _NUMBER),
+    "k": (int, type(None)),
+    "converged": bool,
+    "config": dict,
+}
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    _NUMBER: "a number",
+    (int, type(None)): "a whole number or null",
+    bool: "true or false",
+    dict: "an object",
+}
+
+
+def read(folder: str | Path) -> list[Point]:
+    """The points of a sweep, sorted by member and tokens.
+
+    Raises UsageError if there is no table, UserError, naming file, line and point, if a line is not a point or one
+    stands twice.
+    """
+    path = Path(folder) / FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}), so it is damaged; repeat the sweep") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the directory that `sae-jax sweep` wrote") from None
+    points, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: not a JSON object, so it is damaged; delete the line and repeat the sweep")
+        where += f" (member {values.get('name', '?')}, tokens {values.get('tokens', '?')})"
+        try:
+            point = Point.of(values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}; delete the line and repeat the sweep") from None
+        if point.key in seen:
+            raise UserError(f"{where}: the same point stands in line {seen[point.key]}; delete one of the two")
+        seen[point.key] = number
+        points.append(point)
+    if not points:
+        raise UserError(f"{path}: holds no points; repeat the sweep")
+    return sorted(points, key=lambda point: point.key)
+
+
+def write(folder: str | Path, points: Iterable[Point]) -> None:
+    """Replace the table with these points, sorted; a reader sees the old one or the new one."""
+    rows = sorted(points, key=lambda point: point.key)
+    text = "".join(json.dumps(point.to_json()) + "\n" for point in rows)
+    configs.write_text(Path(folder) / FILE, text)
