@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.commands import recipe, runtime
 from sae_jax.progress import console
-from sae_jax.types import UsageError
 
 
 @dataclass(frozen=True)
@@ -22,18 +20,11 @@ class Harvest:
     shard: str = "0/1"
     """i/n: make every n-th shard, starting at i; run n such commands anywhere, in any order"""
 
-    def worker(self) -> tuple[int, int]:
-        """(i, n) of --shard. Raises UsageError."""
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not match or not int(match[1]) < int(match[2]):
-            raise UsageError(f"--shard={self.shard!r} must be i/n with 0 <= i < n, such as 0/4")
-        return int(match[1]), int(match[2])
-
 
 def run(argv: Sequence[str]) -> None:
     """Parse and harvest."""
     command = recipe.parse(Harvest, argv, "sae-jax harvest")
-    worker = command.worker()
+    worker = runtime.worker(command.shard)
     runtime.warn_of_idle_gpu()
     spec = harvest(command.harvest, command.out, worker)
     sites = ", ".join(source.name for source in spec.sources)

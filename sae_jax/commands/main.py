@@ -16,12 +16,13 @@ COMMANDS = {
     "harvest": "text through a language model into an activation set on disk",
     "plan": "compile the train step for machines that are not there: does it fit, what does it do",
     "train": "a sparse autoencoder on an activation set; repeat the command to resume",
+    "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to go on",
     "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
     "dashboard": "a static site to look at the latents of a run",
     "verify": "check every byte of an activation set",
     "demo": "all of the above on the bundled language model, offline, in minutes",
 }
-RESUMING = ("harvest", "train", "demo")
+RESUMING = ("harvest", "train", "sweep", "demo")
 INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 
 _FREE_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -101,7 +102,7 @@ def _in_huge_pages(argv: list[str]) -> None:
     """
     pages, set_already = Path("/sys/kernel/mm/transparent_hugepage/enabled"), os.environ.get("GLIBC_TUNABLES", "")
     has_accelerator = any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia*", "accel*", "kfd"))
-    if argv[:1] not in (["train"], ["demo"]) or has_accelerator or "hugetlb" in set_already:
+    if argv[:1] not in (["train"], ["sweep"], ["demo"]) or has_accelerator or "hugetlb" in set_already:
         return
     try:
         asks = "[madvise]" in pages.read_text()

@@ -6,6 +6,7 @@
     sae:      {...}   the variant's Config   train: {...}             TrainConfig
     mesh:     {...}   MeshConfig             engine: {...}            EngineConfig
     members:  [{name: k16, sae: {k: 16}, train: {lr: 1e-3}}, ...]     several SAEs at once: what each has of its own
+    sweep:    {grid: {sae.k: [16, 32]}, ...}                          SweepConfig
 
 The whole file is checked whichever command reads it, so a misspelt key is found at the first one; what members have of
 their own is looked at by the command that trains them.
@@ -26,6 +27,7 @@ from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.progress import console
 from sae_jax.saes import base
+from sae_jax.scaling.sweep import SweepConfig, as_words
 from sae_jax.train.state import SHARED, TrainConfig
 from sae_jax.types import UsageError
 
@@ -49,6 +51,7 @@ class Recipe(Generic[S]):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     members: tuple[str, ...] = ()
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
@@ -69,6 +72,10 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
         _check_sections(path, content)
         if "members" in content:
             content["members"] = _as_flags(path, content["members"])
+        if grid := content.get("sweep", {}).get("grid"):
+            if not isinstance(grid, dict):
+                raise UsageError(f"{path}: sweep.grid is {grid!r}; give it `setting: [values]` pairs")
+            content["sweep"] = {**content["sweep"], "grid": as_words(dict(config.flatten(grid)))}
     variant = _typed_variant(flags) or next(
         (v for c in reversed(contents) if (v := c.get("sae", {}).get("variant"))), DEFAULT_VARIANT
     )
@@ -98,18 +105,31 @@ def parse_members(command: Any, argv: Sequence[str], prog: str) -> dict[str, Any
     """
     together = parse(command, argv, prog)
     found = {}
-    for words in together.members:
+    for name, flags in member_flags(together.members).items():
+        found[name] = parse_member(command, argv, prog, name, flags, together)
+    return found or {"": together}
+
+
+def member_flags(members: Sequence[str]) -> dict[str, list[str]]:
+    """{name: flags} of what `members` lists. Raises UsageError for a name that is none, or that two have."""
+    found: dict[str, list[str]] = {}
+    for words in members:
         name, *flags = _split(words)
         if not NAME.fullmatch(name) or name in found:
             raise UsageError(
                 f"member {name!r}: every member needs a name of its own, of letters, digits, '.', '_' and '-'"
             )
-        try:
-            member = parse(command, [*argv, *flags], prog)
-        except UsageError as error:
-            raise UsageError(f"member {name}: {error}") from None
-        found[name] = _with_shared(name, member, together)
-    return found or {"": together}
+        found[name] = flags
+    return found
+
+
+def parse_member(command: Any, argv: Sequence[str], prog: str, name: str, flags: Sequence[str], together: Any) -> Any:
+    """The command line `argv` with a member's own flags after it, on the batches of all."""
+    try:
+        member = parse(command, [*argv, *flags], prog)
+    except UsageError as error:
+        raise UsageError(f"member {name}: {error}") from None
+    return _with_shared(name, member, together)
 
 
 def _with_shared(name: str, member: Any, together: Any) -> Any:
@@ -146,7 +166,7 @@ def _split(words: str) -> list[str]:
 
 
 def _check_sections(path: str, content: dict[str, Any]) -> None:
-    for name in ("harvest", "sae", "train", "mesh", "engine"):
+    for name in ("harvest", "sae", "train", "mesh", "engine", "sweep"):
         section = content.get(name, {})
         if not isinstance(section, dict):
             raise UsageError(f"{path}: {name} is {section!r}; give it `key: value` pairs or leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar, get_args
@@ -65,10 +65,11 @@ def run(argv: Sequence[str]) -> None:
     train(commands)
 
 
-def train(commands: dict[str, Train]) -> int:
+def train(commands: dict[str, Train], marks: Callable[[ActivationSet, Sites, int], loop.Marks] | None = None) -> int:
     """The run of the members {name: command}, or of one SAE named ""; the step it stands at.
 
-    The commands differ in `sae` and in what is a member's own in `train`.
+    The commands differ in `sae` and in what is a member's own in `train`. `marks` says where they are measured, given
+    the set, its sources and the number of devices.
     """
     runtime.warn_of_idle_gpu()
     command = next(iter(commands.values()))
@@ -115,7 +116,8 @@ def train(commands: dict[str, Train]) -> int:
         else:
             loader = Sequences(activations, sites.x[0], batch_size, order, mesh.size, *place)
             prepare = through_model(activations, sites.x[0], mesh, later=learns == "through_layers")
-        step = loop.train(run, members, mesh, loader, sites, sample, prepare)
+        at = marks(activations, sites, mesh.size) if marks else None
+        step = loop.train(run, members, mesh, loader, sites, sample, prepare, at)
     if jax.process_index() == 0:
         console.print(f"{command.out}: step {step} of {max(own.train.steps for own in commands.values())}")
     return step

@@ -37,13 +37,17 @@ class HeldOut:
             yield self.sequences[first : first + size]
 
     def rows(self) -> np.ndarray:
-        """Activations f32[N, X] of all positions that the set would hold."""
+        """Activations f32[N, X] of what is encoded, at all positions that the set would hold."""
+        return np.concatenate(self.rows_of(self.encoded), axis=-1)
+
+    def rows_of(self, hooks: tuple[lm.Hook, ...]) -> list[np.ndarray]:
+        """Activations f32[N, D] of each hook, at all positions that the set would hold."""
         blocks = []
         for ids_BT in self.batches(64):
-            acts, norm_BTS = read_sites(self.model, ids_BT, self.encoded, "float32")
-            x_BTX = np.concatenate([np.asarray(acts[str(hook)]) for hook in self.encoded], axis=-1)
-            blocks.append(x_BTX[self.keep(ids_BT, np.asarray(norm_BTS))])
-        return np.concatenate(blocks)
+            acts, norm_BTS = read_sites(self.model, ids_BT, hooks, "float32")
+            keep_BT = self.keep(ids_BT, np.asarray(norm_BTS))
+            blocks.append([np.asarray(acts[str(hook)])[keep_BT] for hook in hooks])
+        return [np.concatenate(of_one) for of_one in zip(*blocks, strict=True)]
 
 
 def held_out(activations: ActivationSet, sites: Sites, n_tokens: int, model: str | None = None) -> HeldOut | None:

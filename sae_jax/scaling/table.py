@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,30 @@ FILE = "results.jsonl"
 
 @dataclass(frozen=True)
 class Point:
-    """One member at one token mark. Raises UserError if a value cannot be one of a real point."""
+    """One member at one token mark. Raises UserError if a value cannot be one of a real point.
 
-    name: str  # of the member
-    variant: str
+    A table that something else wrote needs the fields without a default.
+    """
+
     n_latents: int
     k: int | None  # None where the variant has none
     lr: float
     seed: int
-    d_model: int
     tokens: int  # seen in training
-    steps: int
-    flops: float  # FLOP of all training up to these tokens
+    flops: float  # FLOP of all training up to these tokens, by the dense count (scaling/flops.py)
     fvu: float  # on held-out rows
-    l0: float
-    dead_fraction: float
-    converged: bool  # the convergence rule stopped the member here
-    seconds: float
-    commit: str
-    data: str  # the activation set
-    config: dict[str, Any]  # resolved settings of the autoencoder and its training
+    name: str = ""  # of the member; made of the above if it has none
+    variant: str = "topk"
+    d_model: int | None = None
+    steps: int | None = None
+    budget: float | None = None  # FLOP: the point stands where these were used up
+    l0: float | None = None
+    dead_fraction: float | None = None
+    converged: bool = False  # the convergence rule stopped the member here
+    seconds: float | None = None  # of the pass it was trained in
+    commit: str = ""
+    data: str = ""  # the activation set
+    config: dict[str, Any] = field(default_factory=dict)  # settings of the autoencoder and its training
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -51,7 +55,8 @@ class Point:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name}={value} is not finite")
         for name in ("n_latents", "lr", "d_model", "tokens", "steps", "flops", "fvu"):
-            if getattr(self, name) <= 0:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0")
         if self.k is not None and not 0 < self.k <= self.n_latents:
             raise UserError(f"k={self.k} must be from 1 to n_latents={self.n_latents}")
@@ -59,14 +64,17 @@ class Point:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Point:
         """From JSON. A key that a point lacks is passed over. Raises UserError if one is missing or wrong."""
-        missing = [field for field in _FIELDS if field not in values]
+        missing = [name for name, of in _FIELDS.items() if of.default is of.default_factory and name not in values]
         if missing:
             raise UserError(f"lacks {', '.join(missing)}")
-        return cls(**{field: values[field] for field in _FIELDS})
+        own = {name: values[name] for name in _FIELDS if name in values}
+        if not own.get("name"):
+            own["name"] = f"n{own['n_latents']}-k{own['k']}-lr{own['lr']}-seed{own['seed']}"
+        return cls(**own)
 
     def to_json(self) -> dict[str, Any]:
         """What `of` reads."""
-        return {field: getattr(self, field) for field in _FIELDS}
+        return {name: getattr(self, name) for name in _FIELDS}
 
     @property
     def key(self) -> tuple[str, int]:
@@ -74,13 +82,15 @@ class Point:
         return self.name, self.tokens
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Point))
+_FIELDS = {field.name: field for field in dataclasses.fields(Point)}
 _NUMBER = (int, float)
+_NO = type(None)
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("name", "variant", "commit", "data"), str),
-    **dict.fromkeys(("n_latents", "seed", "d_model", "tokens", "steps"), int),
-    **dict.fromkeys(("lr", "flops", "fvu", "l0", "dead_fraction", "seconds"), _NUMBER),
-    "k": (int, type(None)),
+    **dict.fromkeys(("n_latents", "seed", "tokens"), int),
+    **dict.fromkeys(("k", "d_model", "steps"), (int, _NO)),
+    **dict.fromkeys(("lr", "flops", "fvu"), _NUMBER),
+    **dict.fromkeys(("budget", "l0", "dead_fraction", "seconds"), (*_NUMBER, _NO)),
     "converged": bool,
     "config": dict,
 }
@@ -88,7 +98,8 @@ _WORDS: dict[Any, str] = {
     str: "text",
     int: "a whole number",
     _NUMBER: "a number",
-    (int, type(None)): "a whole number or null",
+    (int, _NO): "a whole number or null",
+    (*_NUMBER, _NO): "a number or null",
     bool: "true or false",
     dict: "an object",
 }

@@ -50,6 +50,20 @@ class Batches(Protocol):
         ...
 
 
+class Marks(Protocol):
+    """Where members are measured on rows that they do not learn from, and who is told."""
+
+    rows: list[dict[str, np.ndarray]]  # batches of one size: {source: this process's part}
+
+    def due(self, member: Member, step: int) -> bool:
+        """Whether the member is measured after `step` steps."""
+        ...
+
+    def note(self, member: Member, step: int, found: dict[str, float]) -> bool:
+        """Take fvu, l0 and dead_fraction down. Whether the member goes on; all processes say the same."""
+        ...
+
+
 def train(
     run: Path,
     members: Sequence[Member],
@@ -58,6 +72,7 @@ def train(
     sites: Sites,
     sample: Callable[[InputNorm], Sample],
     prepare: Callable[[Batch], Batch] | None = None,
+    marks: Marks | None = None,
 ) -> int:
     """Train every member until its `train.steps`, or until the machine is to be taken away (SIGTERM).
 
@@ -71,6 +86,8 @@ def train(
         sites: sources that are encoded, and reconstructed.
         sample: called for a run without checkpoint, to learn what initialisation needs to know of the data.
         prepare: makes the batch that members learn from of the one on the devices, where that is not the loader's.
+        marks: where members are measured on the way, and may end early. A run that is killed does those again that
+            come after its last checkpoint.
 
     Returns:
         The step the run stands at.
@@ -96,6 +113,7 @@ def train(
             _write_configs(run, members)
         attempt = logs.Attempts(run, start, not first, mesh=meshes.sizes(mesh), n_processes=jax.process_count())
         lanes = lanes_of(active, states, mesh)
+        unseen = [place(rows, sites, mesh) for rows in marks.rows] if marks else []
         with _Record(active, loader, start, not first) as record:
 
             def finish(step: int, queued: list[tuple[Lane, Metrics]]) -> list[Member]:
@@ -117,14 +135,19 @@ def train(
                 queued = [(lane, lane.step(batch)) for lane in lanes]
                 active = finish(step, pending)
                 done, pending = step + 1, queued
+                ended: list[Member] = []
+                if marks and any(marks.due(member, done) for member in active):
+                    active, pending = finish(done, pending), []
+                    due = [member for member in active if marks.due(member, done)]
+                    ended = [m for m, found in _measure(due, lanes, unseen).items() if not marks.note(m, done, found)]
                 # JAX counts from 0: a SIGTERM from before the first question is agreed upon for step 1 of the attempt.
                 stopping = multihost_utils.reached_preemption_sync_point(done - start)
-                if _is_due(done, active) or stopping:
+                if _is_due(done, active) or ended or stopping:
                     # The save before this one ends before this step is on record. With two saves an interval, a run
                     # is thus never further than one interval from its last complete checkpoint.
                     checkpoints.wait()
                     active, pending = finish(done, pending), []
-                    active = _save(done, active, lanes, checkpoints)
+                    active = _save(done, active, ended, lanes, checkpoints)
                     attempt.record(record.done, "running")
                 lanes = [lane for lane in lanes if any(member in active for member in lane.members)]
                 if stopping:
@@ -205,18 +228,30 @@ def _is_due(step: int, members: Sequence[Member]) -> bool:
     return any(step % n in (0, n // 2) for n in every) or any(step == member.train.steps for member in members)
 
 
-def _save(done: int, active: list[Member], lanes: list[Lane], checkpoints: Checkpoints) -> list[Member]:
+def _measure(members: list[Member], lanes: list[Lane], batches: list[Batch]) -> dict[Member, dict[str, float]]:
+    """What members make of rows that they do not learn from."""
+    found: dict[Member, dict[str, float]] = {}
+    for lane in lanes:
+        if any(member in members for member in lane.members):
+            found |= lane.measure(batches)
+    return {member: found[member] for member in members}
+
+
+def _save(
+    done: int, active: list[Member], ended: list[Member], lanes: list[Lane], checkpoints: Checkpoints
+) -> list[Member]:
     """Save all active members; those that stay. Who leaves the set saves before the set saves without it."""
     states = {}
     for lane in lanes:
         states |= lane.states([member for member in lane.members if member in active])
-    for member in active:
-        if member.name and member.train.steps == done:
+    leaving = [member for member in active if member.train.steps == done or member in ended]
+    for member in leaving:
+        if member.name:
             with Checkpoints(member.folder) as own:
                 own.save(done, {"": states.pop(member.name)})
     if states:
         checkpoints.save(done, states)
-    return [member for member in active if member.train.steps > done]
+    return [member for member in active if member not in leaving]
 
 
 def _fetch(queued: list[tuple[Lane, Metrics]], active: Sequence[Member]) -> dict[Member, dict[str, float]]:

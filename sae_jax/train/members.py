@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import mesh as meshes
 from sae_jax.saes.base import Batch, InputNorm, SaeConfig, Sample
 from sae_jax.train.state import TrainConfig, TrainState, Values, abstract, initial, program
-from sae_jax.train.step import Metrics, make_step
+from sae_jax.train.step import Metrics, make_measure, make_step
 from sae_jax.types import Sites, UsageError, Widths
 
 T = TypeVar("T")
@@ -60,11 +60,13 @@ class Member:
 class Lane:
     """Members that one call steps: one of them, or one on each slice of the mesh's member axis."""
 
-    def __init__(self, members: Sequence[Member], states: dict[str, TrainState], mesh: Mesh, step: Any) -> None:
+    def __init__(
+        self, members: Sequence[Member], states: dict[str, TrainState], mesh: Mesh, step: Any, measure: Any
+    ) -> None:
         """`states` are consumed. A slice without a member repeats the first one, and nobody looks."""
         self.members = tuple(members)
         self._n_slices = meshes.sizes(mesh)["member"]
-        self._mesh, self._step = mesh, step
+        self._mesh, self._step, self._measure = mesh, step, measure
         own = [states.pop(member.name) for member in members]
         if self._n_slices == 1:
             (self._state,) = own
@@ -78,8 +80,19 @@ class Lane:
 
     def metrics_of(self, member: Member, metrics: Metrics) -> dict[str, float]:
         """A member's share of fetched metrics."""
+        return {name: float(value) for name, value in self._share(member, metrics).items()}
+
+    def measure(self, batches: Sequence[Batch]) -> dict[Member, dict[str, float]]:
+        """What each member makes of rows that it does not learn from: fvu, l0, dead_fraction.
+
+        The batches are of one size. Centred on the mean of all of them, in float64.
+        """
+        found = [jax.device_get(_in_order(self._measure(self._state, batch))) for batch in batches]
+        return {member: _over([self._share(member, of) for of in found]) for member in self.members}
+
+    def _share(self, member: Member, found: Metrics) -> Metrics:
         i = self.members.index(member)
-        return {name: float(value if self._n_slices == 1 else value[i]) for name, value in metrics.items()}
+        return found if self._n_slices == 1 else {name: value[i] for name, value in found.items()}
 
     def states(self, members: Sequence[Member]) -> dict[str, TrainState]:
         """The states of some of the members, as they are at rest."""
@@ -108,9 +121,10 @@ def lanes_of(members: Sequence[Member], states: dict[str, TrainState], mesh: Mes
     found = []
     for (sae_config, train_config), own in _by_program(members).items():
         step: Any = make_step(sae_config, train_config)
+        measure: Any = make_measure(sae_config)
         if n_slices > 1:
-            step = _on_slices(step)
-        found += [Lane(own[i : i + n_slices], states, mesh, step) for i in range(0, len(own), n_slices)]
+            step, measure = _on_slices(step, moves=True), _on_slices(measure, moves=False)
+        found += [Lane(own[i : i + n_slices], states, mesh, step, measure) for i in range(0, len(own), n_slices)]
     return found
 
 
@@ -160,8 +174,18 @@ def _by_program(members: Sequence[Member]) -> dict[Program, list[Member]]:
     return groups
 
 
-def _on_slices(step: Any) -> Any:
-    """`step` for a stack of states, one on each slice. Slices may take different branches: no collective joins them.
+def _over(found: list[Metrics]) -> dict[str, float]:
+    """Figures over batches of one size, from what `make_measure` says of each."""
+    of = {name: np.asarray([batch[name] for batch in found], np.float64) for name in found[0]}
+    spread = ((of["mean"] - of["mean"].mean(0)) ** 2).sum(-1)
+    fvu = of["error"].mean() / (of["variance"] + spread).mean()
+    return {"fvu": float(fvu), "l0": float(of["l0"].mean()), "dead_fraction": float(of["dead_fraction"][0])}
+
+
+def _on_slices(one: Any, moves: bool) -> Any:
+    """`one`, a step (`moves`) or a measure, for a stack of states, one on each slice.
+
+    Slices may take different branches: no collective joins them.
 
     At the border of a `jax.shard_map` over one axis of several, arrays that are explicitly split along the others are
     gathered (JAX 0.10). So they are compiler-chosen there, and explicit again inside; what the compiler chooses is
@@ -169,23 +193,25 @@ def _on_slices(step: Any) -> Any:
     """
     member, others = {meshes.MEMBER}, meshes.AXES
 
-    def step_all(stack: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def all_at_once(stack: TrainState, batch: Batch) -> Any:
         stack_specs, batch_specs = (jax.tree.map(_spec, tree) for tree in (stack, batch))
         own_specs = jax.tree.map(lambda leaf: P(*_spec(leaf)[1:]), stack)
 
-        def local(stack_1: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            explicit: Any = jax.sharding.explicit_axes(step, axes=others, in_sharding=(own_specs, batch_specs))
-            state, metrics = explicit(jax.tree.map(lambda leaf: leaf[0], stack_1), batch)
-            return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
+        def local(stack_1: TrainState, batch: Batch) -> Any:
+            explicit: Any = jax.sharding.explicit_axes(one, axes=others, in_sharding=(own_specs, batch_specs))
+            found = explicit(jax.tree.map(lambda leaf: leaf[0], stack_1), batch)
+            return jax.tree.map(lambda leaf: leaf[None], found)
 
         specs = {"in_specs": (P(meshes.MEMBER), P()), "out_specs": P(meshes.MEMBER)}
         on_slices = jax.shard_map(local, **specs, axis_names=member, check_vma=False)
-        implicit: Any = jax.sharding.auto_axes(on_slices, axes=others, out_sharding=(stack_specs, P(meshes.MEMBER)))
-        stack, metrics = implicit(stack, batch)
+        out_specs = (stack_specs, P(meshes.MEMBER)) if moves else P(meshes.MEMBER)
+        implicit: Any = jax.sharding.auto_axes(on_slices, axes=others, out_sharding=out_specs)
+        found = implicit(stack, batch)
         # Every process logs all members.
-        return stack, jax.tree.map(lambda value: jax.sharding.reshard(value, meshes.REPLICATED), metrics)
+        figures = jax.tree.map(lambda of: jax.sharding.reshard(of, meshes.REPLICATED), found[1] if moves else found)
+        return (found[0], figures) if moves else figures
 
-    return jax.jit(step_all, donate_argnums=0)
+    return jax.jit(all_at_once, donate_argnums=0 if moves else ())
 
 
 def _spec(leaf: jax.Array) -> P:

@@ -77,6 +77,7 @@ def make_measure(sae_config: SaeConfig) -> Callable[[TrainState, Batch], Metrics
         error: f32[], mean over rows of the squared error, where errors are measured (`base.normalised`).
         mean: f32[Y], of what is reconstructed; variance: f32[], mean over rows of the squared distance from it.
         l0: f32[], active latents a row on average, as users will see them: thresholds, not the selection of a batch.
+        dead_fraction: f32[], of latents.
     """
 
     def measure(state: TrainState, batch: Batch) -> Metrics:
@@ -89,6 +90,7 @@ def make_measure(sae_config: SaeConfig) -> Callable[[TrainState, Batch], Metrics
             "mean": mean_1Y[0],
             "variance": losses.squared_error(y_BY - mean_1Y),
             "l0": l0,
+            "dead_fraction": state.statistics.dead.mean(dtype=jnp.float32),
         }
 
     return jax.jit(measure)

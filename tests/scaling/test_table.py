@@ -52,7 +52,7 @@ def test_what_is_written_is_read_sorted(tmp_path):
         ({"k": 300}, "k=300 must be from 1 to n_latents=256"),
         ({"converged": 1}, "converged=1 is not true or false"),
         ({"tokens": 4096}, "tokens 4096.*the same point stands in line 1"),
-        ({"l0": ...}, "lacks l0"),
+        ({"fvu": ...}, "lacks fvu"),
     ],
 )
 def test_a_line_that_is_no_point_is_named(tmp_path, line, said):

@@ -1,0 +1,170 @@
+"""Which autoencoders a sweep trains, where on the way they are measured, and who trains which in how many passes.
+
+grid     every combination of values is a member: an autoencoder of its own
+marks    the steps after which it is measured. The rate is constant, so what stands there is the run that would have
+         ended there: one run gives a point for every budget.
+passes   members that fit into memory together learn from one pass over the data
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import yaml
+
+from sae_jax.types import UsageError
+
+SHORT = {"n_latents": "n"}  # in names of members
+NOT_IN_A_NAME = str.maketrans({" ": "+", "/": "_", ":": "_"})
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What to try, and when to measure it."""
+
+    grid: tuple[str, ...] = ()
+    """'sae.k=16 32 64': a setting and its values. Every combination is trained, of each of `members` if there are any.
+    In a recipe: {sae.k: [16, 32, 64], ...}"""
+    compute: tuple[float, ...] = ()
+    """budgets in FLOP (both matrices, forward and twice backward): each member is measured where it has used them up"""
+    tokens: tuple[float, ...] = ()
+    """numbers of tokens after which each member is measured; none and no budgets: train.steps"""
+    min_tokens: float = 0
+    """a budget that buys a member fewer has no point for it"""
+    max_tokens: float | None = None
+    """a budget that buys a member more has no point for it; runs until convergence end here"""
+    tolerance: float | None = None
+    """train until the held-out FVU changes by less than this share over a window; needs max_tokens"""
+    window: float = 1_000_000
+    """tokens; with a tolerance, each member is measured after every window"""
+    lr_from: str | None = None
+    """a fit.json whose rule gives the learning rate of each width"""
+    held_out: int = 32768
+    """rows that no member learns from, to measure on"""
+    memory_gib: float | None = None
+    """of each device, for the members of a pass; None = what the device has"""
+    per_pass: int | None = None
+    """members of a pass, at most; fewer give more passes for workers with --claim to share"""
+
+    def __post_init__(self) -> None:
+        for name in ("compute", "tokens"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise UsageError(f"sweep.{name}={value} must be above 0 and finite")
+        if not 0 <= self.min_tokens < math.inf or max(self.min_tokens, 1) > self.most:
+            raise UsageError(
+                f"sweep.min_tokens={self.min_tokens:g} and sweep.max_tokens={self.most:g} leave nothing between them; "
+                f"lower the one or raise the other"
+            )
+        if self.tolerance is not None:
+            if not 0 < self.tolerance < 1:
+                raise UsageError(f"sweep.tolerance={self.tolerance} must be above 0 and below 1")
+            if self.max_tokens is None:
+                raise UsageError("sweep.tolerance needs sweep.max_tokens: the end of a run that does not converge")
+        for name in ("window", "held_out", "per_pass"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < math.inf:
+                raise UsageError(f"sweep.{name}={value:g} must be at least 1 and finite")
+        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
+            raise UsageError(f"sweep.memory_gib={self.memory_gib} must be above 0 and finite")
+
+    @property
+    def most(self) -> float:
+        """Tokens that no member goes beyond."""
+        return math.inf if self.max_tokens is None else self.max_tokens
+
+
+class Cell(NamedTuple):
+    """One combination of the grid."""
+
+    name: str  # part of a member's name
+    settings: dict[str, Any]
+
+
+def cells(config: SweepConfig) -> list[Cell]:
+    """All combinations, the last setting changing fastest; one without settings if there is no grid."""
+    values: dict[str, list[Any]] = {}
+    for words in config.grid:
+        key, equals, rest = words.partition("=")
+        try:
+            found = [yaml.safe_load(word) for word in shlex.split(rest)]
+        except (ValueError, yaml.YAMLError):
+            found = []
+        if not equals or not found or len(set(map(str, found))) < len(found):
+            raise UsageError(f"sweep.grid {words!r}: give a setting and different values for it, as in 'sae.k=16 32'")
+        if key in values:
+            raise UsageError(f"sweep.grid: {key} stands twice; give all its values at once")
+        values[key] = found
+    return [
+        Cell("-".join(_named(key, value) for key, value in cell.items()), cell)
+        for cell in (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
+    ]
+
+
+def as_words(grid: dict[str, Any]) -> list[str]:
+    """A grid as a recipe writes it, {setting: [values]}, as the words that `--sweep.grid` takes."""
+    words = []
+    for key, values in grid.items():
+        values = values if isinstance(values, list) else [values]
+        texts = (" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
+        words.append(f"{key}={shlex.join(texts)}")
+    return words
+
+
+def due(config: SweepConfig, steps: int, batch_size: int, flop_per_token: int) -> dict[int, float | None]:
+    """{step: the budget that is used up there, if that is why} for all marks of a member, in order.
+
+    `steps` is how long it would be trained if the sweep did not say.
+    """
+    least, most = max(config.min_tokens, batch_size), config.most
+    marks: dict[int, float | None] = {}
+    if config.tolerance is not None:
+        window = max(round(config.window / batch_size), 1)
+        marks |= dict.fromkeys(range(window, int(most // batch_size) + 1, window))
+    marks |= dict.fromkeys(max(round(n / batch_size), 1) for n in config.tokens if n <= most)
+    marks |= {
+        round(budget / flop_per_token / batch_size): budget
+        for budget in config.compute
+        if least <= budget / flop_per_token <= most
+    }
+    if not config.tokens and not config.compute and config.tolerance is None:
+        marks[steps] = None
+    return dict(sorted(marks.items()))
+
+
+def share(costs: Sequence[float], i: int, n: int) -> list[int]:
+    """Which of these pieces of work are worker i's of n: the dearest first, each to whoever has least so far."""
+    loads, owner = [0.0] * n, {}
+    for piece in sorted(range(len(costs)), key=lambda piece: (-costs[piece], piece)):
+        owner[piece] = loads.index(min(loads))
+        loads[owner[piece]] += costs[piece]
+    return [piece for piece in range(len(costs)) if owner[piece] == i]
+
+
+def pack(n_bytes: Sequence[int], beside: Sequence[int], room: float, most: int | None = None) -> list[list[int]]:
+    """Pieces into passes so that the bytes of all, and the most that one needs beside them, stay within `room`.
+
+    The largest first, each into the first pass that holds it and has fewer than `most`; a piece that is too large gets
+    a pass of its own.
+    """
+    passes: list[list[int]] = []
+    for piece in sorted(range(len(n_bytes)), key=lambda piece: (-n_bytes[piece] - beside[piece], piece)):
+        for own in passes:
+            together = [*own, piece]
+            if len(own) != most and sum(n_bytes[p] for p in together) + max(beside[p] for p in together) <= room:
+                own.append(piece)
+                break
+        else:
+            passes.append([piece])
+    return [sorted(own) for own in passes]
+
+
+def _named(key: str, value: Any) -> str:
+    last = key.rpartition(".")[2]
+    text = f"{value:g}" if isinstance(value, float) else str(value).translate(NOT_IN_A_NAME)
+    return f"{SHORT.get(last, last)}{text}" if text[:1].isdigit() else text
