@@ -1,0 +1,199 @@
+"""A sweep through its command: one table, whoever trains what, whenever it is killed; and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from sae_jax.commands import main as cli
+from sae_jax.commands import runtime
+from sae_jax.scaling import table
+from sae_jax.scaling.table import Point
+from tests import runs
+
+RECIPE = {
+    "sae": {"variant": "topk", "dtype": "float32"},
+    "train": {"batch_size": 64, "lr": 1e-2, "log_every": 20, "checkpoint_every": 20, "dead_after_tokens": 300},
+    "sweep": {
+        "grid": {"sae": {"n_latents": [32, 64], "k": [2, 4]}},
+        # 6 * 2 * 8 * n FLOP a token: the second is 40 steps of the narrow ones, 20 of the wide; the third 80 and 40.
+        "compute": [100.0, 40 * 64 * 96 * 32.0, 80 * 64 * 96 * 32.0],
+        "tokens": [640],
+        "held_out": 512,
+    },
+}
+STEPS = {32: (10, 40, 80), 64: (10, 20, 40)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_distributed():
+    """The test process has used JAX already; joining a job of one must come first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "start_distributed", lambda: None)
+        with jax.numpy_dtype_promotion("standard"):  # optax
+            yield
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A set and a recipe; its sweep, by one process, in `whole`."""
+    work = tmp_path_factory.mktemp("sweep")
+    runs.write_set(work / "set")
+    write(work / "recipe.yaml", RECIPE)
+    code, said = runs.finish(runs.start(words(work, "whole")))
+    assert code == 1  # of the first budget
+    assert "left out: sweep.compute=100: buys 0.0163 to 0.0326 tokens" in said
+    return work
+
+
+def write(path: Path, recipe: dict) -> Path:
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def words(work: Path, out: str, *flags: str) -> list[str]:
+    return runs.command("sweep", work / "recipe.yaml", "--data", work / "set", "--out", work / out, *flags)
+
+
+def sweep(work: Path, recipe: Path, out: str, *flags: str) -> int:
+    return cli.main(["sweep", str(recipe), "--data", str(work / "set"), "--out", str(work / out), *flags])
+
+
+def found(out: Path) -> list[dict]:
+    """The table without what the clock says."""
+    rows = [point.to_json() for point in table.read(out)]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_the_table_has_every_member_at_every_mark(work: Path) -> None:
+    points = table.read(work / "whole")
+    steps = {(n, k): tuple(p.steps for p in points if (p.n_latents, p.k) == (n, k)) for n in STEPS for k in (2, 4)}
+    assert steps == {(n, k): STEPS[n] for n in STEPS for k in (2, 4)}
+    for point in points:
+        assert point.tokens == 64 * (point.steps or 0)
+        assert point.flops == point.tokens * 6 * 2 * 8 * point.n_latents
+        assert (point.l0 or 0) <= (point.k or 0)
+        assert point.budget in (None, point.flops)
+    at = {(p.n_latents, p.k, p.budget): p.fvu for p in points}
+    last = RECIPE["sweep"]["compute"][-1]
+    assert at[32, 4, last] < at[32, 2, last]
+    assert all(at[n, k, last] < at[n, k, None] for n, k in steps)
+
+
+def test_killed_at_any_moment_it_goes_on(work: Path) -> None:
+    rng, times = random.Random(), 0
+    for _ in range(3):
+        process = runs.start(words(work, "killed"))
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < runs.SECONDS:
+            # Not before there is anything to lose.
+            if list((work / "killed" / "points").glob("*.json")):
+                time.sleep(rng.uniform(0, 2))
+                runs.kill(process)
+                times += 1
+                break
+            time.sleep(0.05)
+        runs.finish(process)
+    code, said = runs.finish(runs.start(words(work, "killed")))
+    assert code == 1, said
+    assert times
+    assert found(work / "killed") == found(work / "whole")
+
+
+def test_shares_and_claims_give_the_same_table(work: Path) -> None:
+    for i in range(4):
+        code, said = runs.finish(runs.start(words(work, "shared", f"--shard={i}/4")))
+        assert code == 1, said
+    assert found(work / "shared") == found(work / "whole")
+    one_each = [runs.start(words(work, "claimed", "--claim", "--sweep.per-pass=1")) for _ in range(2)]
+    for process in one_each:
+        code, said = runs.finish(process)
+        assert code == 1, said
+    runs.finish(runs.start(words(work, "claimed", "--claim", "--sweep.per-pass=1")))
+    assert found(work / "claimed") == found(work / "whole")
+
+
+def test_members_over_the_devices(work: Path) -> None:
+    """Eight devices, two slices of four: to rounding what one device finds; and seeds that share a program."""
+    grid = {"sae": {"n_latents": 32, "k": 4}, "train": {"seed": [0, 1]}}
+    settings = {"mesh": {"member": 2}, "sweep": {"grid": grid, "tokens": 640, "held_out": 512}}
+    path = write(work / "seeds.yaml", {**RECIPE, **settings})
+    assert sweep(work, path, "sliced") == 0
+    (alone,) = [p for p in table.read(work / "whole") if (p.n_latents, p.k, p.steps) == (32, 4, 10)]
+    sliced = {p.seed: p for p in table.read(work / "sliced")}
+    assert sliced[0].fvu == pytest.approx(alone.fvu, rel=1e-3)
+    assert sliced[1].fvu != sliced[0].fvu
+
+
+def test_until_it_converges(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"tolerance": 0.02, "window": 640, "max_tokens": 64 * 150, "held_out": 512}
+    recipe = {**RECIPE, "sae": {**RECIPE["sae"], "n_latents": 32, "k": 4}, "sweep": settings}
+    path = write(work / "until.yaml", recipe)
+    assert sweep(work, path, "until") == 0
+    points = table.read(work / "until")
+    assert [p.tokens for p in points] == [640 * (i + 1) for i in range(len(points))]
+    assert [p.converged for p in points] == [False] * (len(points) - 1) + [True]
+    changes = [abs(a.fvu / b.fvu - 1) for a, b in zip(points[1:], points, strict=False)]
+    assert changes[-1] < 0.02 <= min(changes[:-1])
+    before = found(work / "until")
+    capsys.readouterr()
+    assert sweep(work, path, "until") == 0
+    assert found(work / "until") == before
+    assert "pass" not in capsys.readouterr().err  # nothing is trained again
+
+
+def test_what_cannot_be_trained_is_named_and_the_rest_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {**RECIPE, "sweep": {"grid": {"sae": {"n_latents": [32], "k": [4, 64]}}, "tokens": 64, "held_out": 64}}
+    path = write(work / "invalid.yaml", recipe)
+    assert sweep(work, path, "invalid") == 1
+    assert [p.name for p in table.read(work / "invalid")] == ["n32-k4"]
+    said = capsys.readouterr().err
+    assert "left out: member n32-k64: sae.k=64 must be between 1 and sae.n_latents=32" in said
+    assert "Traceback" not in said
+
+
+def test_a_member_that_diverges_is_named_and_the_rest_goes_on(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.write_set(tmp_path / "set", outlier=500)
+    recipe = {**RECIPE, "sae": {**RECIPE["sae"], "n_latents": 32, "k": 4}, "sweep": {"tokens": [64, 2048]}}
+    assert sweep(tmp_path, write(tmp_path / "recipe.yaml", recipe), "out") == 1
+    assert "members failed: sae: loss is" in capsys.readouterr().err
+    assert all(point.tokens == 64 for point in _points(tmp_path / "out"))
+
+
+def _points(out: Path) -> list[Point]:
+    return table.read(out) if (out / table.FILE).read_text() else []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sweep.grid", "sae.kk=4"], "nothing to train; member kk4: flag --sae.kk: unknown key 'sae.kk'"),
+        (["--sweep.grid", "train.batch-size=64 128"], "members share one pass"),
+        (["--train.decay-steps=10"], "train.decay_steps=10: what is measured on the way"),
+        (["--sweep.lr-from=none.json"], "no learning-rate rule in it"),
+        (["--shard=4/4"], "--shard='4/4' must be i/n"),
+        (["--out=s3://there"], "a sweep needs a directory"),
+        (["--sweep.tokens", "1280"], "was started with members.n32-k2.marks="),
+    ],
+)
+def test_what_is_refused(work: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+    assert sweep(work, work / "recipe.yaml", "whole", *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert json.loads((work / "whole" / "sweep.json").read_text())
+
+
+def test_a_dry_run_writes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(work, work / "recipe.yaml", "dry", "--dry-run", "--target=h200:1") == 1
+    assert not (work / "dry").exists()
+    shown = capsys.readouterr().out
+    assert "n64-k4" in shown
+    assert "pass 0of1-0: 4 members" in shown
