@@ -11,8 +11,12 @@ import jax
 import pytest
 import yaml
 
+from sae_jax import load
+from sae_jax.activations.store import open_activations
 from sae_jax.commands import main as cli
 from sae_jax.commands import runtime
+from sae_jax.commands.sweep import unseen_rows
+from sae_jax.evaluation.reconstruction import on_rows
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
 from tests import runs
@@ -84,6 +88,14 @@ def test_the_table_has_every_member_at_every_mark(work: Path) -> None:
     last = RECIPE["sweep"]["compute"][-1]
     assert at[32, 4, last] < at[32, 2, last]
     assert all(at[n, k, last] < at[n, k, None] for n, k in steps)
+
+
+def test_a_point_is_what_the_saved_dictionary_does(work: Path) -> None:
+    rows = unseen_rows(open_activations(str(work / "set")), runs.SITES, 512)["acts"]
+    name = "n64-k4"
+    (point,) = [p for p in table.read(work / "whole") if p.name == name and p.steps == STEPS[64][-1]]
+    want = on_rows(load(work / "whole" / "passes" / "0of1-0" / "members" / name), rows)
+    assert (point.fvu, point.l0) == (pytest.approx(want["fvu"], rel=1e-4), pytest.approx(want["l0"], rel=1e-6))
 
 
 def test_killed_at_any_moment_it_goes_on(work: Path) -> None:
@@ -162,7 +174,11 @@ def test_a_member_that_diverges_is_named_and_the_rest_goes_on(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs.write_set(tmp_path / "set", outlier=500)
-    recipe = {**RECIPE, "sae": {**RECIPE["sae"], "n_latents": 32, "k": 4}, "sweep": {"tokens": [64, 2048]}}
+    recipe = {
+        **RECIPE,
+        "sae": {**RECIPE["sae"], "n_latents": 32, "k": 4},
+        "sweep": {"tokens": [64, 2048], "held_out": 64},
+    }
     assert sweep(tmp_path, write(tmp_path / "recipe.yaml", recipe), "out") == 1
     assert "members failed: sae: loss is" in capsys.readouterr().err
     assert all(point.tokens == 64 for point in _points(tmp_path / "out"))
@@ -175,8 +191,8 @@ def _points(out: Path) -> list[Point]:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--sweep.grid", "sae.kk=4"], "nothing to train; member kk4: flag --sae.kk: unknown key 'sae.kk'"),
-        (["--sweep.grid", "train.batch-size=64 128"], "members share one pass"),
+        (["--sweep.grid", "sae.kk=4"], "member kk4: flag --sae.kk: unknown key 'sae.kk'"),
+        (["--sweep.grid", "train.batch_size=128 256"], "members share one pass"),
         (["--train.decay-steps=10"], "train.decay_steps=10: what is measured on the way"),
         (["--sweep.lr-from=none.json"], "no learning-rate rule in it"),
         (["--shard=4/4"], "--shard='4/4' must be i/n"),

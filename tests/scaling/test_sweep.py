@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_jax.saes import relu, topk
-from sae_jax.scaling import flops, sweep
+from sae_jax.scaling import sweep
 from sae_jax.scaling.sweep import SweepConfig
-from sae_jax.types import UsageError, Widths
+from sae_jax.types import UsageError
 
 
 def test_every_combination_is_a_member_with_a_name_of_its_own():
@@ -83,13 +82,3 @@ def test_a_pass_fits_into_memory(needs, room, most):
         assert len(own) <= (most or len(needs))
         fits = sum(n_bytes[p] for p in own) + max(beside[p] for p in own) <= room
         assert fits or len(own) == 1
-
-
-def test_what_a_token_costs():
-    """n = 1000, d = 10, k = 5: the encoder forward is 20,000 FLOP, and four times k rows 400."""
-    sae = topk.Config(n_latents=1000, k=5)
-    assert flops.executed(sae, Widths.one(10)) == 20_000 + 400
-    assert flops.dense(sae, Widths.one(10)) == 120_000
-    dense = relu.Config(n_latents=1000)
-    assert flops.executed(dense, Widths.one(10)) == flops.dense(dense, Widths.one(10)) == 120_000
-    assert flops.executed(sae, Widths((10, 10), (30,))) == 2 * (20 * 1000 + 20 * 5 + 3 * 5 * 30)
