@@ -72,6 +72,7 @@ class Statistics:
     loss_scale: jax.Array  # f32[]: 1 / mean((y - mean y)^2) of the sample the run started from
     scale: Scale  # constant
     own: dict[str, jax.Array] = struct.field(default_factory=dict)  # the variant's; begun by Config.own_statistics
+    coefficients: dict[str, jax.Array] = struct.field(default_factory=dict)  # f32[], constant; those of Config.DATA
 
     def after(self, fired_F: jax.Array, n_tokens: int) -> Self:
         """Counters after a batch of `n_tokens` in which `fired_F` fired."""
@@ -133,6 +134,9 @@ class SaeConfig:
     """inputs of products over all latents; weights, sums, selection and losses are float32"""
 
     ADAM: ClassVar[Adam] = Adam()
+    # Coefficients that objectives take from `Statistics.coefficients`, so that a sweep over them is one program. Of
+    # these the config of a state in training says only whether they are 0.
+    DATA: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_latents < 2**31:
@@ -150,6 +154,16 @@ class SaeConfig:
     def n_active(self) -> int | None:
         """Active latents a row, where their number is set."""
         return None
+
+    @property
+    def coefficients(self) -> dict[str, jax.Array]:
+        """f32[] of each in DATA."""
+        return {name: jnp.float32(getattr(self, name)) for name in self.DATA}
+
+    @property
+    def program(self) -> Self:
+        """This config with all that is data to the program at fixed values: equal where it is shared."""
+        return replace(self, **{name: float(getattr(self, name) > 0) for name in self.DATA})
 
     @property
     def learns(self) -> Learns:

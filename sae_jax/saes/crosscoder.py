@@ -74,6 +74,7 @@ class Config(KConfig):
     """steps before that mean begins"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +185,7 @@ class Crosscoder(AbstractSae):
         latents = {"b_enc": self.b_enc, "norm": row_norms(w_dec, self.widths.y, config.decoder_norm)}
         tiles = tiled.reconstruct(batch.x, w_enc, w_dec, self._nothing, latents, _relu, self._dtype, base.FIRED_ABOVE)
         y_hat_BY, l1 = tiles.x_hat + self.b_dec[None], tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
         return loss, Outcome(y_hat_BY, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 

@@ -58,6 +58,7 @@ class Config(SaeConfig):
     """beta: weight of the squared error in later residual layers"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-4, eps=1e-8)
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient", "downstream")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,10 +154,10 @@ class EndToEnd(AbstractSae):
             if self.config.downstream:
                 errors = [((a - b) ** 2).sum(-1) for a, b in zip(later, hole.later, strict=True)]
                 metrics["downstream"] = (weight_ST * sum(errors)).sum() / (n_kept * len(errors))
-                loss = loss + self.config.downstream * metrics["downstream"]
+                loss = loss + statistics.coefficients["downstream"] * metrics["downstream"]
         if not self.config.k:
             metrics["l1"] = tiles.penalty.sum() / n_kept
-            loss = loss + self.config.l1_coefficient / y_BD.shape[1] * metrics["l1"]
+            loss = loss + statistics.coefficients["l1_coefficient"] / y_BD.shape[1] * metrics["l1"]
 
         # The mean in the place of rows that are left out: they then add nothing to variance or error.
         mean_1D = (weight_B1 * y_BD).sum(0, keepdims=True) / n_kept

@@ -45,6 +45,7 @@ class Config(SaeConfig):
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta1=0.0, eps=1e-8)
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +105,7 @@ class Gated(AbstractSae):
         x_hat_BD = x_hat_BD + self.b_dec[None]
         gate_error = losses.error(config.error, batch.y - gate_hat_BD - lax.stop_gradient(self.b_dec)[None])
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * l1 + gate_error
         metrics = {"l1": l1, "gate_error": gate_error}
         return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), metrics)

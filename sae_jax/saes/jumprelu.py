@@ -79,6 +79,7 @@ class Config(SaeConfig):
     """which squared error the coefficients stand beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=2e-4, beta1=0.0, eps=1e-8)  # 7e-5 at the 2^17 latents of the paper
+    DATA: ClassVar[tuple[str, ...]] = ("l0_coefficient", "preactivation_coefficient")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,12 +179,12 @@ class JumpRelu(AbstractSae):
         else:
             sparsity = share_F.sum()
         x_hat_BD = tiles.x_hat + self.b_dec[None]
-        coefficient = losses.warmed(config.l0_coefficient, step, config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l0_coefficient"], step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * sparsity
         metrics = {"sparsity": sparsity, "threshold": self.threshold.mean()}
         if below_F is not None:
             metrics["below"] = below_F.sum() / n_rows
-            loss = loss + config.preactivation_coefficient * metrics["below"]
+            loss = loss + statistics.coefficients["preactivation_coefficient"] * metrics["below"]
         return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), metrics)
 
     def after_step(self, state: Any, key: jax.Array) -> Any:

@@ -29,7 +29,7 @@ def error(kind: Error, error_BD: jax.Array) -> jax.Array:
     return squared_error(error_BD) / (error_BD.shape[1] if kind == "mean" else 1)
 
 
-def warmed(coefficient: float, step: jax.Array, warmup_steps: int) -> jax.Array:
+def warmed(coefficient: jax.Array, step: jax.Array, warmup_steps: int) -> jax.Array:
     """A coefficient that rises linearly from 0 over the first steps (f32[]); `step`, i32[], is 0 at the first."""
     return coefficient * jnp.minimum((step + 1).astype(jnp.float32) / max(warmup_steps, 1), 1.0)
 

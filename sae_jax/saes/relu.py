@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ class Config(SaeConfig):
     """numbers of steps after which dead latents are resampled (25k, 50k, 75k and 100k in the paper); none = never"""
     resample_inputs: int = 819_200
     """rows before each of them that new directions are drawn from"""
+
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +124,7 @@ class Relu(AbstractSae):
         tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_dec))
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
         statistics = statistics.after(tiles.fired, n_rows)
         if self.config.resample_steps:

@@ -43,6 +43,7 @@ class Config(SaeConfig):
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +98,7 @@ class ReluNorm(AbstractSae):
         tiles = self._reconstruct(batch.x)
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = (tiles.penalty * jnp.linalg.norm(self.w_dec, axis=-1)).sum() / n_rows
-        coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
         return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 

@@ -42,6 +42,7 @@ class Config(SaeConfig):
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=1e-3, eps=1e-8)
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +97,7 @@ class Tied(AbstractSae):
         tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_enc), centre_D)
         x_hat_BD = tiles.x_hat + centre_D[None]
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(self.config.l1_coefficient, step, self.config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
         return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 

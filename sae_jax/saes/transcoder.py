@@ -18,7 +18,7 @@ outputs: Ameisen et al. 2025, "Circuit tracing", section 2.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class Config(KConfig):
     """first steps, over which that weight rises linearly from 0"""
     error: losses.Error = "summed"
     """which squared error l1_coefficient stands beside, see saes/losses.py"""
+
+    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +132,7 @@ class Transcoder(AbstractSae):
             *(_relu, self._dtype, base.FIRED_ABOVE),
         )
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(config.l1_coefficient, step, config.sparsity_warmup_steps)
+        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
         return loss, Outcome(y_hat_BY, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
 

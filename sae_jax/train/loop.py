@@ -193,7 +193,7 @@ def _take_up(
     if start == 0:
         states = initial_states(active, sample, mesh)
     else:
-        targets = {m: abstract(m.sae, m.train, m.widths, mesh) for m in active}
+        targets = {m: abstract(*m.program, m.widths, mesh) for m in active}
         in_set = {m.name: target for m, target in targets.items() if latest_step(run, m.name) == start}
         states = checkpoints.restore(in_set) if in_set else {}
         for member, target in targets.items():
@@ -342,7 +342,7 @@ def _fail(
     checkpoints.wait()
     last = latest_step(run, member.name)
     if member.name and last is not None:  # the set's checkpoints will go on without it
-        target = abstract(member.sae, member.train, member.widths, mesh)
+        target = abstract(*member.program, member.widths, mesh)
         with Checkpoints(member.folder) as own:
             own.save(last, {"": checkpoints.restore({member.name: target})[member.name]})
     path = _failure(member, jax.process_index())

@@ -5,7 +5,7 @@
 
 Each batch is placed once, split over all devices, and gathered over `member` once. Then lane after lane is stepped on
 it. Without a `member` axis a lane is one SAE. All lanes that share a program (same variant, sizes and dtypes; learning
-rate, seed and the like are data) share its compilation.
+rate, seed, coefficients and the like are data) share its compilation.
 
 Members in turn, not stacked under `lax.map`: it takes as long, and the map would hold the stack of states twice.
 """
@@ -51,7 +51,7 @@ class Member:
     @property
     def program(self) -> Program:
         """Members for which this is equal can share a compiled program."""
-        return self.sae, program(self.train)
+        return self.sae.program, program(self.train)
 
     def __str__(self) -> str:
         return f"member {self.name}" if self.name else "train"
@@ -140,7 +140,7 @@ def initial_states(members: Sequence[Member], sample: Callable[[InputNorm], Samp
 
         born = jax.jit(born)
         for member in own:
-            values = Values.of(member.train, sae_config)
+            values = Values.of(member.train, member.sae)
             states[member.name] = _in_order(born(sample(sae_config.input_norm), values))
     return states
 

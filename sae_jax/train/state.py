@@ -131,6 +131,7 @@ class Values:
     clip: jax.Array  # f32[], not used if train.clip is 0
     ema: jax.Array  # f32[], not used if train.ema is 0
     dead_after: jax.Array  # i32[]
+    coefficients: dict[str, jax.Array]  # f32[] of each in SaeConfig.DATA
 
     @classmethod
     def of(cls, config: TrainConfig, sae_config: SaeConfig) -> Self:
@@ -141,6 +142,7 @@ class Values:
             clip=jnp.float32(config.clip),
             ema=jnp.float32(config.ema),
             dead_after=jnp.int32(config.dead_after_tokens),
+            coefficients=sae_config.coefficients,
         )
 
 
@@ -188,6 +190,7 @@ def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample, values: 
             loss_scale=1 / sample.variance,
             scale=sample.scale,
             own=sae_config.own_statistics(sample),
+            coefficients=values.coefficients,
         ),
         key=jax.random.fold_in(key, 1),
         values=values,

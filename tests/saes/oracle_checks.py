@@ -35,7 +35,7 @@ def assert_is_oracle(sae: Any, want: Any, shape: tuple[int, int] | None) -> None
 
     def value_and_gradient(sae, x, silent):
         one = jnp.ones(D)
-        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), base.Scale(one, one))
+        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), base.Scale(one, one), {}, coefficients)
 
         def objective(sae):
             return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
@@ -45,6 +45,8 @@ def assert_is_oracle(sae: Any, want: Any, shape: tuple[int, int] | None) -> None
     def place(a, role):
         return jax.device_put(a, meshes.sharding(mesh, role))
 
+    # Its coefficients come as data, its config says 1 for each.
+    coefficients, sae = sae.config.coefficients, sae.replace(config=sae.config.program)
     x, silent = rows(), np.zeros(F, np.int32)
     if shape is None:
         (loss, outcome), gradients = jax.jit(value_and_gradient)(sae, x, silent)

@@ -49,7 +49,8 @@ def rows(widths) -> tuple[np.ndarray, np.ndarray]:
 def statistics(widths) -> base.Statistics:
     scale = base.Scale(*(jnp.ones(sum(own)) for own in widths))
     silent = 200 * (np.arange(F) % 5 == 0).astype(np.int32)
-    return base.Statistics(jnp.asarray(silent), jnp.int32(100), jnp.float32(0.7), scale)
+    coefficients = {"l1_coefficient": jnp.float32(0.7)}
+    return base.Statistics(jnp.asarray(silent), jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
 
 
 def value_and_gradient(sae, batch, stats, step=0):

@@ -40,8 +40,9 @@ def value_and_gradient(sae, batch, silent=None):
 @jax.jit
 def _value_and_gradient(sae, batch, silent):
     def objective(sae):
-        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), base.Scale(jnp.ones(D), jnp.ones(D)))
-        return sae.objective(batch, stats, jnp.int32(0), jax.random.key(0))
+        scale, coefficients = base.Scale(jnp.ones(D), jnp.ones(D)), sae.config.coefficients
+        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
+        return sae.replace(config=sae.config.program).objective(batch, stats, jnp.int32(0), jax.random.key(0))
 
     return jax.value_and_grad(objective, has_aux=True)(sae)
 
@@ -150,7 +151,7 @@ def test_initialisation(k, n_latents):
 def test_scaled_rows_reach_the_model_in_its_units_and_fold(k):
     sae, batch = make(k=k, input_norm="dataset_rms"), in_model.random_batch(left_out=0)
     scale = base.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
-    stats = base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale)
+    stats = base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
     rows, _ = base.normalised(base.Batch(batch.x, None, batch.context), "dataset_rms", scale)
     _, outcome = jax.jit(lambda: sae.objective(rows, stats, jnp.int32(0), jax.random.key(0)))()
     folded = sae.folded(scale)

@@ -29,11 +29,11 @@ def rows() -> np.ndarray:
     return np.random.default_rng(5).standard_normal((B, D)).astype(np.float32)
 
 
-def statistics() -> base.Statistics:
+def statistics(coefficient: float = 0.7) -> base.Statistics:
     silent = np.random.default_rng(1).integers(0, WINDOW, F).astype(np.int32)
-    return base.Statistics(
-        jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), base.Scale(jnp.ones(D), jnp.ones(D))
-    )
+    scale = base.Scale(jnp.ones(D), jnp.ones(D))
+    coefficients = {"l1_coefficient": jnp.float32(coefficient)}
+    return base.Statistics(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), scale, {}, coefficients)
 
 
 def value_and_gradient(sae, x, stats):
@@ -130,7 +130,7 @@ def test_the_coefficient_means_what_the_error_convention_says_and_warms_up():
     x, stats = rows(), statistics()
     batch, key = base.Batch(x, x), jax.random.key(0)
     loss = [make(**s).objective(batch, stats, jnp.int32(1), key)[0] for s in ({}, {"error": "mean"})]
-    summed, outcome = make(l1_coefficient=0.7 * D).objective(batch, stats, jnp.int32(1), key)
+    summed, outcome = make().objective(batch, statistics(0.7 * D), jnp.int32(1), key)
     np.testing.assert_allclose(loss[1], summed / D, rtol=1e-6)
     half, _ = make(sparsity_warmup_steps=4).objective(batch, stats, jnp.int32(1), key)
     np.testing.assert_allclose(loss[0] - half, 0.35 * outcome.metrics["l1"], rtol=1e-5)

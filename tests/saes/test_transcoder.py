@@ -31,7 +31,8 @@ def batch() -> base.Batch:
 
 def value_and_gradient(sae, rows, place=lambda a, role: a):
     scale = base.Scale(jnp.ones(X), jnp.ones(Y))
-    stats = base.Statistics(place(jnp.zeros(F, jnp.int32), meshes.DICT), jnp.int32(100), jnp.float32(0.7), scale)
+    silent, coefficients = place(jnp.zeros(F, jnp.int32), meshes.DICT), sae.config.coefficients
+    stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
 
     def objective(sae):
         return sae.objective(rows, stats, jnp.int32(0), jax.random.key(0))

@@ -18,12 +18,13 @@ from sae_jax import mesh as meshes
 from sae_jax.activations.loader import Loader
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import ActivationSet, open_activations
-from sae_jax.saes import topk
+from sae_jax.saes import relu, topk
 from sae_jax.saes.base import sample_statistics
 from sae_jax.train import loop
 from sae_jax.train.checkpoint import Checkpoints, load, load_run
 from sae_jax.train.members import Member, initial_states, lanes_of, place
 from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.train.step import make_step
 from sae_jax.types import UsageError, UserError
 from tests import runs
 
@@ -134,6 +135,29 @@ def test_a_member_is_its_solo_run(together: Path, small_set: Path, tmp_path: Pat
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()} - {"attempts.jsonl"}
     assert load_run(ours).step == solo.train.steps
     assert load(ours).config == solo.sae
+
+
+def test_coefficients_are_data(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep over them is one compilation, and each member its solo run. Without a penalty it is another program."""
+
+    def penalised(name: str, coefficient: float, folder: Path) -> Member:
+        plain, sae = member_of(tmp_path, "plain"), relu.Config(n_latents=64, l1_coefficient=coefficient)
+        return dataclasses.replace(
+            plain, name=name, sae=sae, folder=folder, facts={**plain.facts, "sae": dataclasses.asdict(sae)}
+        )
+
+    run = tmp_path / "run"
+    weak, strong, none = (penalised(f"l{c}", c, run / "members" / f"l{c}") for c in (0.02, 0.5, 0.0))
+    assert weak.program == strong.program != none.program
+    steps = []
+    with monkeypatch.context() as patched:
+        patched.setattr("sae_jax.train.members.make_step", lambda *own: steps.append(make_step(*own)) or steps[-1])
+        train(small_set, run, [weak, strong], one_device())
+    assert [step._cache_size() for step in steps] == [1]
+    solo = penalised("", 0.5, tmp_path / "solo")
+    train(small_set, solo.folder, [solo], one_device())
+    assert bits_of(strong.folder, solo) == bits_of(solo.folder, solo) != bits_of(weak.folder, solo)
+    assert load(strong.folder).config == strong.sae
 
 
 def test_slices_exchange_metrics_alone() -> None:
