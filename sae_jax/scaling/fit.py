@@ -33,7 +33,7 @@ N_JITTERED = 3  # starts beside each of these
 VANISHED = 0.01  # a term with a smaller share of y everywhere has too little gradient to come back by
 
 
-class Unfit(ValueError):
+class UnfitError(ValueError):
     """These points do not determine the law; the message says what is missing."""
 
 
@@ -159,23 +159,23 @@ _TINY = np.finfo(np.float64).tiny
 def joint(n_N: np.ndarray, k_N: np.ndarray, loss_N: np.ndarray) -> Law:
     """L(n, k), of latents n f64[N], active latents k f64[N] and errors f64[N] (section 3.2).
 
-    Raises Unfit for fewer than three n, two k or seven points.
+    Raises UnfitError for fewer than three n, two k or seven points.
     """
     return _fit("joint", loss_N, n_N, k_N)
 
 
 def decay(x_N: np.ndarray, loss_N: np.ndarray) -> Law:
-    """L(x) falling to nothing, of compute or latents x f64[N] (section 3.1). Raises Unfit for fewer than two x."""
+    """L(x) falling to nothing, of compute or latents x f64[N] (section 3.1). Raises UnfitError for fewer than two x."""
     return _fit("decay", loss_N, x_N)
 
 
 def decay_constant(x_N: np.ndarray, loss_N: np.ndarray) -> Law:
-    """L(x) falling to a constant that no x undercuts (section 3.1). Raises Unfit for fewer than three x."""
+    """L(x) falling to a constant that no x undercuts (section 3.1). Raises UnfitError for fewer than three x."""
     return _fit("decay_constant", loss_N, x_N)
 
 
 def growth(x_N: np.ndarray, y_N: np.ndarray) -> Law:
-    """y(x) of any positive y, such as tokens to convergence (section 3.1). Raises Unfit for fewer than two x."""
+    """y(x) of any positive y, such as tokens to convergence (section 3.1). Raises UnfitError for fewer than two x."""
     return _fit("growth", y_N, x_N)
 
 
@@ -193,6 +193,14 @@ def better(with_constant: Law, without: Law) -> tuple[bool, str]:
     return ours < theirs, f"the law {words[0]} the constant fits worse than {words[1]} ({by} {{}} against {{}})".format(
         *(f"{value:.4g}" for value in sorted((ours, theirs), reverse=True))
     )
+
+
+def ends(values_R: np.ndarray) -> tuple[float, float] | None:
+    """The interval that 90 % of the values f64[R] of draws lie in; None if there are none."""
+    if not len(values_R):
+        return None
+    low, high = np.quantile(values_R, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    return float(low), float(high)
 
 
 def frontier(flops_N: np.ndarray, loss_N: np.ndarray) -> np.ndarray:
@@ -274,9 +282,10 @@ def _fit(name: str, y_N: np.ndarray, *x: np.ndarray) -> Law:
     squares, n = float(residual_N @ residual_N), len(y_N)
     spread = float(((log_y_N - log_y_N.mean()) ** 2).sum())
     draws_RP = _draws(terms, theta_P, residual_N)
-    edges = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
-    ends = np.quantile(form.natural(draws_RP), edges, axis=0).T.tolist() if len(draws_RP) else []
-    interval = {key: (low, high) for key, (low, high) in zip(form.coefficients, ends, strict=False)}
+    drawn_PR = form.natural(draws_RP).T
+    interval = {
+        name: found for name, each_R in zip(form.coefficients, drawn_PR, strict=True) if (found := ends(each_R))
+    }
     coefficients = dict(zip(form.coefficients, natural_P.tolist(), strict=True))
     largest_out, carried = _largest_out(form, y_N, x)
     return Law(
@@ -298,16 +307,16 @@ def _fit(name: str, y_N: np.ndarray, *x: np.ndarray) -> Law:
 def _solve(
     form: Form, y_N: np.ndarray, x: tuple[np.ndarray, ...]
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
-    """The best of several starts: (theta f64[P], designs, ln y f64[N]). Raises Unfit."""
+    """The best of several starts: (theta f64[P], designs, ln y f64[N]). Raises UnfitError."""
     for name, each in zip(form.variables, x, strict=True):
         if (distinct := len(np.unique(each))) < form.values[name]:
-            raise Unfit(f"{distinct} distinct {name}, and {form.values[name]} are needed")
+            raise UnfitError(f"{distinct} distinct {name}, and {form.values[name]} are needed")
     if len(y_N) < len(form.coefficients):
-        raise Unfit(f"{len(y_N)} points for {len(form.coefficients)} coefficients")
+        raise UnfitError(f"{len(y_N)} points for {len(form.coefficients)} coefficients")
     terms, log_y_N = form.terms(*map(np.log, x)), np.log(y_N)
     ranks = [np.linalg.matrix_rank(term) for term in terms]
     if any(rank < term.shape[1] for rank, term in zip(ranks, terms, strict=True)):
-        raise Unfit("the points lie on one line; vary n and k apart")
+        raise UnfitError("the points lie on one line; vary n and k apart")
     flat, back = _orthonormal(terms)
     solved = [_least_squares(flat, log_y_N, start_P) for start_P in _starts(flat, log_y_N)]
     best_P = min(solved, key=lambda found: found[1])[0]
@@ -331,9 +340,7 @@ def _starts(terms: tuple[np.ndarray, ...], log_y_N: np.ndarray) -> list[np.ndarr
     return starts
 
 
-def _least_squares(
-    terms: tuple[np.ndarray, ...], log_y_N: np.ndarray, start_P: np.ndarray
-) -> tuple[np.ndarray, float]:
+def _least_squares(terms: tuple[np.ndarray, ...], log_y_N: np.ndarray, start_P: np.ndarray) -> tuple[np.ndarray, float]:
     """(theta f64[P], half the sum of squares) of ln y, by Levenberg-Marquardt with the exact Jacobian."""
     found = optimize.least_squares(
         lambda theta_P: _log_sum(terms, theta_P) - log_y_N,
@@ -393,12 +400,10 @@ def _draws(terms: tuple[np.ndarray, ...], theta_P: np.ndarray, residual_N: np.nd
     even_N = residual_N / np.sqrt(1 - leverage_N)
     even_N = even_N - even_N.mean()
     start_P = _flat_of(flat, terms, theta_P, floor=VANISHED)
-    draws = []
-    for _ in range(N_DRAWS // 2):
-        noise_N = np.sqrt((n - p) / rng.chisquare(n - p)) * rng.choice(even_N, n)
-        for drawn_N in (fitted_N + noise_N, fitted_N - noise_N):  # in pairs, so that chance favours no side
-            draws.append(back(_least_squares(flat, drawn_N, start_P)[0]))
-    return np.array(draws)
+    noises = [np.sqrt((n - p) / rng.chisquare(n - p)) * rng.choice(even_N, n) for _ in range(N_DRAWS // 2)]
+    # Each with both signs, so that chance favours no side.
+    drawn = [fitted_N + sign * noise_N for noise_N in noises for sign in (1, -1)]
+    return np.array([back(_least_squares(flat, drawn_N, start_P)[0]) for drawn_N in drawn])
 
 
 def _flat_of(
@@ -412,7 +417,7 @@ def _flat_of(
 
 
 def _largest_out(form: Form, y_N: np.ndarray, x: tuple[np.ndarray, ...]) -> tuple[float | None, float | None]:
-    """Mean relative errors for the largest first variable: of the law fitted without it, and of the next smaller one."""
+    """Mean relative errors for the largest n or x: by the law fitted without it, and by carrying over the next one."""
     out_N = x[0] == x[0].max()
     seen = tuple(each[~out_N] for each in x)
     carried = []
@@ -423,7 +428,7 @@ def _largest_out(form: Form, y_N: np.ndarray, x: tuple[np.ndarray, ...]) -> tupl
             carried.append(abs(y_N[nearest].mean() / y_N[i] - 1))
     try:
         theta_P, *_ = _solve(form, y_N[~out_N], seen)
-    except Unfit:
+    except UnfitError:
         predicted = None
     else:
         foreseen_N = np.exp(_log_sum(form.terms(*(np.log(each[out_N]) for each in x)), theta_P))
@@ -439,9 +444,7 @@ def _aicc(squares: float, n: int, p: int) -> float | None:
     return n * float(np.log(max(squares / n, smallest))) + 2 * q + 2 * q * (q + 1) / (n - q - 1)
 
 
-def _doubts(
-    form: Form, coefficients: dict[str, float], interval: dict[str, tuple[float, float]]
-) -> tuple[str, ...]:
+def _doubts(form: Form, coefficients: dict[str, float], interval: dict[str, tuple[float, float]]) -> tuple[str, ...]:
     """Coefficients that the points do not determine. The value at x = 1 may be vague; it is far from any point."""
     if not interval:
         n = len(coefficients)
