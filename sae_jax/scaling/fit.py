@@ -26,6 +26,7 @@ from scipy import optimize
 
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
+DRAW_TOLERANCE = 1e-8  # relative; a tighter one only costs time where a coefficient is not determined
 SPACING = 1.5  # two budgets differ by at least this factor: nearer ones say the same twice
 ALIGNED = 1.05  # points that differ by less than this factor in cost stand for one budget
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)  # of the least error, where the second term starts
@@ -69,7 +70,7 @@ def _joint(ln_n_N: np.ndarray, ln_k_N: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.stack([one_N, ln_k_N, ln_n_N, ln_k_N * ln_n_N], axis=-1), np.stack([one_N, ln_k_N], axis=-1)
 
 
-_EXPONENT = "a wider range of it"
+_EXPONENT = "more values, over a wider range"
 FORMS = {
     "joint": Form(
         ("n", "k"),
@@ -93,7 +94,7 @@ FORMS = {
         ("coefficient", "exponent", "constant"),
         lambda ln_x_N: (_falling(ln_x_N), np.ones((*ln_x_N.shape, 1))),
         {"x": 3},
-        {"exponent": _EXPONENT, "constant": "larger values of it, where the error stops falling"},
+        {"exponent": _EXPONENT, "constant": "larger values, where the error stops falling"},
     ),
     "growth": Form(
         ("x",), ("coefficient", "exponent"), lambda ln_x_N: (_rising(ln_x_N),), {"x": 2}, {"exponent": _EXPONENT}
@@ -222,14 +223,14 @@ class Valley:
 def valley(x_N: np.ndarray, loss_N: np.ndarray) -> Valley:
     """Where ln loss f64[N] is least over ln x f64[N]: the parabola through the best point and its two neighbours."""
     order = np.argsort(x_N)
-    x_N, loss_N = np.log(x_N[order]), np.log(loss_N[order])
+    x_N, loss_N = x_N[order], loss_N[order]
     i = int(np.argmin(loss_N))
     if i in (0, len(x_N) - 1):
-        return Valley(float(np.exp(x_N[i])), float(np.exp(loss_N[i])), True)
-    at = x_N[i - 1 : i + 2] - x_N[i]
-    a, b, c = np.polyfit(at, loss_N[i - 1 : i + 2], 2)
+        return Valley(float(x_N[i]), float(loss_N[i]), True)
+    near = slice(i - 1, i + 2)
+    a, b, c = np.polyfit(np.log(x_N[near] / x_N[i]), np.log(loss_N[near]), 2)
     shift = -b / (2 * a) if a > 0 else 0.0  # three equal losses have no parabola
-    return Valley(float(np.exp(x_N[i] + shift)), float(np.exp(c + b * shift + a * shift**2)), False)
+    return Valley(float(x_N[i] * np.exp(shift)), float(np.exp(c + b * shift + a * shift**2)), False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,16 +341,18 @@ def _starts(terms: tuple[np.ndarray, ...], log_y_N: np.ndarray) -> list[np.ndarr
     return starts
 
 
-def _least_squares(terms: tuple[np.ndarray, ...], log_y_N: np.ndarray, start_P: np.ndarray) -> tuple[np.ndarray, float]:
+def _least_squares(
+    terms: tuple[np.ndarray, ...], log_y_N: np.ndarray, start_P: np.ndarray, tolerance: float = 1e-14
+) -> tuple[np.ndarray, float]:
     """(theta f64[P], half the sum of squares) of ln y, by Levenberg-Marquardt with the exact Jacobian."""
     found = optimize.least_squares(
         lambda theta_P: _log_sum(terms, theta_P) - log_y_N,
         start_P,
         jac=lambda theta_P: _jacobian(terms, theta_P),  # pyrefly: ignore
         method="lm",
-        xtol=1e-12,
-        ftol=1e-14,
-        gtol=1e-14,
+        xtol=tolerance,
+        ftol=tolerance,
+        gtol=tolerance,
     )
     return found.x, float(found.cost)
 
@@ -403,7 +406,7 @@ def _draws(terms: tuple[np.ndarray, ...], theta_P: np.ndarray, residual_N: np.nd
     noises = [np.sqrt((n - p) / rng.chisquare(n - p)) * rng.choice(even_N, n) for _ in range(N_DRAWS // 2)]
     # Each with both signs, so that chance favours no side.
     drawn = [fitted_N + sign * noise_N for noise_N in noises for sign in (1, -1)]
-    return np.array([back(_least_squares(flat, drawn_N, start_P)[0]) for drawn_N in drawn])
+    return np.array([back(_least_squares(flat, drawn_N, start_P, DRAW_TOLERANCE)[0]) for drawn_N in drawn])
 
 
 def _flat_of(

@@ -31,7 +31,8 @@ def render(study: Study) -> str:
         if name in study.laws:
             _law(said, formula, study.laws[name])
     if study.budgets:
-        table = Table("FLOP", "widths", "best width", "FVU there", title="iso-FLOP curves", title_justify="left")
+        said.print("iso-FLOP curves")
+        table = Table("FLOP", "widths", "best width", "FVU there")
         for budget in study.budgets:
             best = f"{budget.best.x:.0f}" + (", at the edge of the grid" if budget.best.at_edge else "")
             table.add_row(f"{budget.flops:.3g}", str(len(budget.n)), best, f"{budget.best.loss:.4f}")
@@ -43,12 +44,13 @@ def render(study: Study) -> str:
         within = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
         said.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
     for warning in study.warnings:
-        said.print(f"warning: {warning}", markup=False)
+        said.print(f"warning: {warning}", markup=False, soft_wrap=True)
     return text.getvalue()
 
 
 def _law(said: Console, formula: str, fitted: Fitted) -> None:
-    table = Table("", "value", "90 % interval", title=formula, title_justify="left")
+    said.print(formula)
+    table = Table("", "value", "90 % interval")
     laws = [("", fitted.law)] + ([("without: ", fitted.without)] if fitted.without else [])
     for prefix, law in laws:
         for name, value in law.coefficients.items():
