@@ -105,7 +105,7 @@ def _advise(
         ("k", str(k)),
         ("tokens", f"{tokens:,.0f}"),
         ("learning rate", f"{lr:.3g}{by}"),
-        ("FVU expected", f"{error:.4f}{_within(draws_R, '.4f')}"),
+        ("FVU expected", f"{error:.4g}{_within(draws_R, '.4g')}"),
         ("set on disk", f"{tokens * d_model * STORED_BYTES / 1e9:,.3g} GB"),
     ]
     if target is not None:

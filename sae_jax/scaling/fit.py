@@ -26,7 +26,7 @@ from scipy import optimize
 
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
-DRAW_TOLERANCE = 1e-8  # relative; a tighter one only costs time where a coefficient is not determined
+ROUGH = 1e-8  # relative tolerance of starts and draws: a tighter one only costs time where little is determined
 SPACING = 1.5  # two budgets differ by at least this factor: nearer ones say the same twice
 ALIGNED = 1.05  # points that differ by less than this factor in cost stand for one budget
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)  # of the least error, where the second term starts
@@ -319,9 +319,9 @@ def _solve(
     if any(rank < term.shape[1] for rank, term in zip(ranks, terms, strict=True)):
         raise UnfitError("the points lie on one line; vary n and k apart")
     flat, back = _orthonormal(terms)
-    solved = [_least_squares(flat, log_y_N, start_P) for start_P in _starts(flat, log_y_N)]
-    best_P = min(solved, key=lambda found: found[1])[0]
-    return back(best_P), terms, log_y_N
+    rough = [_least_squares(flat, log_y_N, start_P, ROUGH) for start_P in _starts(flat, log_y_N)]
+    best_P = min(rough, key=lambda found: found[1])[0]
+    return back(_least_squares(flat, log_y_N, best_P)[0]), terms, log_y_N
 
 
 def _starts(terms: tuple[np.ndarray, ...], log_y_N: np.ndarray) -> list[np.ndarray]:
@@ -406,7 +406,7 @@ def _draws(terms: tuple[np.ndarray, ...], theta_P: np.ndarray, residual_N: np.nd
     noises = [np.sqrt((n - p) / rng.chisquare(n - p)) * rng.choice(even_N, n) for _ in range(N_DRAWS // 2)]
     # Each with both signs, so that chance favours no side.
     drawn = [fitted_N + sign * noise_N for noise_N in noises for sign in (1, -1)]
-    return np.array([back(_least_squares(flat, drawn_N, start_P, DRAW_TOLERANCE)[0]) for drawn_N in drawn])
+    return np.array([back(_least_squares(flat, drawn_N, start_P, ROUGH)[0]) for drawn_N in drawn])
 
 
 def _flat_of(

@@ -63,6 +63,11 @@ class Study:
     flops_per_token: dict[str, float]
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def widest(self) -> int:
+        """The largest width of any point."""
+        return max(point.n_latents for point in self.points)
+
     def to_json(self) -> dict[str, Any]:
         """fit.json, apart from the draws."""
         found: dict[str, Any] = {name: self._law(name) for name in ("joint", "compute", "latents", "tokens", "lr")}
@@ -73,7 +78,7 @@ class Study:
             "k": self.k,
             "d_model": self.d_model,
             "data": self.data,
-            "widest": max(point.n_latents for point in self.points),
+            "widest": self.widest,
             "n_points": len(self.points),
             "n_points_at_k": len(self.at_k),
             **found,

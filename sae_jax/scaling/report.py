@@ -35,11 +35,11 @@ def render(study: Study) -> str:
         table = Table("FLOP", "widths", "best width", "FVU there")
         for budget in study.budgets:
             best = f"{budget.best.x:.0f}" + (", at the edge of the grid" if budget.best.at_edge else "")
-            table.add_row(f"{budget.flops:.3g}", str(len(budget.n)), best, f"{budget.best.loss:.4f}")
+            table.add_row(f"{budget.flops:.3g}", str(len(budget.n)), best, f"{budget.best.loss:.4g}")
         said.print(table)
     if "lr" in study.laws:
         law = study.laws["lr"].law
-        n = 4 * int(law.range["x"][1])
+        n = 4 * study.widest
         ends = fit.ends(law.draw(n))
         within = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
         said.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
