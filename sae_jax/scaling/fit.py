@@ -31,6 +31,7 @@ SPACING = 1.5  # two budgets differ by at least this factor: nearer ones say the
 ALIGNED = 1.05  # points that differ by less than this factor in cost stand for one budget
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)  # of the least error, where the second term starts
 N_JITTERED = 3  # starts beside each of these
+LARGEST = 700.0  # ln of a coefficient
 VANISHED = 0.01  # a term with a smaller share of y everywhere has too little gradient to come back by
 
 
@@ -45,13 +46,16 @@ class Form:
     variables: tuple[str, ...]  # the first is the one that largest_out leaves the largest value of out
     coefficients: tuple[str, ...]  # term after term
     terms: Callable[..., tuple[np.ndarray, ...]]  # ln of the variables f64[N] -> designs f64[N, *]
-    values: Mapping[str, int]  # distinct values that each variable must have
+    distinct: Mapping[str, int]  # distinct values that each variable must have
     cures: Mapping[str, str]  # what would determine a coefficient that these points do not
 
     def natural(self, theta_P: np.ndarray) -> np.ndarray:
         """The coefficients as they are written: f64[..., P] of the exponents' linear forms -> f64[..., P]."""
+        # A wild draw of points that determine little may be beyond what a float holds, at x = 1.
         columns = [
-            np.exp(theta_P[..., i]) if name in ("coefficient", "constant") else theta_P[..., i]
+            np.exp(np.clip(theta_P[..., i], -LARGEST, LARGEST))
+            if name in ("coefficient", "constant")
+            else theta_P[..., i]
             for i, name in enumerate(self.coefficients)
         ]
         return np.stack(columns, axis=-1)
@@ -310,8 +314,8 @@ def _solve(
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
     """The best of several starts: (theta f64[P], designs, ln y f64[N]). Raises UnfitError."""
     for name, each in zip(form.variables, x, strict=True):
-        if (distinct := len(np.unique(each))) < form.values[name]:
-            raise UnfitError(f"{distinct} distinct {name}, and {form.values[name]} are needed")
+        if (found := len(np.unique(each))) < form.distinct[name]:
+            raise UnfitError(f"{found} distinct {name}, and {form.distinct[name]} are needed")
     if len(y_N) < len(form.coefficients):
         raise UnfitError(f"{len(y_N)} points for {len(form.coefficients)} coefficients")
     terms, log_y_N = form.terms(*map(np.log, x)), np.log(y_N)

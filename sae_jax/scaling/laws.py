@@ -225,7 +225,7 @@ def _settled(points: list[Point], names: tuple[str, ...], enough: int) -> tuple[
 
 
 def _latents(at_k: list[Point]) -> Fitted:
-    best, note = _settled(at_k, ("n_latents",), fit.FORMS["decay_constant"].values["x"])
+    best, note = _settled(at_k, ("n_latents",), fit.FORMS["decay_constant"].distinct["x"])
     n_N, fvu_N = _columns(best, "n_latents", "fvu")
     return _with_and_without(n_N, fvu_N, f"{len(best)} widths {note}")
 

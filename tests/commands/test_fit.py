@@ -136,6 +136,13 @@ def test_another_k_goes_by_the_joint_law(fitted, capsys):
     assert error(16) / error(K) == pytest.approx(2**-0.2, rel=0.05)
 
 
+def test_another_k_without_a_joint_law_is_refused(fitted, tmp_path, capsys):
+    path = tmp_path / "fit.json"
+    path.write_text(json.dumps({**read(fitted), "joint": None}))
+    assert cli.main(["advise", "--compute=1e10", f"--fit={path}", "--k=16"]) == 2
+    assert "fit with --k=16" in capsys.readouterr().err
+
+
 def test_laws_that_the_points_do_not_support_are_left_out_with_the_reason(points, tmp_path, capsys):
     """Two widths, one k, one rate, no convergence."""
     few = [p for p in points if p.n_latents in (64, 128) and p.k == 4 and not p.converged]

@@ -140,6 +140,15 @@ def test_as_many_points_as_coefficients_have_no_intervals():
     assert "no intervals" in law.warnings[0]
 
 
+def test_a_step_gives_finite_numbers(few_draws):
+    """One bad budget and then no progress: the exponent is as large as one likes, and so is the error at one FLOP."""
+    law = fit.decay_constant(np.logspace(13, 17, 8), np.array([0.9, *noisy(np.full(7, 0.5), 0.01, 0)]))
+    assert np.isfinite(list(law.coefficients.values())).all()
+    assert np.isfinite(list(law.interval.values())).all()
+    assert any("exponent is not determined" in doubt for doubt in law.warnings)
+    assert law.predict(1e17) == pytest.approx(0.5, rel=0.02)
+
+
 def test_a_law_comes_back_from_json(few_draws):
     law = fit.decay_constant(np.logspace(0, 4, 9), noisy(oracle.compute(np.logspace(0, 4, 9)), 0.01, 3))
     again = fit.Law.of(json.loads(json.dumps(law.to_json())), law.draws.tolist())
