@@ -106,9 +106,14 @@ def _advise(
         ("tokens", f"{tokens:,.0f}"),
         ("learning rate", f"{lr:.3g}{by}"),
         ("FVU expected", f"{error:.4g}{_within(draws_R, '.4g')}"),
-        ("set on disk", f"{tokens * d_model * STORED_BYTES / 1e9:,.3g} GB"),
     ]
+    if d_model is not None:
+        rows.append(("set on disk", f"{tokens * d_model * STORED_BYTES / 1e9:,.3g} GB"))
     if target is not None:
+        if d_model is None:
+            raise UsageError(
+                f"--target={target.name}: {command.fit} has no d_model, as its table had none; leave it out"
+            )
         work = tokens * flops.executed(sae, Widths.one(d_model))
         hours = work / (target.chip.flops * target.n_devices * command.mfu) / 3600
         rows.append((f"hours on {target.name}", f"{hours:,.3g} at {command.mfu:.0%} of the matrix rate"))

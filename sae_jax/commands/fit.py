@@ -25,13 +25,15 @@ class Fit:
     """active latents at which the laws of compute and latents are fitted; default: the k with most points"""
     variant: str | None = None
     """variant whose points are fitted; default: the one with most points"""
+    site: str | None = None
+    """likewise the source that is encoded; several side by side as a+b"""
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, fit, write, show."""
     command = config.parse(Fit, argv, "sae-jax fit")
     folder = Path(command.dir)
-    study = laws.study(table.read(folder), command.variant, command.k)
+    study = laws.study(table.read(folder), command.variant, command.site, command.k)
     text = report.render(study)
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
     facts = json.dumps(study.to_json(), indent=2).removesuffix("\n}")

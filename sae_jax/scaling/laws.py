@@ -52,8 +52,9 @@ class Study:
     """All that a table says."""
 
     variant: str
+    site: str  # sources that are encoded; "" if the table does not say
     k: int | None
-    d_model: int
+    d_model: int | None  # None if the table does not say
     data: str
     points: list[Point]  # of the variant
     at_k: list[Point]
@@ -75,6 +76,7 @@ class Study:
             found["compute"]["best_latents"] = self._law("best_latents")
         return {
             "variant": self.variant,
+            "site": self.site,
             "k": self.k,
             "d_model": self.d_model,
             "data": self.data,
@@ -100,13 +102,15 @@ class Study:
         return content
 
 
-def study(points: Sequence[Point], variant: str | None = None, k: int | None = None) -> Study:
-    """Fit what can be fitted. None = the variant, and then the k, with most points.
+def study(points: Sequence[Point], variant: str | None = None, site: str | None = None, k: int | None = None) -> Study:
+    """Fit what can be fitted. None = the variant, then the site, then the k, with most points.
 
-    Raises UsageError if no point has this variant or k, UserError if its points are of different activation sets.
+    Raises UsageError if no point has these, UserError if such points are of different activation sets.
     """
     variant = _choose("variant", [point.variant for point in points], variant)
     points = [point for point in points if point.variant == variant]
+    site = _choose("site", [_site(point) for point in points], site)
+    points = [point for point in points if _site(point) == site]
     for name in ("data", "d_model"):
         if len(found := {getattr(point, name) for point in points}) > 1:
             several = " and ".join(sorted(map(str, found)))
@@ -138,6 +142,7 @@ def study(points: Sequence[Point], variant: str | None = None, k: int | None = N
     first = points[0]
     return Study(
         variant,
+        site,
         k,
         first.d_model,
         first.data,
@@ -149,6 +154,10 @@ def study(points: Sequence[Point], variant: str | None = None, k: int | None = N
         _flops_per_token(points, warnings),
         warnings,
     )
+
+
+def _site(point: Point) -> str:
+    return "+".join(point.config.get("sites", {}).get("x", ()))
 
 
 def _choose(name: str, found: Sequence[V], wanted: V | None) -> V:

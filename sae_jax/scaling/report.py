@@ -26,7 +26,8 @@ def render(study: Study) -> str:
     text = io.StringIO()
     said = Console(file=text, width=WIDTH, highlight=False)
     k = "" if study.k is None else f" at k={study.k}"
-    said.print(f"{study.variant}{k}: {len(study.at_k)} of {len(study.points)} points; d_model {study.d_model}\n")
+    site = f" of {study.site}" if study.site else ""
+    said.print(f"{study.variant}{site}{k}: {len(study.at_k)} points, of {len(study.points)} at any k\n", markup=False)
     for name, formula in FORMULAS.items():
         if name in study.laws:
             _law(said, formula, study.laws[name])

@@ -44,7 +44,7 @@ def member(n: int, k: int, lr: float) -> list[table.Point]:
             seconds=1.0,
             commit="abc",
             data="set",
-            config={},
+            config={"sites": {"x": ["acts"], "y": ["acts"]}},
         )
         for tokens in marks
     ]
@@ -102,7 +102,7 @@ def test_the_laws_are_written_with_their_intervals(fitted):
 
 def test_the_report_says_the_same(fitted):
     said = (fitted / "fit.txt").read_text()
-    assert "topk at k=8" in said
+    assert "topk of acts at k=8" in said
     assert f"{read(fitted)['compute']['exponent']:.5g}" in said
     assert "fits worse" in said
     assert "learning rate at n_latents=32768: 0.000177" in said
@@ -157,6 +157,19 @@ def test_laws_that_the_points_do_not_support_are_left_out_with_the_reason(points
     assert "best_latents: left out: 0 of" in capsys.readouterr().err
 
 
+def test_a_table_of_bare_points_is_fitted_and_advised_by(points, tmp_path, capsys):
+    """Made by something else: no member names, no width of the rows, no site."""
+    kept = ("n_latents", "k", "lr", "seed", "tokens", "flops", "fvu")
+    bare = [table.Point.of({name: getattr(point, name) for name in kept}) for point in points]
+    assert refit(tmp_path, bare) == 0
+    capsys.readouterr()
+    words = ["advise", "--compute=1e10", f"--fit={tmp_path / 'fit.json'}"]
+    assert cli.main(words) == 0
+    assert "set on disk" not in capsys.readouterr().out
+    assert cli.main([*words, "--target=h200:8"]) == 2
+    assert "has no d_model" in capsys.readouterr().err
+
+
 def test_one_point_is_no_crash(points, tmp_path):
     assert refit(tmp_path, points[:1]) == 0
     assert read(tmp_path)["compute"] is None
@@ -173,6 +186,7 @@ def test_without_convergence_errors_are_compared_at_the_tokens_that_all_have(poi
     [
         (lambda rows: rows, ["--k=7"], 2, "--k=7: no point has it; the table has 4, 8, 16"),
         (lambda rows: rows, ["--variant=relu"], 2, "the table has topk"),
+        (lambda rows: rows, ["--site=mlp"], 2, "the table has acts"),
         (lambda rows: [{**rows[0], "data": "other"}, *rows[1:]], [], 1, "points of data other and set"),
         (
             lambda rows: [{**rows[0], "fvu": -1.0}, *rows[1:]],
