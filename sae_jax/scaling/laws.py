@@ -284,7 +284,7 @@ def _lr(rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], note: str) 
         )
     n_N = np.array(list(inner), np.float64)
     lr_N = np.array([best.x for best in inner.values()])
-    return Fitted(fit.decay(n_N, lr_N), (n_N,), lr_N, f"{len(inner)} widths {note}")
+    return Fitted(fit.growth(n_N, lr_N), (n_N,), lr_N, f"{len(inner)} widths {note}")
 
 
 def _flops_per_token(points: list[Point], warnings: list[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ FORMULAS = {
     "best_latents": "best width n of FLOP C: coefficient * C^exponent",
     "latents": "FVU of width n: constant + coefficient * n^-exponent",
     "tokens": "tokens to convergence of width n: coefficient * n^exponent",
-    "lr": "best learning rate of width n: coefficient * n^-exponent",
+    "lr": "best learning rate of width n: coefficient * n^exponent",
     "joint": "FVU of n and k: exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)",
 }
 WIDTH = 120

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from sae_jax.commands import main as cli
+from sae_jax.commands import sweep
 from sae_jax.scaling import fit, table
+from sae_jax.scaling.sweep import SweepConfig
 from tests.oracles import scaling as oracle
 
 D_MODEL, K = 64, 8
@@ -94,7 +96,7 @@ def test_the_laws_are_written_with_their_intervals(fitted):
             assert math.isfinite(law[coefficient])
     assert found["tokens"]["exponent"] == pytest.approx(1.0)  # 4096 n tokens to convergence
     assert found["tokens"]["coefficient"] == pytest.approx(64 * 64)
-    assert found["lr"]["exponent"] == pytest.approx(0.5)
+    assert found["lr"]["exponent"] == pytest.approx(-0.5)
     assert found["compute"]["best_latents"]["exponent"] == pytest.approx(0.5, abs=0.05)
     assert found["flops_per_token"]["per_latent"] == pytest.approx(FLOPS)
     assert all((fitted / f"{name}.png").stat().st_size for name in FIGURES)
@@ -106,6 +108,11 @@ def test_the_report_says_the_same(fitted):
     assert f"{read(fitted)['compute']['exponent']:.5g}" in said
     assert "fits worse" in said
     assert "learning rate at n_latents=32768: 0.000177" in said
+
+
+def test_a_sweep_takes_the_rule_for_the_rate_as_it_is_written(fitted):
+    rule = sweep._rates(SweepConfig(lr_from=str(fitted / "fit.json")))
+    assert rule(4096) == pytest.approx(best_rate(4096))
 
 
 def test_advice_follows_the_laws(fitted, capsys):
