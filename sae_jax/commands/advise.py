@@ -102,7 +102,7 @@ def _advise(
         lr, by = optim.learning_rate(TrainConfig(), sae), " (the default: the fit has no rule)"
     rows = [
         ("latents", f"{n} (the law says {wanted:.0f}{_within(laws['best_latents'].draw(command.compute), '.0f')})"),
-        ("k", str(k)),
+        ("k", "none" if k is None else str(k)),
         ("tokens", f"{tokens:,.0f}"),
         ("learning rate", f"{lr:.3g}{by}"),
         ("FVU expected", f"{error:.4g}{_within(draws_R, '.4g')}"),
