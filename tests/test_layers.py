@@ -72,3 +72,9 @@ def test_oracles_import_numpy_alone():
 def test_nothing_imports_an_experiment():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert "experiments" not in {name.split(".")[0] for name in names_of(path)}, path.relative_to(ROOT)
+
+
+def test_scaling_fit_imports_numpy_and_scipy_alone():
+    """So that it serves points from anywhere."""
+    roots = {name.split(".")[0] for name in names_of(PACKAGE / "scaling" / "fit.py")}
+    assert roots <= {"__future__", "collections", "dataclasses", "typing", "numpy", "scipy"}

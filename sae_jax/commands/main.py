@@ -19,6 +19,8 @@ COMMANDS = {
     "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to go on",
     "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
     "dashboard": "a static site to look at the latents of a run",
+    "fit": "scaling laws from the table of a sweep, with intervals and figures",
+    "advise": "latents, tokens, learning rate and error for a budget, by the laws of a fit",
     "verify": "check every byte of an activation set",
     "demo": "all of the above on the bundled language model, offline, in minutes",
 }

@@ -1,0 +1,297 @@
+"""Which laws the table of a sweep supports, each fitted to its own choice of points.
+
+    compute        the lower frontier of all points in FLOP, at one k
+    best_latents   the minima of iso-FLOP curves, where a wider and a narrower autoencoder are worse
+    latents        trained to convergence, the best over rates and seeds of each width, at one k
+    tokens         what these took
+    lr             minima of parabolas over ln lr, of widths that have at least three rates
+    joint          as latents, of every width and k
+
+A law that the points do not support is left out, with the reason among the warnings.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sae_jax.errors import UsageError, UserError
+from sae_jax.scaling import fit
+from sae_jax.scaling.table import Point
+
+V = TypeVar("V")
+
+N_RATES = 3  # that a width must have for its best one to be known
+LINEAR = 0.02  # relative error up to which FLOP of a token are taken to be linear in n and k
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A law, the points it was fitted to and how they were chosen."""
+
+    law: fit.Law
+    x: tuple[np.ndarray, ...]  # f64[N] each
+    y: np.ndarray  # f64[N]
+    note: str = ""
+    without: fit.Law | None = None  # the same without its constant
+    has_constant: bool = False  # which of the two is better
+    verdict: str = ""  # and why
+
+    @property
+    def better(self) -> fit.Law:
+        """The law to predict by."""
+        return self.law if self.without is None or self.has_constant else self.without
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """All that a table says."""
+
+    variant: str
+    site: str  # sources that are encoded; "" if the table does not say
+    k: int | None
+    d_model: int | None  # None if the table does not say
+    data: str
+    points: list[Point]  # of the variant
+    at_k: list[Point]
+    laws: dict[str, Fitted]
+    budgets: list[fit.Budget]
+    rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]]  # width -> rates, losses, their minimum
+    flops_per_token: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def widest(self) -> int:
+        """The largest width of any point."""
+        return max(point.n_latents for point in self.points)
+
+    def to_json(self) -> dict[str, Any]:
+        """fit.json, apart from the draws."""
+        found: dict[str, Any] = {name: self._law(name) for name in ("joint", "compute", "latents", "tokens", "lr")}
+        if found["compute"]:
+            found["compute"]["best_latents"] = self._law("best_latents")
+        return {
+            "variant": self.variant,
+            "site": self.site,
+            "k": self.k,
+            "d_model": self.d_model,
+            "data": self.data,
+            "widest": self.widest,
+            "n_points": len(self.points),
+            "n_points_at_k": len(self.at_k),
+            **found,
+            "flops_per_token": self.flops_per_token,
+            "warnings": self.warnings,
+        }
+
+    def draws(self) -> dict[str, list[list[float]]]:
+        """The bootstrap draws of each law that is predicted by."""
+        return {name: np.round(fitted.better.draws, 9).tolist() for name, fitted in self.laws.items()}
+
+    def _law(self, name: str) -> dict[str, Any] | None:
+        if (fitted := self.laws.get(name)) is None:
+            return None
+        content = {**fitted.law.to_json(), "note": fitted.note}
+        if fitted.without is not None:
+            content |= {"has_constant": fitted.has_constant, "verdict": fitted.verdict}
+            content["without_constant"] = fitted.without.to_json()
+        return content
+
+
+def study(points: Sequence[Point], variant: str | None = None, site: str | None = None, k: int | None = None) -> Study:
+    """Fit what can be fitted. None = the variant, then the site, then the k, with most points.
+
+    Raises UsageError if no point has these, UserError if such points are of different activation sets.
+    """
+    variant = _choose("variant", [point.variant for point in points], variant)
+    points = [point for point in points if point.variant == variant]
+    site = _choose("site", [_site(point) for point in points], site)
+    points = [point for point in points if _site(point) == site]
+    for name in ("data", "d_model"):
+        if len(found := {getattr(point, name) for point in points}) > 1:
+            several = " and ".join(sorted(map(str, found)))
+            raise UserError(f"{variant} has points of {name} {several}: errors compare on one set; fit them apart")
+    k = _choose("k", [point.k for point in points], k)
+    at_k = [point for point in points if point.k == k]
+    laws, warnings = {}, []
+
+    def attempt(name: str, make: Callable[[], Fitted]) -> None:
+        try:
+            laws[name] = make()
+        except fit.UnfitError as reason:
+            warnings.append(f"{name}: left out: {reason}")
+        else:
+            fitted = laws[name]
+            warnings.extend(f"{name}: {doubt}" for doubt in fitted.better.warnings)
+
+    budgets = fit.budgets(*_columns(at_k, "n_latents", "flops", "fvu"))
+    rates, rate_note = _rates(at_k, warnings)
+    attempt("compute", lambda: _compute(at_k, warnings))
+    attempt("best_latents", lambda: _best_latents(budgets))
+    attempt("latents", lambda: _latents(at_k))
+    attempt("tokens", lambda: _tokens(at_k))
+    attempt("lr", lambda: _lr(rates, rate_note))
+    if k is None:
+        warnings.append(f"joint: left out: {variant} has no k")
+    else:
+        attempt("joint", lambda: _joint(points))
+    first = points[0]
+    return Study(
+        variant,
+        site,
+        k,
+        first.d_model,
+        first.data,
+        points,
+        at_k,
+        laws,
+        budgets,
+        rates,
+        _flops_per_token(points, warnings),
+        warnings,
+    )
+
+
+def _site(point: Point) -> str:
+    return "+".join(point.config.get("sites", {}).get("x", ()))
+
+
+def _choose(name: str, found: Sequence[V], wanted: V | None) -> V:
+    if wanted is None:
+        counts = Counter(found)
+        return min(counts, key=lambda value: (-counts[value], str(value)))
+    if wanted not in found:
+        there = ", ".join(sorted({str(value) for value in found}, key=lambda text: (len(text), text)))
+        raise UsageError(f"--{name}={wanted}: no point has it; the table has {there}")
+    return wanted
+
+
+def _columns(points: Iterable[Point], *names: str) -> tuple[np.ndarray, ...]:
+    rows = [[getattr(point, name) for name in names] for point in points]
+    return tuple(np.array(rows, np.float64).reshape(-1, len(names)).T)
+
+
+def _by(points: Iterable[Point], *names: str) -> dict[tuple, list[Point]]:
+    groups = defaultdict(list)
+    for point in points:
+        groups[tuple(getattr(point, name) for name in names)].append(point)
+    return dict(sorted(groups.items()))
+
+
+def _with_and_without(x_N: np.ndarray, loss_N: np.ndarray, note: str) -> Fitted:
+    law, without = fit.decay_constant(x_N, loss_N), fit.decay(x_N, loss_N)
+    has_constant, verdict = fit.better(law, without)
+    return Fitted(law, (x_N,), loss_N, note, without, has_constant, verdict)
+
+
+def _compute(at_k: list[Point], warnings: list[str]) -> Fitted:
+    n_N, flops_N, fvu_N = _columns(at_k, "n_latents", "flops", "fvu")
+    on = fit.frontier(flops_N, fvu_N)
+    fitted = _with_and_without(flops_N[on], fvu_N[on], f"{len(on)} budgets on the frontier of {len(at_k)} points")
+    if widest := int((n_N[on] == n_N.max()).sum()):
+        warnings.append(
+            f"compute: {widest} of {len(on)} budgets are best spent on the largest width, {int(n_N.max())}: wider "
+            f"autoencoders may do better there"
+        )
+    return fitted
+
+
+def _best_latents(budgets: list[fit.Budget]) -> Fitted:
+    inner = [budget for budget in budgets if not budget.best.at_edge]
+    if len(inner) < 2:
+        raise fit.UnfitError(
+            f"{len(inner)} of {len(budgets)} budgets have their best width between two others, and 2 are needed; add "
+            f"widths beyond the best ones, and token marks at which they cost the same"
+        )
+    flops_N = np.array([budget.flops for budget in inner])
+    best_N = np.array([budget.best.x for budget in inner])
+    note = f"{len(inner)} of {len(budgets)} budgets, whose best width lies between two others"
+    return Fitted(fit.growth(flops_N, best_N), (flops_N,), best_N, note)
+
+
+def _settled(points: list[Point], names: tuple[str, ...], enough: int) -> tuple[list[Point], str]:
+    """The best point of each group over rates and seeds: at convergence, else at the most tokens that all have."""
+    groups = _by(points, *names)
+    done = {key: [point for point in group if point.converged] for key, group in groups.items()}
+    if (n_done := sum(map(bool, done.values()))) >= enough:
+        chosen, note = [group for group in done.values() if group], "trained to convergence"
+        if n_done < len(groups):
+            note += f"; {len(groups) - n_done} of {len(groups)} are not there yet and left out"
+    else:
+        shared = set.intersection(*({point.tokens for point in group} for group in groups.values()))
+        if not shared:
+            raise fit.UnfitError(
+                f"{n_done} of {len(groups)} are trained to convergence, and there are no tokens at which all were "
+                f"measured"
+            )
+        chosen = [[point for point in group if point.tokens == max(shared)] for group in groups.values()]
+        note = f"at {max(shared):,} tokens, the most that all have: {n_done} of {len(groups)} are converged"
+    return [min(group, key=lambda point: point.fvu) for group in chosen], note
+
+
+def _latents(at_k: list[Point]) -> Fitted:
+    best, note = _settled(at_k, ("n_latents",), fit.FORMS["decay_constant"].distinct["x"])
+    n_N, fvu_N = _columns(best, "n_latents", "fvu")
+    return _with_and_without(n_N, fvu_N, f"{len(best)} widths {note}")
+
+
+def _tokens(at_k: list[Point]) -> Fitted:
+    done = _by([point for point in at_k if point.converged], "n_latents")
+    best = [min(group, key=lambda point: point.fvu) for group in done.values()]
+    if len(best) < 2:
+        raise fit.UnfitError(f"{len(best)} widths are trained to convergence, and 2 are needed")
+    n_N, tokens_N = _columns(best, "n_latents", "tokens")
+    return Fitted(fit.growth(n_N, tokens_N), (n_N,), tokens_N, f"{len(best)} widths trained to convergence")
+
+
+def _joint(points: list[Point]) -> Fitted:
+    best, note = _settled(points, ("n_latents", "k"), len(fit.FORMS["joint"].coefficients) + 1)
+    n_N, k_N, fvu_N = _columns(best, "n_latents", "k", "fvu")
+    return Fitted(fit.joint(n_N, k_N, fvu_N), (n_N, k_N), fvu_N, f"{len(best)} pairs of n and k {note}")
+
+
+def _rates(at_k: list[Point], warnings: list[str]) -> tuple[dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], str]:
+    """Of each width with enough rates: rates, error of each (mean over seeds) at the tokens they share, the minimum."""
+    widths = {n: _by(group, "lr") for (n,), group in _by(at_k, "n_latents").items()}
+    widths = {n: rates for n, rates in widths.items() if len(rates) >= N_RATES}
+    marks = [{point.tokens for point in group} for rates in widths.values() for group in rates.values()]
+    shared = set.intersection(*marks) if marks else set()
+    if not shared:
+        return {}, ""
+    found = {}
+    for n, rates in widths.items():
+        errors = [np.mean([p.fvu for p in group if p.tokens == max(shared)]) for group in rates.values()]
+        lr_N, fvu_N = np.array([lr for (lr,) in rates]), np.array(errors)
+        found[n] = (lr_N, fvu_N, fit.valley(lr_N, fvu_N))
+        if found[n][2].at_edge:
+            warnings.append(
+                f"lr: the best rate at n_latents={n} is the {'smallest' if fvu_N.argmin() == 0 else 'largest'} of the "
+                f"grid, {lr_N[fvu_N.argmin()]:.3g}, so it is left out; add rates beyond"
+            )
+    return found, f"at {max(shared):,} tokens"
+
+
+def _lr(rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], note: str) -> Fitted:
+    inner = {n: best for n, (_, _, best) in rates.items() if not best.at_edge}
+    if len(inner) < 2:
+        raise fit.UnfitError(
+            f"{len(inner)} widths have their best rate between two others, and 2 are needed, each with at least "
+            f"{N_RATES} rates at the same tokens"
+        )
+    n_N = np.array(list(inner), np.float64)
+    lr_N = np.array([best.x for best in inner.values()])
+    return Fitted(fit.growth(n_N, lr_N), (n_N,), lr_N, f"{len(inner)} widths {note}")
+
+
+def _flops_per_token(points: list[Point], warnings: list[str]) -> dict[str, float]:
+    """FLOP of a token as per_latent * n + per_active * k, by least squares of relative errors."""
+    rows = np.array([[point.n_latents, point.k or 0] for point in points], np.float64)
+    cost_N = np.array([point.flops / point.tokens for point in points])
+    found = np.linalg.lstsq(rows / cost_N[:, None], np.ones(len(points)))[0]
+    if (error := float(np.abs(rows @ found / cost_N - 1).max())) > LINEAR:
+        warnings.append(f"flops_per_token: off by up to {error:.0%} from per_latent * n + per_active * k")
+    return {"per_latent": float(found[0]), "per_active": float(found[1])}

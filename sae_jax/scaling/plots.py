@@ -1,0 +1,134 @@
+"""Figures of a study, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_jax.scaling import fit
+from sae_jax.scaling.laws import Fitted, Study
+
+N_WIDTHS = 6  # curves of the joint law that are told apart by colour
+
+
+def draw(study: Study, folder: Path) -> list[Path]:
+    """FOLDER/<what>.png of everything that the study has; those that it no longer has are removed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker
+
+    figures: dict[str, Callable[[Any, Study], None] | None] = {
+        "compute": _compute if "compute" in study.laws else None,
+        "latents": _latents if "latents" in study.laws else None,
+        "isoflop": _isoflop if study.budgets else None,
+        "joint": _joint if "joint" in study.laws else None,
+        "rates": _rates if study.rates else None,
+        "residuals": _residuals if {"compute", "latents", "joint"} & study.laws.keys() else None,
+    }
+    drawn = []
+    for name, paint in figures.items():
+        path = folder / f"{name}.png"
+        if paint is None:
+            path.unlink(missing_ok=True)
+            continue
+        figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+        axis.loglog()
+        paint(axis, study)
+        _ticks(axis, matplotlib.ticker)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        drawn.append(path)
+    return drawn
+
+
+def _ticks(axis: Any, ticker: Any) -> None:
+    """Few plain numbers where less than a decade is shown: the usual ticks of a logarithmic axis overlap there."""
+    low, high = axis.get_ylim()
+    if axis.get_yscale() == "log" and high < 10 * low:
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _compute(axis: Any, study: Study) -> None:
+    axis.plot([p.flops for p in study.at_k], [p.fvu for p in study.at_k], ".", color="0.8", label="all points")
+    _law(axis, study.laws["compute"])
+    axis.set(xlabel="FLOP", ylabel="FVU", title=_title(study))
+
+
+def _latents(axis: Any, study: Study) -> None:
+    _law(axis, study.laws["latents"])
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="latents", ylabel="FVU", title=_title(study))
+
+
+def _law(axis: Any, fitted: Fitted) -> None:
+    """Points, the better law a little beyond them, its interval, and the other law."""
+    (x_N,) = fitted.x
+    x = np.geomspace(x_N.min() / 1.5, x_N.max() * 4, 100)
+    law = fitted.better
+    axis.plot(x_N, fitted.y, "o", color="C0", markersize=4, label="fitted points")
+    axis.plot(x, law.predict(x), color="C1", label=law.form.replace("_", " + "))
+    if len(law.draws):
+        low, high = np.quantile(law.draw(x), (0.5 - fit.LEVEL / 2, 0.5 + fit.LEVEL / 2), axis=0)
+        axis.fill_between(x, low, high, color="C1", alpha=0.2, linewidth=0, label=f"{fit.LEVEL:.0%} interval")
+    if fitted.without is not None:
+        other = fitted.without if fitted.has_constant else fitted.law
+        axis.plot(x, other.predict(x), "--", color="0.4", linewidth=1, label=other.form.replace("_", " + "))
+
+
+def _isoflop(axis: Any, study: Study) -> None:
+    for i, budget in enumerate(study.budgets):
+        colour = f"C{i % 10}"
+        axis.plot(budget.n, budget.loss, ".-", color=colour, linewidth=1, label=f"{budget.flops:.2g} FLOP")
+        if not budget.best.at_edge:
+            axis.plot(budget.best.x, budget.best.loss, "*", color=colour, markersize=10)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="latents", ylabel="FVU", title=_title(study))
+
+
+def _joint(axis: Any, study: Study) -> None:
+    fitted = study.laws["joint"]
+    n_N, k_N = fitted.x
+    widths = np.unique(n_N)
+    shown = widths[np.unique(np.linspace(0, len(widths) - 1, N_WIDTHS).round().astype(int))]
+    k = np.geomspace(k_N.min(), k_N.max(), 50)
+    for i, n in enumerate(shown):
+        at = n_N == n
+        axis.plot(k_N[at], fitted.y[at], "o", color=f"C{i}", markersize=4, label=f"n = {int(n)}")
+        axis.plot(k, fitted.law.predict(n, k), color=f"C{i}", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="k", ylabel="FVU", title=f"{study.variant}: the joint law")
+
+
+def _rates(axis: Any, study: Study) -> None:
+    for i, (n, (lr_N, fvu_N, best)) in enumerate(study.rates.items()):
+        axis.plot(lr_N, fvu_N, ".-", color=f"C{i % 10}", linewidth=1, label=f"n = {n}")
+        if not best.at_edge:
+            axis.plot(best.x, best.loss, "*", color=f"C{i % 10}", markersize=10)
+    axis.set(xlabel="learning rate", ylabel="FVU", title=_title(study))
+
+
+def _residuals(axis: Any, study: Study) -> None:
+    for name in ("compute", "latents", "joint"):
+        if (fitted := study.laws.get(name)) is None:
+            continue
+        order = np.argsort(fitted.x[0], kind="stable")
+        above_N = 100 * (fitted.y / fitted.better.predict(*fitted.x) - 1)
+        axis.plot(np.linspace(0, 1, len(order)), above_N[order], ".-", linewidth=0.5, label=name)
+    axis.axhline(0, color="0.4", linewidth=1)
+    axis.set(xscale="linear", yscale="linear", title=study.variant)
+    axis.set(xlabel="points, from the smallest budget or width to the largest", ylabel="point above its law, %")
+
+
+def _title(study: Study) -> str:
+    return study.variant if study.k is None else f"{study.variant}, k = {study.k}"

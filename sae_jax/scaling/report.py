@@ -1,0 +1,70 @@
+"""What a study says, for a person to read."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from sae_jax.scaling import fit
+from sae_jax.scaling.laws import Fitted, Study
+
+FORMULAS = {
+    "compute": "FVU of FLOP C: constant + coefficient * C^-exponent",
+    "best_latents": "best width n of FLOP C: coefficient * C^exponent",
+    "latents": "FVU of width n: constant + coefficient * n^-exponent",
+    "tokens": "tokens to convergence of width n: coefficient * n^exponent",
+    "lr": "best learning rate of width n: coefficient * n^exponent",
+    "joint": "FVU of n and k: exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)",
+}
+WIDTH = 120
+
+
+def render(study: Study) -> str:
+    """The laws with their intervals and how well they hold, the best widths of budgets, and every warning."""
+    text = io.StringIO()
+    said = Console(file=text, width=WIDTH, highlight=False)
+    k = "" if study.k is None else f" at k={study.k}"
+    site = f" of {study.site}" if study.site else ""
+    said.print(f"{study.variant}{site}{k}: {len(study.at_k)} points, of {len(study.points)} at any k\n", markup=False)
+    for name, formula in FORMULAS.items():
+        if name in study.laws:
+            _law(said, formula, study.laws[name])
+    if study.budgets:
+        said.print("iso-FLOP curves")
+        table = Table("FLOP", "widths", "best width", "FVU there")
+        for budget in study.budgets:
+            best = f"{budget.best.x:.0f}" + (", at the edge of the grid" if budget.best.at_edge else "")
+            table.add_row(f"{budget.flops:.3g}", str(len(budget.n)), best, f"{budget.best.loss:.4g}")
+        said.print(table)
+    if "lr" in study.laws:
+        law = study.laws["lr"].law
+        n = 4 * study.widest
+        ends = fit.ends(law.draw(n))
+        within = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
+        said.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
+    for warning in study.warnings:
+        said.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    return text.getvalue()
+
+
+def _law(said: Console, formula: str, fitted: Fitted) -> None:
+    said.print(formula)
+    table = Table("", "value", "90 % interval")
+    laws = [("", fitted.law)] + ([("without: ", fitted.without)] if fitted.without else [])
+    for prefix, law in laws:
+        for name, value in law.coefficients.items():
+            ends = law.interval.get(name)
+            table.add_row(prefix + name, f"{value:.5g}", f"{ends[0]:.5g} to {ends[1]:.5g}" if ends else "none")
+    said.print(table)
+    said.print(fitted.note, markup=False)
+    if fitted.verdict:
+        said.print(fitted.verdict, markup=False)
+    law = fitted.better
+    held = f"R2 of ln {law.r2:.5f}, residuals {law.rmse_log:.2%}"
+    if law.largest_out is not None:
+        held += f"; the largest, predicted without it, is off by {law.largest_out:.2%}"
+        if law.carried is not None:
+            held += f", the next smaller one by {law.carried:.2%}"
+    said.print(held + "\n")
