@@ -68,8 +68,8 @@ def test_harvest_array_outlives_the_time_limit_of_a_task(cluster: slurm.Slurm, t
     text, path = tmp_path / "text.txt", tmp_path / "set"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n\n\n" for i in range(300)))
     flags = (f"--harvest.text={text}", "--harvest.context=32", "--harvest.tokens=2048")
-    script = runs.ROOT / "launch/slurm_harvest.sbatch"
-    job = cluster.submit("--array=0-1", f"--output={tmp_path}/%a.log", script, "--out", path, *flags)
+    script = runs.ROOT / "launch/slurm_array.sbatch"
+    job = cluster.submit("--array=0-1", f"--output={tmp_path}/%a.log", script, "harvest", "--out", path, *flags)
 
     def works() -> bool:
         return subprocess.run(["pgrep", "-f", f"sae-jax harvest --out {path} .*--shard 1/2"]).returncode == 0

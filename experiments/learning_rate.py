@@ -1,0 +1,85 @@
+"""Does a power law of three widths say which learning rate is best for a fourth?
+
+Question: TopK at k = 32 on residual activations of the bundled language model, a million tokens at a constant rate: is
+the best rate of each width on a power law, and does that of 256, 1,024 and 4,096 latents find the best of 8,192?
+Guess: yes, within one step (a factor of two) of the grid; the exponent is near the -1/2 that others use.
+Command: python experiments/learning_rate.py --out OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from scaling_steps import harvested, swept
+
+from sae_jax.scaling import fit, table
+
+WIDTHS = (256, 1024, 4096, 8192)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how long to train."""
+
+    out: Path = Path("build/learning_rate")
+    """Folder for the set, the sweep and result.json."""
+    data: Path | None = None
+    """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
+    tokens: float = 1e6
+    """That every member learns from."""
+    smoke: bool = False
+    """Three rates of four narrow widths, five steps: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Sweep, find the best rate of each width, predict the last; write OUT/result.json."""
+    data = harvested(config.data, config.out, config.smoke)
+    widths, rates = ((64, 128, 256, 512), RATES[2:7:2]) if config.smoke else (WIDTHS, RATES)
+    grid = {"sae.n_latents": list(widths), "train.lr": list(rates)}
+    tokens = 1280 if config.smoke else config.tokens
+    points = table.read(swept(data, config.out, config.smoke, grid, f"--sweep.tokens={tokens:g}"))
+    show(points)
+    result = predicted(points)
+    (config.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    Console().print(result)
+
+
+def predicted(points: list[table.Point]) -> dict[str, float | None]:
+    """The best rate of the largest width, by the law of the others and as measured."""
+    best = {}
+    for n in sorted({point.n_latents for point in points}):
+        own = sorted((point.lr, point.fvu) for point in points if point.n_latents == n)
+        lr, fvu = (np.array(column) for column in zip(*own, strict=True))
+        best[n] = fit.valley(lr, fvu)
+    *known, last = best
+    inner = [n for n in known if not best[n].at_edge]
+    if len(inner) < 2:
+        return {"exponent": None, "predicted": None, "measured": best[last].x}
+    law = fit.growth(np.array(inner, float), np.array([best[n].x for n in inner]))
+    return {
+        "exponent": law.coefficients["exponent"],
+        "predicted": law.predict(last),
+        "measured": best[last].x,
+        "steps_apart": float(np.log2(law.predict(last) / best[last].x)),
+    }
+
+
+def show(points: list[table.Point]) -> None:
+    """FVU of every rate and width."""
+    widths = sorted({point.n_latents for point in points})
+    shown = Table("rate", *map(str, widths), title="FVU on held-out rows")
+    for lr in sorted({point.lr for point in points}):
+        own = {point.n_latents: point.fvu for point in points if point.lr == lr}
+        shown.add_row(f"{lr:g}", *(f"{own[n]:.4f}" for n in widths))
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,104 @@
+"""Can one code be cut to any length?
+
+Question: of a TopK autoencoder trained at k = 32, decoded from its k' largest latents, what is left at k' from 2 to 128
+beside autoencoders trained at that very k'? And is one trained with Multi-TopK (k and 4 k at once) better at it?
+Guess: TopK is near its own k' only around 32 and gets worse beyond it; Multi-TopK keeps falling up to 128, and costs
+little at 32 (Gao et al. 2024, sections 5.3 and A.2: a code that is good at every length is progressive).
+Command: python experiments/progressive_codes.py --out OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from scaling_steps import RECIPE, SMOKE, harvested, sae_jax
+
+from sae_jax import load
+from sae_jax.activations.store import open_activations
+from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.text import held_out
+from sae_jax.saes.base import AbstractSae
+from sae_jax.types import Sites
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LENGTHS = (2, 4, 8, 16, 32, 64, 128)
+K = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how long to train."""
+
+    out: Path = Path("build/progressive_codes")
+    """Folder for the set, the run, results.json and the figure."""
+    data: Path | None = None
+    """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
+    n_latents: int = 2048
+    """Of every dictionary."""
+    steps: int = 1000
+    """Optimiser steps, of 2048 rows."""
+    lr: float = 4e-3
+    """Learning rate; it falls to 0 over the last fifth."""
+    smoke: bool = False
+    """A few steps of small ones: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train all in one pass, decode each at every length; write OUT/results.json and OUT/progressive_codes.png."""
+    data = harvested(config.data, config.out, config.smoke)
+    n, steps = (256, 5) if config.smoke else (config.n_latents, config.steps)
+    members = [f"topk{k} --sae.k={k}" for k in LENGTHS] + [f"multi{K} --sae.k={K} --sae.multi-topk=0.125"]
+    words = [f"--sae.n-latents={n}", f"--train.steps={steps}", f"--train.decay-steps={steps // 5}"]
+    words += [f"--train.lr={config.lr}", *(flag for flag in SMOKE * config.smoke if "sweep" not in flag)]
+    sae_jax("train", RECIPE, "--data", data, "--out", config.out / "run", *words, "--members", *members)
+
+    site = Sites.one("resid_post.2")
+    text = held_out(open_activations(str(data)), site, 2**12 if config.smoke else 2**15)
+    assert text is not None
+    rows_ND = text.rows()
+
+    def fvu(name: str, k: int) -> float:
+        sae = load(config.out / "run" / "members" / name)
+        return on_rows(at_length(sae, k), rows_ND)["fvu"]
+
+    results = {
+        "trained at that k": [fvu(f"topk{k}", k) for k in LENGTHS],
+        f"TopK at {K}": [fvu(f"topk{K}", k) for k in LENGTHS],
+        f"Multi-TopK at {K} and {4 * K}": [fvu(f"multi{K}", k) for k in LENGTHS],
+    }
+    (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    shown = Table("trained", *map(str, LENGTHS), title="FVU on held-out rows, decoded from the k' largest latents")
+    for name, row in results.items():
+        shown.add_row(name, *(f"{value:.4f}" for value in row))
+    Console(width=120).print(shown)
+    plot(results, config.out / "progressive_codes.png")
+
+
+def at_length(sae: AbstractSae, k: int) -> AbstractSae:
+    """The same weights, selecting k latents a row."""
+    return dataclasses.replace(sae, config=dataclasses.replace(sae.config, k=k))
+
+
+def plot(results: dict[str, list[float]], path: Path) -> None:
+    """FVU against the number of latents that are decoded."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, row in results.items():
+        axis.plot(LENGTHS, np.array(row), "o-", markersize=3, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="latents decoded a row", ylabel="FVU of held-out rows")
+    axis.set_xticks(LENGTHS, map(str, LENGTHS))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

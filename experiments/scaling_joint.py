@@ -1,0 +1,73 @@
+"""Does one law say what width and sparsity leave unexplained?
+
+Question: TopK on residual activations of the bundled language model, six widths by four k at equal tokens: does
+L(n, k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k) (Gao et al. 2024, section
+3.2.3) describe them, and does it know the largest width before it is trained?
+Guess: yes: fitted without the largest width it is off there by less than half of what carrying the next smaller one
+over is; gamma below 0 and eta below 0, as at the paper's scale.
+Command: python experiments/scaling_joint.py --lr-from FIT.json --out OUT      (FIT.json: of learning_rate.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from scaling_steps import harvested, swept
+
+from sae_jax.scaling import table
+
+WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+K = (8, 16, 32, 64)
+BUDGETS = (1e11, 2e11, 4e11, 8e11, 1.6e12, 3.2e12, 6.4e12, 1.28e13)  # FLOP; their iso-FLOP curves: scaling_compute.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how long to train."""
+
+    out: Path = Path("build/scaling_joint")
+    """Folder for the set, the sweep with its laws and figures, and result.json."""
+    data: Path | None = None
+    """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
+    lr_from: Path | None = None
+    """A fit.json with the rule for the learning rate; default: that of the variant."""
+    tokens: float = 3e6
+    """That every member learns from."""
+    smoke: bool = False
+    """Three narrow widths by three k, five steps: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Sweep, fit, compare the prediction of the largest width with carrying the next smaller one over."""
+    data = harvested(config.data, config.out, config.smoke)
+    widths, k = ((64, 128, 256), (4, 8, 16)) if config.smoke else (WIDTHS, K)
+    tokens, budgets = (1280, (2e8, 4e8)) if config.smoke else (config.tokens, BUDGETS)
+    flags = [f"--sweep.tokens={tokens:g}", f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 30:g}"]
+    flags += ["--sweep.compute", *(f"{budget:g}" for budget in budgets)]
+    flags += [f"--sweep.lr-from={config.lr_from}"] if config.lr_from else []
+    sweep = swept(data, config.out, config.smoke, {"sae.n_latents": list(widths), "sae.k": list(k)}, *flags)
+    points = [point for point in table.read(sweep) if point.budget is None]
+    at = {(point.n_latents, point.k): point.fvu for point in points}
+    shown = Table("n", *map(str, k), title=f"FVU on held-out rows after {points[0].tokens:,} tokens, by k")
+    for n in widths:
+        shown.add_row(str(n), *(f"{at[n, each]:.4f}" for each in k))
+    Console().print(shown)
+    loss = np.array([[at[n, each] for each in k] for n in widths])
+    laws = json.loads((sweep / "fit.json").read_text())
+    result = {
+        "falls_with_n": bool((np.diff(loss, axis=0) < 0).all()),
+        "falls_with_k": bool((np.diff(loss, axis=1) < 0).all()),
+        "joint": laws["joint"],
+    }
+    (config.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    Console().print({name: value for name, value in result.items() if name != "joint"})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,32 @@
+"""What the experiments on scaling laws share: the commands they run, on the set they all learn from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+RECIPE = Path(__file__).parents[1] / "configs" / "scaling_laptop.yaml"
+SMOKE = ("--train.batch-size=256", "--sweep.held-out=1024", "--train.log-every=10")
+
+
+def sae_jax(*words: object) -> None:
+    """One command, in a process of its own."""
+    subprocess.run([sys.executable, "-m", "sae_jax.commands.main", *map(str, words)], check=True)
+
+
+def harvested(data: Path | None, out: Path, smoke: bool, *flags: str) -> Path:
+    """The activation set: `data`, or one made in `out`."""
+    if data:
+        return data
+    sae_jax("harvest", RECIPE, "--out", out / "set", *flags, *(["--harvest.tokens=20480"] if smoke else []))
+    return out / "set"
+
+
+def swept(data: Path, out: Path, smoke: bool, grid: dict[str, list], *flags: str) -> Path:
+    """The sweep over a grid, in OUT/sweep, and its laws."""
+    words = [f"{key}={' '.join(map(str, values))}" for key, values in grid.items()]
+    smoke_flags = SMOKE if smoke else ()
+    sae_jax("sweep", RECIPE, "--data", data, "--out", out / "sweep", "--sweep.grid", *words, *flags, *smoke_flags)
+    sae_jax("fit", out / "sweep")
+    return out / "sweep"
