@@ -50,55 +50,66 @@ KINDS = {
     "auxk": ("independent", 1 / 32),
     "neither": ("independent", 0.0),
 }
-# latents: (which kinds, optimiser steps)
-RUNS = {2**13: (tuple(KINDS), 1000), 2**15: (("both", "neither"), 300)}
-BATCH = 512  # small, so that a short run has many steps
+SHOWN = ("dead_fraction", "fvu")
+SETTING = ("--sae.input-norm=layer_norm", "--train.ema=0", "--train.log-every=100")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Where things are, and what counts as dead."""
+    """Where things are, what is trained and what counts as dead."""
 
     out: Path = Path("build/dead_latents")
     """Folder for the runs, results.json and dead_latents.png."""
     data: Path | None = None
     """The demo's activation set; made in `out` if not given."""
-    window: int = 50_000
-    """Tokens without firing after which a latent is dead."""
+    n_latents: int = 2**13
+    """Of every dictionary."""
+    k: int = 8
+    """Active latents a token."""
+    batch_size: int = 256
+    """Rows a step; few, so that a latent takes many steps in few tokens."""
+    rate: float = 2e-3
+    """Learning rate."""
+    steps: int = 7800
+    """Optimiser steps."""
+    window: int = 200_000
+    """Tokens without firing after which a latent is dead; k / n_latents of them is how often one fires on average."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """Which to train."""
     smoke: bool = False
     """Twenty steps at 256 latents on a hundredth of the text: does it run?"""
 
 
 def main(config: Config) -> None:
-    """Train each width from one pass over the data, collect, draw."""
-    runs, window = ({256: (tuple(KINDS), 20)}, 5_000) if config.smoke else (RUNS, config.window)
-    data = config.data or config.out / "set"
+    """Train all from one pass over the data, collect, draw."""
+    n_latents, steps, window = (256, 20, 2_000) if config.smoke else (config.n_latents, config.steps, config.window)
+    data, run = config.data or config.out / "set", config.out / "run"
     small = ["--harvest.tokens=20480"] if config.smoke else []
     if not data.exists():
         harvest(recipe.parse(recipe.Recipe, [str(RECIPE), *small], "dead_latents").harvest, str(data))
+    members = []
+    for name in config.kinds:
+        decoder, coefficient = KINDS[name]
+        members.append(f"{name} --sae.decoder={decoder} --sae.aux_coefficient={coefficient}")
+    words = [str(RECIPE), f"--data={data}", f"--out={run}", *SETTING, f"--sae.n_latents={n_latents}"]
+    words += [f"--sae.k={config.k}", f"--train.batch_size={config.batch_size}", f"--train.lr={config.rate}"]
+    words += [f"--train.steps={steps}", f"--train.dead_after_tokens={window}", "--members", *members]
+    train(recipe.parse_members(Train, words, "dead_latents"))
     results = []
-    for n_latents, (names, steps) in runs.items():
-        members = []
-        for name in names:
-            decoder, coefficient = KINDS[name]
-            members.append(f"{name} --sae.decoder={decoder} --sae.aux_coefficient={coefficient}")
-        run = config.out / f"n{n_latents}"
-        flags = [f"--sae.n_latents={n_latents}", f"--train.steps={steps}", f"--train.dead_after_tokens={window}"]
-        words = [str(RECIPE), f"--data={data}", f"--out={run}", *flags, "--train.ema=0", f"--train.batch_size={BATCH}"]
-        train(recipe.parse_members(Train, [*words, "--members", *members], "dead_latents"))
-        for name in names:
-            rows = logs.read_metrics(run / "members" / name)
-            last = {key: rows[-1][key] for key in ("dead_fraction", "fvu")}
-            results.append({"n_latents": n_latents, "name": name, "tokens": rows[-1]["tokens"], **last})
-            console.print("{n_latents} {name}: {dead_fraction:.1%} dead, fvu {fvu:.4f}".format(**results[-1]))
-            curve = [row["tokens"] for row in rows], [row["dead_fraction"] for row in rows]
-            plt.plot(*curve, label=f"{n_latents:,}, {name}")
-        (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plt.xlabel("tokens")
-    plt.ylabel(f"share of latents silent for {window:,} tokens")
-    plt.ylim(0, 1)
-    plt.legend()
-    plt.savefig(config.out / "dead_latents.png", dpi=120)
+    for name in config.kinds:
+        rows = logs.read_metrics(run / "members" / name)
+        results.append({"name": name, "curve": [[row[key] for key in ("tokens", *SHOWN)] for row in rows]})
+        console.print("{}: {:,} tokens, {:.1%} dead, fvu {:.4f}".format(name, *results[-1]["curve"][-1]))
+    (config.out / "results.json").write_text(json.dumps(results) + "\n")
+
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for own in results:
+        tokens, dead, _ = zip(*own["curve"], strict=True)
+        axis.plot(tokens, dead, label=own["name"])
+    axis.set(xlabel="tokens", ylabel=f"share of latents silent for {window:,} tokens", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(config.out / "dead_latents.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -36,15 +36,19 @@ import matplotlib.pyplot as plt
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 K = (8, 16, 32, 64)
 # What the members of each variant differ in. Coefficients are for rows of mean squared norm 1.
-PENALTIES, RATES = (0.02, 0.04, 0.08, 0.16, 0.32), (5e-4, 1e-3, 2e-3)
+PENALTIES, RATES = (0.03, 0.06, 0.12, 0.24), (1e-3, 2e-3, 4e-3, 8e-3)
 # Thresholds move by a factor of exp(lr) a step at most, so a short run begins near them, with as wide a window.
-JUMP = "--sae.initial-threshold=0.03 --sae.bandwidth=0.03 --train.lr=1e-3"
+JUMPS = {0.02: (5e-4, 1e-3, 2e-3), 0.1: (3e-3, 1e-2, 3e-2)}
 MEMBERS = {
     "topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
     "batch_topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
     "relu": [f"--sae.l1-coefficient={c} --train.lr={lr}" for c in PENALTIES for lr in RATES],
-    "gated": [f"--sae.l1-coefficient={c} --train.lr=1e-3" for c in (0.05, 0.1, 0.2, 0.4, 0.8)],
-    "jumprelu": [f"--sae.l0-coefficient={c} {JUMP}" for c in (1e-3, 3e-3, 6e-3, 1.5e-2, 4e-2)],
+    "gated": [f"--sae.l1-coefficient={c} --train.lr=1e-3" for c in (0.09, 0.15, 0.25, 0.4)],
+    "jumprelu": [
+        f"--sae.l0-coefficient={c} --sae.initial-threshold={at} --sae.bandwidth={at} --train.lr=1e-3"
+        for at, coefficients in JUMPS.items()
+        for c in coefficients
+    ],
 }
 
 
@@ -110,8 +114,11 @@ def front(results: list[dict[str, Any]], variant: str) -> np.ndarray:
 
 
 def fvu_at(points_P2: np.ndarray, l0: float) -> float:
-    """FVU on the line between points, in the logarithm of L0; NaN outside of them."""
-    return float(np.interp(np.log(l0), np.log(points_P2[:, 0]), points_P2[:, 1], left=np.nan, right=np.nan))
+    """FVU on the line between points, in the logarithm of L0; that of an end within 3 %; NaN farther out."""
+    ends = points_P2[:, 0].min(), points_P2[:, 0].max()
+    if not 0.97 * ends[0] <= l0 <= 1.03 * ends[1]:
+        return float("nan")
+    return float(np.interp(np.log(l0), np.log(points_P2[:, 0]), points_P2[:, 1]))
 
 
 def show(results: list[dict[str, Any]]) -> None:

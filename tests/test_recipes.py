@@ -46,11 +46,24 @@ def test_recipe_trains_at_a_toy_size(path, tmp_path):
     assert np.isfinite(float(metrics["loss"]))
 
 
+@pytest.fixture(scope="module")
+def demo_set(tmp_path_factory):
+    """A hundredth of the demo's set, for experiments that would make one."""
+    data = tmp_path_factory.mktemp("demo") / "set"
+    words = ("harvest", ROOT / "configs" / "demo.yaml", "--harvest.tokens=20480", "--out", data)
+    code, said = runs.finish(runs.start(runs.command(*words)))
+    assert code == 0, said
+    return data
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_experiment_runs(path, tmp_path):
+def test_experiment_runs(path, tmp_path, request):
+    text = path.read_text()
+    takes_it = "demo.yaml" in text or "scaling_laptop.yaml" in text
+    data = ["--data", str(request.getfixturevalue("demo_set"))] if takes_it and "data: Path | None" in text else []
     done = subprocess.run(
-        [sys.executable, str(path), "--smoke", "--out", str(tmp_path / "out")],
+        [sys.executable, str(path), "--smoke", "--out", str(tmp_path / "out"), *data],
         cwd=ROOT,
         env=runs.environment(),
         capture_output=True,
