@@ -35,13 +35,13 @@ class Config:
     tokens: float = 1e6
     """That every member learns from."""
     smoke: bool = False
-    """Three rates of four narrow widths, five steps: does it run?"""
+    """Three rates of three narrow widths, five steps: does it run?"""
 
 
 def main(config: Config) -> None:
     """Sweep, find the best rate of each width, predict the last; write OUT/result.json."""
     data = harvested(config.data, config.out, config.smoke)
-    widths, rates = ((64, 128, 256, 512), RATES[2:7:2]) if config.smoke else (WIDTHS, RATES)
+    widths, rates = ((64, 128, 256), RATES[2:7:2]) if config.smoke else (WIDTHS, RATES)
     grid = {"sae.n_latents": list(widths), "train.lr": list(rates)}
     tokens = 1280 if config.smoke else config.tokens
     points = table.read(swept(data, config.out, config.smoke, grid, f"--sweep.tokens={tokens:g}"))

@@ -40,13 +40,13 @@ class Config:
     tokens: float = 3e6
     """That every member learns from."""
     smoke: bool = False
-    """Three narrow widths by three k, five steps: does it run?"""
+    """Two narrow widths by two k, five steps: does it run?"""
 
 
 def main(config: Config) -> None:
     """Sweep, fit, compare the prediction of the largest width with carrying the next smaller one over."""
     data = harvested(config.data, config.out, config.smoke)
-    widths, k = ((64, 128, 256), (4, 8, 16)) if config.smoke else (WIDTHS, K)
+    widths, k = ((64, 128), (4, 8)) if config.smoke else (WIDTHS, K)
     tokens, budgets = (1280, (2e8, 4e8)) if config.smoke else (config.tokens, BUDGETS)
     flags = [f"--sweep.tokens={tokens:g}", f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 30:g}"]
     flags += ["--sweep.compute", *(f"{budget:g}" for budget in budgets)]

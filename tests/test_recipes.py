@@ -14,7 +14,7 @@ from tests import runs
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "smoke: bool" in path.read_text())
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -74,5 +74,4 @@ def test_experiment_runs(path, tmp_path, request):
 
 
 def test_every_experiment_can_be_smoked():
-    scripts = {path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text()}
-    assert scripts == set(EXPERIMENTS)
+    assert all("smoke: bool" in path.read_text() for path in EXPERIMENTS)
