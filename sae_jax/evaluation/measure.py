@@ -9,7 +9,7 @@ import numpy as np
 from sae_jax.activations.store import ActivationSet
 from sae_jax.evaluation.reconstruction import Reconstruction
 from sae_jax.evaluation.splice import splice
-from sae_jax.evaluation.text import held_out
+from sae_jax.evaluation.text import held_out, spread_chunks
 from sae_jax.progress import Progress, console
 from sae_jax.saes.base import AbstractSae
 from sae_jax.types import Sites
@@ -51,12 +51,11 @@ def _on_rows(sae: AbstractSae, activations: ActivationSet, sites: Sites, n_rows:
     """Metrics on whole chunks spread evenly over the set, as few as hold `n_rows` rows."""
     reconstruction = Reconstruction(sae.b_enc.shape[0])
     size = activations.spec.chunk_rows
-    wanted = min(-(-n_rows // size), activations.n_chunks)
-    with Progress("evaluate", wanted, "chunks") as progress:
-        chunks = np.linspace(0, activations.n_chunks - 1, wanted).round().astype(int)
+    chunks = spread_chunks(activations, n_rows)
+    with Progress("evaluate", len(chunks), "chunks") as progress:
         for done, chunk in enumerate(chunks, start=1):
             x_NX, y_NY = (
-                np.concatenate([activations.read_chunk(name, int(chunk)).astype(np.float32) for name in names], axis=1)
+                np.concatenate([activations.read_chunk(name, chunk).astype(np.float32) for name in names], axis=1)
                 for names in sites
             )
             # The last chunk of a shard is short; filled up, it does not compile anew.

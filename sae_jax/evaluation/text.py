@@ -78,3 +78,23 @@ def held_out(activations: ActivationSet, sites: Sites, n_tokens: int, model: str
         special=np.asarray(tokenizer.special_ids, np.int32),
         max_norm_multiple=spec.max_norm_multiple,
     )
+
+
+def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[str, np.ndarray]:
+    """{source: f32[N, D]} of held-out text, up to `n_rows`; rows of the set itself if it names no text."""
+    text = held_out(activations, sites, n_rows)
+    if text:
+        hooks = dict(zip(sites.x + sites.y, text.encoded + text.reconstructed, strict=True))
+        return dict(zip(hooks, text.rows_of(tuple(hooks.values())), strict=True))
+    console.print(f"{activations.path} names no held-out text: members are measured on rows they have learnt from")
+    chunks = spread_chunks(activations, n_rows)
+    return {
+        name: np.concatenate([activations.read_chunk(name, chunk).astype(np.float32) for chunk in chunks])[:n_rows]
+        for name in sites.all
+    }
+
+
+def spread_chunks(activations: ActivationSet, n_rows: int) -> list[int]:
+    """Chunks spread evenly over the set, as few as hold `n_rows` rows."""
+    wanted = min(-(-n_rows // activations.spec.chunk_rows), activations.n_chunks)
+    return np.linspace(0, activations.n_chunks - 1, wanted).round().astype(int).tolist()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax.commands import main as cli
-from sae_jax.commands import sweep
+from sae_jax.commands import sweep_plan
 from sae_jax.scaling import fit, table
 from sae_jax.scaling.sweep import SweepConfig
 from tests.oracles import scaling as oracle
@@ -111,7 +111,7 @@ def test_the_report_says_the_same(fitted):
 
 
 def test_a_sweep_takes_the_rule_for_the_rate_as_it_is_written(fitted):
-    rule = sweep._rates(SweepConfig(lr_from=str(fitted / "fit.json")))
+    rule = sweep_plan.rates(SweepConfig(lr_from=str(fitted / "fit.json")))
     assert rule(4096) == pytest.approx(best_rate(4096))
 
 

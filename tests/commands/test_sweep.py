@@ -15,8 +15,8 @@ from sae_jax import load
 from sae_jax.activations.store import open_activations
 from sae_jax.commands import main as cli
 from sae_jax.commands import runtime
-from sae_jax.commands.sweep import unseen_rows
 from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.text import unseen_rows
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
 from tests import runs
