@@ -30,7 +30,7 @@ from sae_jax.types import Sites, Widths
 ROOT = Path(__file__).parent.parent
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 STEPS = 200
-SECONDS = 120  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
+SECONDS = 240  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
 D_MODEL = 8
 SITES, WIDTHS = Sites.one("acts"), Widths.one(D_MODEL)
 FACTS = {"sites": SITES.to_json(), "widths": WIDTHS.to_json()}  # of RUN/config.json

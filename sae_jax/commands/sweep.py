@@ -89,7 +89,7 @@ def sweep(command: Sweep, planned: dict[str, Planned], passes: dict[str, list[st
             except UserError as error:
                 problems.append(str(error))
             else:
-                if not all(_is_done(out, name, planned) for name in names):
+                if not _as_the_first(all(_is_done(out, name, planned) for name in names)):
                     break  # the machine is to be taken away; the loop has said so
         if first:
             marks.collect(out)
@@ -172,4 +172,9 @@ def _held(path: Path, first: bool) -> Iterator[bool]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 held = False
-        yield bool(multihost_utils.broadcast_one_to_all(np.array(held)))
+        yield _as_the_first(held)
+
+
+def _as_the_first(finding: bool) -> bool:
+    """What the first process finds: it has written the files, and others may see them later."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(finding)))

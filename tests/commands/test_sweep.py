@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import yaml
 
@@ -129,6 +130,16 @@ def test_shares_and_claims_give_the_same_table(work: Path) -> None:
         assert code == 1, said
     runs.finish(runs.start(words(work, "claimed", "--claim", "--sweep.per-pass=1")))
     assert found(work / "claimed") == found(work / "whole")
+
+
+def test_two_processes_write_one_table(work: Path) -> None:
+    """Each has half of every batch and of every dictionary: to rounding what one has."""
+    process = runs.start([str(runs.ROOT / "launch/local.sh"), "2", *words(work, "two")])
+    code, said = runs.finish(process)
+    assert code == 1, said  # of the first budget
+    one, two = (table.read(work / out) for out in ("whole", "two"))
+    assert [p.key for p in two] == [p.key for p in one]
+    np.testing.assert_allclose([p.fvu for p in two], [p.fvu for p in one], rtol=1e-3)
 
 
 def test_members_over_the_devices(work: Path) -> None:
