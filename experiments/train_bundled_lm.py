@@ -59,13 +59,15 @@ class Config:
     """Peak learning rate of everything else."""
     vocabulary: int = 2048
     """Tokens of the byte-level BPE."""
+    d_model: int = 128
+    """Width of the residual stream; a multiple of 4."""
     smoke: bool = False
     """Thirty steps of a model a quarter as wide, on a tenth of the text: does it run?"""
 
 
 def main(config: Config) -> None:
     """Tokenizer, model, held-out text and their README, written to `config.out`."""
-    steps, d_model = (30, 32) if config.smoke else (config.steps, 128)
+    steps, d_model = (30, 32) if config.smoke else (config.steps, config.d_model)
     train_texts = [text for _, text in stdlib_files(held_out=False)]
     heldout = list(stdlib_files(held_out=True))
     if config.smoke:
