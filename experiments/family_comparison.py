@@ -7,9 +7,9 @@ Guess: TopK is below ReLU with its best rate and coefficient everywhere, BatchTo
 near them; only L1 shrinks: its gamma is below 0.97, that of the others within 0.02 of 1.
 Command: python experiments/family_comparison.py --out OUT
 Cost: 27 minutes on two cores that had other work, 24 of CPU time.
-Answer: yes. resid_post.2 of the bundled model, d_model 128; 1,024 latents, 1,200 steps of 1,024 rows (1.2 M tokens), one
-seed; FVU of 32,768 held-out tokens, on the line between the members of each variant that no other beats (JAX 0.10.2,
-CPU; figures/family_comparison.png):
+Answer: yes. resid_post.2 of the bundled model, d_model 128; 1,024 latents, 1,200 steps of 1,024 rows (1.2 M tokens),
+one seed; FVU of 32,768 held-out tokens, on the line between the members of each variant that no other beats (JAX
+0.10.2, CPU; figures/family_comparison.png):
 
     active latents    8        16       32       64       gamma of all members
     TopK              0.191    0.139    0.098    0.062    0.998 to 1.000
