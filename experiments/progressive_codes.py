@@ -6,8 +6,8 @@ Guess: TopK is near its own k' only around 32 and gets worse beyond it; Multi-To
 little at 32 (Gao et al. 2024, sections 5.3 and A.2: a code that is good at every length is progressive).
 Command: python experiments/progressive_codes.py --out OUT
 Cost: 13 minutes on two cores that had other work.
-Answer: yes to both. resid_post.2 of the bundled model, d_model 128; 2,048 latents, 1,000 steps of 2,048 rows, rate 4e-3,
-one seed; FVU of 32,768 held-out tokens, decoded from the k' largest latents (JAX 0.10.2, CPU;
+Answer: yes to both. resid_post.2 of the bundled model, d_model 128; 2,048 latents, 1,000 steps of 2,048 rows, rate
+4e-3, one seed; FVU of 32,768 held-out tokens, decoded from the k' largest latents (JAX 0.10.2, CPU;
 figures/progressive_codes.png):
 
     k'                          2       4       8       16      32      64      128
