@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     """Sweep, fit, compare the prediction of the largest width with carrying the next smaller one over."""
     data = harvested(config.data, config.out, config.smoke)
     widths, k = ((64, 128), (4, 8)) if config.smoke else (WIDTHS, K)
-    tokens, budgets = (1280, (2e8, 4e8)) if config.smoke else (config.tokens, BUDGETS)
+    tokens, budgets = (1280, (1e8, 2e8)) if config.smoke else (config.tokens, BUDGETS)
     flags = [f"--sweep.tokens={tokens:g}", f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 30:g}"]
     flags += ["--sweep.compute", *(f"{budget:g}" for budget in budgets)]
     flags += [f"--sweep.lr-from={config.lr_from}"] if config.lr_from else []

@@ -56,7 +56,7 @@ def ids_of(batch: dict[str, np.ndarray]) -> np.ndarray:
     batch_size=st.integers(1, 80).map(lambda n: n * 8),
     seed=st.integers(0, 2**63),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_row_once_an_epoch_for_any_process_count(chunk_n_rows: list[int], batch_size: int, seed: int) -> None:
     order = RowOrder(np.array(chunk_n_rows), 1 << 20, batch_size, seed)
     starts = np.cumsum(chunk_n_rows) - chunk_n_rows

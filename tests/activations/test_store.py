@@ -368,7 +368,7 @@ def test_layout_holds_all_rows(n_rows: int, row_bytes: list[int], unit_rows: int
         assert n_shards >= 4
 
 
-quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick

@@ -33,7 +33,7 @@ def jsonl(tmp_path_factory):
     return tmp_path_factory.mktemp("text") / "documents.jsonl"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     texts=st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=150),
     context=st.integers(1, 20),

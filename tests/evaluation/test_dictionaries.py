@@ -29,7 +29,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(dictionaries, "TILE", 8)  # several, the last one short
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seeds)
 def test_mmcs_and_duplicates_are_the_oracle_whatever_the_tiles(seed):
     a, b = directions(seed, 21), directions(seed + 1, 13)
@@ -40,7 +40,7 @@ def test_mmcs_and_duplicates_are_the_oracle_whatever_the_tiles(seed):
     assert dictionaries.duplicates(a, above).tolist() == [list(pair) for pair in oracle.duplicates(a, above)]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seeds)
 def test_a_dictionary_is_itself_in_any_order_and_length_but_not_mirrored(seed):
     rng = np.random.default_rng(seed)

@@ -82,7 +82,7 @@ def test_a_law_without_a_constant_is_preferred_where_there_is_none(few_draws):
     assert any("constant is not determined" in doubt for doubt in law.warnings)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     exponent=st.floats(-2, 2).filter(lambda value: abs(value) > 0.01),
     ln_coefficient=st.floats(-20, 20),
@@ -159,7 +159,7 @@ def test_a_law_comes_back_from_json(few_draws):
     assert low < law.predict(1e6) < high
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(0.01, 1)), min_size=1, max_size=40))
 def test_no_cheaper_point_beats_the_frontier(points):
     flops_N, loss_N = np.array(points).T

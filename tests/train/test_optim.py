@@ -144,7 +144,7 @@ def rows(draw):
     return np.float32(x * (rng.random((4, d)) < draw(st.sampled_from([0.0, 0.3, 1.0]))))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows(), st.sampled_from([optim.MEAN, optim.SQUARE, optim.WEIGHT]), st.integers(0, 10**6))
 def test_what_is_kept_in_8_bits(x, code, step):
     x = x if code.signed else np.abs(x)
@@ -163,7 +163,7 @@ def test_what_is_kept_in_8_bits(x, code, step):
         assert (got[(x >= TINY) & ~flushed] > 0).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows(), st.integers(0, 10**6))
 def test_what_is_kept_in_bf16(x, step):
     got = np.asarray(optim.read(kept(x, "bfloat16", step=step)), np.float64)
