@@ -5,6 +5,7 @@ best width inside the grid, does it grow as a power of compute, and does the err
 L(C) = constant + coefficient * C^-exponent (Gao et al. 2024, section 3.1)?
 Guess: yes to all three; the constant is needed, since k = 32 leaves something whatever the width.
 Command: python experiments/scaling_compute.py --sweep SWEEP --out OUT      (SWEEP: of scaling_joint.py, OUT/sweep)
+Answer: not known yet; only its smoke has run.
 """
 
 from __future__ import annotations

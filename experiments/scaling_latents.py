@@ -5,6 +5,7 @@ changes by less than 1 % over a million tokens: does L(n) = constant + coefficie
 number of tokens it takes grow as a power of n (Gao et al. 2024, section 3.2.1)?
 Guess: yes; the exponent of the tokens lies between 0.3 and 0.7, as the paper's does.
 Command: python experiments/scaling_latents.py --lr-from FIT.json --out OUT      (FIT.json: of learning_rate.py)
+Answer: not known yet; only its smoke has run.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ to 4,096 latents at equal tokens: how do L(n) = constant + coefficient * n^-expo
 2024, section 3.2.2)?
 Guess: the wider the model, the larger the error at every n, and the smaller the exponent.
 Command: python experiments/scaling_subject_model.py --out OUT
+Answer: not known yet; only its smoke has run.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from sae_jax.types import UsageError
 _WE_WERE_TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SECONDS_TO_SAY_WHY = 5.0
 SECONDS_UNTIL_AGAIN = 0.1
+SECONDS_ASLEEP = 30 * 24 * 3600
 
 
 def worker(shard: str) -> tuple[int, int]:
@@ -54,7 +55,10 @@ def start_distributed() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
+        # It has nobody to miss, and would take Ctrl-Z or a laptop's sleep for its own death.
+        jax.distributed.initialize(
+            address, 1, 0, coordinator_bind_address=address, heartbeat_timeout_seconds=SECONDS_ASLEEP
+        )
 
 
 def leave_the_others(code: int) -> None:
