@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     lengths = LENGTHS[3:5] if config.smoke else LENGTHS
     members = [f"topk{k} --sae.k={k}" for k in lengths] + [f"multi{K} --sae.k={K} --sae.multi-topk=0.125"]
     words = [f"--sae.n-latents={n}", f"--train.steps={steps}", f"--train.decay-steps={steps // 5}"]
-    words += [f"--train.lr={config.lr}", *(flag for flag in SMOKE * config.smoke if "sweep" not in flag)]
+    words += [f"--train.lr={config.lr}", *(SMOKE if config.smoke else ())]
     sae_jax("train", RECIPE, "--data", data, "--out", config.out / "run", *words, "--members", *members)
 
     site = Sites.one("resid_post.2")

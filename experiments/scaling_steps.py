@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 RECIPE = Path(__file__).parents[1] / "configs" / "scaling_laptop.yaml"
-SMOKE = ("--train.batch-size=256", "--sweep.held-out=1024", "--train.log-every=10")
+SMOKE = ("--train.batch-size=256", "--train.log-every=10")
 
 
 def sae_jax(*words: object) -> None:
@@ -26,7 +26,7 @@ def harvested(data: Path | None, out: Path, smoke: bool, *flags: str) -> Path:
 def swept(data: Path, out: Path, smoke: bool, grid: dict[str, list], *flags: str) -> Path:
     """The sweep over a grid, in OUT/sweep, and its laws."""
     words = [f"{key}={' '.join(map(str, values))}" for key, values in grid.items()]
-    smoke_flags = SMOKE if smoke else ()
+    smoke_flags = (*SMOKE, "--sweep.held-out=1024") if smoke else ()
     sae_jax("sweep", RECIPE, "--data", data, "--out", out / "sweep", "--sweep.grid", *words, *flags, *smoke_flags)
     sae_jax("fit", out / "sweep")
     return out / "sweep"

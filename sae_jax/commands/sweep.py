@@ -12,9 +12,8 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -47,24 +46,15 @@ def run(argv: Sequence[str]) -> None:
     activations = open_activations(command.data, command.allow_partial)
     planned, refused = plan(command, argv, activations)
     passes = in_passes(command, planned, worker)
-    if jax.process_index() == 0 and command.dry_run:
-        show(command, planned, passes)
-    for line in refused:
-        console.print(f"left out: {line}", markup=False)
+    if jax.process_index() == 0:
+        if command.dry_run:
+            show(command, planned, passes)
+        for line in refused:
+            console.print(f"left out: {line}", markup=False)
     problems = [] if command.dry_run else sweep(command, planned, passes)
     if refused or problems:
         what = [f"{len(refused)} left out"] * bool(refused) + problems
         raise UserError(f"{command.out}: {'; '.join(what)}")
-
-
-def _kept(out: Path, passes: dict[str, list[str]], worker: tuple[int, int], first: bool) -> dict[str, list[str]]:
-    """The passes as this worker's first attempt made them: another machine's memory may suggest others."""
-    path = out / "passes" / f"{worker[0]}of{worker[1]}.json"
-    before = config.read_json(path)
-    if before is None and first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config.write_json(path, passes)
-    return before or passes
 
 
 def sweep(command: Sweep, planned: dict[str, Planned], passes: dict[str, list[str]]) -> list[str]:
@@ -99,7 +89,9 @@ def sweep(command: Sweep, planned: dict[str, Planned], passes: dict[str, list[st
     return problems
 
 
-def _marks(command: Sweep, planned: dict[str, Planned], names: list[str]) -> Any:
+def _marks(
+    command: Sweep, planned: dict[str, Planned], names: list[str]
+) -> Callable[[ActivationSet, Sites, int], Marks]:
     """Where and on what members of a pass are measured, once the set is open."""
     settings, batch_size = command.sweep, command.train.batch_size
     window = max(round(settings.window / batch_size), 1)
@@ -159,6 +151,16 @@ def _keep_plan(out: Path, command: Sweep, planned: dict[str, Planned], first: bo
                 f"{out} was started with {key}={was.get(key)}, not {is_now.get(key)}; keep the plan to go on, or give "
                 f"another --out"
             )
+
+
+def _kept(out: Path, passes: dict[str, list[str]], worker: tuple[int, int], first: bool) -> dict[str, list[str]]:
+    """The passes as this worker's first attempt made them: another machine's memory may suggest others."""
+    path = out / "passes" / f"{worker[0]}of{worker[1]}.json"
+    before = config.read_json(path)
+    if before is None and first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config.write_json(path, passes)
+    return before or passes
 
 
 @contextlib.contextmanager

@@ -169,8 +169,7 @@ def _lanes(planned: dict[str, Planned], n_slices: int) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, member in planned.items():
         own = member.command
-        key = (member.sites, own.sae, program(dataclasses.replace(own.train, steps=1, warmup_steps=0)))
-        groups.setdefault(key, []).append(name)
+        groups.setdefault((member.sites, own.sae.program, program(own.train)), []).append(name)
     for names in groups.values():
         if len(names) % n_slices:
             raise UsageError(

@@ -17,7 +17,6 @@ from sae_jax import config as configs
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
 from sae_jax.train.members import Member
-from sae_jax.types import UserError
 
 POINTS = "points"
 
@@ -64,10 +63,6 @@ class Marks:
     def note(self, member: Member, step: int, found: dict[str, float]) -> bool:
         """Write the point down. Whether the member goes on."""
         wanted, batch_size = self._wanted[member.name], member.train.batch_size
-        if not np.isfinite(found["fvu"]):
-            raise UserError(
-                f"{member}: FVU is {found['fvu']} after {step} steps; look at the rows that members are measured on"
-            )
         tokens = step * batch_size
         earlier = [point for point in self._found[member.name] if point.tokens < tokens]
         then = next((point for point in earlier if point.tokens == tokens - self._window * batch_size), None)

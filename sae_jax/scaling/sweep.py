@@ -20,7 +20,7 @@ import yaml
 from sae_jax.types import UsageError
 
 SHORT = {"n_latents": "n"}  # in names of members
-NOT_IN_A_NAME = str.maketrans({" ": "+", "/": "_", ":": "_"})
+NOT_IN_A_NAME = str.maketrans({" ": "_", "/": "_", ":": "_", "+": None})
 
 
 @dataclass(frozen=True)
@@ -166,5 +166,5 @@ def pack(n_bytes: Sequence[int], beside: Sequence[int], room: float, most: int |
 
 def _named(key: str, value: Any) -> str:
     last = key.rpartition(".")[2]
-    text = f"{value:g}" if isinstance(value, float) else str(value).translate(NOT_IN_A_NAME)
+    text = (f"{value:g}" if isinstance(value, float) else str(value)).translate(NOT_IN_A_NAME)
     return f"{SHORT.get(last, last)}{text}" if text[:1].isdigit() else text

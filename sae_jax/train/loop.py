@@ -60,7 +60,7 @@ class Marks(Protocol):
         ...
 
     def note(self, member: Member, step: int, found: dict[str, float]) -> bool:
-        """Take fvu, l0 and dead_fraction down. Whether the member goes on; all processes say the same."""
+        """Take finite fvu, l0 and dead_fraction down. Whether the member goes on; all processes say the same."""
         ...
 
 
@@ -122,7 +122,9 @@ def train(
                 # A gradient that is not finite spoils the weights that a checkpoint of this very step would hold.
                 bad = [m for m, of in metrics.items() if not np.isfinite(of["loss"] + of["grad_norm"])]
                 for member in bad:
-                    failed[member] = _fail(run, member, step, metrics.pop(member), loader, checkpoints, mesh)
+                    of = metrics.pop(member)
+                    what = f"loss is {of['loss']}, gradient norm {of['grad_norm']}"
+                    failed[member] = _fail(run, member, step, what, of, loader, checkpoints, mesh)
                 record.write(step, metrics)
                 return [member for member in active if member not in bad]
 
@@ -139,7 +141,14 @@ def train(
                 if marks and any(marks.due(member, done) for member in active):
                     active, pending = finish(done, pending), []
                     due = [member for member in active if marks.due(member, done)]
-                    ended = [m for m, found in _measure(due, lanes, unseen).items() if not marks.note(m, done, found)]
+                    for member, found in _measure(due, lanes, unseen).items():
+                        # The last update may have spoilt weights that no batch has met since.
+                        if not np.isfinite(found["fvu"]):
+                            what = f"FVU on held-out rows is {found['fvu']}"
+                            failed[member] = _fail(run, member, done, what, found, loader, checkpoints, mesh)
+                        elif not marks.note(member, done, found):
+                            ended.append(member)
+                    active = [member for member in active if member not in failed]
                 # JAX counts from 0: a SIGTERM from before the first question is agreed upon for step 1 of the attempt.
                 stopping = multihost_utils.reached_preemption_sync_point(done - start)
                 if _is_due(done, active) or ended or stopping:
@@ -333,6 +342,7 @@ def _fail(
     run: Path,
     member: Member,
     step: int,
+    what: str,
     metrics: dict[str, float],
     loader: Batches,
     checkpoints: Checkpoints,
@@ -350,8 +360,8 @@ def _fail(
     facts = {"step": step, "metrics": {k: str(v) for k, v in metrics.items()}, "row_ids": rows}
     configs.write_json(path, {**facts, "last_checkpoint": last})
     return (
-        f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}; {path} names its rows and "
-        f"the checkpoint before it; lower train.lr or look at these rows of the set"
+        f"{what} at step {step}; {path} names its rows and the checkpoint before it; lower train.lr or look at these "
+        f"rows of the set"
     )
 
 

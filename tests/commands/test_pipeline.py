@@ -4,15 +4,15 @@ import hashlib
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import yaml
 
 import sae_jax
 from sae_jax.commands import main as cli
-from sae_jax.commands import runtime
 from tests import runs
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 RECIPE = {
     "harvest": {
@@ -36,17 +36,8 @@ RECIPE = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_distributed():
-    """The test process has used JAX already; joining a job of one must come first, and is tested in processes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "start_distributed", lambda: None)
-        with jax.numpy_dtype_promotion("standard"):  # optax
-            yield
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(in_process, tmp_path_factory):
     """A recipe, a text, the set and the run made of them."""
     work = tmp_path_factory.mktemp("pipeline")
     text = work / "text"

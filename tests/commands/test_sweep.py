@@ -7,7 +7,6 @@ import random
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -15,12 +14,12 @@ import yaml
 from sae_jax import load
 from sae_jax.activations.store import open_activations
 from sae_jax.commands import main as cli
-from sae_jax.commands import runtime
 from sae_jax.evaluation.reconstruction import on_rows
 from sae_jax.evaluation.text import unseen_rows
 from sae_jax.scaling import table
-from sae_jax.scaling.table import Point
 from tests import runs
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 RECIPE = {
     "sae": {"variant": "topk", "dtype": "float32"},
@@ -34,15 +33,6 @@ RECIPE = {
     },
 }
 STEPS = {32: (10, 40, 80), 64: (10, 20, 40)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_distributed():
-    """The test process has used JAX already; joining a job of one must come first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "start_distributed", lambda: None)
-        with jax.numpy_dtype_promotion("standard"):  # optax
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -179,22 +169,16 @@ def test_what_cannot_be_trained_is_named_and_the_rest_goes_on(work: Path, capsys
     assert "Traceback" not in said
 
 
-def test_a_member_that_diverges_is_named_and_the_rest_goes_on(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs.write_set(tmp_path / "set", outlier=500)
-    recipe = {
-        **RECIPE,
-        "sae": {**RECIPE["sae"], "n_latents": 32, "k": 4},
-        "sweep": {"tokens": [64, 2048], "held_out": 64},
-    }
-    assert sweep(tmp_path, write(tmp_path / "recipe.yaml", recipe), "out") == 1
-    assert "members failed: sae: loss is" in capsys.readouterr().err
-    assert all(point.tokens == 64 for point in _points(tmp_path / "out"))
-
-
-def _points(out: Path) -> list[Point]:
-    return table.read(out) if (out / table.FILE).read_text() else []
+def test_a_member_that_diverges_is_named_and_the_rest_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At a rate of 1e30 the first update already spoils what the first mark measures, before any loss shows it."""
+    settings = {"grid": {"sae.n_latents": 32, "sae.k": 4, "train.lr": [1e-2, 1e30]}, "tokens": [64, 640]}
+    path = write(work / "diverges.yaml", {**RECIPE, "sweep": {**settings, "held_out": 512}})
+    assert sweep(work, path, "diverges") == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 members failed: n32-k4-lr1e30: " in said
+    assert "Traceback" not in said
+    found = {(point.lr, point.tokens) for point in table.read(work / "diverges")}
+    assert found == {(1e-2, 64), (1e-2, 640)}
 
 
 @pytest.mark.parametrize(

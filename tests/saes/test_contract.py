@@ -86,11 +86,13 @@ def test_loss_falls_on_planted_data(config, planted):
 
 
 def test_jit_changes_nothing(config, planted):
+    """Nor does a config that says of coefficients only whether they are 0, as that of a state in training does."""
     state = start(config, planted)
     batch = batch_for(config, jnp.asarray(planted[:B]))
     arguments = (batch, state.statistics, jnp.int32(0), jax.random.key(0))
-    loss, outcome = state.sae.objective(*arguments)
-    jitted_loss, jitted = jax.jit(lambda sae, *rest: sae.objective(*rest))(state.sae, *arguments)
+    sae, shared = (state.sae.replace(config=of) for of in (config, config.program))
+    loss, outcome = sae.objective(*arguments)
+    jitted_loss, jitted = jax.jit(lambda sae, *rest: sae.objective(*rest))(shared, *arguments)
     np.testing.assert_allclose(loss, jitted_loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat, jitted.y_hat, rtol=1e-4, atol=1e-5)
 

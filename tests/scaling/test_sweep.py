@@ -26,6 +26,7 @@ def test_every_combination_is_a_member_with_a_name_of_its_own():
 def test_a_grid_of_a_recipe_says_the_same_as_its_words():
     words = sweep.as_words({"sae.k": [16, 32], "site": [["a.1", "b.2"], "c"], "sae.skip": [True, False]})
     assert words == ["sae.k=16 32", "site='a.1 b.2' c", "sae.skip=True False"]
+    assert sweep.cells(SweepConfig(grid=tuple(words)))[0].name == "k16-a.1_b.2-True"
     assert sweep.cells(SweepConfig(grid=tuple(words)))[0].settings == {"sae.k": 16, "site": "a.1 b.2", "sae.skip": True}
 
 
