@@ -6,7 +6,7 @@ Guess: yes, within one step (a factor of two) of the grid; the exponent is near 
 Command: python experiments/learning_rate.py --out OUT
 Cost: 24 minutes on two cores that had other work.
 Answer: yes, 0.3 steps apart; the exponent is -0.38 of the three, -0.34 of all four (90 % interval -0.45 to -0.23).
-resid_post.2, d_model 128, batch 2048, 999,424 tokens of eight million, one seed; FVU of 32,768 held-out tokens (JAX
+resid_post.2, d_model 128, batch 2048, 999,424 tokens of 3.1 million, one seed; FVU of 32,768 held-out tokens (JAX
 0.10.2, CPU; figures/learning_rate.png):
 
     rate      256      1024     4096     8192 latents
@@ -20,8 +20,18 @@ resid_post.2, d_model 128, batch 2048, 999,424 tokens of eight million, one seed
     0.032     0.1174   0.1136   0.1139   0.1171
     best      0.0147   0.0075   0.0051   0.0045     (of the parabola through the best three)
 
-The law of the first three says 0.0037 for 8,192. These rates are for a million tokens; longer runs want lower ones. The
-two largest rates were run as a sweep of their own, on the same set and batches; a member equals its solo run.
+The law of the first three says 0.0037 for 8,192. The two largest rates were run as a sweep of their own, on the same
+set and batches; a member equals its solo run.
+
+Longer runs want lower rates, and wide autoencoders lose latents at them. After 3,000,320 tokens, dead in brackets
+(`sae-jax sweep` over these three widths and four rates, 16 minutes beside other work):
+
+    rate      256             1024            4096 latents
+    0.001     0.1260          0.0931          0.0732
+    0.002     0.1139          0.0851          0.0670 (0.3 %)
+    0.004     0.1091          0.0814          0.0659 (13.4 %)
+    0.008     0.1074          0.0826 (0.5 %)  0.0725 (36.5 %)
+    best      0.008 or more   0.0048          0.0031
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from scaling_joint import BUDGETS, WIDTHS
-from scaling_steps import harvested, sae_jax, swept
+from scaling_steps import harvested, of_widths, sae_jax, swept
 
 from sae_jax.scaling import table
 
@@ -70,11 +70,11 @@ def main(config: Config) -> None:
 def made(config: Config) -> Path:
     """The sweep, where none is given."""
     data = harvested(config.data, config.out, config.smoke)
-    widths, k, tokens = ((64, 128, 256), 8, 5120.0) if config.smoke else (WIDTHS, config.k, 3e6)
+    widths, k, tokens = ((64, 128, 256), 8, 5120.0) if config.smoke else (WIDTHS, config.k, 5e6)
     budgets = (2e8, 4e8) if config.smoke else BUDGETS
-    flags = [f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 30:g}"]
+    flags = [f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 50:g}"]
     flags += ["--sweep.compute", *(f"{budget:g}" for budget in budgets)]
-    return swept(data, config.out, config.smoke, {"sae.n_latents": list(widths), "sae.k": [k]}, *flags)
+    return swept(data, config.out, config.smoke, {"sae.k": [k]}, *flags, *of_widths(widths))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ L(n, k) = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + 
 3.2.3) describe them, and does it know the largest width before it is trained?
 Guess: yes: fitted without the largest width it is off there by less than half of what carrying the next smaller one
 over is; gamma below 0 and eta below 0, as at the paper's scale.
-Command: python experiments/scaling_joint.py --lr-from FIT.json --out OUT      (FIT.json: of learning_rate.py)
+Command: python experiments/scaling_joint.py --out OUT
 Answer: not known yet. The sweep was stopped at 1,176 of its 1,465 steps (after 50 minutes, with much other work on two
 cores): at the rates that are best for a million tokens a fifth to a third of 8,192 latents died at k = 32 and 64, and
 AuxK then takes most of the time. Of the 24 members at 1.0 M tokens the law leaves residuals of 13 %: at k = 64 of 128
@@ -22,12 +22,12 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scaling_steps import harvested, swept
+from scaling_steps import harvested, of_widths, swept
 
 from sae_jax.scaling import table
 
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
-K = (8, 16, 32, 64)
+K = (8, 12, 20, 32)
 BUDGETS = (1e11, 2e11, 4e11, 8e11, 1.6e12, 3.2e12, 6.4e12, 1.28e13)  # FLOP; their iso-FLOP curves: scaling_compute.py
 
 
@@ -39,10 +39,8 @@ class Config:
     """Folder for the set, the sweep with its laws and figures, and result.json."""
     data: Path | None = None
     """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
-    lr_from: Path | None = None
-    """A fit.json with the rule for the learning rate; default: that of the variant."""
-    tokens: float = 3e6
-    """That every member learns from."""
+    tokens: float = 1e7
+    """That every member learns from; it is measured after half of them too."""
     smoke: bool = False
     """Two narrow widths by two k, five steps: does it run?"""
 
@@ -52,11 +50,12 @@ def main(config: Config) -> None:
     data = harvested(config.data, config.out, config.smoke)
     widths, k = ((64, 128), (4, 8)) if config.smoke else (WIDTHS, K)
     tokens, budgets = (1280, (1e8, 2e8)) if config.smoke else (config.tokens, BUDGETS)
-    flags = [f"--sweep.tokens={tokens:g}", f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 30:g}"]
+    flags = ["--sweep.tokens", f"{tokens / 2:g}", f"{tokens:g}"]
+    flags += [f"--sweep.max-tokens={tokens:g}", f"--sweep.min-tokens={tokens / 100:g}"]
     flags += ["--sweep.compute", *(f"{budget:g}" for budget in budgets)]
-    flags += [f"--sweep.lr-from={config.lr_from}"] if config.lr_from else []
-    sweep = swept(data, config.out, config.smoke, {"sae.n_latents": list(widths), "sae.k": list(k)}, *flags)
-    points = [point for point in table.read(sweep) if point.budget is None]
+    sweep = swept(data, config.out, config.smoke, {"sae.k": list(k)}, *flags, *of_widths(widths))
+    points = table.read(sweep)
+    points = [point for point in points if point.tokens == max(point.tokens for point in points)]
     at = {(point.n_latents, point.k): point.fvu for point in points}
     shown = Table("n", *map(str, k), title=f"FVU on held-out rows after {points[0].tokens:,} tokens, by k")
     for n in widths:

@@ -4,7 +4,7 @@ Question: TopK at k = 32 on residual activations of the bundled language model, 
 changes by less than 1 % over a million tokens: does L(n) = constant + coefficient * n^-exponent hold, and does the
 number of tokens it takes grow as a power of n (Gao et al. 2024, section 3.2.1)?
 Guess: yes; the exponent of the tokens lies between 0.3 and 0.7, as the paper's does.
-Command: python experiments/scaling_latents.py --lr-from FIT.json --out OUT      (FIT.json: of learning_rate.py)
+Command: python experiments/scaling_latents.py --out OUT
 Answer: not known yet; only its smoke has run.
 """
 
@@ -16,11 +16,12 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scaling_steps import harvested, swept
+from scaling_steps import harvested, of_widths, swept
 
 from sae_jax.scaling import table
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
+K = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Config:
     """Folder for the set, the sweep with its laws and figures."""
     data: Path | None = None
     """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
-    lr_from: Path | None = None
-    """A fit.json with the rule for the learning rate; default: that of the variant."""
     tolerance: float = 0.01
     """Share of the FVU that a window must change for a run to go on."""
     window: float = 1e6
@@ -50,8 +49,7 @@ def main(config: Config) -> None:
     if not config.smoke:
         widths, window, most = WIDTHS, config.window, config.max_tokens
     flags = [f"--sweep.tolerance={config.tolerance}", f"--sweep.window={window:g}", f"--sweep.max-tokens={most:g}"]
-    flags += [f"--sweep.lr-from={config.lr_from}"] if config.lr_from else []
-    sweep = swept(data, config.out, config.smoke, {"sae.n_latents": list(widths)}, *flags)
+    sweep = swept(data, config.out, config.smoke, {"sae.k": [8 if config.smoke else K]}, *flags, *of_widths(widths))
     shown = Table("n", "tokens", "FVU", "converged", "dead", title="where each run ended")
     points = table.read(sweep)
     for n in widths:

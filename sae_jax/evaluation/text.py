@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from sae_jax import lm
@@ -86,7 +87,8 @@ def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[s
     if text:
         hooks = dict(zip(sites.x + sites.y, text.encoded + text.reconstructed, strict=True))
         return dict(zip(hooks, text.rows_of(tuple(hooks.values())), strict=True))
-    console.print(f"{activations.path} names no held-out text: members are measured on rows they have learnt from")
+    if jax.process_index() == 0:
+        console.print(f"{activations.path} names no held-out text: members are measured on rows they have learnt from")
     chunks = spread_chunks(activations, n_rows)
     return {
         name: np.concatenate([activations.read_chunk(name, chunk).astype(np.float32) for chunk in chunks])[:n_rows]
