@@ -5,13 +5,13 @@ best width inside the grid, does it grow as a power of compute, and does the err
 L(C) = constant + coefficient * C^-exponent (Gao et al. 2024, section 3.1)?
 Guess: yes to all three; the constant is needed, since k = 32 leaves something whatever the width.
 Command: python experiments/scaling_compute.py --sweep SWEEP --out OUT      (SWEEP: of scaling_joint.py, OUT/sweep)
-Cost: 50 minutes for the 1,176 of 1,465 steps of that sweep, with much other work on two cores.
-Answer, from the 112 of its 136 points that there were then, budgets to 6.4e12 FLOP, one seed (JAX 0.10.2, CPU;
-figures/scaling_compute.png): yes to all three, within this range. Between 4e11 and 3.2e12 FLOP the best width lies
-inside the grid (421, 726, 1,037, 1,533 latents) and grows as C^0.61 (90 % interval 0.52 to 0.71), tokens as C^0.39;
-on the frontier of 28 points FVU = 0.041 + 65 C^-0.255 (constant 0.026 to 0.051, exponent 0.20 to 0.31; 8 budgets,
-residuals 0.9 %), and without the constant the law fits worse (AICc -51.4 against -54.9), which is no great difference.
-Fitted without the largest budget it is off there by 2.2 %; the next smaller budget's error by 9.3 %.
+Cost: that of scaling_joint.py; 10 seconds with its sweep.
+Answer, from the 38 points of k = 32 with up to five million tokens, one seed (JAX 0.10.2, CPU;
+figures/scaling_compute.png): yes to all three, within this range. Between 8e11 and 7.9e12 FLOP the best width lies
+inside the grid (481, 874, 1,258, 1,686 latents) and grows as C^0.55 (90 % interval 0.44 to 0.66), tokens as C^0.45; on
+the frontier FVU = 0.035 + 141 C^-0.275 (constant 0.023 to 0.044, exponent 0.22 to 0.33; 10 budgets, residuals 2.0 %),
+and without the constant the law fits worse (AICc -55.5 against -62.0). Fitted without the largest budget it is off
+there by 0.8 %; the next smaller budget's error by 5.3 %.
 """
 
 from __future__ import annotations
