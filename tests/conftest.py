@@ -4,10 +4,13 @@ import os
 import signal
 from pathlib import Path
 
-# Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s.
+# Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s. Most of
+# the tests' time would be the compiler's, so it optimises little; what runs in processes of its own (runs.py) is
+# compiled as users have it.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=250"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=250 --xla_backend_optimization_level=0"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
 import hypothesis
