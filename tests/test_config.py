@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sae_jax import config
 from sae_jax.commands import recipe
 from sae_jax.commands.train import Train
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.settings import TrainConfig
 from sae_jax.types import UsageError, UserError
 
 YAML = """\

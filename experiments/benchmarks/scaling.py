@@ -30,7 +30,7 @@ import tyro
 
 from sae_jax.plan import hlo
 from sae_jax.saes.topk import Config
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.settings import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from sae_jax.errors import UsageError, UserError
 from sae_jax.plan import targets
 from sae_jax.saes import base
 from sae_jax.scaling import fit, flops
-from sae_jax.train import optim
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.settings import TrainConfig, learning_rate
 from sae_jax.types import Widths
 
 STORED_BYTES = 2  # a number of an activation set, bfloat16
@@ -99,7 +98,7 @@ def _advise(
     if "lr" in laws:
         lr, by = laws["lr"].predict(n), _within(laws["lr"].draw(n), ".3g")
     else:
-        lr, by = optim.learning_rate(TrainConfig(), sae), " (the default: the fit has no rule)"
+        lr, by = learning_rate(TrainConfig(), sae), " (the default: the fit has no rule)"
     rows = [
         ("latents", f"{n} (the law says {wanted:.0f}{_within(laws['best_latents'].draw(command.compute), '.0f')})"),
         ("k", "none" if k is None else str(k)),

@@ -17,7 +17,7 @@ from sae_jax.commands import recipe
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.plan import analytic, compile, report, targets
 from sae_jax.progress import console
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.settings import TrainConfig
 from sae_jax.types import UsageError, Widths
 
 S = TypeVar("S")

@@ -28,8 +28,7 @@ from sae_jax.plan.targets import GIB
 from sae_jax.scaling import flops
 from sae_jax.scaling.marks import Wanted
 from sae_jax.scaling.sweep import SweepConfig, cells, due, pack, share
-from sae_jax.train import optim
-from sae_jax.train.state import program
+from sae_jax.train.settings import learning_rate, program
 from sae_jax.types import Sites, UsageError
 
 MFU = 0.3  # share of the matrix rate that training is taken to reach, where hours are told
@@ -134,7 +133,7 @@ def _planned(name: str, member: Sweep, activations: ActivationSet, lr: Callable[
         "variant": member.sae.variant,
         "n_latents": member.sae.n_latents,
         "k": member.sae.n_active,
-        "lr": optim.learning_rate(member.train, member.sae),
+        "lr": learning_rate(member.train, member.sae),
         "seed": member.train.seed,
         "d_model": widths.x[0],
         "commit": _commit(),

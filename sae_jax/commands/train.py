@@ -25,7 +25,7 @@ from sae_jax.progress import console
 from sae_jax.saes.base import InputNorm, Learns, Sample, sample_statistics
 from sae_jax.train import checkpoint, loop
 from sae_jax.train.members import Member
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.settings import TrainConfig
 from sae_jax.types import Sites, UsageError, Widths
 
 S = TypeVar("S")

@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh
 from sae_jax.plan.targets import GIB, Target
 from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import flops
-from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.train.settings import TrainConfig
+from sae_jax.train.state import abstract
 from sae_jax.types import Widths
 
 WORKSPACE = GIB  # row blocks, tiles and pairs, whose budgets are in ops/tuning.py

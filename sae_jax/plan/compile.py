@@ -121,7 +121,8 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     from sae_jax import mesh as meshes
     from sae_jax.ops import tuning
     from sae_jax.saes import base
-    from sae_jax.train.state import TrainConfig, abstract
+    from sae_jax.train.settings import TrainConfig
+    from sae_jax.train.state import abstract
     from sae_jax.train.step import make_step
 
     sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])

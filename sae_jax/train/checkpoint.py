@@ -32,7 +32,8 @@ from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
 from sae_jax.train import optim
-from sae_jax.train.state import MAY_CHANGE, TrainConfig, TrainState, abstract
+from sae_jax.train.settings import MAY_CHANGE, TrainConfig
+from sae_jax.train.state import TrainState, abstract
 from sae_jax.types import UsageError, UserError, Widths
 
 MEMBERS = "members"  # folder of a set's members

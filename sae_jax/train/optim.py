@@ -24,7 +24,7 @@ al. 2022, arXiv 2110.02861, section 2; the code itself is ours. Average: Gao et 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,8 @@ import optax
 from flax import struct
 from jax import lax
 
-if TYPE_CHECKING:
-    from sae_jax.saes.base import Adam, SaeConfig
-    from sae_jax.train.state import TrainConfig, Values
-
-Precision = Literal["float32", "bfloat16", "int8"]
+from sae_jax.saes.base import Adam
+from sae_jax.train.settings import Precision, TrainConfig, Values
 
 BLOCK = 256  # elements that share a scale, at most
 
@@ -79,11 +76,6 @@ class AdamState:
     count: jax.Array  # i32[], steps done
     mean: Any  # of gradients, a tree like the weights
     square: Any  # of squared gradients
-
-
-def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
-    """The configured peak rate, or the variant's / sqrt(n_latents / 2^14) (Gao et al. 2024, arXiv 2406.04093, A.3)."""
-    return config.lr if config.lr is not None else sae.ADAM.lr / (sae.n_latents / 2**14) ** 0.5
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:

@@ -1,4 +1,4 @@
-"""What a run is made of: its settings, its state, and how the state begins.
+"""The state of a run, and how it begins.
 
 One tree says everything about the state: `initial` creates each array where it will live, so `abstract` of the same
 function gives the shapes, dtypes and shardings that a checkpoint is restored into, on any mesh.
@@ -6,9 +6,7 @@ function gives the shapes, dtypes and shardings that a checkpoint is restored in
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,142 +18,8 @@ from sae_jax import mesh
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
 from sae_jax.train import optim
-from sae_jax.types import UsageError, Widths
-
-# What may differ when a run is resumed: everything else would make it another run.
-MAY_CHANGE = (
-    "data",  # where the set lies; its content is compared
-    "allow_partial",
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.tensorboard",
-    *("engine.block_mib", "engine.block_rows", "engine.exchange_mib", "engine.kernels"),
-    "mesh.data",
-    "mesh.latent",
-    "mesh.member",
-)
-# What belongs to the one pass over the data that the members of a set share; all other settings are a member's own.
-SHARED = ("batch_size", "order_seed", "checkpoint_every", "log_every", "tensorboard")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Length, data order, optimiser and bookkeeping of a run."""
-
-    steps: int = 10_000
-    """optimiser steps"""
-    batch_size: int = 8192
-    """token activations a step, over all devices"""
-    lr: float | None = None
-    """learning rate; None = the variant's own at 2^14 latents (TopK: 2e-4) / sqrt(n_latents / 2^14)"""
-    warmup_steps: int = 0
-    """first steps, over which the rate rises linearly from 0"""
-    decay_steps: int = 0
-    """last steps, over which it falls to lr * decay_to"""
-    decay: Literal["linear", "cosine"] = "linear"
-    """shape of that fall"""
-    decay_to: float = 0.0
-    """share of the rate that is left at the end"""
-    beta1: float | None = None
-    """Adam's decay of the mean gradient; None = the variant's own (TopK: 0.9)"""
-    beta2: float | None = None
-    """Adam's decay of the mean squared gradient; None = the variant's own (TopK: 0.999)"""
-    eps: float | None = None
-    """what Adam adds to the root of the mean squared gradient; None = the variant's own (TopK: 6.25e-10)"""
-    seed: int = 0
-    """of the weights"""
-    order_seed: int | None = None
-    """of the order of the data; None = train.seed"""
-    clip: float = 1.0
-    """global gradient norm is cut to this; 0 = off"""
-    ema: float = 0.999
-    """decay of the averaged weights; 0 = none are kept"""
-    moments: optim.Precision = "float32"
-    """how Adam's two moments of each matrix are kept: in 4, 2 or 1 bytes a weight each"""
-    ema_dtype: optim.Precision = "float32"
-    """how the averaged weights are kept; int8 costs about 1 % of their FVU"""
-    dead_after_tokens: int = 10_000_000
-    """a latent that has not fired for this many tokens is dead"""
-    checkpoint_every: int = 1000
-    """a run that is killed repeats at most this many steps; saves begin twice as often"""
-    log_every: int = 10
-    """steps"""
-    tensorboard: bool = False
-    """also write metrics for TensorBoard, under RUN/tensorboard"""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "dead_after_tokens", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"train.{name}={getattr(self, name)} must be at least 1")
-        if self.dead_after_tokens + self.batch_size >= 2**31:
-            raise UsageError(f"train.dead_after_tokens={self.dead_after_tokens} must stay below 2^31 - batch_size")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise UsageError(f"train.lr={self.lr} must be above 0 and finite")
-        if min(self.warmup_steps, self.decay_steps) < 0 or self.warmup_steps + self.decay_steps > self.steps:
-            raise UsageError(
-                f"train.warmup_steps={self.warmup_steps} and train.decay_steps={self.decay_steps} must be >= 0, and "
-                f"together at most train.steps={self.steps}"
-            )
-        if not 0 <= self.decay_to <= 1:
-            raise UsageError(f"train.decay_to={self.decay_to} must be in [0, 1]")
-        for name in ("beta1", "beta2"):
-            if not 0 <= (getattr(self, name) or 0.0) < 1:
-                raise UsageError(f"train.{name}={getattr(self, name)} must be in [0, 1)")
-        if self.eps is not None and not 0 < self.eps < math.inf:
-            raise UsageError(f"train.eps={self.eps} must be above 0 and finite")
-        if not 0 <= self.clip < math.inf:
-            raise UsageError(f"train.clip={self.clip} must be >= 0 and finite; 0 turns it off")
-        if not 0 <= self.ema < 1:
-            raise UsageError(f"train.ema={self.ema} must be in [0, 1); 0 turns it off")
-        for name in ("moments", "ema_dtype"):
-            if getattr(self, name) not in get_args(optim.Precision):
-                allowed = ", ".join(get_args(optim.Precision))
-                raise UsageError(f"train.{name}={getattr(self, name)!r} does not exist; there are: {allowed}")
-        for name in ("seed", "order_seed"):
-            if not 0 <= (getattr(self, name) or 0) < 2**31:
-                raise UsageError(f"train.{name}={getattr(self, name)} must be in [0, 2^31)")
-
-    @property
-    def order(self) -> int:
-        """Seed of the order of the data."""
-        return self.seed if self.order_seed is None else self.order_seed
-
-
-@struct.dataclass
-class Values:
-    """Settings that a program takes as data, so that runs which differ in nothing else share it."""
-
-    seed: jax.Array  # i32[]
-    lr: jax.Array  # f32[]
-    clip: jax.Array  # f32[], not used if train.clip is 0
-    ema: jax.Array  # f32[], not used if train.ema is 0
-    dead_after: jax.Array  # i32[]
-    coefficients: dict[str, jax.Array]  # f32[] of each in SaeConfig.DATA
-
-    @classmethod
-    def of(cls, config: TrainConfig, sae_config: SaeConfig) -> Self:
-        """The values in a config."""
-        return cls(
-            seed=jnp.int32(config.seed),
-            lr=jnp.float32(optim.learning_rate(config, sae_config)),
-            clip=jnp.float32(config.clip),
-            ema=jnp.float32(config.ema),
-            dead_after=jnp.int32(config.dead_after_tokens),
-            coefficients=sae_config.coefficients,
-        )
-
-
-def program(config: TrainConfig) -> TrainConfig:
-    """`config` with all that is data to the program, or nothing to it, at fixed values: equal where it is shared."""
-    return replace(
-        config,
-        # How long a run is matters to its steps only where the rate falls at the end.
-        **{"steps": config.steps if config.decay_steps else max(1, config.warmup_steps)},
-        **{"lr": None, "seed": 0, "dead_after_tokens": 1},
-        **{"order_seed": None, "checkpoint_every": 1, "log_every": 1, "tensorboard": False},
-        **{"clip": float(config.clip > 0), "ema": 0.5 * (config.ema > 0)},
-    )
+from sae_jax.train.settings import TrainConfig, Values
+from sae_jax.types import Widths
 
 
 @struct.dataclass

@@ -10,7 +10,8 @@ from sae_jax import mesh as meshes
 from sae_jax.ops import tuning
 from sae_jax.plan import hlo
 from sae_jax.saes import base, topk
-from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.train.settings import TrainConfig
+from sae_jax.train.state import abstract
 from sae_jax.train.step import make_step
 from sae_jax.types import Widths
 from tests.hlo import largest_array

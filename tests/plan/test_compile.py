@@ -13,7 +13,7 @@ from sae_jax.commands import main as cli
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.plan import analytic, compile, hlo, targets
 from sae_jax.saes import base
-from sae_jax.train.state import TrainConfig
+from sae_jax.train.settings import TrainConfig
 from sae_jax.types import UserError, Widths
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sae_jax.saes import base, jumprelu
-from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.settings import TrainConfig
+from sae_jax.train.state import initial
 from sae_jax.train.step import make_step
 from sae_jax.types import UsageError
 from tests.oracles import jumprelu as oracle

@@ -8,7 +8,8 @@ import pytest
 from sae_jax.plan import hlo
 from sae_jax.saes import base, relu, topk
 from sae_jax.scaling import flops
-from sae_jax.train.state import TrainConfig, initial
+from sae_jax.train.settings import TrainConfig
+from sae_jax.train.state import initial
 from sae_jax.train.step import make_step
 from sae_jax.types import Widths
 

@@ -23,7 +23,8 @@ from sae_jax.saes.base import sample_statistics
 from sae_jax.train import loop
 from sae_jax.train.checkpoint import Checkpoints, load, load_run
 from sae_jax.train.members import Member, initial_states, lanes_of, place
-from sae_jax.train.state import TrainConfig, abstract
+from sae_jax.train.settings import TrainConfig
+from sae_jax.train.state import abstract
 from sae_jax.train.step import make_step
 from sae_jax.types import UsageError, UserError
 from tests import runs

@@ -28,7 +28,7 @@ from sae_jax.saes.base import sample_statistics
 from sae_jax.train import logs, loop
 from sae_jax.train.checkpoint import Checkpoints, check_resumable, load, read_config
 from sae_jax.train.members import Member
-from sae_jax.train.state import MAY_CHANGE, TrainConfig
+from sae_jax.train.settings import MAY_CHANGE, TrainConfig
 from sae_jax.types import UsageError, UserError
 from tests import runs
 
