@@ -16,7 +16,6 @@ from sae_jax.errors import UsageError, UserError
 from sae_jax.plan import targets
 from sae_jax.saes import base
 from sae_jax.scaling import fit, flops
-from sae_jax.train.settings import TrainConfig, learning_rate
 from sae_jax.types import Widths
 
 STORED_BYTES = 2  # a number of an activation set, bfloat16
@@ -98,7 +97,8 @@ def _advise(
     if "lr" in laws:
         lr, by = laws["lr"].predict(n), _within(laws["lr"].draw(n), ".3g")
     else:
-        lr, by = learning_rate(TrainConfig(), sae), " (the default: the fit has no rule)"
+        used = content["lr_of_points"]
+        lr, by = used["coefficient"] * n ** used["exponent"], " (as the points had: the fit has no rule)"
     rows = [
         ("latents", f"{n} (the law says {wanted:.0f}{_within(laws['best_latents'].draw(command.compute), '.0f')})"),
         ("k", "none" if k is None else str(k)),

@@ -62,6 +62,7 @@ class Study:
     budgets: list[fit.Budget]
     rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]]  # width -> rates, losses, their minimum
     flops_per_token: dict[str, float]
+    lr_of_points: dict[str, float]  # coefficient * n^exponent through the rate of each width's best point
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +86,7 @@ class Study:
             "n_points_at_k": len(self.at_k),
             **found,
             "flops_per_token": self.flops_per_token,
+            "lr_of_points": self.lr_of_points,
             "warnings": self.warnings,
         }
 
@@ -152,6 +154,7 @@ def study(points: Sequence[Point], variant: str | None = None, site: str | None 
         budgets,
         rates,
         _flops_per_token(points, warnings),
+        _lr_of_points(at_k),
         warnings,
     )
 
@@ -295,3 +298,11 @@ def _flops_per_token(points: list[Point], warnings: list[str]) -> dict[str, floa
     if (error := float(np.abs(rows @ found / cost_N - 1).max())) > LINEAR:
         warnings.append(f"flops_per_token: off by up to {error:.0%} from per_latent * n + per_active * k")
     return {"per_latent": float(found[0]), "per_active": float(found[1])}
+
+
+def _lr_of_points(at_k: list[Point]) -> dict[str, float]:
+    """What the laws of errors were measured at, for advice where no rate was searched: no claim that it is the best."""
+    best = [min(group, key=lambda point: point.fvu) for group in _by(at_k, "n_latents").values()]
+    n_N, lr_N = np.log(_columns(best, "n_latents", "lr"))
+    exponent, shift = np.polyfit(n_N, lr_N, 1) if len(best) > 1 else (0.0, lr_N[0])
+    return {"coefficient": float(np.exp(shift)), "exponent": float(exponent)}

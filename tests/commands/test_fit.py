@@ -128,6 +128,19 @@ def test_advice_follows_the_laws(fitted, capsys):
     assert "times the largest" not in said
 
 
+def test_advice_goes_on_with_the_rates_of_the_points_where_none_was_searched(points, tmp_path, capsys):
+    own = [
+        p for p in points if p.k == K and p.lr == min(RATES, key=lambda lr: abs(math.log(lr / best_rate(p.n_latents))))
+    ]
+    assert refit(tmp_path, own) == 0
+    capsys.readouterr()
+    assert cli.main(["advise", "--compute=1e12", f"--fit={tmp_path / 'fit.json'}"]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if "learning rate" in line)
+    n = 2 ** round(math.log2(oracle.best_width(np.float64(1e12 / FLOPS))))
+    assert "no rule" in said
+    assert float(said.split("│")[2].split()[0]) == pytest.approx(best_rate(n), rel=0.3)
+
+
 def test_advice_beyond_the_points_says_how_far(fitted, points, capsys):
     dearest = max(point.flops for point in points)
     assert cli.main(["advise", f"--compute={100 * dearest}", f"--fit={fitted / 'fit.json'}"]) == 0
