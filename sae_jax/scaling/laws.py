@@ -2,7 +2,8 @@
 
     compute        the lower frontier of all points in FLOP, at one k
     best_latents   the minima of iso-FLOP curves, where a wider and a narrower autoencoder are worse
-    latents        trained to convergence, the best over rates and seeds of each width, at one k
+    latents        trained to convergence, the best over rates and seeds of each width, at one k; where too few are,
+                   after the most tokens that all have; or after as many tokens a latent as is asked for
     tokens         what these took
     lr             minima of parabolas over ln lr, of widths that have at least three rates
     joint          as latents, of every width and k
@@ -26,6 +27,7 @@ from sae_jax.scaling.table import Point
 V = TypeVar("V")
 
 N_RATES = 3  # that a width must have for its best one to be known
+NEAR = 0.05  # relative distance up to which tokens are as many as were asked for
 LINEAR = 0.02  # relative error up to which FLOP of a token are taken to be linear in n and k
 
 
@@ -104,10 +106,17 @@ class Study:
         return content
 
 
-def study(points: Sequence[Point], variant: str | None = None, site: str | None = None, k: int | None = None) -> Study:
+def study(
+    points: Sequence[Point],
+    variant: str | None = None,
+    site: str | None = None,
+    k: int | None = None,
+    tokens_per_latent: float | None = None,
+) -> Study:
     """Fit what can be fitted. None = the variant, then the site, then the k, with most points.
 
-    Raises UsageError if no point has these, UserError if such points are of different activation sets.
+    With `tokens_per_latent` the laws of width and of width and k are of points that learned from so many tokens a
+    latent. Raises UsageError if no point has these, UserError if such points are of different activation sets.
     """
     variant = _choose("variant", [point.variant for point in points], variant)
     points = [point for point in points if point.variant == variant]
@@ -134,13 +143,13 @@ def study(points: Sequence[Point], variant: str | None = None, site: str | None 
     rates, rate_note = _rates(at_k, warnings)
     attempt("compute", lambda: _compute(at_k, warnings))
     attempt("best_latents", lambda: _best_latents(budgets))
-    attempt("latents", lambda: _latents(at_k))
+    attempt("latents", lambda: _latents(at_k, tokens_per_latent))
     attempt("tokens", lambda: _tokens(at_k))
     attempt("lr", lambda: _lr(rates, rate_note))
     if k is None:
         warnings.append(f"joint: left out: {variant} has no k")
     else:
-        attempt("joint", lambda: _joint(points))
+        attempt("joint", lambda: _joint(points, tokens_per_latent))
     first = points[0]
     return Study(
         variant,
@@ -216,9 +225,13 @@ def _best_latents(budgets: list[fit.Budget]) -> Fitted:
     return Fitted(fit.growth(flops_N, best_N), (flops_N,), best_N, note)
 
 
-def _settled(points: list[Point], names: tuple[str, ...], enough: int) -> tuple[list[Point], str]:
+def _settled(
+    points: list[Point], names: tuple[str, ...], enough: int, per_latent: float | None
+) -> tuple[list[Point], str]:
     """The best point of each group over rates and seeds: at convergence, else at the most tokens that all have."""
     groups = _by(points, *names)
+    if per_latent is not None:
+        return _in_proportion(list(groups.values()), per_latent)
     done = {key: [point for point in group if point.converged] for key, group in groups.items()}
     if (n_done := sum(map(bool, done.values()))) >= enough:
         chosen, note = [group for group in done.values() if group], "trained to convergence"
@@ -236,8 +249,24 @@ def _settled(points: list[Point], names: tuple[str, ...], enough: int) -> tuple[
     return [min(group, key=lambda point: point.fvu) for group in chosen], note
 
 
-def _latents(at_k: list[Point]) -> Fitted:
-    best, note = _settled(at_k, ("n_latents",), fit.FORMS["decay_constant"].distinct["x"])
+def _in_proportion(groups: list[list[Point]], per_latent: float) -> tuple[list[Point], str]:
+    """The best point of each group among those nearest to so many tokens a latent."""
+
+    def distance(point: Point) -> float:
+        return abs(point.tokens / point.n_latents / per_latent - 1)
+
+    near = [[point for point in group if distance(point) <= NEAR] for group in groups]
+    best = [min(group, key=lambda point: (distance(point), point.fvu)) for group in near if group]
+    note = f"at {per_latent:g} tokens a latent"
+    if not best:
+        raise fit.UnfitError(f"no point is {note}, to {NEAR:.0%}")
+    if len(best) < len(groups):
+        note += f"; {len(groups) - len(best)} of {len(groups)} were not measured there and are left out"
+    return best, note
+
+
+def _latents(at_k: list[Point], per_latent: float | None) -> Fitted:
+    best, note = _settled(at_k, ("n_latents",), fit.FORMS["decay_constant"].distinct["x"], per_latent)
     n_N, fvu_N = _columns(best, "n_latents", "fvu")
     return _with_and_without(n_N, fvu_N, f"{len(best)} widths {note}")
 
@@ -251,8 +280,8 @@ def _tokens(at_k: list[Point]) -> Fitted:
     return Fitted(fit.growth(n_N, tokens_N), (n_N,), tokens_N, f"{len(best)} widths trained to convergence")
 
 
-def _joint(points: list[Point]) -> Fitted:
-    best, note = _settled(points, ("n_latents", "k"), len(fit.FORMS["joint"].coefficients) + 1)
+def _joint(points: list[Point], per_latent: float | None) -> Fitted:
+    best, note = _settled(points, ("n_latents", "k"), len(fit.FORMS["joint"].coefficients) + 1, per_latent)
     n_N, k_N, fvu_N = _columns(best, "n_latents", "k", "fvu")
     return Fitted(fit.joint(n_N, k_N, fvu_N), (n_N, k_N), fvu_N, f"{len(best)} pairs of n and k {note}")
 

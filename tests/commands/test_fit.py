@@ -9,7 +9,7 @@ import pytest
 
 from sae_jax.commands import main as cli
 from sae_jax.commands import sweep_plan
-from sae_jax.scaling import fit, table
+from sae_jax.scaling import fit, laws, table
 from sae_jax.scaling.sweep import SweepConfig
 from tests.oracles import scaling as oracle
 
@@ -201,12 +201,31 @@ def test_without_convergence_errors_are_compared_at_the_tokens_that_all_have(poi
     assert f"at {last:,} tokens" in read(tmp_path)["latents"]["note"]
 
 
+def test_errors_are_compared_at_as_many_tokens_a_latent_as_asked(points, tmp_path):
+    assert refit(tmp_path, points, "--tokens-per-latent=63") == 0  # a mark of every width is at 64
+    study = laws.study(points, tokens_per_latent=63)
+    n = 2.0 ** np.arange(6, 14)
+    best = [min(p.fvu for p in points if (p.n_latents, p.k, p.tokens) == (int(each), K, 64 * int(each))) for each in n]
+    np.testing.assert_array_equal(study.laws["latents"].x[0], n)
+    np.testing.assert_array_equal(study.laws["latents"].y, best)
+    assert read(tmp_path)["latents"]["note"] == "8 widths at 63 tokens a latent"
+    assert "24 pairs of n and k at 63 tokens a latent" in (tmp_path / "fit.txt").read_text()
+    few = [p for p in points if p.n_latents > 64 or p.tokens > 64 * 64]
+    assert "1 of 8 were not measured there" in laws.study(few, tokens_per_latent=64).laws["latents"].note
+
+
+def test_tokens_a_latent_that_no_point_has_are_said(points, tmp_path):
+    assert refit(tmp_path, points, "--tokens-per-latent=50") == 0
+    assert "joint: left out: no point is at 50 tokens a latent, to 5%" in read(tmp_path)["warnings"]
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "code", "said"),
     [
         (lambda rows: rows, ["--k=7"], 2, "--k=7: no point has it; the table has 4, 8, 16"),
         (lambda rows: rows, ["--variant=relu"], 2, "the table has topk"),
         (lambda rows: rows, ["--site=mlp"], 2, "the table has acts"),
+        (lambda rows: rows, ["--tokens-per-latent=0"], 2, "--tokens-per-latent=0.0 must be above 0"),
         (lambda rows: [{**rows[0], "data": "other"}, *rows[1:]], [], 1, "points of data other and set"),
         (
             lambda rows: [{**rows[0], "fvu": -1.0}, *rows[1:]],
