@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special
 
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
+SIGNIFICANT = 0.05  # a coefficient more is needed where chance alone would do as well more rarely
+EXACT = 1e-10  # residuals of rounding alone
 ROUGH = 1e-8  # relative tolerance of starts and draws: a tighter one only costs time where little is determined
 SPACING = 1.5  # two budgets differ by at least this factor: nearer ones say the same twice
 ALIGNED = 1.05  # points that differ by less than this factor in cost stand for one budget
@@ -115,7 +117,6 @@ class Law:
     interval: dict[str, tuple[float, float]]  # of 90 %; empty where there are no more points than coefficients
     r2: float  # of ln y
     rmse_log: float  # root of the mean squared residual of ln y
-    aicc: float | None  # Akaike's criterion for small samples, smaller is better; None for too few points
     n_points: int
     largest_out: float | None  # mean relative error for the largest n or x by the law fitted without it
     carried: float | None  # the same for carrying over y of the next smaller one, at the same k
@@ -141,7 +142,7 @@ class Law:
 
     def to_json(self) -> dict[str, Any]:
         """What `of` reads, but for the draws: the coefficients by name, and beside them what is known of the fit."""
-        facts = ("interval", "r2", "rmse_log", "aicc", "n_points", "largest_out", "carried", "range", "form")
+        facts = ("interval", "r2", "rmse_log", "n_points", "largest_out", "carried", "range", "form")
         return {**self.coefficients, **{name: getattr(self, name) for name in facts}, "warnings": list(self.warnings)}
 
     @classmethod
@@ -149,7 +150,7 @@ class Law:
         """From JSON. Raises KeyError for a key that is missing."""
         names = FORMS[values["form"]].coefficients
         return cls(
-            **{name: values[name] for name in ("form", "r2", "rmse_log", "aicc", "n_points", "largest_out", "carried")},
+            **{name: values[name] for name in ("form", "r2", "rmse_log", "n_points", "largest_out", "carried")},
             coefficients={name: values[name] for name in names},
             interval={name: tuple(values["interval"][name]) for name in values["interval"]},
             range={name: tuple(values["range"][name]) for name in values["range"]},
@@ -187,17 +188,17 @@ def growth(x_N: np.ndarray, y_N: np.ndarray) -> Law:
 def better(with_constant: Law, without: Law) -> tuple[bool, str]:
     """Whether the law with a constant is the better one, and the reason in words.
 
-    By AICc; where points are too few for it by the error for the largest x left out, and else the simpler one.
+    One coefficient more never fits worse; by the F test of nested laws it is taken where it fits better than by chance.
     """
-    by, ours, theirs = "AICc", with_constant.aicc, without.aicc
-    if ours is None or theirs is None:
-        by, ours, theirs = "relative error for the largest left out", with_constant.largest_out, without.largest_out
-    if ours is None or theirs is None:
+    free = with_constant.n_points - len(with_constant.coefficients)
+    if free < 1:
         return False, "the law without a constant is taken: points are too few to tell it from the one with a constant"
-    words = ("without", "with") if ours < theirs else ("with", "without")
-    return ours < theirs, f"the law {words[0]} the constant fits worse than {words[1]} ({by} {{}} against {{}})".format(
-        *(f"{value:.4g}" for value in sorted((ours, theirs), reverse=True))
-    )
+    ours, theirs = (max(law.rmse_log, EXACT) for law in (with_constant, without))
+    p = float(special.fdtrc(1, free, free * max((theirs / ours) ** 2 - 1, 0.0)))
+    reason = f"residuals {without.rmse_log:.2%} without, {with_constant.rmse_log:.2%} with, p = {p:.2g}"
+    if p < SIGNIFICANT:
+        return True, f"the law without the constant fits worse ({reason})"
+    return False, f"a constant is not needed ({reason})"
 
 
 def ends(values_R: np.ndarray) -> tuple[float, float] | None:
@@ -299,7 +300,6 @@ def _fit(name: str, y_N: np.ndarray, *x: np.ndarray) -> Law:
         interval,
         r2=1 - squares / spread if spread else 0.0,
         rmse_log=(squares / n) ** 0.5,
-        aicc=_aicc(squares, n, len(theta_P)),
         n_points=n,
         largest_out=largest_out,
         carried=carried,
@@ -441,14 +441,6 @@ def _largest_out(form: Form, y_N: np.ndarray, x: tuple[np.ndarray, ...]) -> tupl
         foreseen_N = np.exp(_log_sum(form.terms(*(np.log(each[out_N]) for each in x)), theta_P))
         predicted = float(np.abs(foreseen_N / y_N[out_N] - 1).mean())
     return predicted, float(np.mean(carried)) if carried else None
-
-
-def _aicc(squares: float, n: int, p: int) -> float | None:
-    q = p + 1  # with the variance
-    if n <= q + 1:
-        return None
-    smallest = np.finfo(np.float64).eps ** 2  # exact points have residuals of rounding alone
-    return n * float(np.log(max(squares / n, smallest))) + 2 * q + 2 * q * (q + 1) / (n - q - 1)
 
 
 def _doubts(form: Form, coefficients: dict[str, float], interval: dict[str, tuple[float, float]]) -> tuple[str, ...]:
