@@ -24,7 +24,8 @@ The law of the first three says 0.0037 for 8,192. The two largest rates were run
 set and batches; a member equals its solo run.
 
 Longer runs want lower rates, and wide autoencoders lose latents at them. After 3,000,320 tokens, dead in brackets
-(`sae-jax sweep` over these three widths and four rates, 16 minutes beside other work):
+(`sae-jax sweep configs/scaling_laptop.yaml --data SET --out OUT --sweep.tokens=3e6` over the grid of three widths and
+four rates, 16 minutes beside other work):
 
     rate      256             1024            4096 latents
     0.001     0.1260          0.0931          0.0732

@@ -5,7 +5,7 @@ to 1,024 latents at equal tokens: how do L(n) = constant + coefficient * n^-expo
 2024, section 3.2.2)?
 Guess: the wider the model, the larger the error at every n, and the smaller the exponent.
 Command: python experiments/scaling_subject_model.py --out OUT
-Cost: 40 minutes on two cores, at the lowest priority beside other work; nearly all of it for two language models.
+Cost: 31 minutes for two language models on two cores, at the lowest priority beside other work; 18 for the rest.
 Answer: the first half yes; of the exponents nothing can be said. 2,000,896 tokens, batch 2048, one seed; FVU of 32,768
 held-out tokens (JAX 0.10.2, CPU; figures/scaling_subject_model.png), with 90 % intervals of the laws:
 
