@@ -26,7 +26,6 @@ from scipy import optimize, special
 
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
-SIGNIFICANT = 0.05  # a coefficient more is needed where chance alone would do as well more rarely
 EXACT = 1e-10  # residuals of rounding alone
 ROUGH = 1e-8  # relative tolerance of starts and draws: a tighter one only costs time where little is determined
 SPACING = 1.5  # two budgets differ by at least this factor: nearer ones say the same twice
@@ -188,17 +187,18 @@ def growth(x_N: np.ndarray, y_N: np.ndarray) -> Law:
 def better(with_constant: Law, without: Law) -> tuple[bool, str]:
     """Whether the law with a constant is the better one, and the reason in words.
 
-    One coefficient more never fits worse; by the F test of nested laws it is taken where it fits better than by chance.
+    One coefficient more never fits worse. By the F test of nested laws it is taken where noise alone would gain as much
+    less often than LEVEL allows; one-sided, since a constant is above 0.
     """
     free = with_constant.n_points - len(with_constant.coefficients)
     if free < 1:
         return False, "the law without a constant is taken: points are too few to tell it from the one with a constant"
     ours, theirs = (max(law.rmse_log, EXACT) for law in (with_constant, without))
-    p = float(special.fdtrc(1, free, free * max((theirs / ours) ** 2 - 1, 0.0)))
+    p = float(special.fdtrc(1, free, free * max((theirs / ours) ** 2 - 1, 0.0))) / 2
     reason = f"residuals {without.rmse_log:.2%} without, {with_constant.rmse_log:.2%} with, p = {p:.2g}"
-    if p < SIGNIFICANT:
+    if p < 1 - LEVEL:
         return True, f"the law without the constant fits worse ({reason})"
-    return False, f"a constant is not needed ({reason})"
+    return False, f"no constant is needed to explain these points ({reason})"
 
 
 def ends(values_R: np.ndarray) -> tuple[float, float] | None:

@@ -84,7 +84,7 @@ def test_a_law_without_a_constant_is_preferred_where_there_is_none(few_draws):
     law = fit.decay_constant(x_N, loss_N)
     has_constant, verdict = fit.better(law, fit.decay(x_N, loss_N))
     assert not has_constant
-    assert "a constant is not needed" in verdict
+    assert "no constant is needed" in verdict
     assert law.interval["constant"][0] < 1e-3 * loss_N.min()
     assert any("constant is not determined" in doubt for doubt in law.warnings)
 
