@@ -115,8 +115,10 @@ def study(
 ) -> Study:
     """Fit what can be fitted. None = the variant, then the site, then the k, with most points.
 
-    With `tokens_per_latent` the laws of width and of width and k are of points that learned from so many tokens a
-    latent. Raises UsageError if no point has these, UserError if such points are of different activation sets.
+    With `tokens_per_latent` the laws of width, and of width and k, are of points that learned from so many tokens a
+    latent.
+
+    Raises UsageError if no point has these, UserError if such points are of different activation sets.
     """
     variant = _choose("variant", [point.variant for point in points], variant)
     points = [point for point in points if point.variant == variant]
