@@ -52,7 +52,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table as Shown
+from rich.table import Table
 from scaling_steps import laws_of, until_converged
 
 from sae_jax.scaling.table import Point
@@ -90,7 +90,7 @@ def compared(points: list[Point], laws: Path, where: str) -> dict:
     """Show the last of the points of each width and k; whether the error falls with both, and the joint law."""
     last = {(point.n_latents, point.k): point for point in points}
     widths, k = (sorted(set(values)) for values in zip(*last, strict=True))
-    shown = Shown("n", *map(str, k), title=f"FVU on held-out rows and million tokens {where}, by k")
+    shown = Table("n", *map(str, k), title=f"FVU on held-out rows and million tokens {where}, by k")
     for n in widths:
         shown.add_row(str(n), *(f"{last[n, each].fvu:.4f} {last[n, each].tokens / 1e6:.2f}" for each in k))
     Console().print(shown)
