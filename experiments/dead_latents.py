@@ -42,11 +42,11 @@ from pathlib import Path
 import matplotlib
 import tyro
 
+from sae_jax import recipe
 from sae_jax.activations.harvest import harvest
-from sae_jax.commands import recipe
 from sae_jax.commands.train import Train, train
 from sae_jax.progress import console
-from sae_jax.train import logs
+from sae_jax.training import logs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

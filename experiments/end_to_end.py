@@ -43,8 +43,8 @@ from typing import Any
 import matplotlib
 import tyro
 
+from sae_jax import recipe
 from sae_jax.activations.harvest import harvest
-from sae_jax.commands import recipe
 from sae_jax.commands.evaluate import Evaluate, evaluate
 from sae_jax.commands.train import Train, train
 from sae_jax.progress import console

@@ -37,10 +37,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import load
+from sae_jax import load, recipe
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.store import open_activations
-from sae_jax.commands import recipe
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation.reconstruction import on_rows
 from sae_jax.evaluation.text import held_out

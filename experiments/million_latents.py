@@ -34,14 +34,14 @@ from typing import Any
 import numpy as np
 import tyro
 
+from sae_jax import recipe
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.store import open_activations
-from sae_jax.commands import recipe
 from sae_jax.evaluation.reconstruction import Reconstruction
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
-from sae_jax.train import logs
-from sae_jax.train.checkpoint import load, load_run
+from sae_jax.training import logs
+from sae_jax.training.checkpoint import load, load_run
 from sae_jax.types import Sites
 
 ROOT = Path(__file__).parents[1]

@@ -38,10 +38,9 @@ import matplotlib
 import numpy as np
 import tyro
 
-from sae_jax import load, open_activations, testbeds
+from sae_jax import load, open_activations, recipe, testbeds
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.sample import sample_rows
-from sae_jax.commands import recipe
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation import diffing
 from sae_jax.evaluation.dictionaries import closest

@@ -44,8 +44,7 @@ import matplotlib
 import numpy as np
 import tyro
 
-from sae_jax import load, testbeds
-from sae_jax.commands import recipe
+from sae_jax import load, recipe, testbeds
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.dictionaries import closest, duplicates, mmcs

@@ -42,16 +42,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from sae_jax import load
+from sae_jax import load, recipe
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.store import open_activations
-from sae_jax.commands import recipe
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation.reconstruction import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
-from sae_jax.train import optim
-from sae_jax.train.state import abstract
+from sae_jax.training import optim
+from sae_jax.training.state import abstract
 from sae_jax.types import Sites, Widths
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"

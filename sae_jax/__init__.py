@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sae_jax.activations.ingest import write_activations
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.saes.base import AbstractSae
-    from sae_jax.train.checkpoint import load
+    from sae_jax.training.checkpoint import load
     from sae_jax.types import Code, UsageError, UserError
 
 __all__ = [
@@ -38,7 +38,7 @@ _HOMES = {
     "Code": "sae_jax.types",
     "UsageError": "sae_jax.types",
     "UserError": "sae_jax.types",
-    "load": "sae_jax.train.checkpoint",
+    "load": "sae_jax.training.checkpoint",
     "open_activations": "sae_jax.activations.store",
     "write_activations": "sae_jax.activations.ingest",
 }

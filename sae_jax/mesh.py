@@ -8,7 +8,7 @@
 an all-reduce of everything, one direction at a time it moves each byte once. Elsewhere two of the three have size 1.
 
 A mesh has `member` only where members are split over it. Whatever concerns one autoencoder speaks of the other axes
-alone, inside a `jax.shard_map` over `member` (train/members.py).
+alone, inside a `jax.shard_map` over `member` (training/members.py).
 
 Every array belongs to one of the roles below. The axes are Explicit: a sharding is part of an array's type, so an
 operation that would have to guess is refused when the program is traced. One device is a 1 x 1 mesh.

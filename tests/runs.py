@@ -22,10 +22,10 @@ from sae_jax import config as configs
 from sae_jax import lm, write_activations
 from sae_jax.lm import weights
 from sae_jax.saes import base
-from sae_jax.train import logs
-from sae_jax.train.checkpoint import Checkpoints, read_config
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import TrainState, abstract
+from sae_jax.training import logs
+from sae_jax.training.checkpoint import Checkpoints, read_config
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import TrainState, abstract
 from sae_jax.types import Sites, Widths
 
 ROOT = Path(__file__).parent.parent

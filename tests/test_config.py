@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_jax import config
-from sae_jax.commands import recipe
+from sae_jax import config, recipe
 from sae_jax.commands.train import Train
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UsageError, UserError
 
 YAML = """\

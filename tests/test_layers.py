@@ -14,14 +14,17 @@ ORDER = [
     {"ops"},
     {"saes", "lm"},
     {"activations"},
-    {"train", "testbeds"},
-    {"evaluation", "analysis", "scaling", "interchange", "plan"},
+    {"training", "testbeds"},
+    {"analysis"},
+    {"evaluation", "scaling", "interchange", "planning"},
+    {"pages", "sweeps"},
+    {"recipe"},
     {"commands"},
 ]
 # Within a level only these know each other; saes and lm do not.
-PEERS = {("config", "types"), ("mesh", "types"), ("progress", "types"), ("plan", "scaling")}
-# train is fed by a batch source and knows neither the language model nor the set.
-FORBIDDEN = {("train", "lm"), ("train", "activations")}
+PEERS = {("config", "types"), ("mesh", "types"), ("progress", "types"), ("planning", "scaling")}
+# training is fed by a batch source and knows neither the language model nor the set.
+FORBIDDEN = {("training", "lm"), ("training", "activations")}
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 

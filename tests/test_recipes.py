@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_jax import config
-from sae_jax.commands import recipe
+from sae_jax import config, recipe
 from sae_jax.commands.harvest import Harvest
 from sae_jax.commands.train import Train
 from tests import runs
@@ -33,8 +32,8 @@ def test_recipe_trains_at_a_toy_size(path, tmp_path):
     import numpy as np
 
     from sae_jax.saes import base
-    from sae_jax.train.state import initial
-    from sae_jax.train.step import make_step
+    from sae_jax.training.state import initial
+    from sae_jax.training.step import make_step
 
     toy = ["--sae.n_latents=64", "--sae.k=4", "--train.batch_size=16", "--sae.dtype=float32"]
     command = recipe.parse(Train, [str(path), "--data=set", "--out=run", *toy], "sae-jax train")

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from sae_jax import mesh as meshes
 from sae_jax.saes.base import Batch, SaeConfig
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import abstract
-from sae_jax.train.step import make_step
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import abstract
+from sae_jax.training.step import make_step
 from sae_jax.types import Widths
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ import common
 import tyro
 
 import sae_jax
-from sae_jax.train import logs
+from sae_jax.training import logs
 
 SKIPPED = 2  # first steps of a run: they compile, and the loader fills its first groups
 

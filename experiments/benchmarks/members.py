@@ -26,7 +26,7 @@ import common
 import tyro
 
 import sae_jax
-from sae_jax.train import logs
+from sae_jax.training import logs
 
 N_MEMBERS = 8
 

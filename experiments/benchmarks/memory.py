@@ -23,9 +23,9 @@ import common
 import jax
 import tyro
 
-from sae_jax.plan import hlo
+from sae_jax.planning import hlo
 from sae_jax.saes.topk import Config
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig
 
 PARTS = ("state", "gradients", "input", "rest", "peak")
 

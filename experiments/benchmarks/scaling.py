@@ -28,9 +28,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import common
 import tyro
 
-from sae_jax.plan import hlo
+from sae_jax.planning import hlo
 from sae_jax.saes.topk import Config
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ import tyro
 from sae_jax.ops import encode, sparse, topk, tuning
 from sae_jax.saes import base
 from sae_jax.saes.topk import Config
-from sae_jax.train import optim
-from sae_jax.train.settings import TrainConfig, Values
-from sae_jax.train.state import initial
-from sae_jax.train.step import make_step
+from sae_jax.training import optim
+from sae_jax.training.settings import TrainConfig, Values
+from sae_jax.training.state import initial
+from sae_jax.training.step import make_step
 
 CANNOT_HIDE = ("encoder product and selection", "Adam", "running average")
 

@@ -34,7 +34,7 @@ import numpy as np
 import tyro
 
 import sae_jax
-from sae_jax.train import logs
+from sae_jax.training import logs
 
 HERE = Path(__file__).parent
 SKIPPED = 2  # steps of a turn that compile, allocate or fill caches

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sae_jax import config
 from sae_jax.errors import UsageError, UserError
-from sae_jax.plan import targets
+from sae_jax.planning import targets
 from sae_jax.saes import base
 from sae_jax.scaling import fit, flops
 from sae_jax.types import Widths

@@ -13,12 +13,12 @@ import tyro
 
 from sae_jax import config, lm
 from sae_jax.analysis.collect import collect_set
-from sae_jax.analysis.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.analysis.examples import Activations
 from sae_jax.commands import runtime
 from sae_jax.commands.evaluate import SHOWN, open_set
+from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress, console
-from sae_jax.train.checkpoint import load_run
+from sae_jax.training.checkpoint import load_run
 from sae_jax.types import Sites, UsageError
 
 

@@ -12,21 +12,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config
+from sae_jax import config, recipe
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.baselines import neuron_token_purity
-from sae_jax.analysis.curves import plot_training
 from sae_jax.analysis.examples import token_purity
-from sae_jax.commands import recipe, runtime
+from sae_jax.commands import runtime
 from sae_jax.commands.dashboard import Dashboard, dashboard
 from sae_jax.commands.evaluate import Evaluate, evaluate
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation import baselines, reconstruction
 from sae_jax.evaluation.text import held_out
+from sae_jax.pages.curves import plot_training
 from sae_jax.progress import console
-from sae_jax.train.logs import read_metrics
+from sae_jax.training.logs import read_metrics
 from sae_jax.types import Sites, UsageError
 
 RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"

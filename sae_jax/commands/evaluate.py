@@ -15,7 +15,7 @@ from sae_jax import config
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import runtime
 from sae_jax.evaluation.measure import measure
-from sae_jax.train.checkpoint import load_run
+from sae_jax.training.checkpoint import load_run
 from sae_jax.types import Sites, UsageError, Widths
 
 SHOWN = (

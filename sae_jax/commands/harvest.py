@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sae_jax import recipe
 from sae_jax.activations.harvest import HarvestConfig, harvest
-from sae_jax.commands import recipe, runtime
+from sae_jax.commands import runtime
 from sae_jax.progress import console
 
 

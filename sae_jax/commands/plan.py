@@ -11,13 +11,13 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from sae_jax import mesh as meshes
+from sae_jax import recipe
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.spec import DTYPES
-from sae_jax.commands import recipe
 from sae_jax.ops.tuning import EngineConfig
-from sae_jax.plan import analytic, compile, report, targets
+from sae_jax.planning import analytic, compile, report, targets
 from sae_jax.progress import console
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UsageError, Widths
 
 S = TypeVar("S")
@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def plan(command: Plan) -> dict[str, Any]:
-    """The report on what `command` describes (sae_jax/plan/report.py)."""
+    """The report on what `command` describes (sae_jax/planning/report.py)."""
     if command.sae.learns != "rows":
         raise UsageError(
             f"sae.variant={command.sae.variant} is trained through a language model, which a plan knows nothing of; "

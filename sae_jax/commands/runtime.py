@@ -88,7 +88,7 @@ def warn_of_idle_gpu() -> None:
 
 
 def _leave_errors_to_us() -> None:
-    """train/checkpoint.py says in one line what is wrong; Orbax and tensorstore would add pages from their threads."""
+    """training/checkpoint.py says what is wrong in one line; Orbax and tensorstore would add pages from threads."""
     for talker in ("absl", "asyncio"):
         logging.getLogger(talker).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -19,16 +19,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sae_jax import config
+from sae_jax import config, recipe
 from sae_jax.activations.store import ActivationSet, open_activations
-from sae_jax.commands import recipe, runtime
+from sae_jax.commands import runtime
 from sae_jax.commands.sweep_plan import Planned, Sweep, in_passes, plan, show
 from sae_jax.commands.train import train
 from sae_jax.evaluation.text import unseen_rows
 from sae_jax.progress import console
-from sae_jax.scaling import marks
-from sae_jax.scaling.marks import Marks
-from sae_jax.train import checkpoint
+from sae_jax.sweeps import points as marks
+from sae_jax.sweeps.points import Marks
+from sae_jax.training import checkpoint
 from sae_jax.types import Sites, UsageError, UserError
 
 MAY_CHANGE = ("memory_gib", "per_pass", "log_every", "checkpoint_every", "tensorboard")  # of the plan

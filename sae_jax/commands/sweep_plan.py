@@ -18,17 +18,16 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config
+from sae_jax import config, recipe
 from sae_jax import mesh as meshes
 from sae_jax.activations.store import ActivationSet
-from sae_jax.commands import recipe
 from sae_jax.commands.train import S, Train, choose_sites
-from sae_jax.plan import analytic, targets
-from sae_jax.plan.targets import GIB
+from sae_jax.planning import analytic, targets
+from sae_jax.planning.targets import GIB
 from sae_jax.scaling import flops
-from sae_jax.scaling.marks import Wanted
-from sae_jax.scaling.sweep import SweepConfig, cells, due, pack, share
-from sae_jax.train.settings import learning_rate, program
+from sae_jax.sweeps.grid import SweepConfig, cells, due, pack, share
+from sae_jax.sweeps.points import Wanted
+from sae_jax.training.settings import learning_rate, program
 from sae_jax.types import Sites, UsageError
 
 MFU = 0.3  # share of the matrix rate that training is taken to reach, where hours are told

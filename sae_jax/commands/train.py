@@ -13,19 +13,19 @@ from typing import Generic, TypeVar, get_args
 import jax
 import numpy as np
 
-from sae_jax import config
+from sae_jax import config, recipe
 from sae_jax import mesh as meshes
 from sae_jax.activations.loader import Loader
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.sequences import Sequences, through_model
 from sae_jax.activations.store import ActivationSet, open_activations
-from sae_jax.commands import recipe, runtime
+from sae_jax.commands import runtime
 from sae_jax.ops import tuning
 from sae_jax.progress import console
 from sae_jax.saes.base import InputNorm, Learns, Sample, sample_statistics
-from sae_jax.train import checkpoint, loop
-from sae_jax.train.members import Member
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training import checkpoint, loop
+from sae_jax.training.members import Member
+from sae_jax.training.settings import TrainConfig
 from sae_jax.types import Sites, UsageError, Widths
 
 S = TypeVar("S")

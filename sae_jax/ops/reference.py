@@ -25,7 +25,7 @@ def decode(code: Code, w_dec_FD: jax.Array, dtype=jnp.float32) -> tuple[jax.Arra
 
 
 def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype) -> jax.Array:
-    """See ops/explain.py."""
+    """See ops/auxk.py."""
     code, _ = encode_topk(x_BD, w_enc_FD, jnp.where(allowed_F, b_enc_F, -jnp.inf), b_pre_D, k, dtype)
     return ((error_BD - decode(code, w_dec_FD)[0]) ** 2).sum()
 

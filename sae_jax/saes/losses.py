@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sae_jax.ops import explain, sparse
+from sae_jax.ops import auxk, sparse
 from sae_jax.saes import base
 from sae_jax.saes.base import Batch, KConfig, Outcome, Statistics
 from sae_jax.types import Code, UsageError
@@ -57,7 +57,7 @@ def auxiliary_ratio(error_BD: jax.Array, unexplained: jax.Array) -> jax.Array:
     """AuxK loss: how much of the reconstruction error the dead latents leave unexplained; 0 where undefined.
 
     sum ||e - e_hat||^2 / sum ||e - mean_batch e||^2, the first given as `unexplained`. A perfect reconstruction has no
-    error to explain; the denominator is guarded before the division, because a mask after it would let NaN through to
+    error to auxk; the denominator is guarded before the division, because a mask after it would let NaN through to
     the gradient.
 
     Source: Gao et al. 2024, arXiv 2406.04093, appendix A.2.
@@ -80,7 +80,7 @@ def with_auxk(
 ) -> tuple[jax.Array, Outcome]:
     """A loss with that of AuxK added; counters and L0 of the code.
 
-    The k_aux strongest dead latents explain, without bias, the error that the living leave, e = sg(y - y_hat).
+    The k_aux strongest dead latents auxk, without bias, the error that the living leave, e = sg(y - y_hat).
 
     Args:
         loss: f32[].
@@ -101,6 +101,6 @@ def with_auxk(
     error_BY = lax.stop_gradient(batch.y - y_hat_BY)
     k_aux = config.k_aux or 2 ** round(math.log2(max(error_BY.shape[1] / 2, 1)))
     dead_F, dtype = statistics.dead, jnp.dtype(config.dtype)
-    left = explain.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent)
+    left = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent)
     outcome.metrics["aux_loss"] = auxiliary_ratio(error_BY, left)
     return loss + config.aux_coefficient * outcome.metrics["aux_loss"], outcome

@@ -11,7 +11,7 @@ import pytest
 from sae_jax.commands import main as cli
 from sae_jax.commands import sweep_plan
 from sae_jax.scaling import fit, laws, table
-from sae_jax.scaling.sweep import SweepConfig
+from sae_jax.sweeps.grid import SweepConfig
 from tests.oracles import scaling as oracle
 
 D_MODEL, K = 64, 8

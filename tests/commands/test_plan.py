@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sae_jax import recipe
 from sae_jax.commands import main as cli
-from sae_jax.commands import recipe, train
-from sae_jax.plan import compile
+from sae_jax.commands import train
+from sae_jax.planning import compile
 from sae_jax.types import UsageError
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "gpt2_small_topk_32k.yaml")

@@ -1,4 +1,4 @@
-"""Makes program_*.txt: a small program with all that sae_jax/plan/hlo.py must see, as two compilers print it.
+"""Makes program_*.txt: a small program with all that sae_jax/planning/hlo.py must see, as two compilers print it.
 
     python tests/golden/make_programs.py        # with sae_jax[plan] installed; jax 0.10.2, libtpu 0.0.42.1
 
@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from sae_jax import mesh as meshes
 from sae_jax.ops import spmd
-from sae_jax.plan import compile, targets
+from sae_jax.planning import compile, targets
 
 N_BLOCKS, ROWS, D, F = 3, 8192, 2048, 4096  # rows of a block, and latents of a device
 

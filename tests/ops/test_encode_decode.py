@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.ops import encode, explain, reference, sparse, tuning
+from sae_jax.ops import auxk, encode, reference, sparse, tuning
 from sae_jax.types import UsageError
 from tests.oracles import topk as oracle
 
@@ -91,7 +91,7 @@ def test_explaining_equals_dense_autodiff(arrays, shape, n_allowed, k):
         expected = 0.0, tuple(np.zeros_like(a) for a in arrays[1:])
     for cut in (tuning.current(), PIECES):
         with tuning.using(cut):
-            got = on_mesh(shape, loss_with(explain.unexplained), rows, (*ROLES, meshes.ROWS, meshes.DICT))
+            got = on_mesh(shape, loss_with(auxk.unexplained), rows, (*ROLES, meshes.ROWS, meshes.DICT))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
@@ -131,7 +131,7 @@ def test_the_gradient_of_unit_rows_is_tangent_to_them(arrays, shape):
     ops = SimpleNamespace(
         encode_topk=encode.encode_topk,
         decode=partial(sparse.decode, tangent=True),
-        unexplained=partial(explain.unexplained, tangent=True),
+        unexplained=partial(auxk.unexplained, tangent=True),
     )
     roles = (meshes.DICT, meshes.ROWS, meshes.DICT, meshes.DICT, meshes.REPLICATED, meshes.DICT)
     with tuning.using(PIECES):

@@ -8,11 +8,11 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.ops import tuning
-from sae_jax.plan import hlo
+from sae_jax.planning import hlo
 from sae_jax.saes import base, topk
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import abstract
-from sae_jax.train.step import make_step
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import abstract
+from sae_jax.training.step import make_step
 from sae_jax.types import Widths
 from tests.hlo import largest_array
 

@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, AxisType
 from sae_jax import mesh as meshes
 from sae_jax.ops.reference import to_dense
 from sae_jax.saes import base
-from sae_jax.train.checkpoint import Checkpoints
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import abstract, initial
-from sae_jax.train.step import make_step
+from sae_jax.training.checkpoint import Checkpoints
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import abstract, initial
+from sae_jax.training.step import make_step
 from sae_jax.types import UsageError, Widths
 from tests.runs import bits
 from tests.saes.in_model import batch_for, lowered_for

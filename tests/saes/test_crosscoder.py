@@ -7,9 +7,9 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, crosscoder
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import initial
-from sae_jax.train.step import make_step
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import initial
+from sae_jax.training.step import make_step
 from sae_jax.types import UsageError, Widths
 from tests.oracles import crosscoder as oracle
 

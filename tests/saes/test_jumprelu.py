@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sae_jax.saes import base, jumprelu
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import initial
-from sae_jax.train.step import make_step
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import initial
+from sae_jax.training.step import make_step
 from sae_jax.types import UsageError
 from tests.oracles import jumprelu as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows

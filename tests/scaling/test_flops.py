@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.plan import hlo
+from sae_jax.planning import hlo
 from sae_jax.saes import base, relu, topk
 from sae_jax.scaling import flops
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import initial
-from sae_jax.train.step import make_step
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import initial
+from sae_jax.training.step import make_step
 from sae_jax.types import Widths
 
 BATCH, WIDTH = 64, 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sae_jax.plan import hlo
-from sae_jax.plan.analytic import Run, Step
-from sae_jax.plan.compile import INSTALL, Compiled
-from sae_jax.plan.targets import GIB, Target
+from sae_jax.planning import hlo
+from sae_jax.planning.analytic import Run, Step
+from sae_jax.planning.compile import INSTALL, Compiled
+from sae_jax.planning.targets import GIB, Target
 
 N_BUFFERS = 3  # shown to a person
 

@@ -16,7 +16,7 @@ import numpy as np
 from sae_jax import config as configs
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
-from sae_jax.train.members import Member
+from sae_jax.training.members import Member
 
 POINTS = "points"
 
@@ -30,7 +30,7 @@ class Wanted(NamedTuple):
 
 
 class Marks:
-    """Where the members of a pass are measured (train/loop.py), and what was found."""
+    """Where the members of a pass are measured (training/loop.py), and what was found."""
 
     def __init__(
         self,

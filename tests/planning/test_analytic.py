@@ -3,9 +3,9 @@
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.plan import analytic, targets
+from sae_jax.planning import analytic, targets
 from sae_jax.saes import base
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig
 from sae_jax.types import Widths
 
 N, D, K, BATCH = 2**24, 12288, 64, 131072

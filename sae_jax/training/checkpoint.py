@@ -31,9 +31,9 @@ from sae_jax import config as configs
 from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
-from sae_jax.train import optim
-from sae_jax.train.settings import MAY_CHANGE, TrainConfig
-from sae_jax.train.state import TrainState, abstract
+from sae_jax.training import optim
+from sae_jax.training.settings import MAY_CHANGE, TrainConfig
+from sae_jax.training.state import TrainState, abstract
 from sae_jax.types import UsageError, UserError, Widths
 
 MEMBERS = "members"  # folder of a set's members
@@ -79,7 +79,7 @@ class Checkpoints:
             self._orbax.wait()
 
     def restore(self, targets: dict[str, TrainState]) -> dict[str, TrainState]:
-        """The newest states that can be read, placed as `targets` (abstract, see train/state.py) say.
+        """The newest states that can be read, placed as `targets` (abstract, see training/state.py) say.
 
         Checkpoints that cannot be read are set aside once an older one has been. UserError if none can be.
         """

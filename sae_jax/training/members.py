@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import mesh as meshes
 from sae_jax.saes.base import Batch, InputNorm, SaeConfig, Sample
-from sae_jax.train.settings import TrainConfig, Values, program
-from sae_jax.train.state import TrainState, abstract, initial
-from sae_jax.train.step import Metrics, make_measure, make_step
+from sae_jax.training.settings import TrainConfig, Values, program
+from sae_jax.training.state import TrainState, abstract, initial
+from sae_jax.training.step import Metrics, make_measure, make_step
 from sae_jax.types import Sites, UsageError, Widths
 
 T = TypeVar("T")

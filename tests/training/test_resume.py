@@ -25,10 +25,10 @@ from sae_jax.activations.store import open_activations
 from sae_jax.commands import main, runtime
 from sae_jax.saes import topk
 from sae_jax.saes.base import sample_statistics
-from sae_jax.train import logs, loop
-from sae_jax.train.checkpoint import Checkpoints, check_resumable, load, read_config
-from sae_jax.train.members import Member
-from sae_jax.train.settings import MAY_CHANGE, TrainConfig
+from sae_jax.training import logs, loop
+from sae_jax.training.checkpoint import Checkpoints, check_resumable, load, read_config
+from sae_jax.training.members import Member
+from sae_jax.training.settings import MAY_CHANGE, TrainConfig
 from sae_jax.types import UsageError, UserError
 from tests import runs
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, topk
-from sae_jax.train import optim
-from sae_jax.train.settings import TrainConfig, Values
-from sae_jax.train.state import abstract, initial
-from sae_jax.train.step import make_step
+from sae_jax.training import optim
+from sae_jax.training.settings import TrainConfig, Values
+from sae_jax.training.state import abstract, initial
+from sae_jax.training.step import make_step
 from sae_jax.types import Widths
 from tests.oracles.adam import adam
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_jax.scaling import sweep
-from sae_jax.scaling.sweep import SweepConfig
+from sae_jax.sweeps import grid as sweep
+from sae_jax.sweeps.grid import SweepConfig
 from sae_jax.types import UsageError
 
 

@@ -17,8 +17,8 @@ from jax.sharding import AbstractMesh, Mesh
 from sae_jax import mesh
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
-from sae_jax.train import optim
-from sae_jax.train.settings import TrainConfig, Values
+from sae_jax.training import optim
+from sae_jax.training.settings import TrainConfig, Values
 from sae_jax.types import Widths
 
 
@@ -28,7 +28,7 @@ class TrainState:
 
     step: jax.Array  # i32[], optimiser steps done
     sae: AbstractSae  # f32 master weights, DICT and REPLICATED
-    moments: optax.OptState  # Adam's, placed like the weights; their form: train/optim.py
+    moments: optax.OptState  # Adam's, placed like the weights; their form: training/optim.py
     average: Any  # running average of the weights; None when train.ema is 0
     statistics: Statistics
     key: jax.Array  # a step's randomness is this key folded with the step

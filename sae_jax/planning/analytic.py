@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AbstractMesh
 
-from sae_jax.plan.targets import GIB, Target
+from sae_jax.planning.targets import GIB, Target
 from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import flops
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import abstract
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import abstract
 from sae_jax.types import Widths
 
 WORKSPACE = GIB  # row blocks, tiles and pairs, whose budgets are in ops/tuning.py

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sae_jax.saes import base, topk
-from sae_jax.train.settings import TrainConfig, learning_rate
-from sae_jax.train.state import initial
-from sae_jax.train.step import make_step
+from sae_jax.training.settings import TrainConfig, learning_rate
+from sae_jax.training.state import initial
+from sae_jax.training.step import make_step
 from sae_jax.types import UsageError
 from tests.oracles import topk as oracle
 from tests.oracles.adam import adam

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_jax.plan import targets
+from sae_jax.planning import targets
 from sae_jax.types import UsageError
 
 

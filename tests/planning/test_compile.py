@@ -11,9 +11,9 @@ import pytest
 from sae_jax import mesh as meshes
 from sae_jax.commands import main as cli
 from sae_jax.ops.tuning import EngineConfig
-from sae_jax.plan import analytic, compile, hlo, targets
+from sae_jax.planning import analytic, compile, hlo, targets
 from sae_jax.saes import base
-from sae_jax.train.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UserError, Widths
 
 CONFIGS = Path(__file__).parents[2] / "configs"

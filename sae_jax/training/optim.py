@@ -33,7 +33,7 @@ from flax import struct
 from jax import lax
 
 from sae_jax.saes.base import Adam
-from sae_jax.train.settings import Precision, TrainConfig, Values
+from sae_jax.training.settings import Precision, TrainConfig, Values
 
 BLOCK = 256  # elements that share a scale, at most
 

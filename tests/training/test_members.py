@@ -20,12 +20,12 @@ from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.saes import relu, topk
 from sae_jax.saes.base import sample_statistics
-from sae_jax.train import loop
-from sae_jax.train.checkpoint import Checkpoints, load, load_run
-from sae_jax.train.members import Member, initial_states, lanes_of, place
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import abstract
-from sae_jax.train.step import make_step
+from sae_jax.training import loop
+from sae_jax.training.checkpoint import Checkpoints, load, load_run
+from sae_jax.training.members import Member, initial_states, lanes_of, place
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import abstract
+from sae_jax.training.step import make_step
 from sae_jax.types import UsageError, UserError
 from tests import runs
 
@@ -152,7 +152,7 @@ def test_coefficients_are_data(small_set: Path, tmp_path: Path, monkeypatch: pyt
     assert weak.program == strong.program != none.program
     steps = []
     with monkeypatch.context() as patched:
-        patched.setattr("sae_jax.train.members.make_step", lambda *own: steps.append(make_step(*own)) or steps[-1])
+        patched.setattr("sae_jax.training.members.make_step", lambda *own: steps.append(make_step(*own)) or steps[-1])
         train(small_set, run, [weak, strong], one_device())
     assert [step._cache_size() for step in steps] == [1]
     solo = penalised("", 0.5, tmp_path / "solo")

@@ -27,8 +27,8 @@ from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.progress import console
 from sae_jax.saes import base
-from sae_jax.scaling.sweep import SweepConfig, as_words
-from sae_jax.train.settings import SHARED, TrainConfig
+from sae_jax.sweeps.grid import SweepConfig, as_words
+from sae_jax.training.settings import SHARED, TrainConfig
 from sae_jax.types import UsageError
 
 S = TypeVar("S")

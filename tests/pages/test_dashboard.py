@@ -15,7 +15,8 @@ import threading
 import numpy as np
 import pytest
 
-from sae_jax.analysis import dashboard, examples
+from sae_jax.analysis import examples
+from sae_jax.pages import dashboard
 from sae_jax.types import UsageError, UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -22,7 +22,7 @@ from typing import Any
 
 from sae_jax import config as configs
 from sae_jax.errors import UsageError, UserError
-from sae_jax.plan.targets import Target
+from sae_jax.planning.targets import Target
 from sae_jax.types import Widths
 
 INSTALL = "pip install 'sae_jax[plan]'"
@@ -121,9 +121,9 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     from sae_jax import mesh as meshes
     from sae_jax.ops import tuning
     from sae_jax.saes import base
-    from sae_jax.train.settings import TrainConfig
-    from sae_jax.train.state import abstract
-    from sae_jax.train.step import make_step
+    from sae_jax.training.settings import TrainConfig
+    from sae_jax.training.state import abstract
+    from sae_jax.training.step import make_step
 
     sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
     train = configs.from_dict(TrainConfig, job["train"])

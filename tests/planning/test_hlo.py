@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_jax.plan import hlo
+from sae_jax.planning import hlo
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

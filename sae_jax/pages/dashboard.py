@@ -349,7 +349,7 @@ def _write_script(path: Path, call: str, *arguments: object) -> None:
 def _write_page(folder: Path, title: str) -> None:
     import jinja2
 
-    templates = files("sae_jax.analysis") / "templates"
+    templates = files("sae_jax.pages") / "templates"
     page = jinja2.Environment(autoescape=True).from_string((templates / "index.html").read_text("utf-8"))
     (folder / "index.html").write_text(page.render(title=title, generator=_GENERATOR), encoding="utf-8")
     for name in ("style.css", "site.js", "draw.js", "table.js", "latent.js", "app.js"):

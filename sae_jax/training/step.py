@@ -16,9 +16,9 @@ import optax
 
 from sae_jax.saes import base, losses
 from sae_jax.saes.base import Batch, SaeConfig
-from sae_jax.train import optim
-from sae_jax.train.settings import TrainConfig
-from sae_jax.train.state import TrainState
+from sae_jax.training import optim
+from sae_jax.training.settings import TrainConfig
+from sae_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 

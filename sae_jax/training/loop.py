@@ -4,8 +4,8 @@ loader (step t) --> rows over all devices --> step of each member --> metrics of
                                                |
                                                +--> checkpoint: on an interval, on SIGTERM, at the end
 
-A run has one member, or a set of them that learn from the same batches (train/members.py). A member leaves a set after
-its last step, with a checkpoint of its own, or when its loss is not finite. The others go on.
+A run has one member, or a set of them that learn from the same batches (training/members.py). A member leaves a set
+after its last step, with a checkpoint of its own, or when its loss is not finite. The others go on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sae_jax import config as configs
 from sae_jax import mesh as meshes
 from sae_jax.progress import Progress, console
 from sae_jax.saes.base import Batch, InputNorm, Sample
-from sae_jax.train import logs
-from sae_jax.train.checkpoint import Checkpoints, check_members, check_resumable, latest_step
-from sae_jax.train.members import Lane, Member, check_lanes, initial_states, lanes_of, place
-from sae_jax.train.state import TrainState, abstract
-from sae_jax.train.step import Metrics
+from sae_jax.training import logs
+from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step
+from sae_jax.training.members import Lane, Member, check_lanes, initial_states, lanes_of, place
+from sae_jax.training.state import TrainState, abstract
+from sae_jax.training.step import Metrics
 from sae_jax.types import Sites, UsageError, UserError
 
 

@@ -1,0 +1,1 @@
+"""What people look at: the dashboard of a dictionary, and figures of a run."""
