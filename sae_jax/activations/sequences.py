@@ -137,11 +137,12 @@ def through_model(activations: ActivationSet, source: str, mesh: Mesh, later: bo
     if later and not lm.later_hooks(model, site):
         raise UsageError(f"sae.downstream needs layers after {site}, and there are none; leave it out")
     model = jax.device_put(model, meshes.sharding(mesh, meshes.REPLICATED))
-    return lambda batch: _rows(model, batch.x, site, later)
+    return lambda batch: model_rows(model, batch.x, site, later)
 
 
 @partial(jax.jit, static_argnames=("site", "later"))
-def _rows(model: lm.LanguageModel, coded_ST: jax.Array, site: lm.Hook, later: bool) -> Batch:
+def model_rows(model: lm.LanguageModel, coded_ST: jax.Array, site: lm.Hook, later: bool) -> Batch:
+    """A batch to learn from, on what the model makes of token ids i32[S, T], ~id at positions that are left out."""
     keep_ST = coded_ST >= 0
     hole = lm.cut_open(model, jnp.where(keep_ST, coded_ST, ~coded_ST), keep_ST, site, later)
     return Batch(hole.rows.astype(jnp.float32), context=hole)

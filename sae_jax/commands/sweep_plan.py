@@ -29,8 +29,9 @@ from sae_jax.sweeps.grid import SweepConfig, cells, due, pack, share
 from sae_jax.sweeps.points import Wanted
 from sae_jax.training.settings import learning_rate, program
 from sae_jax.types import Sites, UsageError
+from sae_jax.units import duration, memory
 
-MFU = 0.3  # share of the matrix rate that training is taken to reach, where hours are told
+MFU = 0.3  # share of the matrix rate that training is taken to reach, where times are told
 USABLE = 0.8  # share of the memory that may be filled
 
 
@@ -46,7 +47,7 @@ class Sweep(Train[S], Generic[S]):
     dry_run: bool = False
     """show what would be trained, and what it costs"""
     target: str | None = None
-    """machine to tell the hours for, such as h200:8; default: this one"""
+    """machine to tell the time for, such as h200:8; default: this one"""
 
 
 @dataclass(frozen=True)
@@ -181,23 +182,23 @@ def show(command: Sweep, planned: dict[str, Planned], passes: dict[str, list[str
     """What would be trained, and what it takes."""
     target = targets.parse(command.target) if command.target else None
     rate = MFU * (target.chip.flops * target.n_devices if target else _measured_rate())
-    table = Table("member", "n", "k", "lr", "tokens", "points", "FLOP", "hours", title=command.out)
+    table = Table("member", "n", "k", "lr", "tokens", "points", "FLOP", "time", title=command.out)
     for name, member in planned.items():
         facts, tokens = member.wanted.facts, max(member.wanted.marks) * member.command.train.batch_size
         table.add_row(
             *(name, str(facts["n_latents"]), str(facts["k"] or ""), f"{facts['lr']:.2g}", f"{tokens:.3g}"),
             *(str(len(member.wanted.marks)), f"{tokens * member.wanted.flop_per_token:.2e}"),
-            f"{member.cost / rate / 3600:.3g}",
+            duration(member.cost / rate),
         )
     output = Console()
     output.print(table)
     for folder, names in passes.items():
         own = [planned[name] for name in names]
-        memory = sum(member.n_bytes for member in own) / command.mesh.member + max(member.beside for member in own)
-        hours = sum(member.cost for member in own) / rate / 3600
-        output.print(f"pass {folder}: {len(names)} members, {memory / GIB:.2f} GiB a device, {hours:.3g} hours")
+        needed = sum(member.n_bytes for member in own) / command.mesh.member + max(member.beside for member in own)
+        takes = duration(sum(member.cost for member in own) / rate)
+        output.print(f"pass {folder}: {len(names)} members, {memory(needed)} a device, {takes}")
     where = command.target or "this machine, by the rate of one product on it"
-    output.print(f"hours: executed FLOP at {MFU:.0%} of the matrix rate of {where}; small members take longer")
+    output.print(f"time: executed FLOP at {MFU:.0%} of the matrix rate of {where}; small members take longer")
 
 
 def _measured_rate() -> float:
