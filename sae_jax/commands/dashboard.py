@@ -68,7 +68,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     if (evaluation.get("step"), evaluation.get("weights")) != (run.step, "ema" if command.ema else "live"):
         evaluation = {}  # of other weights than are shown
     reference = command.model or target.model
-    with Progress("dashboard", table.n_latents, "latents") as progress:
+    with Progress("dashboard", table.n_latents, "latents", first="") as progress:
         write_dashboard(
             command.out,
             table=table,

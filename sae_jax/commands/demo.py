@@ -80,6 +80,6 @@ def run(argv: Sequence[str]) -> None:
     storage.write_json(out / "summary.json", summary)
     shown = Table("metric", "value", title=f"{out / 'summary.json'}")
     for name, value in summary.items():
-        shown.add_row(name, f"{value:,.4g}")
+        shown.add_row(name, f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
     Console().print(shown)
     console.print(f"open {out / 'dashboard' / 'index.html'} in a browser; {out / 'training.png'} is the training curve")
