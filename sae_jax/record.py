@@ -124,7 +124,6 @@ class RunRecord(Versioned):
     train: dict[str, Any]
     mesh: dict[str, Any]
     engine: dict[str, Any]
-    average: str | None  # how the running average of the weights is kept; None: there is none
     allow_partial: bool = False
 
 

@@ -22,8 +22,8 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +275,11 @@ class AbstractSae(abc.ABC):
         """Reconstruction f32[..., Y] for x [..., X], in the units of x."""
         x = as_rows(x, self.w_enc.shape[1])
         return _reconstruct(self, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.w_dec.shape[1])
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        arrays = [f"{name} {list(value.shape)}" for name, value in values.items() if hasattr(value, "shape")]
+        return f"{type(self).__name__}({', '.join(arrays)}, {self.config})"
 
     @abc.abstractmethod
     def n_slots(self, x_BX: jax.Array) -> int:

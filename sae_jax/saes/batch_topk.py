@@ -102,7 +102,7 @@ class Thresholded(AbstractSae):
         return replace(sae, b_enc=self.b_enc / c, b_dec=self.b_dec / scale.y, threshold=self.threshold / c)
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class BatchTopK(Thresholded):
     """A BatchTopK autoencoder; frozen, so training makes a new one each step."""
 

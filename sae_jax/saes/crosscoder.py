@@ -135,7 +135,7 @@ class Config(batch_topk.ThresholdConfig):
             raise UsageError(f"sae.n_latents={self.n_latents} must be at least the number of sources, {n_x}")
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Crosscoder(AbstractSae):
     """A crosscoder; frozen, so training makes a new one each step."""
 

@@ -102,7 +102,7 @@ class Config(SaeConfig):
         return replace(sae, w_enc=sae.w_enc / jnp.where(r > 0, r, 1.0))
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class EndToEnd(AbstractSae):
     """An autoencoder trained through the model; frozen, so training makes a new one each step."""
 

@@ -67,7 +67,7 @@ class Config(SaeConfig):
         )
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Gated(AbstractSae):
     """A gated autoencoder; frozen, so training makes a new one each step."""
 

@@ -126,7 +126,7 @@ class Config(SaeConfig):
         )
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class JumpRelu(AbstractSae):
     """A JumpReLU autoencoder; frozen, so training makes a new one each step."""
 

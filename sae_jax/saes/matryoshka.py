@@ -72,7 +72,7 @@ class Config(batch_topk.ThresholdConfig):
         return {"mean_square": init.zeros((self.n_latents,), mesh.DICT)} if self.random_prefixes else {}
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Matryoshka(batch_topk.Thresholded):
     """A Matryoshka autoencoder; frozen, so training makes a new one each step."""
 

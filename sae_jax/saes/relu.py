@@ -122,7 +122,7 @@ class ReluCode(AbstractSae):
         return tiled.reconstruct(x_BX, self.w_enc, w_dec, b_pre, self.b_enc, tiled.relu, dtype, base.FIRED_ABOVE)
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Relu(ReluCode):
     """A ReLU autoencoder; frozen, so training makes a new one each step."""
 

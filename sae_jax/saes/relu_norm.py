@@ -64,7 +64,7 @@ class Config(SaeConfig):
         )
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class ReluNorm(ReluCode):
     """A ReLU autoencoder with free decoder norms; frozen, so training makes a new one each step."""
 

@@ -59,7 +59,7 @@ class Config(SaeConfig):
         )
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Tied(ReluCode):
     """A tied autoencoder; frozen, so training makes a new one each step."""
 

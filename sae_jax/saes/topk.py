@@ -73,7 +73,7 @@ class Config(KConfig):
         return self.k + jnp.round((self.k_start - self.k) * left).astype(jnp.int32)
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class TopK(AbstractSae):
     """A TopK autoencoder; frozen, so training makes a new one each step."""
 

@@ -77,7 +77,7 @@ class Config(KConfig):
             raise UsageError(f"sae.variant=transcoder encodes one source, not {len(widths.x)}; name one in `site`")
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Transcoder(AbstractSae):
     """A transcoder; frozen, so training makes a new one each step."""
 

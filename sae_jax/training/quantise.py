@@ -7,9 +7,10 @@
 Blocks lie inside a row, so the split of dimension 0 over a mesh is that of the weights. Zero is kept as zeros: to clear
 rows of an average is to clear them in every array of its tree. Averages are computed in f32; vectors stay f32.
 
-Below f32, rounding is stochastic: a value is rounded up as often as it is near the upper neighbour. Rounding to nearest
-would never let go of a value that loses 0.1 % a step: half the distance of two bf16 numbers is 0.2 to 0.4 %. The dither
-is a hash of step, array and position alone, so a resumed run repeats it, on any mesh, and no array of random bits exists.
+Below f32, rounding is stochastic: the nearer a value is to the upper neighbour, the more often it is rounded up.
+Rounding to nearest would never let go of a value that loses 0.1 % a step: half the distance of two bf16 numbers is 0.2
+to 0.4 %. The dither is a hash of step, array and position alone, so a resumed run repeats it, on any mesh, and no array
+of random bits exists.
 
 Sources: scales a block and codes with an exponent after Dettmers et al. 2022, arXiv 2110.02861, section 2; the code
 itself is ours.

@@ -72,7 +72,9 @@ def abstract(
 
     `place` is the mesh to spread the state over (the one in use), or one sharding for every array.
     """
-    return placed(jax.eval_shape(lambda sample: initial(sae_config, config, sample), init.abstract_sample(widths)), place)
+    return placed(
+        jax.eval_shape(lambda sample: initial(sae_config, config, sample), init.abstract_sample(widths)), place
+    )
 
 
 def placed(tree: Any, place: Mesh | AbstractMesh | jax.sharding.Sharding) -> Any:
@@ -91,6 +93,6 @@ def with_config(state: TrainState, config: SaeConfig) -> TrainState:
     """The same arrays, whose dictionary and all trees that are like it say `config`."""
 
     def swap(node: Any) -> Any:
-        return replace(node, config=config) if isinstance(node, AbstractSae) else node
+        return replace(node, config=config) if isinstance(node, AbstractSae) else node  # pyrefly: ignore[bad-specialization]
 
     return jax.tree.map(swap, state, is_leaf=lambda node: isinstance(node, AbstractSae))

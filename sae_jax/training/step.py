@@ -55,9 +55,9 @@ def _make_step(sae_config: SaeConfig, config: TrainConfig):
         rows = replace(batch, x=x, y=y)
 
         with jax.named_scope("objective"):
-            (loss, outcome), gradients = jax.value_and_grad(
-                lambda sae: sae.objective(rows, context), has_aux=True
-            )(state.sae)
+            (loss, outcome), gradients = jax.value_and_grad(lambda sae: sae.objective(rows, context), has_aux=True)(
+                state.sae
+            )
         with jax.named_scope("optimiser"):
             grad_norm = optax.tree.norm(gradients)
             tx = optim.optimiser(config, hparams, sae_config.ADAM)
@@ -93,7 +93,7 @@ def _make_step(sae_config: SaeConfig, config: TrainConfig):
 
 
 def make_measure(sae_config: SaeConfig) -> tuning.Jitted:
-    """(state, hparams, batch) -> how well a state does on a batch that it does not learn from, jitted, wherever it lies.
+    """(state, hparams, batch) -> how well a state does on a batch that it does not learn from, jitted.
 
     Returns:
         error: f32[], mean over rows of the squared error, where errors are measured (saes/normalise.py).
