@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sae_jax import lm
-from sae_jax import mesh as meshes
 from sae_jax.activations.store import ActivationSet
 from sae_jax.saes.base import Batch
 from sae_jax.types import UsageError, UserError
@@ -136,7 +135,7 @@ def through_model(activations: ActivationSet, source: str, mesh: Mesh, later: bo
     site = lm.parse_hook(spec.hook, model.spec)
     if later and not lm.later_hooks(model, site):
         raise UsageError(f"sae.downstream needs layers after {site}, and there are none; leave it out")
-    model = jax.device_put(model, meshes.sharding(mesh, meshes.REPLICATED))
+    model = lm.place(model, mesh)
     return lambda batch: _rows(model, batch.x, site, later)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax.lm.block import layer_norm
+from sae_jax.lm import block
 from sae_jax.lm.hooks import check_hook
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.spec import Spec
@@ -16,7 +16,7 @@ from sae_jax.lm.spec import Spec
 
 def unembed(params: Mapping[str, Any], spec: Spec, x_BTD: jax.Array) -> jax.Array:
     """Logits f32[B, T, V] of the last layer's residual stream: the final norm, then the unembedding."""
-    h_BTD = layer_norm(x_BTD, params["norm.w"], params["norm.b"], spec.norm_eps)
+    h_BTD = block.norm(spec, params, "norm", x_BTD)
     return jnp.einsum("btd,vd->btv", h_BTD, _unembedding(params, spec), preferred_element_type=jnp.float32)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.lm.spec import shapes
+from sae_jax.lm.params import abstract
 from sae_jax.saes.base import Batch, SaeConfig
 from tests.lm import tiny
 
@@ -33,10 +33,7 @@ def lowered_for(config: SaeConfig, rows: jax.ShapeDtypeStruct) -> Batch:
         return Batch(rows, rows)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
     context = rows.shape[0] // meshes.axis_size(meshes.AXES)
     spec = dataclasses.replace(SPEC, d_model=rows.shape[1], n_context=context)
-    of_shape = partial(
-        jax.tree.map, lambda s: jax.ShapeDtypeStruct(s, jnp.float32), is_leaf=lambda s: isinstance(s, tuple)
-    )
-    return jax.eval_shape(partial(in_model, context=context), lm.LanguageModel(of_shape(shapes(spec)), spec), rows)
+    return jax.eval_shape(partial(in_model, context=context), lm.LanguageModel(abstract(spec), spec), rows)
 
 
 def in_model(model: lm.LanguageModel, rows: jax.Array, context: int = CONTEXT) -> Batch:
