@@ -32,12 +32,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sae_jax.activations.tokens import stdlib_files
 from sae_jax.lm import weights
-from sae_jax.lm.logits import cross_entropy
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.params import init
 from sae_jax.lm.run import run
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
+from sae_jax.ops.predictions import cross_entropy
 
 SEPARATOR = "<|endoftext|>"
 MATRICES = ("q.w", "k.w", "v.w", "o.w", "up.w", "down.w")

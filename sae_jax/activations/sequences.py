@@ -114,13 +114,13 @@ class Sequences:
 
 
 def through_model(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -> Callable[[Batch], Batch]:
-    """What turns a batch of sequences on the devices into one of rows, its context a model cut open at their site.
+    """What turns a batch of sequences on the devices into one of rows, with the model that continues from them.
 
     Args:
         activations: the set, which names model and site.
         source: of the set.
         mesh: the model lies whole on each device.
-        later: whether the context holds the residual stream after later blocks.
+        later: whether to keep the residual stream after later blocks.
 
     Raises UsageError for a source without model, UserError for a model that is not the one that made the set.
     """
@@ -132,15 +132,15 @@ def through_model(activations: ActivationSet, source: str, mesh: Mesh, later: bo
         raise UserError(
             f"the weights of {spec.model} are not those that {activations.path} was made with; harvest again"
         )
-    site = lm.parse_hook(spec.hook, model.spec)
-    if later and not lm.later_hooks(model, site):
-        raise UsageError(f"sae.downstream needs layers after {site}, and there are none; leave it out")
+    hook = lm.parse_hook(spec.hook, model.spec)
+    if later and not lm.later_hooks(model, hook):
+        raise UsageError(f"sae.downstream needs layers after {hook}, and there are none; leave it out")
     model = lm.place(model, mesh)
-    return lambda batch: _rows(model, batch.x, site, later)
+    return lambda batch: _rows(model, batch.x, hook, later)
 
 
-@partial(jax.jit, static_argnames=("site", "later"))
-def _rows(model: lm.LanguageModel, coded_ST: jax.Array, site: lm.Hook, later: bool) -> Batch:
+@partial(jax.jit, static_argnames=("hook", "later"))
+def _rows(model: lm.LanguageModel, coded_ST: jax.Array, hook: lm.Hook, later: bool) -> Batch:
     keep_ST = coded_ST >= 0
-    hole = lm.cut_open(model, jnp.where(keep_ST, coded_ST, ~coded_ST), keep_ST, site, later)
-    return Batch(hole.rows.astype(jnp.float32), context=hole)
+    site = lm.replaced_site(model, jnp.where(keep_ST, coded_ST, ~coded_ST), keep_ST, hook, later)
+    return Batch(site.rows, context=site)

@@ -1,4 +1,4 @@
-"""From the last residual stream to logits, loss, and what a direction in the model does to the logits."""
+"""From the last residual stream to logits, and what a direction in the model does to the logits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,6 @@ def unembed(params: Mapping[str, Any], spec: Spec, x_BTD: jax.Array) -> jax.Arra
     """Logits f32[B, T, V] of the last layer's residual stream: the final norm, then the unembedding."""
     h_BTD = block.norm(spec, params, "norm", x_BTD)
     return jnp.einsum("btd,vd->btv", h_BTD, _unembedding(params, spec), preferred_element_type=jnp.float32)
-
-
-def cross_entropy(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Next-token loss in nats, f32[B, T-1]: entry t is -log p(ids[t + 1] | ids[: t + 1])."""
-    logits_BTV = logits_BTV[:, :-1].astype(jnp.float32)
-    target_BT1 = jnp.take_along_axis(logits_BTV, ids_BT[:, 1:, None], axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT1[..., 0]
 
 
 def logit_effect(model: LanguageModel, hook: tuple[int, str], directions_ND: jax.Array) -> jax.Array:
