@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -23,7 +22,10 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 import yaml
 
-from sae_jax.types import UsageError, UserError
+from sae_jax.errors import UsageError
+from sae_jax.storage import read_json as read_json  # training/ still asks for these three here
+from sae_jax.storage import write_json as write_json
+from sae_jax.storage import write_text as write_text
 
 C = TypeVar("C")
 
@@ -116,38 +118,6 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
 def to_dict(config: Any) -> dict[str, Any]:
     """A resolved config as plain nested values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # a write that fails, on a full disk, does not say where
-        raise
-
-
-def read_json(path: str | Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no file. Raises UserError if it holds something else."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:  # not JSON, or not even text
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object, so it is damaged; delete it and run the command that wrote it")
-    return content
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sae_jax import config, recipe
 from sae_jax.commands.train import Train
 from sae_jax.training.settings import TrainConfig
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import UsageError
 
 YAML = """\
 site: resid_post.2
@@ -167,18 +167,3 @@ def test_json_round_trip(value):
 def test_flatten_and_known_keys_agree():
     keys = config.known_keys(TrainConfig, "train.")
     assert keys == {f"train.{field.name}" for field in dataclasses.fields(TrainConfig)}
-
-
-def test_write_json_replaces_whole_files(tmp_path):
-    config.write_json(tmp_path / "a.json", {"x": 1})
-    config.write_json(tmp_path / "a.json", {"x": 2})
-    assert config.read_json(tmp_path / "a.json") == {"x": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert config.read_json(tmp_path / "b.json") is None
-
-
-@pytest.mark.parametrize("damage", [b'{"x": ', b"[1]", b"", b"\xff"])
-def test_damaged_json_is_named(tmp_path, damage):
-    (tmp_path / "a.json").write_bytes(damage)
-    with pytest.raises(UserError, match=r"a\.json: not a JSON object"):
-        config.read_json(tmp_path / "a.json")

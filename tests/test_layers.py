@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sae_jax"
 
 ORDER = [
     {"errors"},
-    {"types", "config", "mesh", "progress"},
+    {"types", "config", "mesh", "progress", "storage"},
     {"ops"},
     {"saes", "lm"},
     {"activations"},
@@ -22,7 +22,14 @@ ORDER = [
     {"commands"},
 ]
 # Within a level only these know each other; saes and lm do not.
-PEERS = {("config", "types"), ("mesh", "types"), ("progress", "types"), ("planning", "scaling")}
+PEERS = {
+    ("config", "storage"),
+    ("config", "types"),
+    ("mesh", "types"),
+    ("progress", "types"),
+    ("storage", "progress"),
+    ("planning", "scaling"),
+}
 # training is fed by a batch source and knows neither the language model nor the set.
 FORBIDDEN = {("training", "lm"), ("training", "activations")}
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

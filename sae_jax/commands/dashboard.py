@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tyro
 
-from sae_jax import config, lm
+from sae_jax import config, lm, storage
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.commands import runtime
@@ -64,7 +64,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
         raise UsageError(f"{activations.path} has no text to show; make the set with `sae-jax harvest`")
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(sae, activations, sites.x, command.tokens, progress.update)
-    evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
+    evaluation = storage.read_json(Path(command.run) / "evaluation.json") or {}
     if (evaluation.get("step"), evaluation.get("weights")) != (run.step, "ema" if command.ema else "live"):
         evaluation = {}  # of other weights than are shown
     reference = command.model or target.model

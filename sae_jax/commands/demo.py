@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config, recipe
+from sae_jax import recipe, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),
         "seconds": round(time.monotonic() - began, 1),
     }
-    config.write_json(out / "summary.json", summary)
+    storage.write_json(out / "summary.json", summary)
     shown = Table("metric", "value", title=f"{out / 'summary.json'}")
     for name, value in summary.items():
         shown.add_row(name, f"{value:,.4g}")

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config
+from sae_jax import config, storage
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import runtime
 from sae_jax.evaluation.measure import measure
@@ -84,7 +84,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     # dead_fraction is over the run's last train.dead_after_tokens, silent_fraction over the rows measured here.
     weights = "ema" if command.ema else "live"
     result = {"step": run.step, "weights": weights, "dead_fraction": run.dead_fraction, **result}
-    config.write_json(Path(command.run) / "evaluation.json", result)
+    storage.write_json(Path(command.run) / "evaluation.json", result)
     return result
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sae_jax import config, recipe
+from sae_jax import config, recipe, storage
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import runtime
 from sae_jax.commands.sweep_plan import Planned, Sweep, in_passes, plan, show
@@ -138,11 +138,10 @@ def _keep_plan(out: Path, command: Sweep, planned: dict[str, Planned], first: bo
             name: {**member.wanted.facts["config"], "marks": [*member.wanted.marks]} for name, member in planned.items()
         },
     }
-    before = config.read_json(out / "sweep.json")
+    before = storage.read_json(out / "sweep.json")
     if before is None:
         if first:
-            out.mkdir(parents=True, exist_ok=True)
-            config.write_json(out / "sweep.json", now)
+            storage.write_json(out / "sweep.json", now)
         return
     was, is_now = (dict(config.flatten(content)) for content in (before, json.loads(json.dumps(now))))
     for key in sorted(was.keys() | is_now.keys()):
@@ -156,10 +155,9 @@ def _keep_plan(out: Path, command: Sweep, planned: dict[str, Planned], first: bo
 def _kept(out: Path, passes: dict[str, list[str]], worker: tuple[int, int], first: bool) -> dict[str, list[str]]:
     """The passes as this worker's first attempt made them: another machine's memory may suggest others."""
     path = out / "passes" / f"{worker[0]}of{worker[1]}.json"
-    before = config.read_json(path)
+    before = storage.read_json(path)
     if before is None and first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config.write_json(path, passes)
+        storage.write_json(path, passes)
     return before or passes
 
 

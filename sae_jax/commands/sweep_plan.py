@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config, recipe
+from sae_jax import config, recipe, storage
 from sae_jax import mesh as meshes
 from sae_jax.activations.store import ActivationSet
 from sae_jax.commands.train import S, Train, choose_sites
@@ -228,7 +228,7 @@ def rates(settings: SweepConfig) -> Callable[[int], float] | None:
         return None
     if any(words.startswith("train.lr=") for words in settings.grid):
         raise UsageError("sweep.lr_from does not go with train.lr in sweep.grid; leave one out")
-    rule = (config.read_json(settings.lr_from) or {}).get("lr")
+    rule = (storage.read_json(settings.lr_from) or {}).get("lr")
     if not isinstance(rule, dict) or not {"coefficient", "exponent"} <= rule.keys():
         raise UsageError(
             f"sweep.lr_from={settings.lr_from}: no learning-rate rule in it; give the fit.json of a sweep over train.lr"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax import config as configs
+from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
 from sae_jax.planning.targets import Target
 from sae_jax.types import Widths
@@ -99,7 +100,7 @@ def compile_step(
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"compiling for {target.name} took more than {timeout:.0f} s; raise --timeout") from None
-        said = configs.read_json(answer)
+        said = storage.read_json(answer)
         text = program.read_text() if program.exists() else None
     if said is None:
         if done.returncode < 0:
@@ -180,7 +181,7 @@ def _main() -> None:
         answer = _compile(json.load(sys.stdin), Path(sys.argv[2]))
     except UserError as error:
         answer = {"refused": str(error)}
-    configs.write_json(sys.argv[1], answer)
+    storage.write_json(sys.argv[1], answer)
 
 
 if __name__ == "__main__":

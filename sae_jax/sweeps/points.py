@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_jax import config as configs
+from sae_jax import storage
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
 from sae_jax.training.members import Member
@@ -82,14 +82,13 @@ class Marks:
         self._found[member.name] = [*earlier, point]
         if not self._silent:
             path = _path(self._out, member.name)
-            path.parent.mkdir(exist_ok=True)
-            configs.write_json(path, {"points": [point.to_json() for point in self._found[member.name]]})
+            storage.write_json(path, {"points": [point.to_json() for point in self._found[member.name]]})
         return not converged
 
 
 def read(out: Path, name: str) -> list[Point]:
     """The points of a member so far. Raises UserError if the file is damaged."""
-    content = configs.read_json(_path(out, name)) or {}
+    content = storage.read_json(_path(out, name)) or {}
     return [Point.of(values) for values in content.get("points", [])]
 
 
