@@ -42,6 +42,17 @@ ROWS = P((DATA, *LATENT))
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
 
+# Language models: the mesh axis that each named axis of a parameter is split over (sae_jax/lm/params.py). None is split
+# today: a model lies whole on every device, and its batches are ROWS. Tensor parallelism is a change of this table.
+LM_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "layer": None,
+    "model": None,  # d_model
+    "heads": None,  # all heads of attention, side by side
+    "mlp": None,
+    "vocab": None,
+    "position": None,
+}
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -118,6 +129,11 @@ def names(axis: str | tuple[str, ...]) -> tuple[str, ...]:
 def sharding(mesh: Mesh | AbstractMesh, role: P) -> NamedSharding:
     """Where an array of this role lies on a mesh."""
     return NamedSharding(mesh, role)
+
+
+def lm_role(axes: tuple[str, ...]) -> P:
+    """The role of a language model's parameter with these axes of LM_AXES."""
+    return P(*(LM_AXES[name] for name in axes))
 
 
 def input_rows(mesh: Mesh | AbstractMesh) -> P:

@@ -15,12 +15,10 @@ from itertools import count
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from sae_jax import lm
-from sae_jax import mesh as meshes
 from sae_jax.activations.order import EndlessShuffle
 from sae_jax.activations.source import Batches, placed_array
 from sae_jax.activations.store import ActivationSet
@@ -148,10 +146,10 @@ def _model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) 
     hook = lm.parse_hook(spec.hook, model.spec)
     if later and not lm.later_hooks(model, hook):
         raise UsageError(f"sae.downstream needs layers after {hook}, and there are none; leave it out")
-    return jax.device_put(model, meshes.sharding(mesh, meshes.REPLICATED)), hook
+    return lm.place(model, mesh), hook
 
 
 @partial(jax.jit, static_argnames=("hook", "later"))
 def _rows(model: lm.LanguageModel, ids_ST: jax.Array, keep_ST: jax.Array, hook: lm.Hook, later: bool) -> Batch:
-    site = lm.cut_open(model, ids_ST, keep_ST, hook, later)
-    return Batch(site.rows.astype(jnp.float32), model=site)
+    site = lm.replaced_site(model, ids_ST, keep_ST, hook, later)
+    return Batch(site.rows, model=site)

@@ -12,7 +12,7 @@ All are means over tokens, squares summed over d_model but in the MSE. The model
 are replaced by x_hat, but where the set leaves a position out (special tokens, sinks), which keeps its own and counts
 nowhere. W_dec is learnt freely; it is scaled in the forward pass.
 
-It learns from `Batch.model`, a model that is cut open at the site (sae_jax/lm/model.py), which it knows by four names:
+It learns from `Batch.model`, a model that continues from the site (lm.ReplacedSite), which it knows by four names:
 
     keep bool[S, T]   logits f32[S, T, V]   later (f32[S, T, D], ...)   with_rows(rows f32[S * T, X]) -> logits, later
 
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax import mesh
-from sae_jax.ops import encode, sparse, tiled, tuning
+from sae_jax.ops import encode, predictions, sparse, tiled, tuning
 from sae_jax.saes import base, init, losses, normalise
 from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Learns, Outcome, SaeConfig
 from sae_jax.saes.init import Sample
@@ -150,7 +150,7 @@ class EndToEnd(AbstractSae):
             loss = metrics["mse"] = (weight_B1 * (y_BD - y_hat_BD) ** 2).sum() / (n_kept * y_BD.shape[1])
         else:
             logits_STV, later = model.with_rows(y_hat_BD / context.constants.scale.y[None])
-            loss = metrics["kl"] = (weight_ST * divergence(model.logits, logits_STV)).sum() / n_kept
+            loss = metrics["kl"] = (weight_ST * predictions.kl_divergence(model.logits, logits_STV)).sum() / n_kept
             if self.config.downstream:
                 errors = [((a - b) ** 2).sum(-1) for a, b in zip(later, model.later, strict=True)]
                 metrics["downstream"] = (weight_ST * sum(errors)).sum() / (n_kept * len(errors))
@@ -192,12 +192,6 @@ class EndToEnd(AbstractSae):
             n_active=(code.values > 0).sum(dtype=jnp.float32),
             fired=sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE),
         )
-
-
-def divergence(logits_STV: jax.Array, other_STV: jax.Array) -> jax.Array:
-    """KL between the predictions of the first logits and those of the other, f32[S, T], in nats."""
-    log_STV, other_STV = jax.nn.log_softmax(logits_STV), jax.nn.log_softmax(other_STV)
-    return (jnp.exp(log_STV) * (log_STV - other_STV)).sum(-1)
 
 
 def orthogonal_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:

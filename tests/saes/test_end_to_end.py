@@ -49,16 +49,17 @@ def _value_and_gradient(sae, batch, silent):
 
 def expected(sae, batch, weights=None) -> oracle.Result:
     weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
-    hole, config = batch.context, sae.config
-    ids, params = np.asarray(hole.ids), jax.tree.map(np.asarray, hole.model.params)
-    hooks = lm.later_hooks(hole.model, hole.site)
+    site, config = batch.context, sae.config
+    ids, params = np.asarray(site.ids), jax.tree.map(np.asarray, site.model.params)
+    (hook,) = site.hooks
+    hooks = lm.later_hooks(site.model, hook)
 
     def model(rows_BD):
-        edits = {hole.site: lambda _: rows_BD.reshape(hole.acts.shape)}
+        edits = {hook: lambda _: rows_BD.reshape(site.acts[hook].shape)}
         logits, acts = gpt2.forward(params, ids, SPEC.n_heads, edits=edits)
         return logits.reshape(-1, SPEC.n_vocab), [acts[hook].reshape(-1, D) for hook in hooks]
 
-    keep = np.asarray(hole.keep).ravel()
+    keep = np.asarray(site.keep).ravel()
     local = config.objective == "local"
     x = np.asarray(batch.x, np.float64)
     return oracle.objective(x, keep, **weights, model=model, **_terms(config), local=local)
@@ -108,17 +109,16 @@ def test_every_mesh_agrees(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("site", [in_model.SITE, lm.Hook(0, "attn_z"), lm.Hook(1, "resid_post")], ids=str)
-def test_rows_put_back_cost_nothing(site):
+@pytest.mark.parametrize("hook", [in_model.HOOK, lm.Hook(0, "attn_z"), lm.Hook(1, "resid_post")], ids=str)
+def test_rows_put_back_cost_nothing(hook):
     """The identity has an end-to-end loss of 0, and no later layer notices it."""
-    hole = in_model.random_batch(site=site).context
-    logits, later = jax.jit(lambda hole: hole.with_rows(hole.rows))(hole)
-    divergence = end_to_end.divergence(hole.logits, logits)
-    np.testing.assert_allclose(divergence, 0, atol=1e-6)
-    assert len(later) == SPEC.n_layers - site.layer - (site.point == "resid_post")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), later, hole.later)
-    logits, _ = jax.jit(lambda hole: hole.with_rows(hole.rows**2))(hole)
-    assert end_to_end.divergence(hole.logits, logits).sum() > 1e-3
+    site = in_model.random_batch(hook=hook).context
+    logits, later = jax.jit(lambda site: site.with_rows(site.rows))(site)
+    np.testing.assert_allclose(lm.kl_divergence(site.logits, logits), 0, atol=1e-6)
+    assert len(later) == SPEC.n_layers - hook.layer - (hook.point == "resid_post")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), later, site.later)
+    logits, _ = jax.jit(lambda site: site.with_rows(site.rows**2))(site)
+    assert lm.kl_divergence(site.logits, logits).sum() > 1e-3
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:3], ids=str)
@@ -158,8 +158,8 @@ def test_scaled_rows_reach_the_model_in_its_units_and_fold(k):
     raw = folded(batch.x)
     np.testing.assert_allclose(raw, outcome.y_hat / 0.25, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(folded.decode(folded.encode(batch.x)), raw, rtol=1e-4, atol=1e-4)
-    logits, _ = jax.jit(lambda hole, raw: hole.with_rows(raw))(batch.context, raw)
-    kl = end_to_end.divergence(batch.context.logits, logits).mean()
+    logits, _ = jax.jit(lambda site, raw: site.with_rows(raw))(batch.context, raw)
+    kl = lm.kl_divergence(batch.context.logits, logits).mean()
     np.testing.assert_allclose(outcome.metrics["kl"], kl, rtol=1e-3)
     np.testing.assert_allclose(jnp.linalg.norm(folded.w_dec, axis=1), 1, rtol=1e-5)
 
