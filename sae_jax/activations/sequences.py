@@ -41,7 +41,7 @@ class SequenceRows(StoredRows):
     def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
         """See RowSource; `batch_size` counts tokens. UsageError if it is no whole number of sequences a device."""
         sequences = Sequences(self.activations, batch_size, seed, mesh.size)
-        return sequences.through(*_model_at(self.activations, sites.x[0], mesh, self._later), self._later)
+        return sequences.through(*model_at(self.activations, sites.x[0], mesh, self._later), self._later)
 
 
 class Sequences(Batches):
@@ -130,7 +130,7 @@ class Sequences(Batches):
         return ids_ST, keep_ST
 
 
-def _model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -> tuple[lm.LanguageModel, lm.Hook]:
+def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -> tuple[lm.LanguageModel, lm.Hook]:
     """The language model that made a source, whole on each device, and the hook that the source is of.
 
     Raises UsageError for a source without model, UserError for a model that is not the one that made the set.

@@ -11,12 +11,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config, storage
+from sae_jax import artifact, config, storage
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.commands import runtime
 from sae_jax.evaluation.measure import measure
-from sae_jax.training.checkpoint import load_run
-from sae_jax.types import Sites, UsageError, Widths
+from sae_jax.record import Record
+from sae_jax.types import UsageError
 
 SHOWN = (
     "fvu",
@@ -72,22 +72,23 @@ def run(argv: Sequence[str]) -> None:
 
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """All metrics of a run, as written to RUN/evaluation.json."""
-    run = load_run(command.run, ema=command.ema)
-    facts = run.facts
-    activations = open_set(command.data, facts)
-    sites, widths = Sites.of(facts["sites"]), Widths.of(facts["widths"])
-    for name, width in (*zip(sites.x, widths.x, strict=True), *zip(sites.y, widths.y, strict=True)):
-        if activations.source(name).d != width:
-            there = activations.source(name).d
-            raise UsageError(f"{activations.path}: {name} has {there} dimensions, the run {width}")
-    result = measure(run.sae, activations, sites, command.tokens, command.batch_tokens, command.model)
+    d = artifact.load(command.run, ema=command.ema)
+    record = d.record
+    activations = open_set(command.data, record)
+    for source in (*record.encodes, *record.reconstructs):
+        if activations.source(source.name).d != source.width:
+            there = activations.source(source.name).d
+            raise UsageError(f"{activations.path}: {source.name} has {there} dimensions, the run {source.width}")
+    result = measure(d.sae, activations, record.sites, command.tokens, command.batch_tokens, command.model)
     # dead_fraction is over the run's last train.dead_after_tokens, silent_fraction over the rows measured here.
     weights = "ema" if command.ema else "live"
-    result = {"step": run.step, "weights": weights, "dead_fraction": run.dead_fraction, **result}
+    result = {"step": record.steps, "weights": weights, "dead_fraction": record.metrics["dead_fraction"], **result}
     storage.write_json(Path(command.run) / "evaluation.json", result)
     return result
 
 
-def open_set(data: str | None, facts: dict[str, Any]) -> ActivationSet:
-    """The set at `data`, or else the run's own, which may be partial if the run was allowed that."""
-    return open_activations(data or facts["data"], allow_partial=data is None and facts["allow_partial"])
+def open_set(data: str | None, record: Record) -> ActivationSet:
+    """The set at `data`, or else the one that a dictionary was trained on, which may be partial."""
+    if data is None and (record.data is None or record.data.path is None):
+        raise UsageError("the dictionary names no activation set that it was trained on; name one with --data")
+    return open_activations(data or record.data.path, allow_partial=data is None)  # pyrefly: ignore

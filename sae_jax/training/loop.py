@@ -27,7 +27,7 @@ from sae_jax.saes.normalise import InputNorm
 from sae_jax.training import logs
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.groups import Member, check_groups
-from sae_jax.training.members import Measurements, MemberSet, check_settings, write_records
+from sae_jax.training.members import Measurements, MemberSet, check_settings, is_save_due, write_records
 from sae_jax.training.state import TrainState
 
 
@@ -90,7 +90,7 @@ def train(
                     pending, ended = [], active.measure(done, measurements)
                 # JAX counts from 0: a SIGTERM from before the first question is agreed upon for step 1 of the attempt.
                 is_stopping = _is_preempted(done - active.start)
-                if is_stopping or ended or active.is_save_due(done):
+                if is_stopping or ended or is_save_due(done, active.active):
                     # The save before this one ends before this step is on record. With two saves an interval, a run
                     # is thus never further than one interval from its last complete checkpoint.
                     checkpoints.wait()

@@ -111,12 +111,6 @@ class MemberSet:
                 ended.append(member)
         return ended
 
-    def is_save_due(self, step: int) -> bool:
-        """Whether a checkpoint begins at this step: on the interval, half-way between, and where a member ends."""
-        every = {member.train.checkpoint_every for member in self.active}
-        ends = any(step == member.train.steps for member in self.active)
-        return ends or any(step % n in (0, n // 2) for n in every)
-
     def save(self, step: int, ended: Sequence[Member] = ()) -> None:
         """Save all active members. A member that leaves is saved before the set is saved without it."""
         leaving = [member for member in self.active if member.train.steps == step or member in ended]
@@ -167,6 +161,12 @@ class MemberSet:
 
     def _forget_empty_groups(self) -> None:
         self.groups = [g for g in self.groups if any(member in self.active for member in g.members)]
+
+
+def is_save_due(step: int, members: Sequence[Member]) -> bool:
+    """Whether a checkpoint begins at this step: on the interval, half-way between, and where a member ends."""
+    every = {member.train.checkpoint_every for member in members}
+    return any(step % n in (0, n // 2) for n in every) or any(step == member.train.steps for member in members)
 
 
 def check_settings(run: Path | None, members: Sequence[Member]) -> bool:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sae_jax.evaluation.reconstruction import Reconstruction, on_rows
-from sae_jax.saes import base, topk
+from sae_jax.saes import init, topk
 
 D, F, K = 8, 32, 4
 
@@ -19,7 +19,7 @@ def rows():
 @pytest.fixture(scope="module")
 def sae(rows):
     config = topk.Config(n_latents=F, k=K, dtype="float32")
-    return config.init(jax.random.key(0), base.sample_statistics(rows, "none"))
+    return config.init(jax.random.key(0), init.sample_statistics(rows, "none"))
 
 
 def test_metrics_are_ratios_of_sums_over_the_whole_set(rows, sae):
