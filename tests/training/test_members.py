@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import abstract
 from sae_jax.training.step import make_step
 from sae_jax.types import UsageError, UserError
-from tests import runs
+from tests import hlo, runs
 
 SAE = topk.Config(n_latents=64, k=4, dtype="float32")
 TRAIN = TrainConfig(
@@ -170,10 +169,11 @@ def test_slices_exchange_metrics_alone() -> None:
         states = initial_states(members, lambda norm: sample_statistics(rows, norm), mesh)
         (lane,) = lanes_of(members, states, mesh)
         text = lane._step.lower(lane._state, place({"acts": rows}, runs.SITES, mesh)).compile().as_text()
-    collectives = re.findall(r"= (\S+) (?:all-|reduce-sc|collective-)\S*\(.*?replica_groups=(\S+)", text)
-    assert not [kind for kind, _ in collectives if "64,8]" in kind]
-    across = {kind for kind, groups in collectives if not groups.startswith(("{{0,1}", "[4,2]<=[8]"))}
-    assert across == {"f32[4]{0}"}
+    collectives = hlo.collectives(text)
+    assert not [shape for shape, _ in collectives if "64,8]" in shape]
+    slices = [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+    assert {shape for shape, groups in collectives if groups != slices} == {"f32[4]{0}"}
+    assert len([shape for shape, groups in collectives if groups == slices]) > 5
 
 
 @pytest.mark.parametrize(("member", "data", "resumed"), [(2, 2, 4), (4, 1, 2)])
