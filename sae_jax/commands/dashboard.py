@@ -15,7 +15,7 @@ from sae_jax import config, lm, storage
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.commands import runtime
-from sae_jax.commands.evaluate import SHOWN, open_set
+from sae_jax.evaluation import base
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress, console
 from sae_jax.training.checkpoint import load_run
@@ -57,7 +57,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     refuse_to_overwrite(Path(command.out))
     run = load_run(command.run, ema=command.ema)
     sae, facts = run.sae, run.facts
-    activations = open_set(command.data, facts)
+    activations = runtime.open_set(command.data, facts)
     sites, tokenizer = Sites.of(facts["sites"]), command.model or activations.spec.tokenizer
     target = activations.source(sites.y[-1])  # what latents write to, nearest to the logits
     if tokenizer is None:
@@ -77,7 +77,11 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
             w_dec=np.asarray(sae.w_dec[:, -target.d :]),
             logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
             title=command.run,
-            metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
+            metrics={
+                description.label: evaluation[name]
+                for name, description in base.descriptions().items()
+                if description.in_table and isinstance(evaluation.get(name), float)
+            },
             config=facts,
             progress=lambda done, _: progress.update(done),
         )
