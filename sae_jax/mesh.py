@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.types import UsageError
+
+T = TypeVar("T")
 
 DATA = "data"
 LATENT = ("latent_x", "latent_y", "latent_z")
@@ -143,6 +146,17 @@ def at_rest(spec: P, mesh: Mesh | AbstractMesh) -> P:
     if MEMBER not in mesh.shape:
         return spec
     return P(*((*part, MEMBER) if isinstance(part, tuple) and DATA in part else part for part in spec))
+
+
+def in_order(x: T) -> T:
+    """`x`; on several CPU devices once it is done.
+
+    They start programs that do not depend on each other in any order. With collectives in them they wait for each other
+    for ever, as they do, over several processes, with more than some thirty programs in flight.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.block_until_ready(x)
+    return x
 
 
 def _shape(config: MeshConfig, n_devices: int) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax import recipe, storage
+from sae_jax import recipe, runs, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
@@ -20,13 +20,13 @@ from sae_jax.commands import runtime
 from sae_jax.commands.dashboard import Dashboard, dashboard
 from sae_jax.commands.evaluate import Evaluate, evaluate
 from sae_jax.commands.show import print_table
-from sae_jax.commands.train import Train, train
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
+from sae_jax.training.run import TrainJob
 from sae_jax.types import Sites, UsageError
 
 RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -58,13 +58,13 @@ def run(argv: Sequence[str]) -> None:
 
     harvest(settings.harvest, activations_path)
     parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
-    train({"": Train(data=activations_path, out=run_path, **parts)})
+    runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
     result = evaluate(Evaluate((run_path,)))[run_path]
     table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
 
-    activations, sites = open_activations(activations_path), Sites.of(result["sites"])
+    activations, sites = open_activations(activations_path), Sites.from_json(result["sites"])
     text = held_out(activations, sites, EVERYTHING)
     assert text is not None
     pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))

@@ -14,12 +14,10 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax._src import distributed  # whether this is one of several, without starting the devices
 
-from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.progress import console
 from sae_jax.types import UsageError
 
@@ -35,11 +33,6 @@ def worker(shard: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise UsageError(f"--shard={shard!r} must be i/n with 0 <= i < n, such as 0/4")
     return int(match[1]), int(match[2])
-
-
-def open_set(data: str | None, facts: dict[str, Any]) -> ActivationSet:
-    """The set at `data`, or else the run's own, which may be partial if the run was allowed that."""
-    return open_activations(data or facts["data"], allow_partial=data is None and facts["allow_partial"])
 
 
 def start_distributed() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax.activations.store import ActivationSet
+from sae_jax.artifact import Dictionary
 from sae_jax.evaluation.base import EvalBatch, Subject, TextBatch
 from sae_jax.evaluation.text import HeldOut, spread_chunks
 from sae_jax.progress import console
@@ -30,6 +31,13 @@ class Candidate:
     activations: ActivationSet  # where the text and the model, or the rows, come from
     weights: Mapping[str, Any] = field(default_factory=dict)  # which weights of a run these are
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of its training
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, activations: ActivationSet) -> Candidate:
+        """A dictionary as `sae_jax.load` gives it."""
+        record = dictionary.record
+        weights = {"step": record.steps, "weights": record.weights}
+        return cls(dictionary.sae, record.sites, record.widths, activations, weights, record.metrics)
 
 
 def of_set(

@@ -10,9 +10,10 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep, read_sites
-from sae_jax.activations.store import ActivationSet
+from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.progress import console
-from sae_jax.types import Sites
+from sae_jax.record import Record
+from sae_jax.types import Sites, UsageError
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class HeldOut:
             keep_BT = self.keep(ids_BT, np.asarray(norm_BTS))
             blocks.append([np.asarray(acts[str(hook)])[keep_BT] for hook in hooks])
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
+
+
+def open_set(record: Record, data: str | None = None) -> ActivationSet:
+    """The set at `data`, or else the one that a dictionary was trained on, which may be partial."""
+    path = data or (record.data.path if record.data else None)
+    if path is None:
+        raise UsageError("the dictionary names no activation set that it was trained on; name one with --data")
+    return open_activations(path, allow_partial=data is None)
 
 
 def held_out(

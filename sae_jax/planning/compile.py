@@ -122,9 +122,9 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     from sae_jax import mesh as meshes
     from sae_jax.ops import tuning
     from sae_jax.saes import base
-    from sae_jax.training.settings import TrainConfig
+    from sae_jax.training.settings import TrainConfig, hyperparameters
     from sae_jax.training.state import abstract
-    from sae_jax.training.step import make_step
+    from sae_jax.training.step import Step
 
     sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
     train = configs.from_dict(TrainConfig, job["train"])
@@ -139,14 +139,14 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     engine = configs.from_dict(tuning.EngineConfig, job["engine"])
     with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
-        widths = Widths.of(job["widths"])
+        widths = Widths.from_json(job["widths"])
         state = abstract(sae, train, widths, mesh)
         placed = meshes.sharding(mesh, meshes.ROWS)
         x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(own)), jnp.bfloat16, sharding=placed) for own in widths)
         began = time.monotonic()
         batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
-        step: Any = make_step(sae, train)  # it is jitted, which its type does not say
-        lowered = step.lower(state, batch)
+        hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
+        lowered = Step(sae, train).trace(state, hparams, batch).lower()
         answer["lower_seconds"] = time.monotonic() - began
         began, cpu_began = time.monotonic(), time.process_time()
         try:

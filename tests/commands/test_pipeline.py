@@ -381,7 +381,7 @@ def test_the_page_shows_metrics_of_the_weights_it_shows(work, tmp_path):
 
     run(work, "evaluate", work / "run", "--tokens", 256, "--ema")
     result = json.loads((work / "run" / "evaluation.json").read_text())
-    assert (result["step"], result["weights"]) == (60, "ema")
+    assert (result["step"], result["weights"]) == (60, "average")
     assert "loss recovered" in page("--ema")
     assert "loss recovered" not in page()
 

@@ -13,8 +13,7 @@ from sae_jax.evaluation.base import Subject
 from sae_jax.evaluation.batches import Candidate, filled_up, of_text
 from sae_jax.evaluation.evaluate import Measured, accumulate, on_rows
 from sae_jax.evaluation.text import HeldOut
-from sae_jax.saes import base as saes
-from sae_jax.saes import topk
+from sae_jax.saes import init, topk
 from sae_jax.types import Sites, UserError, Widths
 from tests.lm.tiny import SPEC, random_model
 
@@ -33,7 +32,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def sae(rows):
-    return topk.Config(n_latents=F, k=K, dtype="float32").init(jax.random.key(0), saes.sample_statistics(rows, "none"))
+    return topk.Config(n_latents=F, k=K, dtype="float32").init(jax.random.key(0), init.sample_statistics(rows, "none"))
 
 
 @pytest.fixture(scope="module")

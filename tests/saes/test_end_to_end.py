@@ -7,11 +7,12 @@ import pytest
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, end_to_end, losses
+from sae_jax.saes import base, end_to_end, init, losses, normalise
 from sae_jax.types import UsageError
 from tests.oracles import end_to_end as oracle
 from tests.oracles import gpt2
 from tests.saes import in_model
+from tests.saes.contexts import context_of
 from tests.saes.in_model import SPEC
 
 D, F = SPEC.d_model, 48
@@ -40,9 +41,9 @@ def value_and_gradient(sae, batch, silent=None):
 @jax.jit
 def _value_and_gradient(sae, batch, silent):
     def objective(sae):
-        scale, coefficients = base.Scale(jnp.ones(D), jnp.ones(D)), sae.config.coefficients
-        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
-        return sae.replace(config=sae.config.program).objective(batch, stats, jnp.int32(0), jax.random.key(0))
+        scale, coefficients = normalise.Scale(jnp.ones(D), jnp.ones(D)), sae.config.coefficients
+        stats = context_of(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
+        return sae.replace(config=sae.config.program).objective(batch, stats)
 
     return jax.value_and_grad(objective, has_aux=True)(sae)
 
@@ -77,7 +78,7 @@ def test_objective_is_the_oracle_and_gradients_its_finite_differences(settings):
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat[keep], want.x_hat_BD[keep], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outcome.l0, (want.z_BF[keep] > 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_array_equal(outcome.statistics.silent == 0, (want.z_BF[keep] > 1e-3).any(0))
+    np.testing.assert_array_equal(outcome.counters.silent == 0, (want.z_BF[keep] > 1e-3).any(0))
     x = np.asarray(batch.x)[keep]
     fvu = ((want.x_hat_BD[keep] - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
     np.testing.assert_allclose(losses.batch_fvu(outcome.y, outcome.y_hat), fvu, rtol=1e-4)
@@ -136,10 +137,10 @@ def test_positions_left_out_count_nowhere(settings):
 def test_initialisation(k, n_latents):
     rows = np.random.default_rng(0).standard_normal((500, D)) + 3
     config = end_to_end.Config(n_latents=n_latents, k=k, dtype="float32")
-    sae = jax.jit(config.init)(jax.random.key(0), base.sample_statistics(rows, "none"))
+    sae = jax.jit(config.init)(jax.random.key(0), init.sample_statistics(rows, "none"))
     w = np.asarray(sae.w_dec if n_latents >= D else sae.w_dec.T)
     np.testing.assert_allclose(w.T @ w, np.eye(min(D, n_latents)), atol=1e-4)
-    np.testing.assert_allclose(base.unit_rows(sae.w_enc), base.unit_rows(sae.w_dec), atol=1e-5)  # transposed
+    np.testing.assert_allclose(init.unit_rows(sae.w_enc), init.unit_rows(sae.w_dec), atol=1e-5)  # transposed
     unit = np.random.default_rng(1).standard_normal((4096, D))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     b_dec = np.asarray(sae.b_dec)
@@ -150,10 +151,10 @@ def test_initialisation(k, n_latents):
 @pytest.mark.parametrize("k", [0, 5])
 def test_scaled_rows_reach_the_model_in_its_units_and_fold(k):
     sae, batch = make(k=k, input_norm="dataset_rms"), in_model.random_batch(left_out=0)
-    scale = base.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
-    stats = base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
-    rows, _ = base.normalised(base.Batch(batch.x, None, batch.context), "dataset_rms", scale)
-    _, outcome = jax.jit(lambda: sae.objective(rows, stats, jnp.int32(0), jax.random.key(0)))()
+    scale = normalise.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
+    stats = context_of(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
+    rows, _ = normalise.normalised(base.Batch(batch.x, None, batch.context), "dataset_rms", scale)
+    _, outcome = jax.jit(lambda: sae.objective(rows, stats))()
     folded = sae.folded(scale)
     raw = folded(batch.x)
     np.testing.assert_allclose(raw, outcome.y_hat / 0.25, rtol=1e-4, atol=1e-4)
