@@ -15,7 +15,8 @@ from sae_jax import artifact, config, lm, storage
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.commands import runtime
-from sae_jax.commands.evaluate import SHOWN, open_set
+from sae_jax.evaluation import base
+from sae_jax.evaluation.text import open_set
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress, console
 from sae_jax.types import UsageError
@@ -56,7 +57,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     refuse_to_overwrite(Path(command.out))
     d = artifact.load(command.run, ema=command.ema)
     sae, record = d.sae, d.record
-    activations = open_set(command.data, record)
+    activations = open_set(record, command.data)
     sites, tokenizer = record.sites, command.model or activations.spec.tokenizer
     target = activations.source(sites.y[-1])  # what latents write to, nearest to the logits
     if tokenizer is None:
@@ -64,7 +65,7 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(sae, activations, sites.x, command.tokens, progress.update)
     evaluation = storage.read_json(Path(command.run) / "evaluation.json") or {}
-    if (evaluation.get("step"), evaluation.get("weights")) != (record.steps, "ema" if command.ema else "live"):
+    if (evaluation.get("step"), evaluation.get("weights")) != (record.steps, record.weights):
         evaluation = {}  # of other weights than are shown
     reference = command.model or target.model
     with Progress("dashboard", table.n_latents, "latents") as progress:
@@ -76,7 +77,11 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
             w_dec=np.asarray(sae.w_dec[:, -target.d :]),
             logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
             title=command.run,
-            metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
+            metrics={
+                description.label: evaluation[name]
+                for name, description in base.descriptions().items()
+                if description.in_table and isinstance(evaluation.get(name), float)
+            },
             config=record.to_json(),
             progress=lambda done, _: progress.update(done),
         )

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from sae_jax import recipe, runs, storage
 from sae_jax.activations.harvest import harvest
@@ -21,7 +19,9 @@ from sae_jax.analysis.examples import token_purity
 from sae_jax.commands import runtime
 from sae_jax.commands.dashboard import Dashboard, dashboard
 from sae_jax.commands.evaluate import Evaluate, evaluate
-from sae_jax.evaluation import baselines, reconstruction
+from sae_jax.commands.show import print_table
+from sae_jax.evaluation import baselines
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
 from sae_jax.progress import console
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
-    result = evaluate(Evaluate(run_path))
+    result = evaluate(Evaluate((run_path,)))[run_path]
     table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
 
     activations, sites = open_activations(activations_path), Sites.from_json(result["sites"])
@@ -71,15 +71,12 @@ def run(argv: Sequence[str]) -> None:
     summary = {
         **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
         **{name: result[name] for name in ("loss_recovered", "kl")},
-        "fvu_pca": reconstruction.on_rows(pca, text.rows())["fvu"],
+        "fvu_pca": on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),
         "seconds": round(time.monotonic() - began, 1),
     }
     storage.write_json(out / "summary.json", summary)
-    shown = Table("metric", "value", title=f"{out / 'summary.json'}")
-    for name, value in summary.items():
-        shown.add_row(name, f"{value:,.4g}")
-    Console().print(shown)
+    print_table(("metric", "value"), [(name, f"{value:,.4g}") for name, value in summary.items()])
     console.print(f"open {out / 'dashboard' / 'index.html'} in a browser; {out / 'training.png'} is the training curve")

@@ -14,7 +14,7 @@ import yaml
 from sae_jax import load
 from sae_jax.activations.store import open_activations
 from sae_jax.commands import main as cli
-from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import unseen_rows
 from sae_jax.scaling import table
 from tests import runs
