@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sae_jax"
 
 ORDER = [
-    {"errors"},
+    {"errors", "units"},
     {"types", "record", "config", "mesh", "progress", "storage"},
     {"ops"},
     {"saes", "lm"},

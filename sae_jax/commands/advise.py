@@ -17,6 +17,7 @@ from sae_jax.planning import targets
 from sae_jax.saes import base
 from sae_jax.scaling import fit, flops
 from sae_jax.types import Widths
+from sae_jax.units import duration, size
 
 STORED_BYTES = 2  # a number of an activation set, bfloat16
 FAR = 10  # times the largest of the points; a law is not shown to hold beyond
@@ -33,7 +34,7 @@ class Advise:
     k: int | None = None
     """active latents; another k than the fit's goes by the joint law"""
     target: str | None = None
-    """machines to give hours for: h200:8, v5p:2x2x2 and the like"""
+    """machines to tell the time for: h200:8, v5p:2x2x2 and the like"""
     mfu: float = 0.3
     """share of the matrix rate that the run is taken to reach"""
 
@@ -107,15 +108,15 @@ def _advise(
         ("FVU expected", f"{error:.4g}{_within(draws_R, '.4g')}"),
     ]
     if d_model is not None:
-        rows.append(("set on disk", f"{tokens * d_model * STORED_BYTES / 1e9:,.3g} GB"))
+        rows.append(("set on disk", size(tokens * d_model * STORED_BYTES)))
     if target is not None:
         if d_model is None:
             raise UsageError(
                 f"--target={target.name}: {command.fit} has no d_model, as its table had none; leave it out"
             )
         work = tokens * flops.executed(sae, Widths.one(d_model))
-        hours = work / (target.chip.flops * target.n_devices * command.mfu) / 3600
-        rows.append((f"hours on {target.name}", f"{hours:,.3g} at {command.mfu:.0%} of the matrix rate"))
+        seconds = work / (target.chip.flops * target.n_devices * command.mfu)
+        rows.append((f"time on {target.name}", f"{duration(seconds)} at {command.mfu:.0%} of the matrix rate"))
     beyond = {"FLOP": command.compute / laws["compute"].range["x"][1]}
     beyond["latents"] = n / content["widest"]
     notes += [
