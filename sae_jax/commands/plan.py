@@ -15,6 +15,7 @@ from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import report
+from sae_jax.training.expand import expand_members
 from sae_jax.training.settings import TrainConfig
 
 S = TypeVar("S")
@@ -50,7 +51,7 @@ class Plan(Generic[S]):
 
 def run(argv: Sequence[str]) -> None:
     """Parse, plan, show."""
-    members = recipe.parse_members(Plan, argv, "sae-jax plan")
+    members = expand_members(recipe.parse(Plan, argv, "sae-jax plan"))
     command = next(iter(members.values()))
     jax.config.update("jax_platforms", "cpu")  # the devices that are here have no part in it
     parts = {name: getattr(command, name) for name in PARTS}

@@ -246,7 +246,7 @@ def _for_active(weight_BK: jax.Array, width: int, body: Callable, carry: jax.Arr
 
     def chunk(i, carry):
         nth_P = i * size + 1 + jnp.arange(size, dtype=jnp.int32)
-        flat_P = jnp.searchsorted(upto_P, nth_P, method="scan_unrolled")  # the place of the nth active pair
+        flat_P = jnp.searchsorted(upto_P, nth_P)  # the place of the nth active pair
         is_one = nth_P <= upto_P[-1]
         return body(carry, _Pairs(jnp.where(is_one, flat_P, 0), is_one, weight_BK.shape[1]))
 

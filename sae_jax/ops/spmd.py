@@ -26,8 +26,9 @@ def per_device(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Call
     current = mesh.current()
     if current is None:
         return local
-    # Axes that are not named here (mesh.MEMBER) are the business of who calls.
-    axes = set(mesh.AXES)
+    # All axes, `member` too, over which every slice then does the same: lax.psum_scatter refuses a mesh of which an
+    # axis is explicit still (JAX 0.11 and 0.12).
+    axes = set(current.axis_names) - set(current.manual_axes)
     return jax.shard_map(local, mesh=current, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 

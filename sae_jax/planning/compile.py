@@ -148,7 +148,7 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     engine = configs.from_dict(tuning.EngineConfig, job["engine"])
     with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
-        widths = Widths.of(job["widths"])
+        widths = Widths.from_json(job["widths"])
         began = time.monotonic()
         lowered = _lower(sae, train, widths, job, mesh)
         answer["lower_seconds"] = time.monotonic() - began
@@ -180,17 +180,18 @@ def _lower(sae: Any, train: Any, widths: Widths, job: dict[str, Any], mesh: Any)
 
     from sae_jax import mesh as meshes
     from sae_jax.saes import base
+    from sae_jax.training.settings import hyperparameters
     from sae_jax.training.state import abstract
-    from sae_jax.training.step import make_step
+    from sae_jax.training.step import Step
 
-    state = abstract(sae, train, widths, mesh)
-    step: Any = make_step(sae, train)  # it is jitted, which its type does not say
+    state, step = abstract(sae, train, widths, mesh), Step(sae, train)
+    hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
     if job["model"]:
-        return ThroughModel.of(job["model"]).lower(step, state, train.batch_size, mesh)
+        return ThroughModel.from_json(job["model"]).lower(step, state, hparams, train.batch_size, mesh)
     placed = meshes.sharding(mesh, meshes.ROWS)
     x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(side)), jnp.bfloat16, sharding=placed) for side in widths)
     batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
-    return step.lower(state, batch)
+    return step.trace(state, hparams, batch).lower()
 
 
 def _refusal(message: str) -> dict[str, Any]:
