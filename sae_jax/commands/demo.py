@@ -10,27 +10,27 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax import recipe, runs, storage
+from sae_jax import artifact, recipe, runs, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.baselines import neuron_token_purity
 from sae_jax.analysis.examples import token_purity
 from sae_jax.commands import runtime
-from sae_jax.commands.dashboard import Dashboard, dashboard
-from sae_jax.commands.evaluate import Evaluate, evaluate
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
+from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob
-from sae_jax.types import Sites, UsageError
+from sae_jax.types import UsageError
 
 RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
 EVERYTHING = 2**31  # tokens of the held-out text
+SHOWN = ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "loss_recovered", "kl")
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ def run(argv: Sequence[str]) -> None:
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
-    result = evaluate(Evaluate((run_path,)))[run_path]
-    table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
+    result = runs.evaluate(run_path)[run_path]
+    d = artifact.load(run_path)
+    table, sequences = write_site(d, out / "dashboard", title=run_path)
 
-    activations, sites = open_activations(activations_path), Sites.from_json(result["sites"])
+    activations, sites = open_activations(activations_path), d.record.sites
     text = held_out(activations, sites, EVERYTHING)
     assert text is not None
     pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))
     summary = {
-        **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
-        **{name: result[name] for name in ("loss_recovered", "kl")},
+        **{name: result[name] for name in SHOWN},
         "fvu_pca": on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
