@@ -29,7 +29,7 @@ from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.types import Sites, UsageError
 
-RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EVERYTHING = 2**31  # tokens of the held-out text
 
 
@@ -44,8 +44,6 @@ class Demo:
 def run(argv: Sequence[str]) -> None:
     """The main job from text to a page; writes DIR/summary.json."""
     if not argv or argv[0].startswith("-"):
-        if not RECIPE.exists():
-            raise UsageError("configs/demo.yaml is not here; run from a clone, or give a recipe: sae-jax demo RECIPE")
         argv = [str(RECIPE), *argv]
     began = time.monotonic()
     out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
