@@ -36,7 +36,7 @@ import tyro
 from sae_jax import load, recipe, testbeds
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation.dictionaries import absorption, mmcs
-from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.progress import console
 
 matplotlib.use("Agg")

@@ -107,7 +107,8 @@ def main(config: Config) -> None:
     for kind in config.kinds:
         found = []
         for rate in config.rates:
-            measured = evaluate(Evaluate(str(run / "members" / name(kind, rate)), tokens=tokens))
+            member = str(run / "members" / name(kind, rate))
+            measured = evaluate(Evaluate((member,), tokens=tokens))[member]
             found.append({"lr": rate, **{key: measured[key] for key in SHOWN}})
             console.print(f"{kind}: {json.dumps(found[-1])}", markup=False)
         results[kind] = {**min(found, key=lambda row: row[KINDS[kind][1]]), "all": found}

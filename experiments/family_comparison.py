@@ -41,7 +41,7 @@ from sae_jax import load, recipe
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.store import open_activations
 from sae_jax.commands.train import Train, train
-from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.types import Sites
 

@@ -37,7 +37,7 @@ import tyro
 from sae_jax import recipe
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.store import open_activations
-from sae_jax.evaluation.reconstruction import Reconstruction
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.training import logs
@@ -127,13 +127,15 @@ def curve(run: Path) -> dict[str, Any]:
 def held_out_figures(run: Path, heldout_ND: np.ndarray) -> dict[str, Any]:
     """FVU and L0 on rows that it did not learn from, and how many latents fire on them at all."""
     sae = load(run)
-    measured = Reconstruction(sae.b_enc.shape[0])
-    size = 512
-    for first in range(0, len(heldout_ND) // size * size, size):
-        measured.add(sae, np.asarray(heldout_ND[first : first + size], np.float32))
-    found = measured.result()
-    alive = {"alive_on_heldout": int((measured.firing_rates > 0).sum()), "heldout_rows": len(heldout_ND)}
-    return {"fvu": found["fvu"], "l0": found["l0"], "alive_in_training": alive_in_training(run), **alive}
+    metrics = on_rows(sae, heldout_ND, block_rows=512)
+    alive = round((1 - metrics["silent_fraction"]) * sae.b_enc.shape[0])
+    return {
+        "fvu": metrics["fvu"],
+        "l0": metrics["l0"],
+        "alive_in_training": alive_in_training(run),
+        "alive_on_heldout": alive,
+        "heldout_rows": len(heldout_ND),
+    }
 
 
 def alive_in_training(run: Path) -> int:

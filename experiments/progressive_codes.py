@@ -35,7 +35,7 @@ from scaling_steps import RECIPE, SMOKE, harvested, sae_jax
 
 from sae_jax import load
 from sae_jax.activations.store import open_activations
-from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.saes.base import AbstractSae
 from sae_jax.types import Sites

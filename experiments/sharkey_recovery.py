@@ -48,7 +48,7 @@ from sae_jax import load, recipe, testbeds
 from sae_jax.commands.train import Train, train
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.dictionaries import closest, duplicates, mmcs
-from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.progress import console
 from sae_jax.saes.base import AbstractSae
 

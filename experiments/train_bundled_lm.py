@@ -32,11 +32,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sae_jax.activations.tokens import stdlib_files
 from sae_jax.lm import weights
-from sae_jax.lm.logits import cross_entropy
 from sae_jax.lm.model import LanguageModel
+from sae_jax.lm.params import init
 from sae_jax.lm.run import run
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
+from sae_jax.ops.predictions import cross_entropy
 
 SEPARATOR = "<|endoftext|>"
 MATRICES = ("q.w", "k.w", "v.w", "o.w", "up.w", "down.w")
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
     bytes_per_token = heldout_bytes / len(heldout_stream)
     log.info("%.2fM training tokens, %.2f held-out bytes a token", len(stream) / 1e6, bytes_per_token)
 
-    params = weights.init(spec, jax.random.key(0))
+    params = init(spec, jax.random.key(0))
     log.info("%.2fM parameters", sum(p.size for p in jax.tree.leaves(params)) / 1e6)
     params = train(spec, params, stream, steps, config)
     separator = {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}

@@ -1,11 +1,12 @@
 """Very wide sparse autoencoders for language-model activations, split over many devices, in JAX.
 
-    sae_jax.write_activations("set", rows)     an activation set from arrays you already have
-    sae_jax.open_activations("set")            read one
-    sae = sae_jax.load("run")                  what `sae-jax train` made
-    code = sae.encode(x); sae.decode(code); sae(x)
+    sae_jax.harvest("set", model="bundled")    activations of a language model on disk
+    sae_jax.write_activations("set", rows)     a set from arrays you already have; sae_jax.open_activations("set")
+    d = sae_jax.train(rows, n_latents=4096, k=32, steps=1000, batch_size=2048)
+    code = d.encode(x); d.decode(code); d(x)   d.w_dec and the other arrays; d.record
+    d.save("dictionary"); sae_jax.load("dictionary")
 
-Everything else is a command: `sae-jax --help`.
+Each is a command, too: `sae-jax --help`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_jax.activations.ingest import write_activations
+    from sae_jax.activations.source import RowSource
     from sae_jax.activations.store import ActivationSet, open_activations
+    from sae_jax.artifact import Dictionary, load, save
+    from sae_jax.record import Record
+    from sae_jax.runs import harvest, sweep, train, train_members
     from sae_jax.saes.base import AbstractSae
-    from sae_jax.training.checkpoint import load
     from sae_jax.types import Code, UsageError, UserError
 
 __all__ = [
     "AbstractSae",
     "ActivationSet",
     "Code",
+    "Dictionary",
+    "Record",
+    "RowSource",
     "UsageError",
     "UserError",
+    "harvest",
     "load",
     "open_activations",
+    "save",
+    "sweep",
+    "train",
+    "train_members",
     "write_activations",
 ]
 
@@ -38,11 +50,16 @@ _HOMES = {
     "AbstractSae": "sae_jax.saes.base",
     "ActivationSet": "sae_jax.activations.store",
     "Code": "sae_jax.types",
-    "UsageError": "sae_jax.types",
-    "UserError": "sae_jax.types",
-    "load": "sae_jax.training.checkpoint",
+    "Dictionary": "sae_jax.artifact",
+    "Record": "sae_jax.record",
+    "RowSource": "sae_jax.activations.source",
+    "UsageError": "sae_jax.errors",
+    "UserError": "sae_jax.errors",
+    "load": "sae_jax.artifact",
     "open_activations": "sae_jax.activations.store",
+    "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
+    **dict.fromkeys(("harvest", "sweep", "train", "train_members"), "sae_jax.runs"),
 }
 
 
@@ -50,3 +67,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sae_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

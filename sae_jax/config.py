@@ -5,7 +5,8 @@
     flags the user typed ------------------------+
 
 A file and a flag take the same road, so a value is typed and refused alike wherever it came from, and later tokens
-win. Only mechanism lives here: config classes sit beside the code they configure.
+win. What differs between the members of a run or of a grid is not said in words again: `replaced` changes settings of a
+dataclass. Only mechanism lives here: config classes sit beside the code they configure.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import dataclasses
 import difflib
 import io
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
 import tyro
 import yaml
 
-from sae_jax.types import UsageError, UserError
+from sae_jax.errors import UsageError
 
 C = TypeVar("C")
 
@@ -72,12 +73,15 @@ def to_tokens(values: dict[str, Any]) -> list[str]:
     return tokens
 
 
-def known_keys(cls: type, prefix: str = "") -> set[str]:
-    """Dotted names of all leaf fields of a (nested, possibly parametrised) dataclass."""
+def known_keys(cls: type, prefix: str = "", instance: Any = None) -> set[str]:
+    """Dotted names of all leaf fields of a (nested, possibly parametrised) dataclass, or of an instance of it."""
     keys = set()
     for name, kind in _field_types(cls).items():
+        below = None if instance is None else getattr(instance, name)
+        kind = type(below) if dataclasses.is_dataclass(below) else kind
         nested = getattr(kind, "__origin__", kind)
-        keys |= known_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(nested) else {prefix + name}
+        is_nested = dataclasses.is_dataclass(nested)
+        keys |= known_keys(kind, f"{prefix}{name}.", below) if is_nested else {prefix + name}
     return keys
 
 
@@ -90,13 +94,17 @@ def check_keys(values: dict[str, Any], known: set[str], source: str) -> None:
             raise UsageError(f"{source}: unknown key {key!r}{hint}")
 
 
-def parse(cls: type[C], tokens: Sequence[str], prog: str) -> C:
-    """Tokens -> a `cls`. `--help` prints and exits 0; anything wrong raises UsageError in one line."""
+def parse(cls: type[C], tokens: Sequence[str], prog: str, default: C | None = None) -> C:
+    """Tokens -> a `cls`, or `default` with what they change of it.
+
+    `--help` prints and exits 0; anything wrong raises UsageError in one line.
+    """
     _check_flags(tokens, known_keys(cls))
     said = io.StringIO()
+    kept: Any = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(cls, args=list(tokens), prog=prog)
+            parsed = tyro.cli(cls, args=list(tokens), prog=prog, **kept)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -108,46 +116,49 @@ def parse(cls: type[C], tokens: Sequence[str], prog: str) -> C:
     return parsed
 
 
-def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-    """The inverse of `to_dict`, through the same parser."""
-    return parse(cls, to_tokens(values), prog="config")
+def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "config") -> C:
+    """The inverse of `to_dict`. Raises UsageError for a key that is unknown or missing, or a value of a wrong type."""
+    check_keys(dict(values), known_keys(cls), where)
+    try:
+        return msgspec.convert(values, cls, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def replaced(config: C, settings: Mapping[str, Any], where: str, prefix: str = "") -> C:
+    """A (nested) dataclass with these settings changed, each typed as its field is.
+
+    Args:
+        config: a dataclass.
+        settings: {dotted key: value}, such as {"sae.k": 16}. A single value stands for a tuple of one, and words for a
+            tuple of them.
+        where: for messages: what asks for it.
+        prefix: for messages: of the keys, where `config` is part of another one.
+
+    Raises:
+        UsageError: an unknown key, or a value of a wrong type or out of range.
+    """
+    known = known_keys(type(config), prefix, config)
+    check_keys({prefix + key: None for key in settings}, known, where)
+    changes: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            changes[head] = _converted(value, _field_types(type(config))[head], f"{where}: {prefix}{key}")
+    for head, below in nested.items():
+        changes[head] = replaced(getattr(config, head), below, where, f"{prefix}{head}.")
+    try:
+        return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A resolved config as plain nested values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # a write that fails, on a full disk, does not say where
-        raise
-
-
-def read_json(path: str | Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no file. Raises UserError if it holds something else."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:  # not JSON, or not even text
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object, so it is damaged; delete it and run the command that wrote it")
-    return content
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -165,6 +176,16 @@ def _field_types(cls: Any) -> dict[str, Any]:
     origin = getattr(cls, "__origin__", cls)
     bound = dict(zip(getattr(origin, "__parameters__", ()), getattr(cls, "__args__", ()), strict=False))
     return {name: bound.get(kind, kind) for name, kind in get_type_hints(origin).items()}
+
+
+def _converted(value: Any, kind: Any, where: str) -> Any:
+    is_tuple = get_origin(kind) is tuple or any(get_origin(part) is tuple for part in get_args(kind))
+    if is_tuple and not isinstance(value, list | tuple):
+        value = value.split() if isinstance(value, str) else [value]
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where}={value!r}: {error}") from None
 
 
 def _check_flags(tokens: Sequence[str], known: set[str]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.types import UsageError
+
+T = TypeVar("T")
 
 DATA = "data"
 LATENT = ("latent_x", "latent_y", "latent_z")
@@ -38,6 +41,17 @@ DICT = P((*LATENT, DATA))  # [F, ...]: weights, moments, counters; latent-major,
 ROWS = P((DATA, *LATENT))
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
+
+# Language models: the mesh axis that each named axis of a parameter is split over (sae_jax/lm/params.py). None is split
+# today: a model lies whole on every device, and its batches are ROWS. Tensor parallelism is a change of this table.
+LM_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "layer": None,
+    "model": None,  # d_model
+    "heads": None,  # all heads of attention, side by side
+    "mlp": None,
+    "vocab": None,
+    "position": None,
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,11 @@ def sharding(mesh: Mesh | AbstractMesh, role: P) -> NamedSharding:
     return NamedSharding(mesh, role)
 
 
+def lm_role(axes: tuple[str, ...]) -> P:
+    """The role of a language model's parameter with these axes of LM_AXES."""
+    return P(*(LM_AXES[name] for name in axes))
+
+
 def input_rows(mesh: Mesh | AbstractMesh) -> P:
     """ROWS of a batch as it comes to the devices: split over `member`, too, so that each byte is sent once."""
     return P((MEMBER, DATA, *LATENT)) if MEMBER in mesh.shape else ROWS
@@ -127,6 +146,17 @@ def at_rest(spec: P, mesh: Mesh | AbstractMesh) -> P:
     if MEMBER not in mesh.shape:
         return spec
     return P(*((*part, MEMBER) if isinstance(part, tuple) and DATA in part else part for part in spec))
+
+
+def in_order(x: T) -> T:
+    """`x`; on several CPU devices once it is done.
+
+    They start programs that do not depend on each other in any order. With collectives in them they wait for each other
+    for ever, as they do, over several processes, with more than some thirty programs in flight.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.block_until_ready(x)
+    return x
 
 
 def _shape(config: MeshConfig, n_devices: int) -> tuple[tuple[int, ...], tuple[str, ...]]:

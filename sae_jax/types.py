@@ -1,18 +1,25 @@
-"""The words every module shares: the axis key, sparse codes, and the errors a user can cause.
+"""The words every module shares: hook, source and site, the axis key, sparse codes, the errors a user can cause.
 
-Axis key, used as a suffix of local names (`pre_BF`, `x_hat_BD`):
+    hook      a place in a language model where activations are read or edited: `resid_post.2`
+    source    a stored column of a set: the activations of one model at one hook
+    site      the sources that a dictionary reads and writes
+
+Axis key, used as a suffix of local names (`pre_BF`, `x_hat_BD`). A small letter is a part of the axis of the capital: a
+block, a tile or one device's share.
 
     B rows (token activations)   T positions       D d_model        F n_latents
-    K active latents k           S sites           V vocabulary
-    X width of what is encoded   Y width of what is reconstructed    (both d_model, for an autoencoder of one site)
+    K active latents k           S sources         V vocabulary     N rows of a sample or a set
+    R rows of one device         X width of what is encoded         Y width of what is reconstructed
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.errors import UsageError, UserError
@@ -23,23 +30,23 @@ T = TypeVar("T")
 
 
 class Sides(NamedTuple, Generic[T]):
-    """What stands side by side in the rows that are encoded, and in those that are reconstructed."""
+    """What stands side by side in the rows that are encoded (x), and in those that are reconstructed (y)."""
 
     x: tuple[T, ...]
     y: tuple[T, ...]
 
     @classmethod
-    def one(cls, own: T) -> Sides[T]:
+    def one(cls, item: T) -> Sides[T]:
         """Of an autoencoder of one source."""
-        return cls((own,), (own,))
+        return cls((item,), (item,))
 
     @classmethod
-    def of(cls, sides: Mapping[str, Any]) -> Sides[Any]:
-        """From JSON: {"x": [...], "y": [...]}."""
+    def from_json(cls, sides: Mapping[str, Any]) -> Sides[Any]:
+        """From {"x": [...], "y": [...]}."""
         return cls(tuple(sides["x"]), tuple(sides["y"]))
 
     def to_json(self) -> dict[str, list[T]]:
-        """What `of` reads."""
+        """What `from_json` reads."""
         return {"x": list(self.x), "y": list(self.y)}
 
     @property
@@ -63,3 +70,11 @@ class Code:
 
     indices: jax.Array  # i32[B, K]
     values: jax.Array  # f32[B, K], >= 0
+
+    def to_dense(self, n_latents: int) -> jax.Array:
+        """The same code as f32[..., n_latents], zeros where a latent is not active."""
+        lead, n_slots = self.indices.shape[:-1], self.indices.shape[-1]
+        rows = jnp.arange(math.prod(lead))[:, None]
+        dense = jnp.zeros((math.prod(lead), n_latents), self.values.dtype)
+        dense = dense.at[rows, self.indices.reshape(-1, n_slots)].add(self.values.reshape(-1, n_slots))
+        return dense.reshape(*lead, n_latents)

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 
 from sae_jax import config as configs
-from sae_jax import lm, write_activations
+from sae_jax import lm, storage, write_activations
 from sae_jax.lm import weights
+from sae_jax.record import DataRecord, Normalisation, Record, RunRecord, SourceRecord
 from sae_jax.saes import base
+from sae_jax.saes.base import SaeConfig
 from sae_jax.training import logs
-from sae_jax.training.checkpoint import Checkpoints, read_config
+from sae_jax.training.checkpoint import Checkpoints, read_record
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import TrainState, abstract
 from sae_jax.types import Sites, Widths
@@ -34,7 +36,6 @@ STEPS = 200
 SECONDS = 240  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
 D_MODEL = 8
 SITES, WIDTHS = Sites.one("acts"), Widths.one(D_MODEL)
-FACTS = {"sites": SITES.to_json(), "widths": WIDTHS.to_json()}  # of RUN/config.json
 
 SETTINGS = (
     "--sae.n-latents=64",
@@ -66,6 +67,25 @@ def write_tuned(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(lm.locate("bundled") / name, folder)
     return folder
+
+
+def record_of(sae: SaeConfig, train: TrainConfig, path: str = "set") -> RunRecord:
+    """RUN/config.json of a run on one source of the small set's width."""
+    source = (SourceRecord("acts", D_MODEL),)
+    dictionary = Record(
+        variant=sae.variant,
+        sae=configs.to_dict(sae),
+        encodes=source,
+        reconstructs=source,
+        normalisation=Normalisation(sae.input_norm, is_folded=False),
+        data=DataRecord("hash", path),
+        steps=0,
+        tokens=0,
+        weights="live",
+        metrics={},
+        program="test",
+    )
+    return RunRecord(dictionary, configs.to_dict(train), mesh={}, engine={})
 
 
 def environment(n_devices: int = 1) -> dict[str, str]:
@@ -154,7 +174,7 @@ def wait_for(condition, process: subprocess.Popen[str]) -> None:
 
 def attempts(run: Path) -> list[dict]:
     """RUN/attempts.jsonl."""
-    return logs.read_lines(run / "attempts.jsonl")
+    return storage.read_lines(run / "attempts.jsonl")
 
 
 def checkpoints(run: Path) -> list[int]:
@@ -169,11 +189,11 @@ def rows_of(run: Path) -> list[dict]:
 
 def target_of(run: Path) -> TrainState:
     """What the state of a run is read into: everything on one device."""
-    facts = read_config(run)
-    sae_config = configs.from_dict(base.config_class(facts["sae"]["variant"]), facts["sae"])
-    train_config = configs.from_dict(TrainConfig, facts["train"])
+    record = read_record(run)
+    sae_config = configs.from_dict(base.config_class(record.dictionary.variant), record.dictionary.sae)
+    train_config = configs.from_dict(TrainConfig, record.train)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return abstract(sae_config, train_config, Widths.of(facts["widths"]), here)
+    return abstract(sae_config, train_config, record.dictionary.widths, here)
 
 
 def state_of(run: Path) -> TrainState:
@@ -184,9 +204,8 @@ def state_of(run: Path) -> TrainState:
 
 def bits(state: TrainState) -> dict[str, bytes]:
     """Every leaf of a state, byte for byte."""
-    plain = state.replace(key=jax.random.key_data(state.key))
     return {
-        jax.tree_util.keystr(p): np.asarray(leaf).tobytes() for p, leaf in jax.tree_util.tree_leaves_with_path(plain)
+        jax.tree_util.keystr(p): np.asarray(leaf).tobytes() for p, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 

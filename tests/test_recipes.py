@@ -8,7 +8,7 @@ import pytest
 
 from sae_jax import config, recipe
 from sae_jax.commands.harvest import Harvest
-from sae_jax.commands.train import Train
+from sae_jax.training.run import TrainJob
 from tests import runs
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +18,7 @@ EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "_
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_is_valid_and_tells_its_story(path):
-    train = recipe.parse(Train, [str(path), "--data=set", "--out=run"], "sae-jax train")
+    train = recipe.parse(TrainJob, [str(path), "--data=set", "--out=run"], "sae-jax train")
     harvest = recipe.parse(Harvest, [str(path), "--out=set"], "sae-jax harvest")
     harvested = "harvest" in config.read_yaml(path)  # else its set is made by `write_activations`
     assert set(train.site) <= set(harvest.harvest.hooks if harvested else ("acts",))
@@ -31,17 +31,19 @@ def test_recipe_trains_at_a_toy_size(path, tmp_path):
     import jax
     import numpy as np
 
-    from sae_jax.saes import base
+    from sae_jax.saes import base, init
+    from sae_jax.training.settings import hyperparameters
     from sae_jax.training.state import initial
-    from sae_jax.training.step import make_step
+    from sae_jax.training.step import Step
 
     toy = ["--sae.n_latents=64", "--sae.k=4", "--train.batch_size=16", "--sae.dtype=float32"]
-    command = recipe.parse(Train, [str(path), "--data=set", "--out=run", *toy], "sae-jax train")
+    command = recipe.parse(TrainJob, [str(path), "--data=set", "--out=run", *toy], "sae-jax train")
     rows = np.float32(np.random.default_rng(0).standard_normal((64, 8)))
-    sample = base.sample_statistics(rows, command.sae.input_norm)
+    sample = init.sample_statistics(rows, command.sae.input_norm)
     with jax.numpy_dtype_promotion("standard"):
         state = jax.jit(lambda s: initial(command.sae, command.train, s))(sample)
-        _, metrics = make_step(command.sae, command.train)(state, base.Batch(rows[:16], rows[:16]))
+        hparams = hyperparameters(command.train, command.sae)
+        _, metrics = Step(command.sae, command.train)(state, hparams, base.Batch(rows[:16], rows[:16]))
     assert np.isfinite(float(metrics["loss"]))
 
 

@@ -32,6 +32,7 @@ from sae_jax import lm
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.lm import weights
+from sae_jax.lm.params import init
 
 CONTEXT = 128
 
@@ -124,7 +125,7 @@ def torch_seconds(model: str, hook: str, n_tokens: int):
 def gpt2_small(folder: Path) -> Path:
     """A model of GPT-2 small's shape with random weights and the bundled tokenizer."""
     spec = lm.Spec("gpt2", 12, 768, 12, 64, 3072, 50257, 1024)
-    weights.save(folder, spec, weights.init(spec, jax.random.key(0)))
+    weights.save(folder, spec, init(spec, jax.random.key(0)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((lm.locate("bundled") / name).read_bytes())
     return folder

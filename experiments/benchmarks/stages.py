@@ -86,7 +86,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     sae_config = Config(n_latents=n, k=k)
     train_config = TrainConfig(batch_size=b, clip=0, ema=0.999)
     x_BD = jnp.asarray(np.concatenate([*common.structured_rows(b, d, seed=0)]))
-    sample = base.sample_statistics(np.asarray(x_BD), "none")
+    sample = init.sample_statistics(np.asarray(x_BD), "none")
     begin = jax.jit(lambda sample: initial(sae_config, train_config, sample))
     values = Values.of(train_config, sae_config)
     state, tx = begin(sample), optim.optimiser(train_config, values, sae_config.ADAM)
@@ -145,7 +145,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
             n_bytes=3 * matrix,
         ),
         "Adam": Stage(in_place(adam, (sae, state.moments), gradient), n_bytes=7 * 2 * matrix),
-        "renormalise": Stage(in_place(base.unit_rows, sae.w_dec), n_bytes=2 * matrix),
+        "renormalise": Stage(in_place(init.unit_rows, sae.w_dec), n_bytes=2 * matrix),
         "running average": Stage(
             in_place(lambda kept, w: optim.average(kept, w, 0.999, jnp.int32(1)), state.average, sae),
             n_bytes=3 * 2 * matrix,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from sae_jax.activations.files import Files
 from sae_jax.activations.spec import ArraySpec, SetSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
+from sae_jax.storage import Files
 from sae_jax.types import UserError
 
 

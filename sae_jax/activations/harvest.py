@@ -256,8 +256,7 @@ class _Forward:
     def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig) -> None:
         devices = jax.local_devices()
         self._mesh = meshes.make_mesh(meshes.MeshConfig(), devices)
-        everywhere = meshes.sharding(self._mesh, meshes.REPLICATED)
-        self._models = {name: jax.device_put(model, everywhere) for name, model in models.items()}
+        self._models = {name: lm.place(model, self._mesh) for name, model in models.items()}
         self._hooks = {name: _hooks(config, model) for name, model in models.items()}
         self._dtype = config.dtype
         self.names = tuple(_source(name, hook) for name, hooks in self._hooks.items() for hook in hooks)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from sae_jax.activations.files import Files
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, array_specs, layout
-from sae_jax.activations.store import ActivationSet, Writer, open_activations
+from sae_jax.activations.store import ActivationSet, Writer, open_activations, open_array
+from sae_jax.storage import Files
 from sae_jax.types import UsageError, UserError
 
 BUFFER_BYTES = 256 << 20
@@ -112,9 +112,9 @@ def write_activations(
 
     spec = replace(writer.spec, n_shards=n_shards)
     for array in array_specs(spec).values():
-        files.open_array(array, "create")
+        open_array(files, array, "create")
     Writer(files, spec).finish()
-    files.write("dataset.json", spec.to_json())
+    files.write("dataset.json", spec.to_json().encode())
     return open_activations(path)
 
 

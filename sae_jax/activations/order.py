@@ -169,3 +169,26 @@ def _n_readers(limit: int, batch_size: int) -> int:
         most *= 2
     dividing = min(most, batch_size & -batch_size)
     return dividing if dividing * 8 >= most else most
+
+
+class EndlessShuffle:
+    """Batches of items without end: a fresh permutation of all of them each epoch, with no remainder dropped."""
+
+    def __init__(self, items: np.ndarray, batch_size: int, seed: int, domain: int) -> None:
+        """`items` in batches of `batch_size`; `domain` keeps random numbers apart from those of other orders."""
+        self._items, self._batch_size, self._seed, self._domain = items, batch_size, seed, domain
+        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
+
+    def items(self, step: int, part: slice) -> np.ndarray:
+        """A part of the batch of a step."""
+        positions = step * self._batch_size + np.arange(self._batch_size)[part]
+        epochs, places = np.divmod(positions, len(self._items))
+        chosen = np.empty(len(positions), self._items.dtype)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = self._epoch(int(epoch))[places[here]]
+        return chosen
+
+    def _compute_epoch(self, epoch: int) -> np.ndarray:
+        bits = np.random.Philox(key=[self._seed, self._domain], counter=[0, epoch, 0, 0]).random_raw
+        return self._items[np.argsort(bits(len(self._items)), kind="stable")]

@@ -1,54 +1,66 @@
-"""Batches of token sequences of a set, for what is trained through the language model that made it.
+"""Token sequences of a set as a source of rows, for what is trained through the language model that made the set.
 
-Batch t is positions [t * S, (t + 1) * S) of an endless stream of sequences: a fresh permutation of all of them for each
-epoch, with no remainder dropped. It depends on the set, S, the seed and t alone; process p of P gets its p-th part.
-On the devices the model runs on a batch once; its activations at the site are the rows that dictionaries learn from.
+A batch is S sequences and the positions of them that the set keeps; in an endless stream each epoch is a fresh
+permutation of all sequences. Process p of P gets its p-th part. On the devices the model runs on a batch once; its
+activations at the site are the rows that dictionaries learn from.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import count
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from sae_jax import lm
-from sae_jax import mesh as meshes
+from sae_jax.activations.order import EndlessShuffle
+from sae_jax.activations.source import Batches, placed_array
 from sae_jax.activations.store import ActivationSet
+from sae_jax.activations.stored import StoredRows
 from sae_jax.saes.base import Batch
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import Sites, UsageError, UserError
 
 SEQUENCE_ORDER = 4  # Philox domain; order.py has two
 SHARDS_KEPT = 256  # in memory: five bytes a token
 
 
-class Sequences:
-    """Reads batches of sequences. Any step at any time by `batch`; steps in turn, read ahead of use, by `batches`."""
+class SequenceRows(StoredRows):
+    """The sequences of a set that `sae-jax harvest` made; rows are what its language model makes of them."""
+
+    def __init__(self, activations: ActivationSet, later: bool) -> None:
+        """`later`: whether batches hold the residual stream after later blocks too."""
+        super().__init__(activations)
+        self._later = later
+
+    def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
+        """See RowSource; `batch_size` counts tokens. UsageError if it is no whole number of sequences a device."""
+        sequences = Sequences(self.activations, batch_size, seed, mesh.size)
+        return sequences.through(*model_at(self.activations, sites.x[0], mesh, self._later), self._later)
+
+
+class Sequences(Batches):
+    """Batches of sequences, read one ahead of use."""
 
     def __init__(
         self,
         activations: ActivationSet,
-        source: str,
         batch_tokens: int,
         seed: int,
         n_devices: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        process: tuple[int, int] | None = None,
     ) -> None:
         """Args:
           activations: the set.
-          source: the site that batches are labelled with.
           batch_tokens: tokens of the global batch, S sequences.
           seed: of the order.
-          n_devices: a batch is split over; a multiple of process_count.
-          process_index: this process is p of P.
-          process_count: P.
+          n_devices: a batch is split over; a multiple of the number of processes.
+          process: this is p of P processes; None: as JAX counts them.
 
         Raises UsageError for a set without text, and for a batch that is no whole number of sequences a device.
         """
@@ -63,65 +75,63 @@ class Sequences:
                 f"train.batch_size={batch_tokens} must be whole sequences of {spec.context} tokens, equally many on "
                 f"each of {n_devices} devices; use {max(round(batch_tokens / unit), 1) * unit}"
             )
-        self.activations, self.source, self.seed = activations, activations.source(source).name, seed
-        self.n_sequences = batch_tokens // spec.context
-        self.wait_seconds = 0.0
-        share = self.n_sequences // process_count
-        self._own = slice(process_index * share, (process_index + 1) * share)
+        self.activations = activations
+        self._rows: Any = None  # (ids, keep) -> Batch
+        self._n_sequences = batch_tokens // spec.context
+        index, n_processes = process or (jax.process_index(), jax.process_count())
+        share = self._n_sequences // n_processes
+        self._part = slice(index * share, (index + 1) * share)
         self._per_shard = spec.sequences_per_shard
-        there = [s * self._per_shard + np.arange(c.n_sequences) for s, c in sorted(activations.commits.items())]
-        self._numbers = np.concatenate(there)
-        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
+        numbers = [s * self._per_shard + np.arange(c.n_sequences) for s, c in sorted(activations.commits.items())]
+        self._order = EndlessShuffle(np.concatenate(numbers), self._n_sequences, seed, SEQUENCE_ORDER)
         self._shard = lru_cache(maxsize=SHARDS_KEPT)(self._read_shard)
 
     def row_ids(self, step: int) -> np.ndarray:
         """Numbers of the sequences in this process's part of a batch, i64[S / P]. Reads nothing."""
-        positions = step * self.n_sequences + np.arange(self.n_sequences)[self._own]
-        epochs, places = np.divmod(positions, len(self._numbers))
-        return np.array([self._epoch(int(e))[place] for e, place in zip(epochs, places, strict=True)])
+        return self._order.items(step, self._part)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """{source: i32[S / P, T]}: token ids, and ~id at positions that the set leaves out.
+        """`ids`: i32[S / P, T], token ids; `keep`: bool[S / P, T], the positions that the set has a row of.
 
         UserError naming shard and chunk where the data is not what was written.
         """
-        pairs = zip(*np.divmod(self.row_ids(step), self._per_shard), strict=True)
-        return {self.source: np.stack([self._shard(int(shard))[place] for shard, place in pairs])}
+        places = zip(*np.divmod(self.row_ids(step), self._per_shard), strict=True)
+        pairs = [[part[place] for part in self._shard(int(shard))] for shard, place in places]
+        return {name: np.stack(parts) for name, parts in zip(("ids", "keep"), zip(*pairs, strict=True), strict=True)}
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Yields (step, batch) from start_step on, without end, one batch ahead."""
+        """See Batches."""
         with ThreadPoolExecutor(1, "sequence-read") as thread:
             ahead = thread.submit(self.batch, start_step)
             for step in count(start_step):
                 began = time.perf_counter()
-                found = ahead.result()
+                batch = ahead.result()
                 self.wait_seconds += time.perf_counter() - began
                 ahead = thread.submit(self.batch, step + 1)
-                yield step, found
+                yield step, batch
 
-    def _compute_epoch(self, epoch: int) -> np.ndarray:
-        bits = np.random.Philox(key=[self.seed, SEQUENCE_ORDER], counter=[0, epoch, 0, 0]).random_raw
-        return self._numbers[np.argsort(bits(len(self._numbers)), kind="stable")]
+    def through(self, model: lm.LanguageModel, hook: lm.Hook, later: bool) -> Sequences:
+        """These batches, placed as rows at a hook of a model (whole on each device) that is cut open there."""
+        self._rows = partial(_rows, model, hook=hook, later=later)
+        return self
 
-    def _read_shard(self, shard: int) -> np.ndarray:
-        """Its sequences, ids of positions without a row inverted."""
+    def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+        """See Batches."""
+        return self._rows(*(placed_array(rows[name], mesh) for name in ("ids", "keep")))
+
+    def _read_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Its sequences i32[n, T], and which of their positions have a row."""
         first = shard * self._per_shard
         ids_ST = self.activations.read_sequences(first + np.arange(self.activations.commits[shard].n_sequences))
-        coded_ST = ~ids_ST
+        keep_ST = np.zeros(ids_ST.shape, bool)
         for chunk in np.flatnonzero(self.activations.chunk_shard == shard):
             index = self.activations.read_index(int(chunk))
-            coded_ST[index["seq"] - first, index["pos"]] = index["token"]
-        return coded_ST
+            keep_ST[index["seq"] - first, index["pos"]] = True
+        return ids_ST, keep_ST
 
 
-def through_model(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -> Callable[[Batch], Batch]:
-    """What turns a batch of sequences on the devices into one of rows, its context a model cut open at their site.
-
-    Args:
-        activations: the set, which names model and site.
-        source: of the set.
-        mesh: the model lies whole on each device.
-        later: whether the context holds the residual stream after later blocks.
+def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -> tuple[lm.LanguageModel, lm.Hook]:
+    """The language model that made a source, whole on each device, and the hook that the source is of.
 
     Raises UsageError for a source without model, UserError for a model that is not the one that made the set.
     """
@@ -133,15 +143,13 @@ def through_model(activations: ActivationSet, source: str, mesh: Mesh, later: bo
         raise UserError(
             f"the weights of {spec.model} are not those that {activations.path} was made with; harvest again"
         )
-    site = lm.parse_hook(spec.hook, model.spec)
-    if later and not lm.later_hooks(model, site):
-        raise UsageError(f"sae.downstream needs layers after {site}, and there are none; leave it out")
-    model = jax.device_put(model, meshes.sharding(mesh, meshes.REPLICATED))
-    return lambda batch: _rows(model, batch.x, site, later)
+    hook = lm.parse_hook(spec.hook, model.spec)
+    if later and not lm.later_hooks(model, hook):
+        raise UsageError(f"sae.downstream needs layers after {hook}, and there are none; leave it out")
+    return lm.place(model, mesh), hook
 
 
-@partial(jax.jit, static_argnames=("site", "later"))
-def _rows(model: lm.LanguageModel, coded_ST: jax.Array, site: lm.Hook, later: bool) -> Batch:
-    keep_ST = coded_ST >= 0
-    hole = lm.cut_open(model, jnp.where(keep_ST, coded_ST, ~coded_ST), keep_ST, site, later)
-    return Batch(hole.rows.astype(jnp.float32), context=hole)
+@partial(jax.jit, static_argnames=("hook", "later"))
+def _rows(model: lm.LanguageModel, ids_ST: jax.Array, keep_ST: jax.Array, hook: lm.Hook, later: bool) -> Batch:
+    site = lm.replaced_site(model, ids_ST, keep_ST, hook, later)
+    return Batch(site.rows, model=site)

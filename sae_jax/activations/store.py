@@ -22,9 +22,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
+import tensorstore as ts
 
 from sae_jax.activations.commits import (
     Commit,
@@ -34,9 +35,9 @@ from sae_jax.activations.commits import (
     read_block,
     read_commits,
 )
-from sae_jax.activations.files import STORAGE_ERRORS, Files, write_error
-from sae_jax.activations.spec import INDEX_NAMES, SetSpec, SourceSpec, array_specs, as_bits
+from sae_jax.activations.spec import INDEX_NAMES, ArraySpec, SetSpec, SourceSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
+from sae_jax.storage import STORAGE_ERRORS, Files, context, reason, write_error
 from sae_jax.types import UsageError, UserError
 
 WRITE_ORDER = 1  # Philox domain of the row order inside a shard; the loader has its own
@@ -96,14 +97,14 @@ class Writer:
         commit = Commit(shard, n_rows, len(blocks.get("sequences", ())), hashes, stats)
 
         key = commit_key(shard)
-        text = commit.to_json(self.spec.chunk_rows)
-        if self.files.read(key) not in (None, text.encode()):
+        text = commit.to_json(self.spec.chunk_rows).encode()
+        if self.files.read(key) not in (None, text):
             self.files.delete(key)  # a kill before the new commit must not leave new data under the old one
         try:
             writes = []
             for path, rows in padded.items():
                 low = shard * self.arrays[path].shard_rows
-                target = self.files.open_array(self.arrays[path], "write")
+                target = open_array(self.files, self.arrays[path], "write")
                 writes.append(target[low : low + len(rows)].write(rows))
             for write in writes:
                 write.result()
@@ -115,7 +116,7 @@ class Writer:
     def finish(self) -> None:
         """Writes stats.json, from any process the same bytes. UserError while shards are missing."""
         activations = ActivationSet(self.files, self.spec, allow_partial=False)
-        self.files.write("stats.json", stats_json(reduce_stats(self.spec, activations.commits.values())))
+        self.files.write("stats.json", stats_json(reduce_stats(self.spec, activations.commits.values())).encode())
 
     def _checked(
         self,
@@ -278,9 +279,9 @@ def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
     for array in array_specs(spec).values() if files.read("dataset.json") is None else ():
         if files.keys("commits/"):
             raise UserError(f"{files.path} holds shards but no dataset.json: its writing was cut off; delete it")
-        files.open_array(array, "create")
-    existing = files.write_if_absent("dataset.json", spec.to_json())
-    if existing is not None and (difference := _parse(files, existing).first_difference(spec)):
+        open_array(files, array, "create")
+    created = files.create("dataset.json", spec.to_json().encode())
+    if not created and (difference := read_spec(files).first_difference(spec)):
         raise UsageError(f"{files.path} is already a set in which {difference}; use the same settings or another path")
     return Writer(files, spec)
 
@@ -308,6 +309,25 @@ def read_spec(files: Files) -> SetSpec:
     if files.keys("commits/"):
         raise UserError(f"{files.path} has shards but no dataset.json: its writing was cut off; write it again")
     raise UserError(f"{files.path} is not an activation set: it has no dataset.json")
+
+
+def open_array(files: Files, array: ArraySpec, mode: Literal["create", "check", "write"]) -> ts.TensorStore:
+    """Opens a zarr array to create or check its metadata, or to write shards without reading it."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (files.store / f"{array.path}/").spec().to_json(),
+        "metadata": array.metadata(),
+        # A missing chunk reads as zeros, and a chunk of zeros is not written, unless told otherwise.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
+    new, assume = mode == "create", mode == "write"
+    try:
+        return ts.open(spec, context=context(), open=True, create=new, assume_metadata=assume).result()
+    except STORAGE_ERRORS as error:
+        if mode == "create":
+            raise write_error(files.name(array.path), error) from error
+        raise UserError(f"{files.name(array.path)}/zarr.json is damaged: {reason(error)}") from error
 
 
 def reduce_stats(spec: SetSpec, commits: Iterable[Commit]) -> dict[str, Stats]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sae_jax.activations.commits import read_block, read_commits
-from sae_jax.activations.files import Files
 from sae_jax.activations.spec import array_specs
-from sae_jax.activations.store import read_spec, reduce_stats, stats_json
+from sae_jax.activations.store import open_array, read_spec, reduce_stats, stats_json
+from sae_jax.storage import Files
 from sae_jax.types import UserError
 
 
@@ -42,7 +42,7 @@ def verify(
     commits, damage = read_commits(files, spec)
     for array in arrays.values():
         try:
-            files.open_array(array, "check")
+            open_array(files, array, "check")
         except UserError as error:
             damage.append(str(error))
     n_chunks = n_bytes = 0

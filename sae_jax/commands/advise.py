@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import config
+from sae_jax import config, storage
 from sae_jax.errors import UsageError, UserError
 from sae_jax.planning import targets
 from sae_jax.saes import base
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
 def advise(command: Advise) -> tuple[list[tuple[str, str]], list[str]]:
     """(what, value) of the advice, and what to keep in mind. Raises UserError if the fit lacks what it takes."""
     target = targets.parse(command.target) if command.target else None
-    content = config.read_json(command.fit)
+    content = storage.read_json(command.fit)
     if content is None:
         raise UsageError(f"--fit={command.fit}: there is no such file; write one with `sae-jax fit DIR`")
     try:

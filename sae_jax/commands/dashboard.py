@@ -11,15 +11,15 @@ import jax
 import numpy as np
 import tyro
 
-from sae_jax import config, lm
+from sae_jax import artifact, config, lm, storage
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.commands import runtime
-from sae_jax.commands.evaluate import SHOWN, open_set
+from sae_jax.evaluation import base
+from sae_jax.evaluation.text import open_set
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress, console
-from sae_jax.training.checkpoint import load_run
-from sae_jax.types import Sites, UsageError
+from sae_jax.types import UsageError
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ def run(argv: Sequence[str]) -> None:
 def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
     """Write the site; returns the activations it shows and the sequences that these index, i32[n, context]."""
     refuse_to_overwrite(Path(command.out))
-    run = load_run(command.run, ema=command.ema)
-    sae, facts = run.sae, run.facts
-    activations = open_set(command.data, facts)
-    sites, tokenizer = Sites.of(facts["sites"]), command.model or activations.spec.tokenizer
+    d = artifact.load(command.run, ema=command.ema)
+    sae, record = d.sae, d.record
+    activations = open_set(record, command.data)
+    sites, tokenizer = record.sites, command.model or activations.spec.tokenizer
     target = activations.source(sites.y[-1])  # what latents write to, nearest to the logits
     if tokenizer is None:
         raise UsageError(f"{activations.path} has no text to show; make the set with `sae-jax harvest`")
     with Progress("encode", min(command.tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(sae, activations, sites.x, command.tokens, progress.update)
-    evaluation = config.read_json(Path(command.run) / "evaluation.json") or {}
-    if (evaluation.get("step"), evaluation.get("weights")) != (run.step, "ema" if command.ema else "live"):
+    evaluation = storage.read_json(Path(command.run) / "evaluation.json") or {}
+    if (evaluation.get("step"), evaluation.get("weights")) != (record.steps, record.weights):
         evaluation = {}  # of other weights than are shown
     reference = command.model or target.model
     with Progress("dashboard", table.n_latents, "latents") as progress:
@@ -77,8 +77,12 @@ def dashboard(command: Dashboard) -> tuple[Activations, np.ndarray]:
             w_dec=np.asarray(sae.w_dec[:, -target.d :]),
             logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
             title=command.run,
-            metrics={name: evaluation[name] for name in SHOWN if name in evaluation},
-            config=facts,
+            metrics={
+                description.label: evaluation[name]
+                for name, description in base.descriptions().items()
+                if description.in_table and isinstance(evaluation.get(name), float)
+            },
+            config=record.to_json(),
             progress=lambda done, _: progress.update(done),
         )
     return table, sequences

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from sae_jax import config, recipe
+from sae_jax import recipe, runs, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
@@ -21,12 +19,14 @@ from sae_jax.analysis.examples import token_purity
 from sae_jax.commands import runtime
 from sae_jax.commands.dashboard import Dashboard, dashboard
 from sae_jax.commands.evaluate import Evaluate, evaluate
-from sae_jax.commands.train import Train, train
-from sae_jax.evaluation import baselines, reconstruction
+from sae_jax.commands.show import print_table
+from sae_jax.evaluation import baselines
+from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
+from sae_jax.training.run import TrainJob
 from sae_jax.types import Sites, UsageError
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -56,28 +56,25 @@ def run(argv: Sequence[str]) -> None:
 
     harvest(settings.harvest, activations_path)
     parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
-    train({"": Train(data=activations_path, out=run_path, **parts)})
+    runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
-    result = evaluate(Evaluate(run_path))
+    result = evaluate(Evaluate((run_path,)))[run_path]
     table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
 
-    activations, sites = open_activations(activations_path), Sites.of(result["sites"])
+    activations, sites = open_activations(activations_path), Sites.from_json(result["sites"])
     text = held_out(activations, sites, EVERYTHING)
     assert text is not None
     pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))
     summary = {
         **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
         **{name: result[name] for name in ("loss_recovered", "kl")},
-        "fvu_pca": reconstruction.on_rows(pca, text.rows())["fvu"],
+        "fvu_pca": on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),
         "seconds": round(time.monotonic() - began, 1),
     }
-    config.write_json(out / "summary.json", summary)
-    shown = Table("metric", "value", title=f"{out / 'summary.json'}")
-    for name, value in summary.items():
-        shown.add_row(name, f"{value:,.4g}")
-    Console().print(shown)
+    storage.write_json(out / "summary.json", summary)
+    print_table(("metric", "value"), [(name, f"{value:,.4g}") for name, value in summary.items()])
     console.print(f"open {out / 'dashboard' / 'index.html'} in a browser; {out / 'training.png'} is the training curve")

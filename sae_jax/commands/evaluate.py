@@ -1,47 +1,34 @@
-"""`sae-jax evaluate RUN`."""
+"""`sae-jax evaluate DIR...`."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from sae_jax import config
-from sae_jax.activations.store import ActivationSet, open_activations
+from sae_jax import artifact, config
 from sae_jax.commands import runtime
-from sae_jax.evaluation.measure import measure
-from sae_jax.training.checkpoint import load_run
-from sae_jax.types import Sites, UsageError, Widths
-
-SHOWN = (
-    "fvu",
-    "nmse_uncentered",
-    "l0",
-    "cosine",
-    "dead_fraction",
-    "silent_fraction",
-    "ce_clean",
-    "ce_sae",
-    "ce_zero",
-    "ce_mean",
-    "kl",
-    "loss_recovered",
-)
+from sae_jax.commands.show import print_table
+from sae_jax.evaluation.batches import Candidate
+from sae_jax.evaluation.evaluate import Settings, finish, table_rows
+from sae_jax.evaluation.evaluate import evaluate as evaluate_on
+from sae_jax.evaluation.text import open_set
+from sae_jax.types import UsageError
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run on held-out text, or on rows of a set where there is no text. Writes RUN/evaluation.json."""
+    """Measure dictionaries on held-out text, or on rows of a set that names none. Writes DIR/evaluation.json."""
 
-    run: tyro.conf.Positional[str]
-    """directory of the run"""
+    dictionaries: tyro.conf.Positional[tuple[str, ...]]
+    """directories of runs or of saved dictionaries; those of one set share the pass over its text"""
     data: str | None = None
-    """another activation set to take rows, text and language model from; default: the run's own"""
+    """another activation set to take rows, text and language model from; default: that of each dictionary's training"""
     model: str | None = None
     """another reference for the language model, if it moved"""
     tokens: int = 100_000
@@ -50,8 +37,14 @@ class Evaluate:
     """tokens of one forward pass"""
     ema: bool = False
     """measure the averaged weights instead of the live ones"""
+    shard: str = "0/1"
+    """i/n: measure the i-th of n shares; the worker that finishes last merges them"""
+    json: bool = False
+    """print one JSON document, {directory: {metric: value}}, instead of a table"""
 
     def __post_init__(self) -> None:
+        if not self.dictionaries:
+            raise UsageError("name at least one run or saved dictionary to measure: sae-jax evaluate RUN")
         if self.tokens < 1 or self.batch_tokens < 1:
             raise UsageError(f"--tokens={self.tokens} and --batch-tokens={self.batch_tokens} must be at least 1")
 
@@ -60,34 +53,18 @@ def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
     runtime.warn_of_idle_gpu()
-    result = evaluate(command)
-    table = Table("metric", "value", title=f"{command.run} on {result['text'] or 'rows of ' + result['data']}")
-    for name in SHOWN:
-        if name in result:
-            table.add_row(name, f"{result[name]:.4f}")
-    for name, fvu in result.get("fvu_by_source", {}).items():
-        table.add_row(f"fvu of {name}", f"{fvu:.4f}")
-    Console().print(table)
+    results = evaluate(command)
+    if command.json:
+        sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    elif results:
+        print_table(("metric", *results, "meaning"), table_rows(list(results.values())))
 
 
-def evaluate(command: Evaluate) -> dict[str, Any]:
-    """All metrics of a run, as written to RUN/evaluation.json."""
-    run = load_run(command.run, ema=command.ema)
-    facts = run.facts
-    activations = open_set(command.data, facts)
-    sites, widths = Sites.of(facts["sites"]), Widths.of(facts["widths"])
-    for name, width in (*zip(sites.x, widths.x, strict=True), *zip(sites.y, widths.y, strict=True)):
-        if activations.source(name).d != width:
-            there = activations.source(name).d
-            raise UsageError(f"{activations.path}: {name} has {there} dimensions, the run {width}")
-    result = measure(run.sae, activations, sites, command.tokens, command.batch_tokens, command.model)
-    # dead_fraction is over the run's last train.dead_after_tokens, silent_fraction over the rows measured here.
-    weights = "ema" if command.ema else "live"
-    result = {"step": run.step, "weights": weights, "dead_fraction": run.dead_fraction, **result}
-    config.write_json(Path(command.run) / "evaluation.json", result)
-    return result
-
-
-def open_set(data: str | None, facts: dict[str, Any]) -> ActivationSet:
-    """The set at `data`, or else the run's own, which may be partial if the run was allowed that."""
-    return open_activations(data or facts["data"], allow_partial=data is None and facts["allow_partial"])
+def evaluate(command: Evaluate) -> dict[str, dict[str, Any]]:
+    """{directory: its evaluation.json}, but for those that other workers still have to measure a share of."""
+    shard, settings = runtime.worker(command.shard), Settings(command.tokens, command.batch_tokens, command.model)
+    loaded = {path: artifact.load(path, ema=command.ema) for path in command.dictionaries}
+    candidates = {path: Candidate.of(d, open_set(d.record, command.data)) for path, d in loaded.items()}
+    measured = evaluate_on(candidates, settings, shard)
+    documents = {path: finish(Path(path), measured[path], settings, shard) for path in command.dictionaries}
+    return {path: document for path, document in documents.items() if document is not None}

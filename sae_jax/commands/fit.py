@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from sae_jax import config
+from sae_jax import config, storage
 from sae_jax.errors import UsageError
 from sae_jax.progress import console
 from sae_jax.scaling import laws, plots, report, table
@@ -46,8 +46,8 @@ def run(argv: Sequence[str]) -> None:
     text = report.render(study)
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
     facts = json.dumps(study.to_json(), indent=2).removesuffix("\n}")
-    config.write_text(folder / "fit.json", f'{facts},\n  "draws": {json.dumps(study.draws())}\n}}\n')
-    config.write_text(folder / "fit.txt", text)
+    storage.write_text(folder / "fit.json", f'{facts},\n  "draws": {json.dumps(study.draws())}\n}}\n')
+    storage.write_text(folder / "fit.txt", text)
     drawn = plots.draw(study, folder)
     sys.stdout.write(text)
     console.print(f"{folder}: fit.json, fit.txt, {', '.join(path.name for path in drawn)}")

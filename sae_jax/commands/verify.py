@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import tyro
 
 from sae_jax import config
-from sae_jax.activations.files import Files
 from sae_jax.activations.store import read_spec
 from sae_jax.activations.verify import verify
 from sae_jax.progress import Progress, console
+from sae_jax.storage import Files
 from sae_jax.types import UserError
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -11,9 +10,10 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep, read_sites
-from sae_jax.activations.store import ActivationSet
+from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.progress import console
-from sae_jax.types import Sites
+from sae_jax.record import Record
+from sae_jax.types import Sites, UsageError
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,6 @@ class HeldOut:
         """bool[B, T]: what the set would hold, norms compared with the median of these sequences, not of a shard."""
         return keep(ids_BT, norm_BTS, self.special, self.max_norm_multiple)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """The sequences, `size` at a time."""
-        for first in range(0, len(self.sequences), size):
-            yield self.sequences[first : first + size]
-
     def rows(self) -> np.ndarray:
         """Activations f32[N, X] of what is encoded, at all positions that the set would hold."""
         return np.concatenate(self.rows_of(self.encoded), axis=-1)
@@ -44,14 +39,25 @@ class HeldOut:
     def rows_of(self, hooks: tuple[lm.Hook, ...]) -> list[np.ndarray]:
         """Activations f32[N, D] of each hook, at all positions that the set would hold."""
         blocks = []
-        for ids_BT in self.batches(64):
+        for first in range(0, len(self.sequences), 64):
+            ids_BT = self.sequences[first : first + 64]
             acts, norm_BTS = read_sites(self.model, ids_BT, hooks, "float32")
             keep_BT = self.keep(ids_BT, np.asarray(norm_BTS))
             blocks.append([np.asarray(acts[str(hook)])[keep_BT] for hook in hooks])
-        return [np.concatenate(of_one) for of_one in zip(*blocks, strict=True)]
+        return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
 
 
-def held_out(activations: ActivationSet, sites: Sites, n_tokens: int, model: str | None = None) -> HeldOut | None:
+def open_set(record: Record, data: str | None = None) -> ActivationSet:
+    """The set at `data`, or else the one that a dictionary was trained on, which may be partial."""
+    path = data or (record.data.path if record.data else None)
+    if path is None:
+        raise UsageError("the dictionary names no activation set that it was trained on; name one with --data")
+    return open_activations(path, allow_partial=data is None)
+
+
+def held_out(
+    activations: ActivationSet, sites: Sites, n_tokens: int, model: str | None = None, another: HeldOut | None = None
+) -> HeldOut | None:
     """Held-out text for sources of a set; None where the set names no text, no model or several.
 
     Args:
@@ -59,6 +65,7 @@ def held_out(activations: ActivationSet, sites: Sites, n_tokens: int, model: str
         sites: its sources that are encoded and reconstructed.
         n_tokens: how much of the text, at most.
         model: where the language model is now, if not where the set says.
+        another: the same text for another site, whose model is used again if it is the same.
     """
     spec, sources = activations.spec, [activations.source(name) for name in sites.all]
     reference = model or sources[0].model
@@ -66,19 +73,33 @@ def held_out(activations: ActivationSet, sites: Sites, n_tokens: int, model: str
     several = len({source.model for source in sources}) > 1
     if spec.heldout is None or spec.context is None or reference is None or len(hooks) < len(sources) or several:
         return None
+    if another is not None and another.model.reference == reference:
+        encoded, reconstructed = _hooks(hooks, sites, another.model)
+        return replace(another, encoded=encoded, reconstructed=reconstructed)
     loaded, tokenizer = lm.load(reference), lm.tokenizer(reference)
     if loaded.digest != sources[0].model_digest:
-        console.print(f"warning: the weights of {reference} are not those that {activations.path} was made with")
-    wanted = max(n_tokens // spec.context, 1)
+        console.print(
+            f"warning: the weights of {reference} are not those that {activations.path} was made with", markup=False
+        )
+    n_sequences = max(n_tokens // spec.context, 1)
+    encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(
         name=spec.heldout,
         model=loaded,
-        encoded=tuple(lm.parse_hook(hooks[name], loaded.spec) for name in sites.x),
-        reconstructed=tuple(lm.parse_hook(hooks[name], loaded.spec) for name in sites.y),
-        sequences=np.stack(list(tokens.sequences(spec.heldout, tokenizer, spec.context, 0, wanted))),
+        encoded=encoded,
+        reconstructed=reconstructed,
+        sequences=np.stack(list(tokens.sequences(spec.heldout, tokenizer, spec.context, 0, n_sequences))),
         special=np.asarray(tokenizer.special_ids, np.int32),
         max_norm_multiple=spec.max_norm_multiple,
     )
+
+
+def _hooks(
+    hooks: dict[str, str], sites: Sites, model: lm.LanguageModel
+) -> tuple[tuple[lm.Hook, ...], tuple[lm.Hook, ...]]:
+    """Hooks of what is encoded and of what is reconstructed."""
+    encoded, reconstructed = (tuple(lm.parse_hook(hooks[name], model.spec) for name in names) for names in sites)
+    return encoded, reconstructed
 
 
 def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[str, np.ndarray]:
@@ -88,7 +109,10 @@ def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[s
         hooks = dict(zip(sites.x + sites.y, text.encoded + text.reconstructed, strict=True))
         return dict(zip(hooks, text.rows_of(tuple(hooks.values())), strict=True))
     if jax.process_index() == 0:
-        console.print(f"{activations.path} names no held-out text: members are measured on rows they have learnt from")
+        console.print(
+            f"{activations.path} names no held-out text: members are measured on rows that they were trained on",
+            markup=False,
+        )
     chunks = spread_chunks(activations, n_rows)
     return {
         name: np.concatenate([activations.read_chunk(name, chunk).astype(np.float32) for chunk in chunks])[:n_rows]
@@ -98,5 +122,5 @@ def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[s
 
 def spread_chunks(activations: ActivationSet, n_rows: int) -> list[int]:
     """Chunks spread evenly over the set, as few as hold `n_rows` rows."""
-    wanted = min(-(-n_rows // activations.spec.chunk_rows), activations.n_chunks)
-    return np.linspace(0, activations.n_chunks - 1, wanted).round().astype(int).tolist()
+    n_chunks = min(-(-n_rows // activations.spec.chunk_rows), activations.n_chunks)
+    return np.linspace(0, activations.n_chunks - 1, n_chunks).round().astype(int).tolist()

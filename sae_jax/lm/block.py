@@ -34,7 +34,7 @@ def block(
 
     Args:
         spec: the model's sizes and kinds.
-        layer: this layer's parameters, as `spec.shapes` without the layer axis.
+        layer: this layer's parameters, as in params.py without the layer axis.
         x_BTD: the residual stream before the block.
         mask_TS: bool, which of the S keys each of the T queries sees.
         tap: called as tap(point, value) on every intermediate of hooks.POINTS; what it returns is used.
@@ -44,26 +44,27 @@ def block(
     heads = (*x_BTD.shape[:2], spec.n_heads, spec.d_head)
 
     x_BTD = tap("resid_pre", x_BTD)
-    h_BTD = layer_norm(x_BTD, layer["norm1.w"], layer["norm1.b"], spec.norm_eps)
+    h_BTD = norm(spec, layer, "norm1", x_BTD)
     q_BTHd = _linear(layer, "q", h_BTD).reshape(heads)
     k_BSHd, v_BSHd = extend(*(_linear(layer, name, h_BTD).reshape(heads) for name in "kv"))
     z_BTHd = tap("attn_z", _attend(q_BTHd, k_BSHd, v_BSHd, mask_TS))
     out_BTD = tap("attn_out", _linear(layer, "o", z_BTHd.reshape(*heads[:2], -1)))
 
     x_BTD = tap("resid_mid", x_BTD + out_BTD)
-    h_BTD = layer_norm(x_BTD, layer["norm2.w"], layer["norm2.b"], spec.norm_eps)
+    h_BTD = norm(spec, layer, "norm2", x_BTD)
     act_BTM = tap("mlp_act", act(_linear(layer, "up", h_BTD)))
     out_BTD = tap("mlp_out", _linear(layer, "down", act_BTM))
     return tap("resid_post", x_BTD + out_BTD)
 
 
-def layer_norm(x_BTD: jax.Array, w_D: jax.Array, b_D: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm over the last axis (biased variance), computed in f32 and returned in x's dtype."""
+def norm(spec: Spec, params: Mapping[str, jax.Array], name: str, x_BTD: jax.Array) -> jax.Array:
+    """The norm of that name over the last axis: LayerNorm (biased variance), in f32, returned in x's dtype."""
+    w_D, b_D = (params[f"{name}.{part}"].astype(jnp.float32) for part in "wb")
     x32_BTD = x_BTD.astype(jnp.float32)
     centred_BTD = x32_BTD - x32_BTD.mean(-1, keepdims=True)
     variance_BT1 = jnp.square(centred_BTD).mean(-1, keepdims=True)
-    y_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + eps)
-    return (y_BTD * _row(w_D.astype(jnp.float32)) + _row(b_D.astype(jnp.float32))).astype(x_BTD.dtype)
+    y_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + spec.norm_eps)
+    return (y_BTD * _row(w_D) + _row(b_D)).astype(x_BTD.dtype)
 
 
 def _attend(q_BTHd: jax.Array, k_BSHd: jax.Array, v_BSHd: jax.Array, mask_TS: jax.Array) -> jax.Array:
@@ -76,7 +77,9 @@ def _attend(q_BTHd: jax.Array, k_BSHd: jax.Array, v_BSHd: jax.Array, mask_TS: ja
 
 def _linear(layer: Mapping[str, jax.Array], name: str, x_BTi: jax.Array) -> jax.Array:
     y_BTo = jnp.einsum("bti,io->bto", x_BTi, layer[f"{name}.w"], preferred_element_type=jnp.float32)
-    return (y_BTo + _row(layer[f"{name}.b"].astype(jnp.float32))).astype(x_BTi.dtype)
+    if f"{name}.b" in layer:  # see Spec.qkv_bias, out_bias and mlp_bias
+        y_BTo = y_BTo + _row(layer[f"{name}.b"].astype(jnp.float32))
+    return y_BTo.astype(x_BTi.dtype)
 
 
 def _row(v_D: jax.Array) -> jax.Array:

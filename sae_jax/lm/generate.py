@@ -1,4 +1,4 @@
-"""Text generation with a cache of keys and values, with the same edits as `run`, for steering."""
+"""Text generation with a cache of keys and values, and with changes of activations (intervene.py), for steering."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sae_jax.lm import intervene
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.run import empty_cache, run
 from sae_jax.types import UsageError
@@ -36,7 +37,8 @@ def generate(
         ids_BT: i32 prompts, all of length T.
         n_new: tokens to add, at least 1; T + n_new is at most the model's context.
         key: randomness of the samples, unused at temperature 0.
-        edits: at each hook, a function (activation, edit_args) -> replacement, applied at every position.
+        edits: at each hook, a function (activations, edit_args) -> new ones, both f32[B, T, X], applied at every
+            position: `lambda x, v: intervene.add(v)(x)`, for one.
         edit_args: any pytree of arrays.
         temperature: 0 takes the most likely token, otherwise samples from softmax(logits / temperature).
 
@@ -60,7 +62,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("n_new", "fixed_edits", "sample"))
 def _generate(model, ids_BT, n_new, key, fixed_edits, edit_args, sample, temperature):
-    edits = {hook: functools.partial(_apply, edit, edit_args) for hook, edit in fixed_edits}
+    edits = intervene.edits({hook: functools.partial(_apply, edit, edit_args) for hook, edit in fixed_edits})
 
     def choose(logits_BTV, key):
         last_BV = logits_BTV[:, -1]
@@ -79,5 +81,5 @@ def _generate(model, ids_BT, n_new, key, fixed_edits, edit_args, sample, tempera
     return jnp.concatenate([ids_BT, new_NB.T, last_B[:, None]], axis=1)
 
 
-def _apply(edit, edit_args, activation):
-    return edit(activation, edit_args)
+def _apply(edit, edit_args, x_BTX):
+    return edit(x_BTX, edit_args)

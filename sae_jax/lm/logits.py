@@ -1,4 +1,4 @@
-"""From the last residual stream to logits, loss, and what a direction in the model does to the logits."""
+"""From the last residual stream to logits, and what a direction in the model does to the logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax.lm.block import layer_norm
+from sae_jax.lm import block
 from sae_jax.lm.hooks import check_hook
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.spec import Spec
@@ -16,15 +16,8 @@ from sae_jax.lm.spec import Spec
 
 def unembed(params: Mapping[str, Any], spec: Spec, x_BTD: jax.Array) -> jax.Array:
     """Logits f32[B, T, V] of the last layer's residual stream: the final norm, then the unembedding."""
-    h_BTD = layer_norm(x_BTD, params["norm.w"], params["norm.b"], spec.norm_eps)
+    h_BTD = block.norm(spec, params, "norm", x_BTD)
     return jnp.einsum("btd,vd->btv", h_BTD, _unembedding(params, spec), preferred_element_type=jnp.float32)
-
-
-def cross_entropy(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Next-token loss in nats, f32[B, T-1]: entry t is -log p(ids[t + 1] | ids[: t + 1])."""
-    logits_BTV = logits_BTV[:, :-1].astype(jnp.float32)
-    target_BT1 = jnp.take_along_axis(logits_BTV, ids_BT[:, 1:, None], axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT1[..., 0]
 
 
 def logit_effect(model: LanguageModel, hook: tuple[int, str], directions_ND: jax.Array) -> jax.Array:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from sae_jax.lm import weights
+from sae_jax.lm import params, weights
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
 from sae_jax.types import UsageError, UserError
@@ -25,7 +28,7 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 class LanguageModel:
     """A decoder's parameters with what they are; a pytree whose leaves are the parameters."""
 
-    params: dict[str, Any]  # spec.shapes
+    params: dict[str, Any]  # as params.py describes them
     spec: Spec = struct.field(pytree_node=False)
     reference: str = struct.field(pytree_node=False, default="")  # what the user called it
     digest: str = struct.field(pytree_node=False, default="")  # sha256 of the weight files
@@ -47,6 +50,11 @@ def load(reference: str, dtype: DTypeLike = jnp.float32) -> LanguageModel:
         digest=weights.digest(folder),
         path=str(folder),
     )
+
+
+def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
+    """The model on the devices of a mesh, each parameter where mesh.LM_AXES says."""
+    return dataclasses.replace(model, params=jax.device_put(model.params, params.shardings(model.spec, mesh)))
 
 
 def tokenizer(reference: str) -> Tokenizer:

@@ -86,7 +86,9 @@ def run(
     first = jnp.int32(0) if cache is None else cache.length
     position_T = first + jnp.arange(n_new, dtype=jnp.int32)
     mask_TS = jnp.arange(n_slots, dtype=jnp.int32)[None, :] <= position_T[:, None]
-    x_BTD = _lookup(model.params["embed"], ids_BT) + model.params["positions"][position_T][None]
+    x_BTD = _lookup(model.params["embed"], ids_BT)
+    if spec.positions == "learned":
+        x_BTD = x_BTD + model.params["positions"][position_T][None]
 
     acts: dict[Hook, jax.Array] = {}
     stored = () if cache is None else (cache.keys, cache.values)

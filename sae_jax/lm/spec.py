@@ -1,7 +1,7 @@
-"""What a decoder language model is made of: its sizes and kinds, and the shapes of its parameters.
+"""What a decoder is made of: sizes, and the kind of norm, position, bias and activation function, as data.
 
-`Spec` is the whole difference between two models of one family, and what `block.py` branches on. A family
-that needs a new kind of norm, position or MLP adds a field here together with the branch that reads it.
+A family's config.json becomes a Spec, which decides which parameters there are (params.py) and what a block computes
+with them (block.py). A new kind is one more value here, with its branch in these two files.
 
 Axis key, besides the one in types.py: L layers, H heads, d width of a head, M width of the MLP, C context.
 """
@@ -9,17 +9,16 @@ Axis key, besides the one in types.py: L layers, H heads, d width of a head, M w
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Literal, get_args, get_type_hints
 
 from sae_jax.types import UserError
-
-ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Sizes and kinds of one decoder with learned positions, LayerNorm before each half, and a plain MLP.
+    """Sizes and kinds of one decoder.
 
-    Raises UserError for an activation function the block does not implement.
+    Raises UserError for a kind that is not implemented.
     """
 
     family: str
@@ -29,45 +28,20 @@ class Spec:
     d_head: int
     d_mlp: int
     n_vocab: int
-    n_context: int  # positions there are embeddings for, hence the longest sequence
-    activation: str = "gelu_new"
+    n_context: int  # the longest sequence
+    activation: Literal["gelu_new", "gelu", "relu", "silu"] = "gelu_new"
+    norm: Literal["layer_norm"] = "layer_norm"  # before attention, before the MLP and before the unembedding
     norm_eps: float = 1e-5
+    positions: Literal["learned"] = "learned"
+    qkv_bias: bool = True
+    out_bias: bool = True  # of attention's output
+    mlp_bias: bool = True
     tied: bool = True  # the unembedding is the embedding
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"activation function {self.activation!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}"
-            )
-
-
-def shapes(spec: Spec) -> dict:
-    """Shapes of the parameter tree; matrices are (in, out), layers are stacked on axis 0 under `layers`."""
-    n_layers, d_model, d_mlp, d_attn = spec.n_layers, spec.d_model, spec.d_mlp, spec.n_heads * spec.d_head
-    layer = {
-        "norm1.w": (d_model,),
-        "norm1.b": (d_model,),
-        "q.w": (d_model, d_attn),
-        "q.b": (d_attn,),
-        "k.w": (d_model, d_attn),
-        "k.b": (d_attn,),
-        "v.w": (d_model, d_attn),
-        "v.b": (d_attn,),
-        "o.w": (d_attn, d_model),
-        "o.b": (d_model,),
-        "norm2.w": (d_model,),
-        "norm2.b": (d_model,),
-        "up.w": (d_model, d_mlp),
-        "up.b": (d_mlp,),
-        "down.w": (d_mlp, d_model),
-        "down.b": (d_model,),
-    }
-    top = {
-        "embed": (spec.n_vocab, d_model),
-        "positions": (spec.n_context, d_model),
-        "norm.w": (d_model,),
-        "norm.b": (d_model,),
-    }
-    if not spec.tied:
-        top["unembed"] = (spec.n_vocab, d_model)
-    return {**top, "layers": {name: (n_layers, *shape) for name, shape in layer.items()}}
+        kinds: dict[str, Any] = get_type_hints(type(self))
+        names = {"activation": "activation function", "norm": "norm", "positions": "kind of positions"}
+        for field, name in names.items():
+            value, implemented = getattr(self, field), get_args(kinds[field])
+            if value not in implemented:
+                raise UserError(f"{name} {value!r} is not implemented; implemented: {', '.join(implemented)}")

@@ -1,30 +1,30 @@
-"""Parameters of a language model: from a Hugging Face safetensors folder, to one, or random.
+"""Reading and writing the parameters of a language model as a Hugging Face safetensors folder, without torch.
 
-The folder is read tensor by tensor without torch. Names that no parameter needs (attention mask buffers, a
-tied head) are ignored; every parameter must be found, in the shape the config implies.
+Which tensor holds which parameter is said in params.py. Tensors that no parameter needs (attention mask buffers, a tied
+head) are ignored; every parameter must be there, in the shape that the config implies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sae_jax.lm.families import FAMILIES, family_of
-from sae_jax.lm.spec import Spec, shapes
+from sae_jax.lm.family import family, family_of
+from sae_jax.lm.params import ArrayInfo, parameters
+from sae_jax.lm.spec import Spec
 from sae_jax.types import UserError
 
 _INDEX = "model.safetensors.index.json"
-_HEAD = "lm_head.weight"  # stands beside the prefixed base model in every family
 
 
 def read_spec(folder: Path) -> Spec:
@@ -40,39 +40,40 @@ def read_spec(folder: Path) -> Spec:
 
 
 def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """The parameter tree (`spec.shapes`) of a folder's safetensors, cast to `dtype`, on the default device.
+    """The parameters (params.py) in a folder's safetensors, cast to `dtype`, on the default device.
+
+    The host holds one parameter of all layers at a time (those that share a tensor together).
 
     Raises UserError, naming the file, for a missing, damaged or incomplete set of weight files.
     """
-    prefix = FAMILIES[spec.family].prefix
-    wanted = {name: _stored_shape(spec, ours, layer) for name, ours, layer in _layout(spec)}
-    found: dict[str, np.ndarray] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118, the handle is no dict and does not iterate
-                    name = key.removeprefix(prefix)
-                    if name in wanted:
-                        found[name] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); get the file again") from None
-    for name, shape in wanted.items():
-        if name not in found:
-            raise UserError(f"{folder} has no tensor {name!r}; its safetensors and config.json do not match")
-        if found[name].shape != shape:
-            raise UserError(f"{folder} has {name!r} in shape {found[name].shape}; its config.json implies {shape}")
-
+    prefix = family(spec.family).prefix
     params: dict[str, Any] = {"layers": {}}
-    stacks: dict[str, list[np.ndarray]] = {}
-    for name, ours, layer in _layout(spec):
-        tensor = found.pop(name)
-        if layer is None:
-            params[ours[0]] = jnp.asarray(tensor, dtype)
-        else:
-            for part, values in zip(ours, np.split(tensor, len(ours), axis=-1), strict=True):
-                stacks.setdefault(part, []).append(values)
-    for part in list(stacks):
-        params["layers"][part] = jnp.asarray(np.stack(stacks.pop(part)), dtype)
+    with contextlib.ExitStack() as opened:
+        file_of: dict[str, Any] = {}  # tensor, without prefix -> the file that holds it
+        for path in weight_files(folder):
+            try:
+                file = opened.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} cannot be read ({error}); get the file again") from None
+            file_of |= {key.removeprefix(prefix): (file, key) for key in file.keys()}  # noqa: SIM118, no dict
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if name.removeprefix(prefix) not in file_of:
+                raise UserError(f"{folder} has no tensor {name!r}; its safetensors and config.json do not match")
+            file, key = file_of[name.removeprefix(prefix)]
+            tensor = file.get_tensor(key)
+            if tensor.shape != shape:
+                raise UserError(f"{folder} has {name!r} in shape {tensor.shape}; its config.json implies {shape}")
+            return tensor
+
+        for tensor in _tensors(spec):
+            if tensor.in_layers:
+                names = [tensor.name.format(layer=layer) for layer in range(spec.n_layers)]
+                values = np.stack([read(name, tensor.shape) for name in names])
+            else:
+                values = read(tensor.name, tensor.shape)
+            for name, part in zip(tensor.parts, np.split(values, len(tensor.parts), axis=-1), strict=True):
+                (params["layers"] if tensor.in_layers else params)[name] = jnp.asarray(part, dtype)
     return params
 
 
@@ -89,27 +90,26 @@ def save(
     Args:
         folder: made if it does not exist.
         spec: the model's sizes and kinds.
-        params: the parameter tree, as `spec.shapes`.
+        params: the parameters, as params.py describes them.
         dtype: of the stored tensors; float16 halves the file.
         settings: further keys of config.json that do not concern the forward pass, such as `eos_token_id`.
     """
-    family = FAMILIES[spec.family]
     folder.mkdir(parents=True, exist_ok=True)
     stored = {}
-    for name, ours, layer in _layout(spec):
-        tree = params if layer is None else {part: params["layers"][part][layer] for part in ours}
-        tensor = np.concatenate([np.asarray(tree[part]) for part in ours], axis=-1)
-        # save_file writes the buffer and ignores strides: a transposed view would be stored scrambled.
-        full_name = name if name == _HEAD else family.prefix + name
-        stored[full_name] = np.ascontiguousarray(tensor, dtype=dtype)
+    for tensor in _tensors(spec):
+        tree = params["layers"] if tensor.in_layers else params
+        values = np.concatenate([np.asarray(tree[name]) for name in tensor.parts], axis=-1)
+        for layer, one in enumerate(values if tensor.in_layers else [values]):
+            # save_file writes the buffer and ignores strides: a transposed view would be stored scrambled.
+            stored[tensor.name.format(layer=layer)] = np.ascontiguousarray(one, dtype=dtype)
     path = folder / "model.safetensors"
     save_file(stored, path, metadata={"format": "pt"})
     path.chmod(0o644)  # save_file leaves it readable by its owner alone
     config = {
-        "architectures": [family.architecture],
+        "architectures": [family(spec.family).architecture],
         "model_type": spec.family,
         "dtype": np.dtype(dtype).name,
-        **family.write_config(spec),
+        **family(spec.family).write_config(spec),
         **(settings or {}),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -136,43 +136,29 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def init(spec: Spec, key: jax.Array) -> dict[str, Any]:
-    """Random f32 parameters: normal with deviation 0.02, smaller (by sqrt(2L)) for what writes to the stream.
+class _Tensor(NamedTuple):
+    """A tensor of a checkpoint, or if `in_layers` that of each layer."""
 
-    Source: Radford et al. 2019, section 2.3. Norm weights are 1 and biases 0.
-    """
-    tree = shapes(spec)
-    paths, structure = jax.tree.flatten_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
-    leaves = []
-    for number, (path, shape) in enumerate(paths):
-        name = path[-1].key
-        if name.endswith(".b"):
-            leaves.append(jnp.zeros(shape))
-        elif name.startswith("norm"):
-            leaves.append(jnp.ones(shape))
-        else:
-            scale = 0.02 / (2 * spec.n_layers) ** 0.5 if name in ("o.w", "down.w") else 0.02
-            leaves.append(scale * jax.random.normal(jax.random.fold_in(key, number), shape))
-    return jax.tree.unflatten(structure, leaves)
+    name: str  # see family.Stored
+    parts: tuple[str, ...]  # the parameters in it, side by side on its last axis
+    shape: tuple[int, ...]
+    in_layers: bool
 
 
-def _layout(spec: Spec) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
-    """Every tensor of a checkpoint: its name without prefix, our names for its parts, its layer."""
-    family, tree = FAMILIES[spec.family], shapes(spec)
-    for name, ours in family.top.items():
-        if ours in tree:
-            yield name, (ours,), None
-    for layer in range(spec.n_layers):
-        for module, parts in family.layer.items():
-            for suffix, short in (("weight", "w"), ("bias", "b")):
-                ours = tuple(f"{part}.{short}" for part in parts)
-                yield f"{family.layer_list}.{layer}.{module}.{suffix}", ours, layer
-
-
-def _stored_shape(spec: Spec, ours: tuple[str, ...], layer: int | None) -> tuple[int, ...]:
-    tree = shapes(spec)
-    shape = tree[ours[0]] if layer is None else tree["layers"][ours[0]][1:]
-    return (*shape[:-1], shape[-1] * len(ours))
+def _tensors(spec: Spec) -> list[_Tensor]:
+    """Every tensor that a checkpoint of this spec has to hold."""
+    tree = parameters(spec)
+    layers = tree.pop("layers")
+    infos: dict[str, ArrayInfo] = {**tree, **layers}
+    parts_of: dict[str, list[str]] = {}
+    for name, info in sorted(infos.items(), key=lambda item: item[1].stored.part):
+        parts_of.setdefault(info.stored.name, []).append(name)
+    tensors = []
+    for stored_name, parts in parts_of.items():
+        in_layers = parts[0] in layers
+        shape = infos[parts[0]].shape[in_layers:]
+        tensors.append(_Tensor(stored_name, tuple(parts), (*shape[:-1], shape[-1] * len(parts)), in_layers))
+    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -39,6 +39,12 @@ from sae_jax.types import Code
 Activation = Callable[[jax.Array, Any], tuple[Any, Any]]
 
 
+def relu(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The activation z = ReLU(pre + b_enc), whose penalty is z too."""
+    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
+    return z_bf, z_bf
+
+
 @struct.dataclass
 class Tiled:
     """What `reconstruct` returns."""

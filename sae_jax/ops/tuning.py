@@ -1,14 +1,17 @@
 """How the ops cut their work on each back end: one table of constants, set by measurement, open to a recipe.
 
-The ops read `current()` while they are traced. Nothing here changes what they compute, only in which pieces.
+The ops read `current()` while they are traced. Nothing here changes what they compute, only in which pieces. Whatever
+is jitted around them is jitted by `jit` below, which makes the engine part of the key under which programs are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 
@@ -83,20 +86,53 @@ class EngineConfig:
         return tuning
 
 
-_chosen: ContextVar[Tuning | None] = ContextVar("tuning", default=None)
+_engine: ContextVar[Tuning | None] = ContextVar("engine", default=None)
 
 
 def current() -> Tuning:
-    """What the op that is being traced goes by."""
-    chosen = _chosen.get()
-    return TABLE[jax.default_backend()] if chosen is None else chosen
+    """What the op that is being traced goes by: the engine it was jitted with, else the back end's own."""
+    engine = _engine.get()
+    return TABLE[jax.default_backend()] if engine is None else engine
 
 
 @contextlib.contextmanager
-def using(tuning: Tuning) -> Iterator[None]:
-    """Trace with these constants. A function that was jitted before keeps those it was traced with."""
-    token = _chosen.set(tuning)
+def using(engine: Tuning) -> Iterator[None]:
+    """Trace with these constants, and call with them what `jit` below has jitted."""
+    token = _engine.set(engine)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _engine.reset(token)
+
+
+class Jitted:
+    """A jitted function that calls ops. The engine in use is a static argument: another engine is another program."""
+
+    def __init__(self, function: Callable[..., Any], static_argnames: tuple[str, ...] = (), **options: Any) -> None:
+        """`options` are those of `jax.jit`."""
+
+        def with_engine(*args: Any, engine: Tuning, **kwargs: Any) -> Any:
+            with using(engine):
+                return function(*args, **kwargs)
+
+        with_engine.__name__ = function.__name__  # in profiles and HLO
+        self.__doc__ = function.__doc__
+        self._jitted = jax.jit(with_engine, static_argnames=(*static_argnames, "engine"), **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self._jitted(*args, engine=current(), **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """See `jax.jit(f).trace`."""
+        return self._jitted.trace(*args, engine=current(), **kwargs)
+
+    @property
+    def n_programs(self) -> int:
+        """How many have been compiled so far."""
+        return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]
+
+
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`jax.jit` for what calls ops, see `Jitted`; `static_argnames` are passed by keyword."""
+    return partial(Jitted, **options) if function is None else Jitted(function, **options)

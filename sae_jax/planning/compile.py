@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax import config as configs
+from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
 from sae_jax.planning.targets import Target
 from sae_jax.types import Widths
@@ -99,7 +100,7 @@ def compile_step(
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"compiling for {target.name} took more than {timeout:.0f} s; raise --timeout") from None
-        said = configs.read_json(answer)
+        said = storage.read_json(answer)
         text = program.read_text() if program.exists() else None
     if said is None:
         if done.returncode < 0:
@@ -121,9 +122,9 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     from sae_jax import mesh as meshes
     from sae_jax.ops import tuning
     from sae_jax.saes import base
-    from sae_jax.training.settings import TrainConfig
+    from sae_jax.training.settings import TrainConfig, hyperparameters
     from sae_jax.training.state import abstract
-    from sae_jax.training.step import make_step
+    from sae_jax.training.step import Step
 
     sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
     train = configs.from_dict(TrainConfig, job["train"])
@@ -138,14 +139,14 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     engine = configs.from_dict(tuning.EngineConfig, job["engine"])
     with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
-        widths = Widths.of(job["widths"])
+        widths = Widths.from_json(job["widths"])
         state = abstract(sae, train, widths, mesh)
         placed = meshes.sharding(mesh, meshes.ROWS)
         x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(own)), jnp.bfloat16, sharding=placed) for own in widths)
         began = time.monotonic()
         batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
-        step: Any = make_step(sae, train)  # it is jitted, which its type does not say
-        lowered = step.lower(state, batch)
+        hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
+        lowered = Step(sae, train).trace(state, hparams, batch).lower()
         answer["lower_seconds"] = time.monotonic() - began
         began, cpu_began = time.monotonic(), time.process_time()
         try:
@@ -180,7 +181,7 @@ def _main() -> None:
         answer = _compile(json.load(sys.stdin), Path(sys.argv[2]))
     except UserError as error:
         answer = {"refused": str(error)}
-    configs.write_json(sys.argv[1], answer)
+    storage.write_json(sys.argv[1], answer)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""What every sparse dictionary is to the rest of the library, and the parts that variants share.
+"""The dictionary interface, and helpers that variants share.
 
 A variant is one file: a frozen config named `Config` with `init`, and one final struct of float arrays with the
 methods of `AbstractSae`. The training loop knows no variant. It asks for
 
-    objective(batch, statistics, step, key) -> loss, Outcome      differentiated with respect to the sae
-    after_step(state, key) -> state                               unit rows, resampling; may edit moments
+    objective(batch, context) -> loss, Outcome                    differentiated with respect to the sae
+    constrained() -> sae                                          such as unit rows, after every update
+    after_step(updated, context, clear_rows) -> Updated           such as resampling
 
 and stores whatever tree the variant is. Weights are latent-major, `w_enc[F, X]` and `w_dec[F, Y]`: a latent is a row.
 
-    sources of a set --side by side--> x [B, X] --scale, norm--> encode --> decode --undo--> y_hat [B, Y]
+    sources of a set --side by side--> x [B, X] --normalise--> encode --> decode --undo--> y_hat [B, Y]
 
-X and Y are widths of what is encoded and reconstructed: d_model both, for an autoencoder. Several sources stand side
-by side, so that a crosscoder is an autoencoder of one wide row. How rows are normalised is decided here and nowhere
-else: a variant sees normalised rows only.
+X and Y are the widths of what is encoded and reconstructed: d_model both, for an autoencoder. Several sources stand
+side by side, so that a crosscoder is an autoencoder of one wide row.
 """
 
 from __future__ import annotations
@@ -21,29 +21,26 @@ import abc
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import encode, sparse
+from sae_jax.ops import encode, sparse, tuning
+from sae_jax.saes.init import Sample, linear_rows, unit_rows, zeros
+from sae_jax.saes.normalise import InputNorm, Scale, normalise
 from sae_jax.types import Code, UsageError, Widths
 
-InputNorm = Literal["none", "layer_norm", "unit_norm", "dataset_rms", "dataset_sqrt_d"]
-PER_VECTOR = ("layer_norm", "unit_norm")
 # What a variant learns from: the rows of a set, or a language model, by its logits, or by its later layers too.
 Learns = Literal["rows", "through_logits", "through_layers"]
 
 N_PROBES = 256  # random unit vectors that set an encoder's scale
 FIRED_ABOVE = 1e-3  # a latent counts as fired when its value exceeds this (Gao et al. 2024, released training code)
-NOT_VARIANTS = ("base", "losses")
 
 
 @struct.dataclass
@@ -51,38 +48,62 @@ class Batch:
     """Rows to learn from: `x` is encoded, `y` is reconstructed."""
 
     x: jax.Array  # [B, X], ROWS
-    y: Any = None  # [B, Y], ROWS; None: x, as for every autoencoder. An objective finds it set.
-    context: Any = None  # a pytree: what else is known of these rows, for objectives that ask for it (end_to_end.py)
+    y: Any = None  # [B, Y], ROWS; None: x, as for every autoencoder. An objective always finds it set.
+    model: Any = None  # a pytree: the language model around these rows, for objectives that need it (end_to_end.py)
 
 
 @struct.dataclass
-class Scale:
-    """What rows are multiplied by before a dictionary sees them: one constant a source, fixed when a run starts."""
+class Hyperparameters:
+    """Settings that a compiled program takes as data, so that runs which differ in nothing else share it."""
 
-    x: jax.Array  # f32[X]
-    y: jax.Array  # f32[Y]
+    seed: jax.Array  # i32[]
+    lr: jax.Array  # f32[], the peak
+    clip: jax.Array  # f32[], not used if train.clip is 0
+    ema: jax.Array  # f32[], not used if train.ema is 0
+    dead_after: jax.Array  # i32[]: a latent that has been silent for more tokens than this is dead
+    coefficients: dict[str, jax.Array]  # f32[] of each in SaeConfig.COEFFICIENTS
 
 
 @struct.dataclass
-class Statistics:
-    """What a run remembers between steps beside weights and moments."""
+class Constants:
+    """What a run fixes before its first step, from a sample of the rows."""
+
+    loss_scale: jax.Array  # f32[]: 1 / mean((y - mean y)^2)
+    scale: Scale
+
+
+@struct.dataclass
+class Counters:
+    """What a run counts from step to step, beside weights and moments."""
 
     silent: jax.Array  # i32[F], DICT: tokens since each latent fired, saturating just above dead_after
-    dead_after: jax.Array  # i32[]: a latent silent for more tokens than this is dead
-    loss_scale: jax.Array  # f32[]: 1 / mean((y - mean y)^2) of the sample the run started from
-    scale: Scale  # constant
-    own: dict[str, jax.Array] = struct.field(default_factory=dict)  # the variant's; begun by Config.own_statistics
-    coefficients: dict[str, jax.Array] = struct.field(default_factory=dict)  # f32[], constant; those of Config.DATA
+    extra: dict[str, jax.Array] = struct.field(default_factory=dict)  # the variant's; see SaeConfig.initial_counters
 
-    def after(self, fired_F: jax.Array, n_tokens: int) -> Self:
-        """Counters after a batch of `n_tokens` in which `fired_F` fired."""
-        aged_F = jnp.minimum(self.silent + n_tokens, self.dead_after + 1)
-        return replace(self, silent=jnp.where(fired_F, 0, aged_F))
+
+@struct.dataclass
+class Context:
+    """What an objective may read beside the weights and the rows."""
+
+    step: jax.Array  # i32[], steps done before this one
+    key: jax.Array  # randomness of this step
+    counters: Counters
+    constants: Constants
+    hparams: Hyperparameters
 
     @property
     def dead(self) -> jax.Array:
-        """bool[F], DICT."""
-        return self.silent > self.dead_after
+        """bool[F], DICT: latents that are dead before this step."""
+        return self.counters.silent > self.hparams.dead_after
+
+    def coefficient(self, name: str, warmup_steps: int = 0) -> jax.Array:
+        """A coefficient of this step, f32[]: over the first `warmup_steps` it rises linearly from 0."""
+        share = jnp.minimum((self.step + 1).astype(jnp.float32) / max(warmup_steps, 1), 1.0)
+        return self.hparams.coefficients[name] * share
+
+    def count(self, fired_F: jax.Array, n_tokens: int) -> Counters:
+        """The counters after a batch of `n_tokens` in which `fired_F` fired."""
+        silent_F = jnp.minimum(self.counters.silent + n_tokens, self.hparams.dead_after + 1)
+        return replace(self.counters, silent=jnp.where(fired_F, 0, silent_F))
 
 
 @struct.dataclass
@@ -91,23 +112,23 @@ class Outcome:
 
     y_hat: jax.Array  # f32[B, Y], ROWS, in the units of the batch that the objective was given
     l0: jax.Array  # f32[], mean number of active latents a row
-    statistics: Statistics
+    counters: Counters
     metrics: dict[str, jax.Array]  # scalars to log under these names
-    set: dict[str, jax.Array] = struct.field(default_factory=dict)  # fields of the sae that are not learnt but set
+    assigned: dict[str, jax.Array] = struct.field(default_factory=dict)  # fields that are set, not learnt by gradient
     y: jax.Array | None = None  # f32[B, Y], what y_hat stands for, where that is not the batch's y
 
 
 @struct.dataclass
-class Sample:
-    """What initialisation needs to know of the data, in the units the dictionary sees."""
+class Updated:
+    """What a variant may change after the optimiser has moved the weights."""
 
-    median: jax.Array  # f32[X], geometric median of x
-    mean: jax.Array  # f32[Y], of y
-    variance: jax.Array  # f32[], mean over rows and dimensions of (y - mean y)^2
-    square: jax.Array  # f32[], mean over rows of the squared norm of x
-    scale: Scale
-    widths: Widths = struct.field(pytree_node=False)
-    same: bool = struct.field(pytree_node=False, default=True)  # y is x
+    sae: Any
+    optimiser_state: Any  # opaque; rows are cleared by the function that comes with it
+    counters: Counters
+
+
+# (optimiser state, bool[F], names of arrays) -> the state that has forgotten these rows of these arrays
+ClearRows = Callable[[Any, jax.Array, tuple[str, ...]], Any]
 
 
 class Adam(NamedTuple):
@@ -134,9 +155,9 @@ class SaeConfig:
     """inputs of products over all latents; weights, sums, selection and losses are float32"""
 
     ADAM: ClassVar[Adam] = Adam()
-    # Coefficients that objectives take from `Statistics.coefficients`, so that a sweep over them is one program. Of
-    # these the config of a state in training says only whether they are 0.
-    DATA: ClassVar[tuple[str, ...]] = ()
+    # Settings that objectives read from `hparams.coefficients`, so that a sweep over them is one program.
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ()
+    UNIT_DECODER: ClassVar[bool] = True  # decoder rows have norm 1 in what users load
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_latents < 2**31:
@@ -146,8 +167,8 @@ class SaeConfig:
         """Initial weights; on a mesh every array is created where it will live."""
         raise NotImplementedError
 
-    def own_statistics(self, sample: Sample) -> dict[str, jax.Array]:
-        """What the objective keeps in `Statistics.own`, before the first step."""
+    def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
+        """What the objective keeps in `Counters.extra`, before the first step."""
         return {}
 
     @property
@@ -157,13 +178,13 @@ class SaeConfig:
 
     @property
     def coefficients(self) -> dict[str, jax.Array]:
-        """f32[] of each in DATA."""
-        return {name: jnp.float32(getattr(self, name)) for name in self.DATA}
+        """f32[] of each in COEFFICIENTS."""
+        return {name: jnp.float32(getattr(self, name)) for name in self.COEFFICIENTS}
 
     @property
     def program(self) -> Self:
-        """This config with all that is data to the program at fixed values: equal where it is shared."""
-        return replace(self, **{name: float(getattr(self, name) > 0) for name in self.DATA})
+        """What is compiled for this config: coefficients count only as 0 or not 0, as their values are data."""
+        return replace(self, **{name: float(getattr(self, name) > 0) for name in self.COEFFICIENTS})
 
     @property
     def learns(self) -> Learns:
@@ -221,9 +242,9 @@ class KConfig(SaeConfig):
 
 
 class AbstractSae(abc.ABC):
-    """A sparse dictionary. Subclasses are final flax structs; nothing concrete here is overridden.
+    """A sparse dictionary. Subclasses are final flax structs; nothing concrete here but `after_step` is overridden.
 
-    Methods that end in `_rows` see rows as `normalised` leaves them, may be traced, and may run on a mesh.
+    Methods that end in `_rows` take normalised rows, may be traced, and may run on a mesh.
     """
 
     w_enc: jax.Array  # f32[F, X]
@@ -241,7 +262,7 @@ class AbstractSae(abc.ABC):
         """
         x = as_rows(x, self.w_enc.shape[1])
         x_BX = _normed(self, x.reshape(-1, x.shape[-1]))
-        code = _encode(self, x_BX, self.n_slots(x_BX))
+        code = _encode(self, x_BX, n_slots=self.n_slots(x_BX))
         return jax.tree.map(lambda field: field.reshape(*x.shape[:-1], field.shape[-1]), code)
 
     def decode(self, code: Code) -> jax.Array:
@@ -254,6 +275,11 @@ class AbstractSae(abc.ABC):
         """Reconstruction f32[..., Y] for x [..., X], in the units of x."""
         x = as_rows(x, self.w_enc.shape[1])
         return _reconstruct(self, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.w_dec.shape[1])
+
+    def __repr__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        arrays = [f"{name} {list(value.shape)}" for name, value in values.items() if hasattr(value, "shape")]
+        return f"{type(self).__name__}({', '.join(arrays)}, {self.config})"
 
     @abc.abstractmethod
     def n_slots(self, x_BX: jax.Array) -> int:
@@ -272,31 +298,43 @@ class AbstractSae(abc.ABC):
         """The reconstruction f32[B, Y] of rows, and how many latents are active in a row on average, f32[]."""
 
     @abc.abstractmethod
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """Loss of a batch (f32[]) and what else the step needs to know."""
 
     @abc.abstractmethod
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """The train state after the optimiser moved the weights: constraints are restored here."""
+    def constrained(self) -> Self:
+        """The same weights with the variant's constraints restored, such as decoder rows of norm 1."""
+
+    def after_step(self, updated: Updated, context: Context, clear_rows: ClearRows) -> Updated:
+        """What else changes once the optimiser has moved the weights and they are `constrained`.
+
+        `updated.sae` is this dictionary. Only variants that do more, such as resampling, override it.
+        """
+        return updated
 
     @abc.abstractmethod
     def folded(self, scale: Scale) -> Self:
-        """The same dictionary for rows that were not multiplied by `scale`, as `load` gives it to users."""
+        """The same dictionary for rows that were not multiplied by `scale`, as users load it.
+
+        Its decoder rows have unit norm if the config's UNIT_DECODER says so, in whatever form training keeps them.
+        """
 
 
 def variants() -> list[str]:
-    """Names a recipe may give as `sae.variant`: the files of this folder."""
+    """Names a recipe may give as `sae.variant`: the files of this folder that define a `Config`."""
     package = importlib.import_module("sae_jax.saes")
-    return [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in NOT_VARIANTS]
+    names = [m.name for m in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"sae_jax.saes.{name}"), "Config")]
 
 
 def config_class(variant: str) -> type[SaeConfig]:
     """The config that types the `sae.*` keys of this variant. Raises UsageError for an unknown name."""
-    if variant not in variants():
-        raise UsageError(f"sae.variant={variant!r} does not exist; there are: {', '.join(variants())}")
-    return importlib.import_module(f"sae_jax.saes.{variant}").Config
+    package = importlib.import_module("sae_jax.saes")
+    if variant in {m.name for m in pkgutil.iter_modules(package.__path__)}:
+        module = importlib.import_module(f"sae_jax.saes.{variant}")
+        if hasattr(module, "Config"):
+            return module.Config
+    raise UsageError(f"sae.variant={variant!r} does not exist; there are: {', '.join(variants())}")
 
 
 def check_autoencoder(config: SaeConfig, widths: Widths, same: bool) -> None:
@@ -322,27 +360,6 @@ def as_rows(x: Any, width: int) -> jax.Array:
     return x
 
 
-@jax.jit
-def _normed(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
-    return normalise(x_BX, sae.config.input_norm)[0]
-
-
-@partial(jax.jit, static_argnames="n_slots")
-def _encode(sae: AbstractSae, x_BX: jax.Array, n_slots: int) -> Code:
-    return sae.encode_rows(x_BX, n_slots)
-
-
-@jax.jit
-def _decode(sae: AbstractSae, code: Code) -> jax.Array:
-    return sae.decode_rows(code)
-
-
-@jax.jit
-def _reconstruct(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
-    x_BX, mean, scale = normalise(x_BX, sae.config.input_norm)
-    return sae.reconstruct_rows(x_BX)[0] * scale + mean
-
-
 def l0(code: Code) -> jax.Array:
     """Active latents a row on average, f32[]."""
     return (code.values > 0).sum(-1).mean(dtype=jnp.float32)
@@ -353,141 +370,22 @@ def slots_for(n_active: jax.Array) -> int:
     return 1 << (int(np.max(n_active, initial=1)) - 1).bit_length()
 
 
-def normalised(batch: Batch, kind: InputNorm, scale: Scale) -> tuple[Batch, Callable[[jax.Array], jax.Array]]:
-    """A batch as dictionaries see it, y set; and what takes their rows [B, Y] to where errors are measured.
-
-    That is the units of the set for one source; sources that were scaled stay so, and then weigh alike.
-    """
-    x_BX, y_BY = batch.x, batch.x if batch.y is None else batch.y
-    if kind in PER_VECTOR:
-        x_BX, mean_B1, scale_B1 = normalise(x_BX, kind)
-        y_BY = x_BX if batch.y is None else (y_BY.astype(jnp.float32) - mean_B1) / scale_B1
-        return replace(batch, x=x_BX, y=y_BY), lambda rows_BY: rows_BY * scale_B1 + mean_B1
-    if kind != "none":
-        x_BX = x_BX.astype(jnp.float32) * scale.x[None]
-        y_BY = x_BX if batch.y is None else y_BY.astype(jnp.float32) * scale.y[None]
-    return replace(batch, x=x_BX, y=y_BY), lambda rows_BY: rows_BY
+@tuning.jit
+def _normed(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
+    return normalise(x_BX, sae.config.input_norm)[0]
 
 
-def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalisation of each vector: (normalised x, mean [B, 1], scale [B, 1]); undo with x * scale + mean.
-
-    In f32, except that the other kinds leave x as it is, in its type: the ops take it from there a block at a time.
-    """
-    if kind not in PER_VECTOR:
-        return x_BD, jnp.float32(0), jnp.float32(1)
-    x_BD = x_BD.astype(jnp.float32)
-    mean_B1 = x_BD.mean(-1, keepdims=True)
-    centred_BD = x_BD - mean_B1
-    square_B1 = (centred_BD**2).sum(-1, keepdims=True)
-    if kind == "unit_norm":
-        scale_B1 = jnp.maximum(jnp.sqrt(square_B1), 1e-12)
-    else:  # layer_norm, with the unbiased estimator that the released TopK autoencoders were trained on
-        scale_B1 = jnp.sqrt(square_B1 / (x_BD.shape[-1] - 1)) + 1e-5
-    return centred_BD / scale_B1, mean_B1, scale_B1
+@tuning.jit(static_argnames=("n_slots",))
+def _encode(sae: AbstractSae, x_BX: jax.Array, n_slots: int) -> Code:
+    return sae.encode_rows(x_BX, n_slots)
 
 
-def factor(kind: InputNorm, mean_square: float, width: int) -> float:
-    """What the rows of a source are multiplied by, given the mean of their squared norms."""
-    wanted = {"dataset_rms": 1.0, "dataset_sqrt_d": float(width)}.get(kind)
-    return 1.0 if wanted is None else math.sqrt(wanted / mean_square)
+@tuning.jit
+def _decode(sae: AbstractSae, code: Code) -> jax.Array:
+    return sae.decode_rows(code)
 
 
-def sample_statistics(
-    x_ND: np.ndarray,
-    kind: InputNorm,
-    y_ND: np.ndarray | None = None,
-    widths: Widths | None = None,
-    mean_squares: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> Sample:
-    """What initialisation needs, from a sample of rows, in float64 on the host.
-
-    Args:
-        x_ND: f32[N, X], in the units of the set.
-        kind: how they will be normalised.
-        y_ND: f32[N, Y]; None: x.
-        widths: of the sources side by side in x and y; None: one each.
-        mean_squares: mean squared norm of each source in x and in y, over the whole set; None: over the sample.
-
-    Raises:
-        UsageError: rows that are not finite, or do not vary.
-    """
-    same, y_ND = y_ND is None, x_ND if y_ND is None else y_ND
-    widths = widths or Widths((x_ND.shape[1],), (y_ND.shape[1],))
-    scales = []
-    for side, (rows_ND, own) in enumerate(((x_ND, widths.x), (y_ND, widths.y))):
-        parts = np.split(rows_ND, np.cumsum(own)[:-1], axis=1)
-        squares = mean_squares[side] if mean_squares else [float((np.float64(p) ** 2).sum(1).mean()) for p in parts]
-        factors = [factor(kind, square, width) for square, width in zip(squares, own, strict=True)]
-        scales.append(np.repeat(np.asarray(factors, np.float32), own))
-    scale = Scale(*map(jnp.asarray, scales))
-    batch = normalised(Batch(jnp.asarray(x_ND, jnp.float32), jnp.asarray(y_ND, jnp.float32)), kind, scale)[0]
-    x_ND, y_ND = np.asarray(batch.x, np.float64), np.asarray(batch.y, np.float64)
-    variance = ((y_ND - y_ND.mean(0)) ** 2).mean()
-    if not np.isfinite(variance) or not np.isfinite(x_ND).all() or variance == 0:
-        raise UsageError(
-            f"the sample of {len(x_ND)} activations has variance {variance}; a set must hold finite, varied rows"
-        )
-    found = (geometric_median(x_ND), y_ND.mean(0), variance, (x_ND**2).sum(1).mean())
-    median, mean, variance, square = (jnp.asarray(value, jnp.float32) for value in found)
-    return Sample(median, mean, variance, square, scale, widths, same)
-
-
-def abstract_sample(widths: Widths) -> Sample:
-    """Shapes in the place of a sample."""
-    x, y, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((sum(widths.x),), (sum(widths.y),), ()))
-    return Sample(x, y, one, one, Scale(x, y), widths)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
-
-
-def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: float = 1e-5) -> np.ndarray:
-    """Point with the least summed distance to the rows [N, D], by Weiszfeld's iteration from the mean (float64)."""
-    rows_ND = np.asarray(rows_ND, np.float64)
-    guess_D = rows_ND.mean(0)
-    for _ in range(max_iterations):
-        # A row that coincides with the guess would get infinite weight.
-        weight_N = 1.0 / np.maximum(np.linalg.norm(rows_ND - guess_D, axis=1), 1e-12)
-        previous_D, guess_D = guess_D, weight_N @ rows_ND / weight_N.sum()
-        if np.linalg.norm(guess_D - previous_D) < tolerance:
-            break
-    return guess_D
-
-
-def unit_rows(w_FD: jax.Array) -> jax.Array:
-    """Rows scaled to norm 1. A row of zeros stays."""
-    # Apart from what made them: XLA on GPU would write moments of fewer bytes out in f32, as operands of this fusion.
-    w_FD = lax.optimization_barrier(w_FD)
-    return w_FD / row_norms(w_FD)[:, None]
-
-
-def row_norms(w_FD: jax.Array) -> jax.Array:
-    """Norm of each row, f32[F], to divide by: above 0."""
-    return jnp.maximum(jnp.linalg.norm(w_FD, axis=-1), 1e-12)
-
-
-@jax.custom_vjp
-def tangent_to_rows(w_FD: jax.Array) -> jax.Array:
-    """The identity, whose gradient loses its component along each unit row: g_i - (g_i . w_i) w_i.
-
-    Written into the objective of a variant with unit rows, so that the optimiser's moments never see a direction
-    that renormalisation will undo.
-    """
-    return w_FD
-
-
-def _tangent(w_FD: jax.Array, g_FD: jax.Array) -> tuple[jax.Array]:
-    return (g_FD - (g_FD * w_FD).sum(-1, keepdims=True) * w_FD,)
-
-
-tangent_to_rows.defvjp(lambda w_FD: (w_FD, w_FD), _tangent)
-
-
-def linear_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
-    """f32[F, D], DICT: U(-1/sqrt(D), 1/sqrt(D)), a linear layer's usual default. Born sharded on a mesh."""
-    bound = d_model**-0.5
-    shape = (n_latents, d_model)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound, out_sharding=mesh.placed(mesh.DICT))
-
-
-def zeros(shape: tuple[int, ...], role: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """Zeros placed by role where there is a mesh."""
-    return jnp.zeros(shape, dtype, out_sharding=mesh.placed(role))
+@tuning.jit
+def _reconstruct(sae: AbstractSae, x_BX: jax.Array) -> jax.Array:
+    x_BX, mean, scale = normalise(x_BX, sae.config.input_norm)
+    return sae.reconstruct_rows(x_BX)[0] * scale + mean

@@ -29,26 +29,37 @@ from flax import struct
 from sae_jax import mesh
 from sae_jax.ops import encode, sparse
 from sae_jax.ops.topk import BatchSelection
-from sae_jax.saes import base, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.saes import init, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, KConfig, Outcome
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import Scale
 from sae_jax.types import Code, UsageError
 
 
 @dataclass(frozen=True)
-class Config(KConfig):
-    """BatchTopK with AuxK."""
+class ThresholdConfig(KConfig):
+    """What dictionaries that select over a batch have to be told."""
 
-    variant: Literal["batch_topk"] = "batch_topk"
     threshold_decay: float = 0.98
     """of the running mean of the smallest value kept; over more batches it is the threshold of earlier weights"""
     threshold_start: int = 1000
     """steps before that mean begins"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta2=0.99, eps=1e-8)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_threshold(self.threshold_decay, self.threshold_start)
+        if not 0 <= self.threshold_decay < 1:
+            raise UsageError(f"sae.threshold_decay={self.threshold_decay} must be in [0, 1); 0 keeps the last batch's")
+        if self.threshold_start < 0:
+            raise UsageError(f"sae.threshold_start={self.threshold_start} must be >= 0")
+
+
+@dataclass(frozen=True)
+class Config(ThresholdConfig):
+    """BatchTopK with AuxK."""
+
+    variant: Literal["batch_topk"] = "batch_topk"
+
+    ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta2=0.99, eps=1e-8)
 
     def init(self, key: jax.Array, sample: Sample) -> BatchTopK:
         """See KConfig.weights."""
@@ -80,9 +91,10 @@ class Thresholded(AbstractSae):
         """See AbstractSae."""
         return self.to_jumprelu().reconstruct_rows(x_BX)
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+    def constrained(self) -> Self:
+        """Unit decoder rows."""
+        sae = cast(Any, self)  # a struct, as all that inherit from this
+        return replace(sae, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> Self:
         """See AbstractSae. For rows c times as large, biases, codes and the threshold are too."""
@@ -90,7 +102,7 @@ class Thresholded(AbstractSae):
         return replace(sae, b_enc=self.b_enc / c, b_dec=self.b_dec / scale.y, threshold=self.threshold / c)
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class BatchTopK(Thresholded):
     """A BatchTopK autoencoder; frozen, so training makes a new one each step."""
 
@@ -101,27 +113,17 @@ class BatchTopK(Thresholded):
     threshold: jax.Array  # f32[], not learnt but set
     config: Config = struct.field(pytree_node=False)
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config = self.config
-        code, w_enc, found = select(self, batch.x, self.b_dec)
+        code, w_enc, selection = select(self, batch.x, self.b_dec)
         dense = encode.dense_slots(config.k)
         y_hat_BY, w_dec = sparse.decode(code, self.w_dec, jnp.dtype(config.dtype), tangent=True, dense=dense)
         y_hat_BY = y_hat_BY + self.b_dec[None]
-        loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
+        loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
         encoder = w_enc, self.b_enc, self.b_dec
-        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
-        return loss, noted(outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start)
-
-
-def check_threshold(decay: float, start: int) -> None:
-    """Refuse what makes no running mean."""
-    if not 0 <= decay < 1:
-        raise UsageError(f"sae.threshold_decay={decay} must be in [0, 1); 0 keeps the last batch's")
-    if start < 0:
-        raise UsageError(f"sae.threshold_start={start} must be >= 0")
+        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
+        return loss, with_threshold(outcome, self.threshold, selection, context.step, config)
 
 
 def select(sae: Any, x_BX: jax.Array, b_pre: jax.Array) -> tuple[Code, jax.Array, BatchSelection]:
@@ -132,12 +134,13 @@ def select(sae: Any, x_BX: jax.Array, b_pre: jax.Array) -> tuple[Code, jax.Array
     return encode.encode_batch_topk(x_BX, sae.w_enc, sae.b_enc, b_pre, k, dtype, width, min(4 * width, n_latents))
 
 
-def noted(
-    outcome: Outcome, threshold: jax.Array, found: BatchSelection, step: jax.Array, decay: float, start: int
+def with_threshold(
+    outcome: Outcome, threshold: jax.Array, selection: BatchSelection, step: jax.Array, config: ThresholdConfig
 ) -> Outcome:
-    """An outcome with the threshold that follows from what a selection found, and its counts."""
-    n_seen = jnp.maximum(step - start + 1, 1).astype(jnp.float32)
-    threshold = threshold + jnp.maximum(1 / n_seen, 1 - decay) * (found.threshold - threshold)
-    metrics = {"threshold": threshold, "widened": found.n_widened, "saturated": found.n_saturated}
-    threshold = jax.lax.stop_gradient(threshold)
-    return replace(outcome, metrics={**outcome.metrics, **metrics}, set={**outcome.set, "threshold": threshold})
+    """An outcome with the threshold after a batch's selection, and the selection's counts as metrics."""
+    n_seen = jnp.maximum(step - config.threshold_start + 1, 1).astype(jnp.float32)
+    weight = jnp.maximum(1 / n_seen, 1 - config.threshold_decay)
+    threshold = threshold + weight * (selection.threshold - threshold)
+    metrics = {"threshold": threshold, "widened": selection.n_widened, "saturated": selection.n_saturated}
+    assigned = {**outcome.assigned, "threshold": jax.lax.stop_gradient(threshold)}
+    return replace(outcome, metrics={**outcome.metrics, **metrics}, assigned=assigned)

@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,17 @@ from jax import lax
 
 from sae_jax import mesh
 from sae_jax.ops import encode, sparse, tiled
-from sae_jax.saes import base, batch_topk, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.saes import base, batch_topk, init, jumprelu, losses, normalise
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import InputNorm, Scale
 from sae_jax.types import Code, UsageError, Widths
 
 NO_NORM = 1e-12  # of a decoder that a mask bars; the derivative of a norm of 0 would not be finite
 
 
 @dataclass(frozen=True)
-class Config(KConfig):
+class Config(batch_topk.ThresholdConfig):
     """Crosscoder; k, AuxK and the threshold are for batch_topk, coefficient, error and initial_norm for relu."""
 
     variant: Literal["crosscoder"] = "crosscoder"
@@ -70,17 +72,15 @@ class Config(KConfig):
     """of a decoder row of one source at the start; lower it for very wide dictionaries"""
     threshold_decay: float = 0.999
     """of the running mean of the smallest value kept"""
-    threshold_start: int = 1000
-    """steps before that mean begins"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    UNIT_DECODER: ClassVar[bool] = False  # rows of several sources
 
     def __post_init__(self) -> None:
         super().__post_init__()
         losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
-        batch_topk.check_threshold(self.threshold_decay, self.threshold_start)
-        if self.input_norm in base.PER_VECTOR:
+        if self.input_norm in normalise.PER_VECTOR:
             raise UsageError(
                 f"sae.input_norm={self.input_norm} would mix the sources of a row; use dataset_sqrt_d, dataset_rms or "
                 f"none"
@@ -102,10 +102,10 @@ class Config(KConfig):
         """
         dec_key, enc_key = jax.random.split(key)
         widths = sample.widths
-        rows_FY = _unit_parts(base.linear_rows(dec_key, self.n_latents, sum(widths.y)), widths.y)
+        rows_FY = _unit_parts(init.linear_rows(dec_key, self.n_latents, sum(widths.y)), widths.y)
         rows_FX = rows_FY
         if not sample.same:
-            rows_FX = _unit_parts(base.linear_rows(enc_key, self.n_latents, sum(widths.x)), widths.x)
+            rows_FX = _unit_parts(init.linear_rows(enc_key, self.n_latents, sum(widths.x)), widths.x)
         w_enc, w_dec = _masked(self, widths.x, _reads, rows_FX), _masked(self, widths.y, _writes, rows_FY)
         enc_scale = dec_scale = self.initial_norm
         if self.activation == "batch_topk":
@@ -113,7 +113,7 @@ class Config(KConfig):
             enc_scale, dec_scale = norm_F1 / row_norms(w_enc, widths.x, "sum")[:, None], 1 / norm_F1
         return Crosscoder(
             w_enc=enc_scale * w_enc,
-            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            b_enc=init.zeros((self.n_latents,), mesh.DICT),
             w_dec=dec_scale * w_dec,
             b_dec=sample.mean,
             threshold=jnp.zeros(()),
@@ -135,7 +135,7 @@ class Config(KConfig):
             raise UsageError(f"sae.n_latents={self.n_latents} must be at least the number of sources, {n_x}")
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Crosscoder(AbstractSae):
     """A crosscoder; frozen, so training makes a new one each step."""
 
@@ -163,39 +163,34 @@ class Crosscoder(AbstractSae):
         """See AbstractSae."""
         return self._jumprelu.reconstruct_rows(x_BX)
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, n_rows = self.config, batch.x.shape[0]
         w_enc = _learnable(self.w_enc, lambda g_FX, _: _masked(config, self.widths.x, _reads, g_FX))
-        w_dec = _learnable(self.w_dec, self._of_gradient)
+        w_dec = _learnable(self.w_dec, self._project)
         if config.activation == "batch_topk":
-            code, w_enc, found = batch_topk.select(replace(self, w_enc=w_enc), batch.x, self._nothing)
+            code, w_enc, selection = batch_topk.select(replace(self, w_enc=w_enc), batch.x, self._nothing)
             y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, dense=encode.dense_slots(config.k))
             y_hat_BY = y_hat_BY + self.b_dec[None]
-            loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
+            loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
             encoder = w_enc, self.b_enc, self._nothing
             loss, outcome = losses.with_auxk(
-                loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics, tangent=False
+                loss, batch, y_hat_BY, code, encoder, w_dec, config, context, tangent=False
             )
-            return loss, batch_topk.noted(
-                outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start
-            )
+            return loss, batch_topk.with_threshold(outcome, self.threshold, selection, context.step, config)
         latents = {"b_enc": self.b_enc, "norm": row_norms(w_dec, self.widths.y, config.decoder_norm)}
         tiles = tiled.reconstruct(batch.x, w_enc, w_dec, self._nothing, latents, _relu, self._dtype, base.FIRED_ABOVE)
         y_hat_BY, l1 = tiles.x_hat + self.b_dec[None], tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
-        return loss, Outcome(y_hat_BY, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(y_hat_BY, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """With batch_topk ||d_i|| = 1 again."""
+    def constrained(self) -> Crosscoder:
+        """With batch_topk ||d_i|| = 1."""
         if self.config.activation == "relu":
-            return state
-        w_dec = state.sae.w_dec
-        norm_F = row_norms(w_dec, self.widths.y, self.config.decoder_norm)
-        return replace(state, sae=replace(state.sae, w_dec=w_dec / norm_F[:, None]))
+            return self
+        norm_F = row_norms(self.w_dec, self.widths.y, self.config.decoder_norm)
+        return replace(self, w_dec=self.w_dec / norm_F[:, None])
 
     def folded(self, scale: Scale) -> Crosscoder:
         """See AbstractSae. A code says how much f_i ||d_i|| was in scaled rows, so latents can be compared."""
@@ -222,7 +217,7 @@ class Crosscoder(AbstractSae):
     def _dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.dtype)
 
-    def _of_gradient(self, g_FY: jax.Array, w_FY: jax.Array) -> jax.Array:
+    def _project(self, g_FY: jax.Array, w_FY: jax.Array) -> jax.Array:
         """The decoder's gradient: nothing where a mask bars, nor along rows whose length is kept."""
         g_FY = _masked(self.config, self.widths.y, _writes, g_FY)
         if self.config.activation == "relu":
@@ -249,7 +244,7 @@ def _parts(w_FY: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
 
 def _unit_parts(w_FY: jax.Array, widths: Sequence[int]) -> jax.Array:
     """Rows of norm 1 in each source."""
-    return jnp.concatenate([base.unit_rows(part_FD) for part_FD in _parts(w_FY, widths)], axis=1)
+    return jnp.concatenate([init.unit_rows(part_FD) for part_FD in _parts(w_FY, widths)], axis=1)
 
 
 def _reads(config: Config, distance: jax.Array) -> jax.Array:
@@ -275,12 +270,12 @@ def _masked(config: Config, widths: Sequence[int], allows: Callable[..., jax.Arr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _learnable(w_FY: jax.Array, of_gradient: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """The identity, with the gradient `of_gradient(its own, w)`."""
+def _learnable(w_FY: jax.Array, project: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """The identity, with the gradient `project(gradient, w)`."""
     return w_FY
 
 
-_learnable.defvjp(lambda w_FY, of_gradient: (w_FY, w_FY), lambda of_gradient, w_FY, g_FY: (of_gradient(g_FY, w_FY),))
+_learnable.defvjp(lambda w_FY, project: (w_FY, w_FY), lambda project, w_FY, g_FY: (project(g_FY, w_FY),))
 
 
 def _relu(pre_bf: jax.Array, latents: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ All are means over tokens, squares summed over d_model but in the MSE. The model
 are replaced by x_hat, but where the set leaves a position out (special tokens, sinks), which keeps its own and counts
 nowhere. W_dec is learnt freely; it is scaled in the forward pass.
 
-It learns from `Batch.context`, a model that is cut open at the site (sae_jax/lm/hole.py), which it knows by four names:
+It learns from `Batch.model`, a model that continues from the site (lm.ReplacedSite), which it knows by four names:
 
     keep bool[S, T]   logits f32[S, T, V]   later (f32[S, T, D], ...)   with_rows(rows f32[S * T, X]) -> logits, later
 
@@ -25,16 +25,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from sae_jax import mesh
-from sae_jax.ops import encode, sparse, tiled
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, Learns, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.ops import encode, predictions, sparse, tiled, tuning
+from sae_jax.saes import base, init, losses, normalise
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Learns, Outcome, SaeConfig
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import Scale
 from sae_jax.types import Code, UsageError
 
 BAR, N_BARS = -1e30, 8  # columns of the encoder; several, as widths that are no multiple of 8 are slow on a GPU
@@ -58,14 +60,14 @@ class Config(SaeConfig):
     """beta: weight of the squared error in later residual layers"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-4, eps=1e-8)
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient", "downstream")
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient", "downstream")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         losses.check_penalty(l1_coefficient=self.l1_coefficient, downstream=self.downstream)
         if not 0 <= self.k <= self.n_latents:
             raise UsageError(f"sae.k={self.k} must be between 0, for ReLU, and sae.n_latents={self.n_latents}")
-        if self.input_norm in base.PER_VECTOR:
+        if self.input_norm in normalise.PER_VECTOR:
             raise UsageError(
                 f"sae.input_norm={self.input_norm}: reconstructions are put into the model, so use none or a constant "
                 f"of the set (dataset_rms, dataset_sqrt_d)"
@@ -86,21 +88,21 @@ class Config(SaeConfig):
         dec_key, probe_key = jax.random.split(key)
         w_dec = orthogonal_rows(dec_key, self.n_latents, sample.median.shape[0])
         sae = EndToEnd(
-            w_enc=base.unit_rows(w_dec),
-            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            w_enc=init.unit_rows(w_dec),
+            b_enc=init.zeros((self.n_latents,), mesh.DICT),
             w_dec=w_dec,
             b_dec=sample.median,
             config=self,
         )
         n_devices = mesh.axis_size(mesh.AXES)
         shape = (math.ceil(base.N_PROBES / n_devices) * n_devices, sample.median.shape[0])
-        probes_PD = base.unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
+        probes_PD = init.unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
         hat_PD = sae.reconstruct_rows(probes_PD + sae.b_dec[None])[0] - sae.b_dec[None]
         r = jnp.linalg.norm(hat_PD, axis=-1).mean()
         return replace(sae, w_enc=sae.w_enc / jnp.where(r > 0, r, 1.0))
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class EndToEnd(AbstractSae):
     """An autoencoder trained through the model; frozen, so training makes a new one each step."""
 
@@ -118,23 +120,21 @@ class EndToEnd(AbstractSae):
         """See AbstractSae."""
         if self.config.k:
             return encode.encode_topk(x_BX, self.w_enc, self.b_enc, self.b_dec, n_slots, self._dtype)[0]
-        return tiled.encode_largest(x_BX, self.w_enc, self.b_dec, self.b_enc, _activation, self._dtype, n_slots)
+        return tiled.encode_largest(x_BX, self.w_enc, self.b_dec, self.b_enc, tiled.relu, self._dtype, n_slots)
 
     def decode_rows(self, code: Code) -> jax.Array:
         """See AbstractSae."""
-        return sparse.decode(code, base.unit_rows(self.w_dec))[0] + self.b_dec[None]
+        return sparse.decode(code, init.unit_rows(self.w_dec))[0] + self.b_dec[None]
 
     def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
         tiles = self._pass(x_BX, self.w_enc, self.b_dec)
         return tiles.x_hat + self.b_dec[None], tiles.l0
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
-        hole, y_BD = batch.context, batch.y.astype(jnp.float32)
-        weight_ST = hole.keep.astype(jnp.float32)
+        model, y_BD = batch.model, batch.y.astype(jnp.float32)
+        weight_ST = model.keep.astype(jnp.float32)
         weight_B1 = weight_ST.reshape(-1)[:, None]
         n_kept = jnp.maximum(weight_ST.sum(), 1.0)
 
@@ -149,29 +149,29 @@ class EndToEnd(AbstractSae):
         if self.config.objective == "local":
             loss = metrics["mse"] = (weight_B1 * (y_BD - y_hat_BD) ** 2).sum() / (n_kept * y_BD.shape[1])
         else:
-            logits_STV, later = hole.with_rows(y_hat_BD / statistics.scale.y[None])
-            loss = metrics["kl"] = (weight_ST * divergence(hole.logits, logits_STV)).sum() / n_kept
+            logits_STV, later = model.with_rows(y_hat_BD / context.constants.scale.y[None])
+            loss = metrics["kl"] = (weight_ST * predictions.kl_divergence(model.logits, logits_STV)).sum() / n_kept
             if self.config.downstream:
-                errors = [((a - b) ** 2).sum(-1) for a, b in zip(later, hole.later, strict=True)]
+                errors = [((a - b) ** 2).sum(-1) for a, b in zip(later, model.later, strict=True)]
                 metrics["downstream"] = (weight_ST * sum(errors)).sum() / (n_kept * len(errors))
-                loss = loss + statistics.coefficients["downstream"] * metrics["downstream"]
+                loss = loss + context.coefficient("downstream") * metrics["downstream"]
         if not self.config.k:
             metrics["l1"] = tiles.penalty.sum() / n_kept
-            loss = loss + statistics.coefficients["l1_coefficient"] / y_BD.shape[1] * metrics["l1"]
+            loss = loss + context.coefficient("l1_coefficient") / y_BD.shape[1] * metrics["l1"]
 
         # The mean in the place of rows that are left out: they then add nothing to variance or error.
         mean_1D = (weight_B1 * y_BD).sum(0, keepdims=True) / n_kept
         kept = [jnp.where(weight_B1 > 0, rows_BD, mean_1D) for rows_BD in (y_hat_BD, y_BD)]
-        statistics = statistics.after(tiles.fired, len(y_BD))
-        return loss, Outcome(kept[0], tiles.n_active.sum() / n_kept, statistics, metrics, y=kept[1])
+        counters = context.count(tiles.fired, len(y_BD))
+        return loss, Outcome(kept[0], tiles.n_active.sum() / n_kept, counters, metrics, y=kept[1])
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Nothing to restore."""
-        return state
+    def constrained(self) -> EndToEnd:
+        """There are none: rows are scaled in the forward pass."""
+        return self
 
     def folded(self, scale: Scale) -> EndToEnd:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
-        w_dec = base.unit_rows(self.w_dec)
+        w_dec = init.unit_rows(self.w_dec)
         return replace(self, w_dec=w_dec, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
 
     @property
@@ -180,10 +180,10 @@ class EndToEnd(AbstractSae):
 
     def _pass(self, x_BC: jax.Array, w_enc_FC: jax.Array, b_pre_C: jax.Array) -> tiled.Tiled:
         """Encode and decode, without bias; with a k the penalty is 0."""
-        w_dec = base.unit_rows(self.w_dec)
+        w_dec = init.unit_rows(self.w_dec)
         if not self.config.k:
             return tiled.reconstruct(
-                x_BC, w_enc_FC, w_dec, b_pre_C, self.b_enc, _activation, self._dtype, base.FIRED_ABOVE
+                x_BC, w_enc_FC, w_dec, b_pre_C, self.b_enc, tiled.relu, self._dtype, base.FIRED_ABOVE
             )
         code, _ = encode.encode_topk(x_BC, w_enc_FC, self.b_enc, b_pre_C, self.config.k, self._dtype)
         return tiled.Tiled(
@@ -192,12 +192,6 @@ class EndToEnd(AbstractSae):
             n_active=(code.values > 0).sum(dtype=jnp.float32),
             fired=sparse.fired(code, self.config.n_latents, base.FIRED_ABOVE),
         )
-
-
-def divergence(logits_STV: jax.Array, other_STV: jax.Array) -> jax.Array:
-    """KL between the predictions of the first logits and those of the other, f32[S, T], in nats."""
-    log_STV, other_STV = jax.nn.log_softmax(logits_STV), jax.nn.log_softmax(other_STV)
-    return (jnp.exp(log_STV) * (log_STV - other_STV)).sum(-1)
 
 
 def orthogonal_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
@@ -210,11 +204,6 @@ def orthogonal_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
     return jnp.einsum("fd,de->fe", w_FD, (vectors_DD * factors_D[None]) @ vectors_DD.T, **product)
 
 
-def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
-    return z_bf, z_bf
-
-
-@jax.jit
+@tuning.jit
 def _n_active(sae: EndToEnd, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae.b_enc, _activation, jnp.dtype(sae.config.dtype))
+    return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae.b_enc, tiled.relu, jnp.dtype(sae.config.dtype))

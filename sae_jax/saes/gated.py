@@ -24,9 +24,11 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import sparse, tiled
-from sae_jax.saes import base, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.ops import sparse, tiled, tuning
+from sae_jax.saes import base, init, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import InputNorm, Scale
 from sae_jax.types import Code
 
 
@@ -45,7 +47,7 @@ class Config(SaeConfig):
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta1=0.0, eps=1e-8)
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,19 +55,19 @@ class Config(SaeConfig):
 
     def init(self, key: jax.Array, sample: Sample) -> Gated:
         """Encoder = transposed decoder of uniform rows, of norm 1; b_dec = geometric median; all else 0."""
-        w_dec = base.unit_rows(base.linear_rows(key, self.n_latents, sample.median.shape[0]))
+        w_dec = init.unit_rows(init.linear_rows(key, self.n_latents, sample.median.shape[0]))
         return Gated(
             w_enc=w_dec,
-            b_enc=base.zeros((self.n_latents,), mesh.DICT),
-            b_gate=base.zeros((self.n_latents,), mesh.DICT),
-            log_gain=base.zeros((self.n_latents,), mesh.DICT),
+            b_enc=init.zeros((self.n_latents,), mesh.DICT),
+            b_gate=init.zeros((self.n_latents,), mesh.DICT),
+            log_gain=init.zeros((self.n_latents,), mesh.DICT),
             w_dec=w_dec,
             b_dec=sample.median,
             config=self,
         )
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Gated(AbstractSae):
     """A gated autoencoder; frozen, so training makes a new one each step."""
 
@@ -94,25 +96,23 @@ class Gated(AbstractSae):
         tiles = self._reconstruct(x_BX, self.w_dec, _activation)
         return tiles.x_hat + self.b_dec[None], tiles.l0
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, n_rows = self.config, batch.x.shape[0]
-        decoders = base.tangent_to_rows(self.w_dec), lax.stop_gradient(self.w_dec)
+        decoders = init.tangent_to_rows(self.w_dec), lax.stop_gradient(self.w_dec)
         tiles = self._reconstruct(batch.x, decoders, _both)
         x_hat_BD, gate_hat_BD = tiles.x_hat
         x_hat_BD = x_hat_BD + self.b_dec[None]
         gate_error = losses.error(config.error, batch.y - gate_hat_BD - lax.stop_gradient(self.b_dec)[None])
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * l1 + gate_error
         metrics = {"l1": l1, "gate_error": gate_error}
-        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), metrics)
+        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), metrics)
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+    def constrained(self) -> Gated:
+        """Unit decoder rows."""
+        return replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> Gated:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
@@ -162,6 +162,6 @@ def _activation(pre_bf: jax.Array, latents: Any) -> tuple[jax.Array, jax.Array]:
     return z_bf, penalty_bf
 
 
-@jax.jit
+@tuning.jit
 def _n_active(sae: Gated, x_BX: jax.Array) -> jax.Array:
     return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae._latents, _activation, sae._dtype)

@@ -37,8 +37,10 @@ from jax.scipy.special import ndtri
 
 from sae_jax import mesh
 from sae_jax.ops import encode, sparse, tiled, tuning
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.saes import base, init, losses, normalise
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import InputNorm, Scale
 from sae_jax.types import Code, UsageError
 
 STEEPNESS = 4.0  # c of the tanh
@@ -79,7 +81,7 @@ class Config(SaeConfig):
     """which squared error the coefficients stand beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=2e-4, beta1=0.0, eps=1e-8)  # 7e-5 at the 2^17 latents of the paper
-    DATA: ClassVar[tuple[str, ...]] = ("l0_coefficient", "preactivation_coefficient")
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l0_coefficient", "preactivation_coefficient")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,8 +105,8 @@ class Config(SaeConfig):
         be active on about 10,000 / n_latents of the rows.
         """
         d_model = sample.median.shape[0]
-        w_dec = base.linear_rows(key, self.n_latents, d_model)
-        b_enc = base.zeros((self.n_latents,), mesh.DICT)
+        w_dec = init.linear_rows(key, self.n_latents, d_model)
+        b_enc = init.zeros((self.n_latents,), mesh.DICT)
         b_dec = sample.median if self.pre_bias else jnp.zeros_like(sample.median)
         if self.penalty == "tanh":
             w_enc = d_model / self.n_latents * w_dec
@@ -113,18 +115,18 @@ class Config(SaeConfig):
             spread_F = jnp.sqrt(sample.variance) * jnp.linalg.norm(w_enc, axis=-1)
             b_enc = self.initial_threshold - mean_F - ndtri(1 - share) * spread_F
         else:
-            w_enc = w_dec = base.unit_rows(w_dec)
+            w_enc = w_dec = init.unit_rows(w_dec)
         return JumpRelu(
             w_enc=w_enc,
             b_enc=b_enc,
             w_dec=w_dec,
             b_dec=b_dec,
-            log_threshold=base.zeros((self.n_latents,), mesh.DICT) + math.log(self.initial_threshold),
+            log_threshold=init.zeros((self.n_latents,), mesh.DICT) + math.log(self.initial_threshold),
             config=self,
         )
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class JumpRelu(AbstractSae):
     """A JumpReLU autoencoder; frozen, so training makes a new one each step."""
 
@@ -158,9 +160,7 @@ class JumpRelu(AbstractSae):
         tiles = self._reconstruct(x_BX, self.w_dec, self._latents, _counting())
         return tiles.x_hat + self.b_dec[None], tiles.l0
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, n_rows = self.config, batch.x.shape[0]
         if config.penalty == "tanh":
@@ -169,7 +169,7 @@ class JumpRelu(AbstractSae):
             count_F, below_F = tiles.penalty
         else:
             counting = _counting(config.bandwidth)
-            tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_dec), self._latents, counting)
+            tiles = self._reconstruct(batch.x, init.tangent_to_rows(self.w_dec), self._latents, counting)
             count_F, below_F = tiles.penalty, None
         share_F = count_F / n_rows
         if config.target_l0 is not None:
@@ -179,24 +179,22 @@ class JumpRelu(AbstractSae):
         else:
             sparsity = share_F.sum()
         x_hat_BD = tiles.x_hat + self.b_dec[None]
-        coefficient = losses.warmed(statistics.coefficients["l0_coefficient"], step, config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l0_coefficient", config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * sparsity
         metrics = {"sparsity": sparsity, "threshold": self.threshold.mean()}
         if below_F is not None:
             metrics["below"] = below_F.sum() / n_rows
-            loss = loss + statistics.coefficients["preactivation_coefficient"] * metrics["below"]
-        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), metrics)
+            loss = loss + context.coefficient("preactivation_coefficient") * metrics["below"]
+        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), metrics)
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again, but for the tanh."""
-        if self.config.penalty == "tanh":
-            return state
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+    def constrained(self) -> JumpRelu:
+        """Unit decoder rows, but for the tanh."""
+        return self if self.config.penalty == "tanh" else replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> JumpRelu:
         """See AbstractSae. For rows c times as large, biases, thresholds and codes are too."""
         factor = scale.x[0]
-        norm_F = base.row_norms(self.w_dec) if self.config.penalty == "tanh" else jnp.ones_like(self.b_enc)
+        norm_F = init.row_norms(self.w_dec) if self.config.penalty == "tanh" else jnp.ones_like(self.b_enc)
         return replace(
             self,
             w_enc=self.w_enc * norm_F[:, None],
@@ -230,8 +228,8 @@ def with_threshold(sae: Any, threshold: jax.Array, pre_bias: bool = True) -> Jum
         pre_bias: b_dec is subtracted before encoding.
     """
     config, zeros_F = sae.config, jnp.zeros_like(sae.b_enc)
-    own = Config(n_latents=config.n_latents, input_norm=config.input_norm, dtype=config.dtype, pre_bias=pre_bias)
-    return JumpRelu(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, zeros_F + jnp.log(threshold), own)
+    config = Config(n_latents=config.n_latents, input_norm=config.input_norm, dtype=config.dtype, pre_bias=pre_bias)
+    return JumpRelu(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, zeros_F + jnp.log(threshold), config)
 
 
 def calibrated(sae: Any, x: Any, per_latent: bool = False, pre_bias: bool = True) -> JumpRelu:
@@ -245,14 +243,14 @@ def calibrated(sae: Any, x: Any, per_latent: bool = False, pre_bias: bool = True
         pre_bias: b_dec is subtracted before encoding.
     """
     config, (n_latents, width) = sae.config, sae.w_enc.shape
-    x_NX = base.normalise(base.as_rows(x, width).reshape(-1, width), config.input_norm)[0]
+    x_NX = normalise.normalise(base.as_rows(x, width).reshape(-1, width), config.input_norm)[0]
     b_pre, dtype, threshold_F = sae.b_dec if pre_bias else jnp.zeros(width), jnp.dtype(config.dtype), []
     if not per_latent:
         n_slots, encoder = min(4 * config.k, n_latents), (sae.w_enc, sae.b_enc, b_pre)
         while True:
-            _, _, found = encode.encode_batch_topk(x_NX, *encoder, config.k, dtype, n_slots, n_slots)
-            if not found.n_saturated:
-                return with_threshold(sae, _just_below(found.threshold), pre_bias)
+            _, _, selection = encode.encode_batch_topk(x_NX, *encoder, config.k, dtype, n_slots, n_slots)
+            if not selection.n_saturated:
+                return with_threshold(sae, _just_below(selection.threshold), pre_bias)
             n_slots = min(2 * n_slots, n_latents)
     code = sae.encode_rows(x_NX, config.k)
     count_F = jnp.zeros(n_latents, jnp.int32).at[code.indices].add((code.values > 0).astype(jnp.int32))
@@ -311,6 +309,6 @@ def _smooth(pre_bf: jax.Array, latents: Any, bandwidth: float) -> tuple[jax.Arra
     return z_bf, (jnp.tanh(STEEPNESS * z_bf * norm_1f), jax.nn.relu(theta_1f - pi_bf) * norm_1f)
 
 
-@jax.jit
+@tuning.jit
 def _n_active(sae: JumpRelu, x_BX: jax.Array) -> jax.Array:
     return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae._latents, _counting(), jnp.dtype(sae.config.dtype))

@@ -18,7 +18,7 @@ from jax import lax
 
 from sae_jax.ops import auxk, sparse
 from sae_jax.saes import base
-from sae_jax.saes.base import Batch, KConfig, Outcome, Statistics
+from sae_jax.saes.base import Batch, Context, KConfig, Outcome
 from sae_jax.types import Code, UsageError
 
 Error = Literal["summed", "mean"]
@@ -27,11 +27,6 @@ Error = Literal["summed", "mean"]
 def error(kind: Error, error_BD: jax.Array) -> jax.Array:
     """SE or MSE, see the head of this file (f32[])."""
     return squared_error(error_BD) / (error_BD.shape[1] if kind == "mean" else 1)
-
-
-def warmed(coefficient: jax.Array, step: jax.Array, warmup_steps: int) -> jax.Array:
-    """A coefficient that rises linearly from 0 over the first steps (f32[]); `step`, i32[], is 0 at the first."""
-    return coefficient * jnp.minimum((step + 1).astype(jnp.float32) / max(warmup_steps, 1), 1.0)
 
 
 def check_penalty(**settings: float) -> None:
@@ -75,7 +70,7 @@ def with_auxk(
     encoder: tuple[jax.Array, jax.Array, jax.Array],
     w_dec: jax.Array,
     config: KConfig,
-    statistics: Statistics,
+    context: Context,
     tangent: bool = True,
 ) -> tuple[jax.Array, Outcome]:
     """A loss with that of AuxK added; counters and L0 of the code.
@@ -90,17 +85,17 @@ def with_auxk(
         encoder: w_enc, b_enc, and what is subtracted from x before; as the code's op returned them.
         w_dec: f32[F, Y], DICT; as the code's decoding returned it.
         config: says the weight, and k_aux.
-        statistics: before this batch.
+        context: as the objective got it.
         tangent: the rows of w_dec have unit norm, and the gradient keeps it: see `sparse.decode`.
     """
     # Counters before AuxK: a latent that fires in this very batch is not dead.
-    statistics = statistics.after(sparse.fired(code, config.n_latents, base.FIRED_ABOVE), batch.x.shape[0])
-    outcome = Outcome(y_hat_BY, base.l0(code), statistics, {})
+    counters = context.count(sparse.fired(code, config.n_latents, base.FIRED_ABOVE), batch.x.shape[0])
+    outcome = Outcome(y_hat_BY, base.l0(code), counters, {})
     if not config.aux_coefficient:
         return loss, outcome
     error_BY = lax.stop_gradient(batch.y - y_hat_BY)
     k_aux = config.k_aux or 2 ** round(math.log2(max(error_BY.shape[1] / 2, 1)))
-    dead_F, dtype = statistics.dead, jnp.dtype(config.dtype)
+    dead_F, dtype = counters.silent > context.hparams.dead_after, jnp.dtype(config.dtype)
     left = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent)
     outcome.metrics["aux_loss"] = auxiliary_ratio(error_BY, left)
     return loss + config.aux_coefficient * outcome.metrics["aux_loss"], outcome

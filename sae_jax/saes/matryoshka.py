@@ -28,15 +28,16 @@ from flax import struct
 
 from sae_jax import mesh
 from sae_jax.ops import sparse, topk
-from sae_jax.saes import base, batch_topk, losses
-from sae_jax.saes.base import Adam, Batch, KConfig, Outcome, Sample, Statistics
+from sae_jax.saes import batch_topk, init, losses
+from sae_jax.saes.base import Adam, Batch, Context, Outcome
+from sae_jax.saes.init import Sample
 from sae_jax.types import Code, UsageError
 
 MEMORY = 0.99  # decay of the mean square of activations
 
 
 @dataclass(frozen=True)
-class Config(KConfig):
+class Config(batch_topk.ThresholdConfig):
     """Matryoshka BatchTopK with AuxK."""
 
     variant: Literal["matryoshka"] = "matryoshka"
@@ -44,16 +45,10 @@ class Config(KConfig):
     """sizes of the prefixes as fractions of n_latents; the last is 1"""
     random_prefixes: int = 0
     """this many prefixes of sizes drawn every step instead; 0 = the fixed ones"""
-    threshold_decay: float = 0.98
-    """of the running mean of the smallest value kept; over more batches it is the threshold of earlier weights"""
-    threshold_start: int = 1000
-    """steps before that mean begins"""
-
     ADAM: ClassVar[Adam] = batch_topk.Config.ADAM
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        batch_topk.check_threshold(self.threshold_decay, self.threshold_start)
         if self.random_prefixes < 0 or self.random_prefixes == 1:
             raise UsageError(f"sae.random_prefixes={self.random_prefixes} must be at least 2; 0 takes sae.prefixes")
         sizes = self.sizes
@@ -72,12 +67,12 @@ class Config(KConfig):
         """See KConfig.weights."""
         return Matryoshka(**self.weights(key, sample), b_dec=sample.median, threshold=jnp.zeros(()), config=self)
 
-    def own_statistics(self, sample: Sample) -> dict[str, jax.Array]:
+    def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
         """Mean squares of activations, where they order the latents."""
-        return {"mean_square": base.zeros((self.n_latents,), mesh.DICT)} if self.random_prefixes else {}
+        return {"mean_square": init.zeros((self.n_latents,), mesh.DICT)} if self.random_prefixes else {}
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Matryoshka(batch_topk.Thresholded):
     """A Matryoshka autoencoder; frozen, so training makes a new one each step."""
 
@@ -88,40 +83,36 @@ class Matryoshka(batch_topk.Thresholded):
     threshold: jax.Array  # f32[], not learnt but set
     config: Config = struct.field(pytree_node=False)
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, w_dec = self.config, self.w_dec
-        code, w_enc, found = batch_topk.select(self, batch.x, self.b_dec)
-        group_BK = self._group(code, statistics, key)
+        code, w_enc, selection = batch_topk.select(self, batch.x, self.b_dec)
+        group_BK = self._group(code, context)
         n_groups = config.random_prefixes or len(config.prefixes)
         y_hat_BY, loss = jnp.broadcast_to(self.b_dec[None], batch.y.shape), jnp.float32(0)
         for group in range(n_groups):
             part = replace(code, values=jnp.where(group_BK == group, code.values, 0.0))
             part_BY, w_dec = sparse.decode(part, w_dec, jnp.dtype(config.dtype), tangent=True, dense=0)
             y_hat_BY = y_hat_BY + part_BY
-            loss = loss + statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean() / n_groups
+            loss = loss + context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean() / n_groups
         encoder = w_enc, self.b_enc, self.b_dec
-        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
+        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         if config.random_prefixes:
             squares_F = sparse.summed(replace(code, values=code.values**2), config.n_latents) / len(batch.x)
-            mean_F = MEMORY * statistics.own["mean_square"] + (1 - MEMORY) * squares_F
-            outcome = replace(outcome, statistics=replace(outcome.statistics, own={"mean_square": mean_F}))
-        return loss, batch_topk.noted(
-            outcome, self.threshold, found, step, config.threshold_decay, config.threshold_start
-        )
+            mean_F = MEMORY * context.counters.extra["mean_square"] + (1 - MEMORY) * squares_F
+            outcome = replace(outcome, counters=replace(outcome.counters, extra={"mean_square": mean_F}))
+        return loss, batch_topk.with_threshold(outcome, self.threshold, selection, context.step, config)
 
-    def _group(self, code: Code, statistics: Statistics, key: jax.Array) -> jax.Array:
+    def _group(self, code: Code, context: Context) -> jax.Array:
         """Which prefix is the first to hold the latent of each slot, i32[B, K]."""
         n = self.config.n_latents
         if not self.config.random_prefixes:
             return _count(code.indices >= size for size in self.config.sizes[:-1])
-        u_G = jnp.sort(jax.random.uniform(key, (self.config.random_prefixes - 1,)))
+        u_G = jnp.sort(jax.random.uniform(context.key, (self.config.random_prefixes - 1,)))
         # Of latents with one mean square, as all have at the first step, all are in a prefix that holds one of them.
         size_G = jnp.clip(jnp.ceil(n**u_G).astype(jnp.int32), 1, n)
-        least_G = topk.largest_of(statistics.own["mean_square"], size_G)
-        square_BK = sparse.looked_up(code, statistics.own["mean_square"])
+        least_G = topk.largest_of(context.counters.extra["mean_square"], size_G)
+        square_BK = sparse.looked_up(code, context.counters.extra["mean_square"])
         return _count(square_BK < least for least in least_G)
 
 

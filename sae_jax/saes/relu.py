@@ -31,12 +31,14 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import resample, sparse, tiled
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Batch, Outcome, SaeConfig, Sample, Scale, Statistics
+from sae_jax.ops import resample, sparse, tiled, tuning
+from sae_jax.saes import base, init, losses
+from sae_jax.saes.base import AbstractSae, Batch, ClearRows, Context, Counters, Outcome, SaeConfig, Updated
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import Scale
 from sae_jax.types import Code, UsageError
 
-MOST_RESAMPLED = 8192  # latents at a time: as many rows are kept on every device
+MAX_RESAMPLED = 8192  # latents at a time: as many rows are kept on every device
 RESAMPLED_NORM = 0.2  # of an encoder row, among the mean of alive ones
 
 
@@ -56,7 +58,7 @@ class Config(SaeConfig):
     resample_inputs: int = 819_200
     """rows before each of them that new directions are drawn from"""
 
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,24 +74,56 @@ class Config(SaeConfig):
         enc_key, dec_key = jax.random.split(key)
         d_model = sample.median.shape[0]
         return Relu(
-            w_enc=math.sqrt(6) * base.linear_rows(enc_key, self.n_latents, d_model),  # U(-sqrt(6/D), sqrt(6/D))
-            b_enc=base.zeros((self.n_latents,), mesh.DICT),
-            w_dec=base.unit_rows(base.linear_rows(dec_key, self.n_latents, d_model)),
+            w_enc=math.sqrt(6) * init.linear_rows(enc_key, self.n_latents, d_model),  # U(-sqrt(6/D), sqrt(6/D))
+            b_enc=init.zeros((self.n_latents,), mesh.DICT),
+            w_dec=init.unit_rows(init.linear_rows(dec_key, self.n_latents, d_model)),
             b_dec=sample.median,
             config=self,
         )
 
-    def own_statistics(self, sample: Sample) -> dict[str, jax.Array]:
+    def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
         """Rows to resample from, and the logarithms of their keys (ops/resample.py)."""
         if not self.resample_steps:
             return {}
-        n_kept = min(self.n_latents, MOST_RESAMPLED)
-        rows_RD = base.zeros((n_kept, sample.median.shape[0]), mesh.REPLICATED)
-        return {"row_keys": base.zeros((n_kept,), mesh.REPLICATED) - jnp.inf, "rows": rows_RD}
+        n_kept = min(self.n_latents, MAX_RESAMPLED)
+        rows_RD = init.zeros((n_kept, sample.median.shape[0]), mesh.REPLICATED)
+        return {"row_keys": init.zeros((n_kept,), mesh.REPLICATED) - jnp.inf, "rows": rows_RD}
 
 
-@struct.dataclass
-class Relu(AbstractSae):
+class ReluCode(AbstractSae):
+    """Encoding and decoding that all ReLU dictionaries of one site share: z = ReLU(W_enc (x - b_pre) + b_enc)."""
+
+    @property
+    def b_pre(self) -> jax.Array:
+        """What is subtracted from rows before they are encoded, f32[D]."""
+        return self.b_dec
+
+    def n_slots(self, x_BX: jax.Array) -> int:
+        """See AbstractSae."""
+        return min(base.slots_for(n_active(self, x_BX)), self.config.n_latents)
+
+    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
+        """See AbstractSae."""
+        dtype = jnp.dtype(self.config.dtype)
+        return tiled.encode_largest(x_BX, self.w_enc, self.b_pre, self.b_enc, tiled.relu, dtype, n_slots)
+
+    def decode_rows(self, code: Code) -> jax.Array:
+        """See AbstractSae."""
+        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
+
+    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See AbstractSae."""
+        tiles = self.in_tiles(x_BX, self.w_dec, self.b_pre)
+        return tiles.x_hat + self.b_dec[None], tiles.l0
+
+    def in_tiles(self, x_BX: jax.Array, w_dec: jax.Array, b_pre: jax.Array) -> tiled.Tiled:
+        """Encode and decode with this decoder, without bias."""
+        dtype = jnp.dtype(self.config.dtype)
+        return tiled.reconstruct(x_BX, self.w_enc, w_dec, b_pre, self.b_enc, tiled.relu, dtype, base.FIRED_ABOVE)
+
+
+@struct.dataclass(repr=False)
+class Relu(ReluCode):
     """A ReLU autoencoder; frozen, so training makes a new one each step."""
 
     w_enc: jax.Array  # f32[F@(latent,data), D]
@@ -98,109 +132,82 @@ class Relu(AbstractSae):
     b_dec: jax.Array  # f32[D]
     config: Config = struct.field(pytree_node=False)
 
-    def n_slots(self, x_BX: jax.Array) -> int:
-        """See AbstractSae."""
-        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
-
-    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
-        """See AbstractSae."""
-        dtype = jnp.dtype(self.config.dtype)
-        return tiled.encode_largest(x_BX, self.w_enc, self.b_dec, self.b_enc, _activation, dtype, n_slots)
-
-    def decode_rows(self, code: Code) -> jax.Array:
-        """See AbstractSae."""
-        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
-
-    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See AbstractSae."""
-        tiles = self._reconstruct(x_BX, self.w_dec)
-        return tiles.x_hat + self.b_dec[None], tiles.l0
-
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         n_rows = batch.x.shape[0]
-        tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_dec))
+        tiles = self.in_tiles(batch.x, init.tangent_to_rows(self.w_dec), self.b_dec)
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, self.config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        statistics = statistics.after(tiles.fired, n_rows)
+        counters = context.count(tiles.fired, n_rows)
         if self.config.resample_steps:
             error_B = lax.stop_gradient(((batch.y - x_hat_BD) ** 2).sum(-1))
-            statistics = replace(statistics, own=self._collected(statistics.own, batch.x, error_B, step, key))
-        return loss, Outcome(x_hat_BD, tiles.l0, statistics, {"l1": l1})
+            counters = replace(counters, extra=self._kept_rows(batch.x, error_B, context))
+        return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1})
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again; new rows for dead latents when it is time."""
-        state = replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+    def constrained(self) -> Relu:
+        """Unit decoder rows."""
+        return replace(self, w_dec=init.unit_rows(self.w_dec))
+
+    def after_step(self, updated: Updated, context: Context, clear_rows: ClearRows) -> Updated:
+        """New rows for dead latents when it is time."""
         if not self.config.resample_steps:
-            return state
-        is_time = (state.step == jnp.asarray(self.config.resample_steps, jnp.int32)).any()
-        return lax.cond(is_time, _resampled, lambda state: state, state)
+            return updated
+        is_time = (context.step + 1 == jnp.asarray(self.config.resample_steps, jnp.int32)).any()
+
+        def resampled(updated: Updated) -> Updated:
+            return _resampled(updated, context.hparams.dead_after, clear_rows)
+
+        return lax.cond(is_time, resampled, lambda updated: updated, updated)
 
     def folded(self, scale: Scale) -> Relu:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
         return replace(self, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
 
-    def _collected(
-        self, own: dict[str, jax.Array], x_BD: jax.Array, error_B: jax.Array, step: jax.Array, key: jax.Array
-    ) -> dict[str, jax.Array]:
-        """`Statistics.own` after a batch, which counts if the next resampling is near."""
+    def _kept_rows(self, x_BD: jax.Array, error_B: jax.Array, context: Context) -> dict[str, jax.Array]:
+        """`Counters.extra` after a batch, whose rows count if the next resampling is near."""
         n_steps = math.ceil(self.config.resample_inputs / len(x_BD))
-        left_E = jnp.asarray(self.config.resample_steps, jnp.int32) - step
+        left_E = jnp.asarray(self.config.resample_steps, jnp.int32) - context.step
 
-        def keep(own):
-            keys_R, rows_RD = resample.keep_rows(own["row_keys"], own["rows"], x_BD, error_B**2, key)
+        def keep(extra):
+            keys_R, rows_RD = resample.keep_rows(extra["row_keys"], extra["rows"], x_BD, error_B**2, context.key)
             return {"row_keys": keys_R, "rows": rows_RD}
 
-        return lax.cond(((left_E > 0) & (left_E <= n_steps)).any(), keep, lambda own: own, own)
-
-    def _reconstruct(self, x_BD: jax.Array, w_dec: jax.Array) -> tiled.Tiled:
-        dtype = jnp.dtype(self.config.dtype)
-        return tiled.reconstruct(x_BD, self.w_enc, w_dec, self.b_dec, self.b_enc, _activation, dtype, base.FIRED_ABOVE)
+        is_near = ((left_E > 0) & (left_E <= n_steps)).any()
+        return lax.cond(is_near, keep, lambda extra: extra, context.counters.extra)
 
 
-def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
-    return z_bf, z_bf
-
-
-def _resampled(state: Any) -> Any:
-    """The train state with the dead latents begun anew, as many as there are rows kept."""
-    sae, statistics, own = state.sae, state.statistics, state.statistics.own
-    rank_F = resample.ranks(statistics.dead)
-    chosen_F = statistics.dead & (rank_F < (own["row_keys"] > -jnp.inf).sum(dtype=jnp.int32))
-    v_RD = base.unit_rows(own["rows"] - sae.b_dec[None])
+def _resampled(updated: Updated, dead_after: jax.Array, clear_rows: ClearRows) -> Updated:
+    """Dead latents begun anew, as many as there are rows kept."""
+    sae, counters, extra = updated.sae, updated.counters, updated.counters.extra
+    dead_F = counters.silent > dead_after
+    rank_F = resample.ranks(dead_F)
+    chosen_F = dead_F & (rank_F < (extra["row_keys"] > -jnp.inf).sum(dtype=jnp.int32))
+    v_RD = init.unit_rows(extra["rows"] - sae.b_dec[None])
     v_FD = v_RD.at[jnp.minimum(rank_F, len(v_RD) - 1)].get(out_sharding=mesh.placed(mesh.DICT))
-    norms_F = jnp.where(statistics.dead, 0.0, jnp.linalg.norm(sae.w_enc, axis=-1))
-    norm = norms_F.sum() / jnp.maximum((~statistics.dead).sum(dtype=jnp.float32), 1.0)
+    norms_F = jnp.where(dead_F, 0.0, jnp.linalg.norm(sae.w_enc, axis=-1))
+    norm = norms_F.sum() / jnp.maximum((~dead_F).sum(dtype=jnp.float32), 1.0)
 
     def begin(w_FD: jax.Array, value: Any) -> jax.Array:
         return jnp.where(chosen_F.reshape(-1, *(1,) * (w_FD.ndim - 1)), value, w_FD)
 
-    def forget(average: Any) -> Any:
-        rows = {name: getattr(average, name) for name in ("w_enc", "b_enc", "w_dec")}
-        return replace(average, **jax.tree.map(lambda a: begin(a, jnp.zeros((), a.dtype)), rows))
-
-    return replace(
-        state,
+    return Updated(
         sae=replace(
             sae,
             w_enc=begin(sae.w_enc, RESAMPLED_NORM * norm * v_FD),
             b_enc=begin(sae.b_enc, 0.0),
             w_dec=begin(sae.w_dec, v_FD),
         ),
-        moments=replace(state.moments, mean=forget(state.moments.mean), square=forget(state.moments.square)),
-        statistics=replace(
-            statistics,
-            silent=begin(statistics.silent, 0),
-            own={**own, "row_keys": jnp.full_like(own["row_keys"], -jnp.inf)},
+        optimiser_state=clear_rows(updated.optimiser_state, chosen_F, ("w_enc", "b_enc", "w_dec")),
+        counters=Counters(
+            silent=begin(counters.silent, 0),
+            extra={**extra, "row_keys": jnp.full_like(extra["row_keys"], -jnp.inf)},
         ),
     )
 
 
-@jax.jit
-def _n_active(sae: Relu, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae.b_enc, _activation, jnp.dtype(sae.config.dtype))
+@tuning.jit
+def n_active(sae: ReluCode, x_BX: jax.Array) -> jax.Array:
+    """Active latents of each row, i32[B]."""
+    return tiled.n_active(x_BX, sae.w_enc, sae.b_pre, sae.b_enc, tiled.relu, jnp.dtype(sae.config.dtype))

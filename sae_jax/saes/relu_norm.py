@@ -13,17 +13,18 @@ the first 5 % of the steps and the rate falls to 0 over the last 20 %: `sparsity
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from sae_jax import mesh
-from sae_jax.ops import sparse, tiled
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, InputNorm, Outcome, SaeConfig, Sample, Scale, Statistics
-from sae_jax.types import Code
+from sae_jax.saes import init, losses
+from sae_jax.saes.base import Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import InputNorm, Scale
+from sae_jax.saes.relu import ReluCode
 
 ROW_NORM = 0.1  # of decoder rows at the start
 
@@ -43,7 +44,7 @@ class Config(SaeConfig):
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,18 +54,18 @@ class Config(SaeConfig):
         """Decoder rows in random directions and of norm 0.1, encoder = transposed decoder, biases 0."""
         shape = (self.n_latents, sample.median.shape[0])
         directions = jax.random.normal(key, shape, out_sharding=mesh.placed(mesh.DICT))
-        w_dec = ROW_NORM * base.unit_rows(directions)
+        w_dec = ROW_NORM * init.unit_rows(directions)
         return ReluNorm(
             w_enc=w_dec,
-            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            b_enc=init.zeros((self.n_latents,), mesh.DICT),
             w_dec=w_dec,
             b_dec=jnp.zeros_like(sample.median),
             config=self,
         )
 
 
-@struct.dataclass
-class ReluNorm(AbstractSae):
+@struct.dataclass(repr=False)
+class ReluNorm(ReluCode):
     """A ReLU autoencoder with free decoder norms; frozen, so training makes a new one each step."""
 
     w_enc: jax.Array  # f32[F@(latent,data), D]
@@ -73,42 +74,28 @@ class ReluNorm(AbstractSae):
     b_dec: jax.Array  # f32[D]
     config: Config = struct.field(pytree_node=False)
 
-    def n_slots(self, x_BX: jax.Array) -> int:
-        """See AbstractSae."""
-        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
+    @property
+    def b_pre(self) -> jax.Array:
+        """See ReluCode."""
+        return jnp.zeros(self.w_enc.shape[1])
 
-    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
-        """See AbstractSae."""
-        return tiled.encode_largest(x_BX, self.w_enc, self._b_pre, self.b_enc, _activation, self._dtype, n_slots)
-
-    def decode_rows(self, code: Code) -> jax.Array:
-        """See AbstractSae."""
-        return sparse.decode(code, self.w_dec)[0] + self.b_dec[None]
-
-    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See AbstractSae."""
-        tiles = self._reconstruct(x_BX)
-        return tiles.x_hat + self.b_dec[None], tiles.l0
-
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         n_rows = batch.x.shape[0]
-        tiles = self._reconstruct(batch.x)
+        tiles = self.in_tiles(batch.x, self.w_dec, self.b_pre)
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = (tiles.penalty * jnp.linalg.norm(self.w_dec, axis=-1)).sum() / n_rows
-        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, self.config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """No constraint."""
-        return state
+    def constrained(self) -> ReluNorm:
+        """There are none."""
+        return self
 
     def folded(self, scale: Scale) -> ReluNorm:
         """See AbstractSae. For rows c times as large, biases and codes are too; decoder rows have norm 1."""
-        norm_F = base.row_norms(self.w_dec)
+        norm_F = init.row_norms(self.w_dec)
         return replace(
             self,
             w_enc=self.w_enc * norm_F[:, None],
@@ -116,25 +103,3 @@ class ReluNorm(AbstractSae):
             w_dec=self.w_dec / norm_F[:, None],
             b_dec=self.b_dec / scale.y,
         )
-
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
-
-    @property
-    def _b_pre(self) -> jax.Array:
-        return jnp.zeros(self.w_enc.shape[1])
-
-    def _reconstruct(self, x_BD: jax.Array) -> tiled.Tiled:
-        weights = (self.w_enc, self.w_dec, self._b_pre, self.b_enc)
-        return tiled.reconstruct(x_BD, *weights, _activation, self._dtype, base.FIRED_ABOVE)
-
-
-def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
-    return z_bf, z_bf
-
-
-@jax.jit
-def _n_active(sae: ReluNorm, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae.b_enc, _activation, sae._dtype)

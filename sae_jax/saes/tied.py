@@ -13,7 +13,7 @@ arXiv 2309.08600, section 2. There rows are normalised where they are used.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import sparse, tiled
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, Outcome, SaeConfig, Sample, Scale, Statistics
-from sae_jax.types import Code
+from sae_jax.saes import init, losses
+from sae_jax.saes.base import Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import Scale
+from sae_jax.saes.relu import ReluCode
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config(SaeConfig):
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
     ADAM: ClassVar[Adam] = Adam(lr=1e-3, eps=1e-8)
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,15 +52,15 @@ class Config(SaeConfig):
     def init(self, key: jax.Array, sample: Sample) -> Tied:
         """Xavier-uniform rows, then of norm 1; biases 0."""
         return Tied(
-            w_enc=base.unit_rows(base.linear_rows(key, self.n_latents, sample.median.shape[0])),
-            b_enc=base.zeros((self.n_latents,), mesh.DICT),
+            w_enc=init.unit_rows(init.linear_rows(key, self.n_latents, sample.median.shape[0])),
+            b_enc=init.zeros((self.n_latents,), mesh.DICT),
             b_dec=sample.mean if self.centre else jnp.zeros_like(sample.mean),
             config=self,
         )
 
 
-@struct.dataclass
-class Tied(AbstractSae):
+@struct.dataclass(repr=False)
+class Tied(ReluCode):
     """A tied autoencoder; frozen, so training makes a new one each step."""
 
     w_enc: jax.Array  # f32[F@(latent,data), D], unit rows
@@ -72,57 +73,20 @@ class Tied(AbstractSae):
         """f32[F, D], w_enc."""
         return self.w_enc
 
-    def n_slots(self, x_BX: jax.Array) -> int:
-        """See AbstractSae."""
-        return min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
-
-    def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
-        """See AbstractSae."""
-        return tiled.encode_largest(x_BX, self.w_enc, self.b_dec, self.b_enc, _activation, self._dtype, n_slots)
-
-    def decode_rows(self, code: Code) -> jax.Array:
-        """See AbstractSae."""
-        return sparse.decode(code, self.w_enc)[0] + self.b_dec[None]
-
-    def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See AbstractSae."""
-        tiles = self._reconstruct(x_BX, self.w_enc, self.b_dec)
-        return tiles.x_hat + self.b_dec[None], tiles.l0
-
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         n_rows, centre_D = batch.x.shape[0], lax.stop_gradient(self.b_dec)
-        tiles = self._reconstruct(batch.x, base.tangent_to_rows(self.w_enc), centre_D)
+        tiles = self.in_tiles(batch.x, init.tangent_to_rows(self.w_enc), centre_D)
         x_hat_BD = tiles.x_hat + centre_D[None]
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, self.config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        return loss, Outcome(x_hat_BD, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit rows again."""
-        return replace(state, sae=replace(state.sae, w_enc=base.unit_rows(state.sae.w_enc)))
+    def constrained(self) -> Tied:
+        """Unit rows."""
+        return replace(self, w_enc=init.unit_rows(self.w_enc))
 
     def folded(self, scale: Scale) -> Tied:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
         return replace(self, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
-
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
-
-    def _reconstruct(self, x_BD: jax.Array, m_FD: jax.Array, centre_D: jax.Array) -> tiled.Tiled:
-        weights = (m_FD, m_FD, centre_D, self.b_enc)
-        return tiled.reconstruct(x_BD, *weights, _activation, self._dtype, base.FIRED_ABOVE)
-
-
-def _activation(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
-    return z_bf, z_bf
-
-
-@jax.jit
-def _n_active(sae: Tied, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae.b_enc, _activation, sae._dtype)

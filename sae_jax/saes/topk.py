@@ -24,8 +24,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.ops import encode, sparse
-from sae_jax.saes import base, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Batch, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.saes import base, init, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Batch, Context, KConfig, Outcome
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import Scale
 from sae_jax.types import Code, UsageError
 
 MULTI = 4  # Multi-TopK's second reconstruction uses this many times k latents
@@ -71,7 +73,7 @@ class Config(KConfig):
         return self.k + jnp.round((self.k_start - self.k) * left).astype(jnp.int32)
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class TopK(AbstractSae):
     """A TopK autoencoder; frozen, so training makes a new one each step."""
 
@@ -102,29 +104,27 @@ class TopK(AbstractSae):
         code = self.encode_rows(x_BX, self.config.k)
         return self.decode_rows(code), base.l0(code)
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, k = self.config, self.config.k
-        now = config.k_at(step) if config.k_start else None
-        wide, w_enc = self._encode(batch.x, k * (MULTI if config.multi_topk else 1), now)
-        code = encode.narrow(wide, k) if config.multi_topk else wide
+        k_now = config.k_at(context.step) if config.k_start else None
+        code, w_enc = self._encode(batch.x, k * (MULTI if config.multi_topk else 1), k_now)
+        code, multi_code = (encode.narrow(code, k), code) if config.multi_topk else (code, None)
         y_hat_BY, w_dec = self._decode(code, self.w_dec, k)
-        loss, metrics = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean(), {}
-        if now is not None:
-            metrics["k"] = now
-        if config.multi_topk:
-            wide_hat_BY, w_dec = self._decode(wide, w_dec)
-            metrics["multi_loss"] = statistics.loss_scale * ((batch.y - wide_hat_BY) ** 2).mean()
+        loss, metrics = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean(), {}
+        if k_now is not None:
+            metrics["k"] = k_now
+        if multi_code is not None:
+            multi_hat_BY, w_dec = self._decode(multi_code, w_dec)
+            metrics["multi_loss"] = context.constants.loss_scale * ((batch.y - multi_hat_BY) ** 2).mean()
             loss = loss + config.multi_topk * metrics["multi_loss"]
         encoder = w_enc, self.b_enc, self.b_dec
-        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
+        loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         return loss, replace(outcome, metrics={**outcome.metrics, **metrics})
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+    def constrained(self) -> TopK:
+        """Unit decoder rows."""
+        return replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> TopK:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
@@ -134,10 +134,10 @@ class TopK(AbstractSae):
     def _dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.dtype)
 
-    def _encode(self, x_BD: jax.Array, k: int, now: jax.Array | None = None) -> tuple[Code, jax.Array]:
-        most = None if now is None else self.config.k_start
+    def _encode(self, x_BD: jax.Array, k: int, k_now: jax.Array | None = None) -> tuple[Code, jax.Array]:
+        max_k = None if k_now is None else self.config.k_start
         k = min(k, self.config.n_latents)
-        return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype, most, now)
+        return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype, max_k, k_now)
 
     def _decode(self, code: Code, w_dec: jax.Array, dense: int | None = None) -> tuple[jax.Array, jax.Array]:
         y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, tangent=True, dense=dense)

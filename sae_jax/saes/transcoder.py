@@ -25,8 +25,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.ops import encode, sparse, tiled
-from sae_jax.saes import base, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Batch, KConfig, Outcome, Sample, Scale, Statistics
+from sae_jax.saes import base, init, jumprelu, losses
+from sae_jax.saes.base import AbstractSae, Batch, Context, KConfig, Outcome
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import Scale
 from sae_jax.types import Code, UsageError, Widths
 
 
@@ -46,7 +48,8 @@ class Config(KConfig):
     error: losses.Error = "summed"
     """which squared error l1_coefficient stands beside, see saes/losses.py"""
 
-    DATA: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    UNIT_DECODER: ClassVar[bool] = False  # rows lead from the units of x to those of y
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +77,7 @@ class Config(KConfig):
             raise UsageError(f"sae.variant=transcoder encodes one source, not {len(widths.x)}; name one in `site`")
 
 
-@struct.dataclass
+@struct.dataclass(repr=False)
 class Transcoder(AbstractSae):
     """A transcoder; frozen, so training makes a new one each step."""
 
@@ -114,9 +117,7 @@ class Transcoder(AbstractSae):
             y_hat_BY, l0 = self.decode_rows(code), base.l0(code)
         return y_hat_BY + self._skipped(x_BX), l0
 
-    def objective(
-        self, batch: Batch, statistics: Statistics, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Outcome]:
+    def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, n_rows = self.config, batch.x.shape[0]
         rest_BY = self.b_dec[None] + self._skipped(batch.x)
@@ -124,21 +125,21 @@ class Transcoder(AbstractSae):
             code, w_enc = self._encode(batch.x)
             y_hat_BY, w_dec = sparse.decode(code, self.w_dec, self._dtype, tangent=True)
             y_hat_BY = y_hat_BY + rest_BY
-            loss = statistics.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
+            loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
             encoder = w_enc, self.b_enc, self._nothing
-            return losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, statistics)
+            return losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         tiles = tiled.reconstruct(
-            *(batch.x, self.w_enc, base.tangent_to_rows(self.w_dec), self._nothing, self.b_enc),
-            *(_relu, self._dtype, base.FIRED_ABOVE),
+            *(batch.x, self.w_enc, init.tangent_to_rows(self.w_dec), self._nothing, self.b_enc),
+            *(tiled.relu, self._dtype, base.FIRED_ABOVE),
         )
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
-        coefficient = losses.warmed(statistics.coefficients["l1_coefficient"], step, config.sparsity_warmup_steps)
+        coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
-        return loss, Outcome(y_hat_BY, tiles.l0, statistics.after(tiles.fired, n_rows), {"l1": l1})
+        return loss, Outcome(y_hat_BY, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
 
-    def after_step(self, state: Any, key: jax.Array) -> Any:
-        """Unit decoder rows again."""
-        return replace(state, sae=replace(state.sae, w_dec=base.unit_rows(state.sae.w_dec)))
+    def constrained(self) -> Transcoder:
+        """Unit decoder rows."""
+        return replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> Transcoder:
         """See AbstractSae. Codes are in the units of x; decoder rows then lead from these to those of y."""
@@ -170,8 +171,3 @@ class Transcoder(AbstractSae):
         if self.w_skip is None:
             return 0.0
         return encode.product(x_BX.astype(self._dtype), self.w_skip.astype(self._dtype), "bx,yx->by")
-
-
-def _relu(pre_bf: jax.Array, b_enc_f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z_bf = jax.nn.relu(pre_bf + b_enc_f[None])
-    return z_bf, z_bf

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_jax import config as configs
+from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
 
 FILE = "results.jsonl"
@@ -145,4 +145,4 @@ def write(folder: str | Path, points: Iterable[Point]) -> None:
     """Replace the table with these points, sorted; a reader sees the old one or the new one."""
     rows = sorted(points, key=lambda point: point.key)
     text = "".join(json.dumps(point.to_json()) + "\n" for point in rows)
-    configs.write_text(Path(folder) / FILE, text)
+    storage.write_text(Path(folder) / FILE, text)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class SweepConfig:
 
     grid: tuple[str, ...] = ()
     """'sae.k=16 32 64': a setting and its values. Every combination is trained, of each of `members` if there are any.
-    In a recipe: {sae.k: [16, 32, 64], ...}"""
+    In a recipe and from Python: {sae.k: [16, 32, 64], ...}"""
     compute: tuple[float, ...] = ()
     """budgets in FLOP (both matrices, forward and twice backward): each member is measured where it has used them up"""
     tokens: tuple[float, ...] = ()
@@ -88,32 +88,31 @@ class Cell(NamedTuple):
 
 def cells(config: SweepConfig) -> list[Cell]:
     """All combinations, the last setting changing fastest; one without settings if there is no grid."""
-    values: dict[str, list[Any]] = {}
-    for words in config.grid:
-        key, equals, rest = words.partition("=")
-        try:
-            found = [yaml.safe_load(word) for word in shlex.split(rest)]
-        except (ValueError, yaml.YAMLError):
-            found = []
-        if not equals or not found or len(set(map(str, found))) < len(found):
-            raise UsageError(f"sweep.grid {words!r}: give a setting and different values for it, as in 'sae.k=16 32'")
-        if key in values:
-            raise UsageError(f"sweep.grid: {key} stands twice; give all its values at once")
-        values[key] = found
+    values = config.grid if isinstance(config.grid, Mapping) else _from_words(config.grid)
+    for key, tried in values.items():
+        if not isinstance(tried, list | tuple) or not tried or len(set(map(str, tried))) < len(tried):
+            raise UsageError(f"sweep.grid {key}={tried!r}: give a setting a list of different values")
     return [
         Cell("-".join(_named(key, value) for key, value in cell.items()), cell)
         for cell in (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
     ]
 
 
-def as_words(grid: dict[str, Any]) -> list[str]:
-    """A grid as a recipe writes it, {setting: [values]}, as the words that `--sweep.grid` takes."""
-    words = []
-    for key, values in grid.items():
-        values = values if isinstance(values, list) else [values]
-        texts = (" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
-        words.append(f"{key}={shlex.join(texts)}")
-    return words
+def _from_words(grid: Sequence[str]) -> dict[str, list[Any]]:
+    """{setting: values} of a grid as it is typed: 'sae.k=16 32 64'."""
+    values: dict[str, list[Any]] = {}
+    for words in grid:
+        key, equals, rest = words.partition("=")
+        try:
+            values_of_key = [yaml.safe_load(word) for word in shlex.split(rest)]
+        except (ValueError, yaml.YAMLError):
+            values_of_key = []
+        if not equals or not values_of_key:
+            raise UsageError(f"sweep.grid {words!r}: give a setting and different values for it, as in 'sae.k=16 32'")
+        if key in values:
+            raise UsageError(f"sweep.grid: {key} stands twice; give all its values at once")
+        values[key] = values_of_key
+    return values
 
 
 def due(config: SweepConfig, steps: int, batch_size: int, flop_per_token: int) -> dict[int, float | None]:
@@ -121,7 +120,7 @@ def due(config: SweepConfig, steps: int, batch_size: int, flop_per_token: int) -
 
     `steps` is how long it would be trained if the sweep did not say.
     """
-    least, most = max(config.min_tokens, batch_size), config.most
+    fewest, most = max(config.min_tokens, batch_size), config.most
     marks: dict[int, float | None] = {}
     if config.tolerance is not None:
         window = max(round(config.window / batch_size), 1)
@@ -130,7 +129,7 @@ def due(config: SweepConfig, steps: int, batch_size: int, flop_per_token: int) -
     marks |= {
         round(budget / flop_per_token / batch_size): budget
         for budget in config.compute
-        if least <= budget / flop_per_token <= most
+        if fewest <= budget / flop_per_token <= most
     }
     if not config.tokens and not config.compute and config.tolerance is None:
         marks[steps] = None
@@ -146,25 +145,29 @@ def share(costs: Sequence[float], i: int, n: int) -> list[int]:
     return [piece for piece in range(len(costs)) if owner[piece] == i]
 
 
-def pack(n_bytes: Sequence[int], beside: Sequence[int], room: float, most: int | None = None) -> list[list[int]]:
-    """Pieces into passes so that the bytes of all, and the most that one needs beside them, stay within `room`.
+def pack(
+    n_bytes: Sequence[int], workspaces: Sequence[int], room: float, max_pieces: int | None = None
+) -> list[list[int]]:
+    """Pieces into passes so that the bytes of all, and the largest workspace beside them, stay within `room`.
 
-    The largest first, each into the first pass that holds it and has fewer than `most`; a piece that is too large gets
-    a pass of its own.
+    The largest first, each into the first pass that holds it and has fewer than `max_pieces`; a piece that is too large
+    gets a pass of its own.
     """
     passes: list[list[int]] = []
-    for piece in sorted(range(len(n_bytes)), key=lambda piece: (-n_bytes[piece] - beside[piece], piece)):
-        for own in passes:
-            together = [*own, piece]
-            if len(own) != most and sum(n_bytes[p] for p in together) + max(beside[p] for p in together) <= room:
-                own.append(piece)
+    for piece in sorted(range(len(n_bytes)), key=lambda piece: (-n_bytes[piece] - workspaces[piece], piece)):
+        for pieces in passes:
+            together = [*pieces, piece]
+            needs = sum(n_bytes[p] for p in together) + max(workspaces[p] for p in together)
+            if len(pieces) != max_pieces and needs <= room:
+                pieces.append(piece)
                 break
         else:
             passes.append([piece])
-    return [sorted(own) for own in passes]
+    return [sorted(pieces) for pieces in passes]
 
 
 def _named(key: str, value: Any) -> str:
     last = key.rpartition(".")[2]
+    value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     text = (f"{value:g}" if isinstance(value, float) else str(value)).translate(NOT_IN_A_NAME)
     return f"{SHORT.get(last, last)}{text}" if text[:1].isdigit() else text

@@ -1,95 +1,117 @@
-"""The points of a sweep as they are found: DIR/points/<member>.json, one file a member, replaced whole at every mark.
+"""The points of a sweep as they are measured: DIR/points/<member>.json, a file a member, replaced whole at each mark.
 
-A sweep that was killed measures again what comes after its last checkpoint, and finds the same. What later points say
-then stands no more, so a file is cut to what comes before the mark that is written.
+A sweep that was killed measures again what comes after its last checkpoint, and finds the same. Later points then no
+longer count, so a file is cut to what comes before the mark that is written.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from sae_jax import config as configs
+from sae_jax import storage
+from sae_jax.activations.source import place_rows
+from sae_jax.saes.base import Batch
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
-from sae_jax.training.members import Member
+from sae_jax.training.groups import Member
+from sae_jax.types import Sites, UserError
 
 POINTS = "points"
 
 
-class Wanted(NamedTuple):
-    """What a sweep wants of a member."""
+@dataclass(frozen=True)
+class Requested:
+    """Where a member of a sweep is to be measured, and what its points have in common."""
 
     marks: dict[int, float | None]  # {step to measure it after: the budget that is used up there}
     flop_per_token: int
-    facts: dict[str, Any]  # those fields of its points that are the same at each
+    fields: dict[str, Any]  # of its points, the same at each
 
 
-class Marks:
-    """Where the members of a pass are measured (training/loop.py), and what was found."""
+class SweepMeasurements:
+    """Measures the members of a pass at their marks, and writes the points (training/members.py `Measurements`)."""
 
     def __init__(
         self,
         out: Path,
-        rows: list[dict[str, np.ndarray]],
-        wanted: Mapping[str, Wanted],
+        rows: dict[str, np.ndarray],
+        sites: Sites,
+        batch_size: int,
+        requested: Mapping[str, Requested],
         tolerance: float | None,
         window: int,
-        silent: bool,
     ) -> None:
         """Args:
         out: of the sweep.
-        rows: batches of one size to measure on: {source: this process's part}.
-        wanted: {member: what of it}.
+        rows: to measure on: {source: f32[N, D]}, the same on every process.
+        sites: what the members encode and reconstruct.
+        batch_size: rows of a batch, at most.
+        requested: {member: where it is measured}.
         tolerance: a member ends where its FVU has changed by less than this share over a window.
         window: steps.
-        silent: write nothing, as processes other than the first.
         """
-        self.rows = rows
-        self._out, self._wanted, self._silent = out, wanted, silent
-        self._tolerance, self._window = tolerance, window
-        self._found = {name: read(out, name) for name in wanted}
+        self._out, self._rows, self._sites, self._batch_size = out, rows, sites, batch_size
+        self._requested, self._tolerance, self._window = requested, tolerance, window
+        self._points = {name: read(out, name) for name in requested}
         self._began = time.monotonic()
-        self._before = max((p.seconds or 0.0 for points in self._found.values() for p in points), default=0.0)
+        self._before = max((p.seconds or 0.0 for points in self._points.values() for p in points), default=0.0)
 
-    def due(self, member: Member, step: int) -> bool:
-        """Whether the member is measured after `step` steps."""
-        return step in self._wanted[member.name].marks
+    def batches(self, mesh: Mesh) -> list[Batch]:
+        """See Measurements. Raises UserError if there are fewer rows than devices."""
+        n = len(next(iter(self._rows.values())))
+        size = min(self._batch_size, n // mesh.size * mesh.size)
+        if not size:
+            raise UserError(f"{n} rows to measure on do not divide over {mesh.size} devices; raise sweep.held_out")
+        part = size // jax.process_count()
+        first = jax.process_index() * part
+        return [
+            place_rows(
+                {name: rows[i + first : i + first + part] for name, rows in self._rows.items()}, self._sites, mesh
+            )
+            for i in range(0, n - size + 1, size)
+        ]
 
-    def note(self, member: Member, step: int, found: dict[str, float]) -> bool:
-        """Write the point down. Whether the member goes on."""
-        wanted, batch_size = self._wanted[member.name], member.train.batch_size
+    def is_due(self, member: Member, step: int) -> bool:
+        """See Measurements."""
+        return step in self._requested[member.name].marks
+
+    def note(self, member: Member, step: int, metrics: dict[str, float]) -> bool:
+        """Write the point down. Whether the member continues."""
+        requested, batch_size = self._requested[member.name], member.train.batch_size
         tokens = step * batch_size
-        earlier = [point for point in self._found[member.name] if point.tokens < tokens]
-        then = next((point for point in earlier if point.tokens == tokens - self._window * batch_size), None)
-        converged = bool(self._tolerance and then and abs(found["fvu"] / then.fvu - 1) < self._tolerance)
+        earlier = [point for point in self._points[member.name] if point.tokens < tokens]
+        before = next((point for point in earlier if point.tokens == tokens - self._window * batch_size), None)
+        converged = bool(self._tolerance and before and abs(metrics["fvu"] / before.fvu - 1) < self._tolerance)
         point = Point.of(
             {
-                **wanted.facts,
-                **found,
+                **requested.fields,
+                **metrics,
                 "tokens": tokens,
                 "steps": step,
-                "flops": float(tokens * wanted.flop_per_token),
-                "budget": wanted.marks[step],
+                "flops": float(tokens * requested.flop_per_token),
+                "budget": requested.marks[step],
                 "converged": converged,
                 "seconds": round(self._before + time.monotonic() - self._began, 1),
             }
         )
-        self._found[member.name] = [*earlier, point]
-        if not self._silent:
-            path = _path(self._out, member.name)
-            path.parent.mkdir(exist_ok=True)
-            configs.write_json(path, {"points": [point.to_json() for point in self._found[member.name]]})
+        self._points[member.name] = [*earlier, point]
+        if jax.process_index() == 0:
+            points = [point.to_json() for point in self._points[member.name]]
+            storage.write_json(_path(self._out, member.name), {"points": points})
         return not converged
 
 
 def read(out: Path, name: str) -> list[Point]:
     """The points of a member so far. Raises UserError if the file is damaged."""
-    content = configs.read_json(_path(out, name)) or {}
+    content = storage.read_json(_path(out, name)) or {}
     return [Point.of(values) for values in content.get("points", [])]
 
 

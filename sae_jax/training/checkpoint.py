@@ -4,9 +4,10 @@ A checkpoint is one Orbax step directory, RUN/checkpoints/<step>/. A save that i
 damaged afterwards is set aside as checkpoints/damaged-<step> and the run goes on from the one before.
 
     sae          master weights            average      running average of the weights (train.ema above 0)
-    moments      the optimiser's           run          step, statistics (counters, constants), PRNG key
+    optimiser    its moments               counters     dead counters and the like
+    run          step, constants
 
-RUN/config.json beside them holds the resolved config. A set of members is one such directory, the parts of each under
+RUN/config.json beside them holds the record of the run. A set of members is one such directory, the parts of each under
 its name (`k16.sae`, ...); RUN/config.json then lists the members, and RUN/members/<name>/ is a run in all but this: it
 has checkpoints of its own only once the member has left the set. Only this file knows Orbax.
 """
@@ -14,10 +15,8 @@ has checkpoints of its own only once the member has left the set. Only this file
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,26 +27,28 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import config as configs
+from sae_jax import storage
 from sae_jax.progress import console
-from sae_jax.saes import base
-from sae_jax.saes.base import AbstractSae
-from sae_jax.training import optim
-from sae_jax.training.settings import MAY_CHANGE, TrainConfig
-from sae_jax.training.state import TrainState, abstract
-from sae_jax.types import UsageError, UserError, Widths
+from sae_jax.record import MembersRecord, RunRecord
+from sae_jax.training.settings import MAY_CHANGE
+from sae_jax.training.state import TrainState
+from sae_jax.types import UsageError, UserError
 
 MEMBERS = "members"  # folder of a set's members
-IN_RUN = ("step", "statistics", "key", "values")
 KEPT = 2  # a save that is cut off must leave the one before it
 
 
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it waits for the save under way.
 
-    Only the command that trains may have one with `writes`: it removes what saves that were cut off have left.
+    Only the command that trains may have one with `writes`: it removes what saves that were cut off have left. A run
+    without a folder has none: saving does nothing.
     """
 
-    def __init__(self, run: Path, writes: bool = True) -> None:
+    def __init__(self, run: Path | None, writes: bool = True) -> None:
+        self._orbax: Any = None
+        if run is None:
+            return
         self._folder = (run / "checkpoints").absolute()
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
@@ -61,7 +62,8 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint, which may still be on its way to the disk; None if there is none."""
-        return None if self._orbax.latest is None else self._orbax.latest.step
+        latest = None if self._orbax is None else self._orbax.latest
+        return None if latest is None else latest.step
 
     def save(self, step: int, states: dict[str, TrainState]) -> None:
         """Queue a save of {member: state}; returns once the arrays are copied, so that the states may be donated.
@@ -69,14 +71,15 @@ class Checkpoints:
         The only state of a run without members has the name "". Raises UserError if this save or the one before it
         cannot be written.
         """
-        if self.latest != step:
+        if self._orbax is not None and self.latest != step:
             with self._reported():
                 self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
 
     def wait(self) -> None:
         """Return when all saves are on the disk. Raises UserError if one cannot be written."""
         with self._reported():
-            self._orbax.wait()
+            if self._orbax is not None:
+                self._orbax.wait()
 
     def restore(self, targets: dict[str, TrainState]) -> dict[str, TrainState]:
         """The newest states that can be read, placed as `targets` (abstract, see training/state.py) say.
@@ -114,7 +117,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._reported():
-            self._orbax.close()
+            if self._orbax is not None:
+                self._orbax.close()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -123,93 +127,48 @@ class Checkpoints:
             yield
         except Exception as error:
             raise UserError(
-                f"cannot write to {self._folder}: {_reason(error)}; see to the disk and repeat the command, which goes "
-                f"on from the last checkpoint"
+                f"cannot write to {self._folder}: {_reason(error)}; see to the disk and repeat the command, which "
+                f"resumes from the last checkpoint"
             ) from error
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The end of a run, so far."""
-
-    sae: AbstractSae  # plain arrays on the default device, no mesh
-    step: int  # of the checkpoint they come from
-    dead_fraction: float  # latents that had not fired for train.dead_after_tokens
-    facts: dict[str, Any]  # RUN/config.json
-
-
-def load(run: str | Path, ema: bool = False) -> AbstractSae:
-    """The SAE of a run, from its last checkpoint, as plain arrays on the default device; errors as `load_run`.
-
-    Args:
-        run: the directory that `sae-jax train` wrote.
-        ema: the averaged weights instead of the live ones.
-    """
-    return load_run(run, ema).sae
-
-
-def load_run(run: str | Path, ema: bool = False) -> Loaded:
-    """As `load`, with what else the checkpoint and the config say.
-
-    Raises:
-        UserError: no run there, no checkpoint yet, or averages asked of a run that kept none.
-    """
-    run = Path(run)
-    facts = read_config(run)
-    sae_config = configs.from_dict(base.config_class(facts["sae"]["variant"]), facts["sae"])
-    train_config = configs.from_dict(TrainConfig, facts["train"])
-    if ema and not train_config.ema:
-        raise UsageError(f"{run}: train.ema was 0, so the run kept no averaged weights; load it without ema")
-    where, name = _newest(run)
-    with Checkpoints(where, writes=False) as checkpoints:
-        if checkpoints.latest is None:
-            raise UserError(f"{run}: no complete checkpoint yet; let training reach train.checkpoint_every steps")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = _to_tree({name: abstract(sae_config, train_config, Widths.of(facts["widths"]), here)})
-        weights, counters = _part(name, "average" if ema else "sae"), _part(name, "run")
-        step, tree = checkpoints.read({part: target[part] for part in (weights, counters)})
-    statistics = tree[counters]["statistics"]
-    sae = optim.read(tree[weights]).folded(statistics.scale)
-    return Loaded(sae, step, float(statistics.dead.mean()), facts)
 
 
 def latest_step(run: Path, name: str = "") -> int | None:
     """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
     steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    held = [step for step in steps if not name or (run / "checkpoints" / str(step) / _part(name, "sae")).exists()]
+    held = [step for step in steps if not name or (run / "checkpoints" / str(step) / part_name(name, "sae")).exists()]
     return max(held, default=None)
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """RUN/config.json. Raises UserError where there is none, or it lacks what describes a run."""
-    facts = _facts(run)
-    needed = {"sae": dict, "train": dict, "widths": dict, "sites": dict, "data": str}
+def read_record(run: Path) -> RunRecord:
+    """RUN/config.json. Raises UserError where there is none, or it does not describe a run."""
+    content = storage.read_json(run / "config.json")
+    if content is None:
+        raise UserError(f"{run}: not a run, config.json is missing; give the --out of `sae-jax train`")
     if names := members(run):
         raise UserError(f"{run}: a set of members; name one: {', '.join(str(run / MEMBERS / name) for name in names)}")
-    if not all(isinstance(facts.get(name), kind) for name, kind in needed.items()) or "variant" not in facts["sae"]:
-        raise UserError(
-            f"{run}: not a run, {run / 'config.json'} is missing or damaged; give the --out of `sae-jax train`"
-        )
-    return facts
+    return RunRecord.from_json(content, run / "config.json")
 
 
 def members(run: Path) -> list[str]:
     """Names of the members that a set was started with; none for a run of one SAE, or no run."""
-    names = _facts(run).get("members")
-    return names if isinstance(names, list) else []
+    content = storage.read_json(run / "config.json") or {}
+    if content.get("kind") != MembersRecord.KIND:
+        return []
+    return list(MembersRecord.from_json(content, run / "config.json").members)
 
 
-def check_resumable(run: Path, facts: dict[str, Any]) -> None:
+def check_resumable(run: Path, record: RunRecord) -> None:
     """Refuse to continue a run with settings that would make it another one."""
-    before, now = dict(configs.flatten(read_config(run))), dict(configs.flatten(facts))
-    for key in sorted(before.keys() | now.keys()):
-        bound = key == "train.steps" and now.get("train.decay_steps")  # the rate falls towards the last step
-        if (key in MAY_CHANGE and not bound) or before.get(key) == now.get(key):
+    before, after = (_settings(each) for each in (read_record(run), record))
+    for key in sorted(before.keys() | after.keys()):
+        bound = key == "train.steps" and after.get("train.decay_steps")  # the rate falls towards the last step
+        if (key in MAY_CHANGE and not bound) or before.get(key) == after.get(key):
             continue
-        if key == "set":
-            raise UsageError(f"{run} was started on other rows than {facts['data']} holds now; give another --out")
+        if key == "data.content":
+            where = record.dictionary.data.path if record.dictionary.data else None
+            raise UsageError(f"{run} was started on other rows than {where or 'these'}; give another --out")
         raise UsageError(
-            f"{run} was started with {key}={before.get(key)}, not {now.get(key)}; keep it to resume, "
+            f"{run} was started with {key}={before.get(key)}, not {after.get(key)}; keep it to resume, "
             f"or give another --out"
         )
 
@@ -224,23 +183,7 @@ def check_members(run: Path, names: list[str]) -> None:
         )
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom, in one line."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
-
-
-def _facts(run: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _newest(run: Path) -> tuple[Path, str]:
+def newest(run: Path) -> tuple[Path, str]:
     """Which run has the newest checkpoint of this one, and under which name: itself, or the set of which it is one."""
     path = run.absolute()
     if path.parent.name == MEMBERS:
@@ -250,20 +193,39 @@ def _newest(run: Path) -> tuple[Path, str]:
     return run, ""
 
 
-def _part(name: str, part: str) -> str:
+def part_name(name: str, part: str) -> str:
+    """Under which name a part of a member's state is in a checkpoint."""
     return f"{name}.{part}" if name else part
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """A record's settings under the names that users give them."""
+    content = record.to_json()
+    dictionary = content.pop("dictionary")
+    sites = {"site": record.dictionary.sites.x, "reconstruct": record.dictionary.sites.y}
+    content |= {name: dictionary[name] for name in ("variant", "sae", "data")} | sites
+    return dict(configs.flatten(content))
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 
 
 def _to_tree(states: dict[str, TrainState]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, state in states.items():
-        tree[_part(name, "sae")], tree[_part(name, "moments")] = state.sae, state.moments
-        tree[_part(name, "run")] = {field: getattr(state, field) for field in IN_RUN}
+        parts = {"sae": state.sae, "optimiser": state.optimiser_state, "counters": state.counters}
+        parts["run"] = {"step": state.step, "constants": state.constants}
         if state.average is not None:
-            tree[_part(name, "average")] = state.average
+            parts["average"] = state.average
+        tree |= {part_name(name, part): arrays for part, arrays in parts.items()}
     return tree
 
 
 def _from_tree(tree: dict[str, Any], name: str) -> TrainState:
-    parts: dict[str, Any] = {part: tree.get(_part(name, part)) for part in ("sae", "moments", "average")}
-    return TrainState(**parts, **tree[_part(name, "run")])
+    parts: dict[str, Any] = {part: tree.get(part_name(name, part)) for part in ("sae", "average", "counters")}
+    return TrainState(optimiser_state=tree[part_name(name, "optimiser")], **parts, **tree[part_name(name, "run")])

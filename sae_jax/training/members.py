@@ -1,240 +1,251 @@
-"""Members: the SAEs that learn from one pass over the data, and how they lie on the devices.
+"""What only runs of several members need: who takes part, who fails, who leaves.
 
-    data, latent    one SAE is spread over these axes
-    member          in a lane, every slice of the mesh along this axis steps an SAE of its own
-
-Each batch is placed once, split over all devices, and gathered over `member` once. Then lane after lane is stepped on
-it. Without a `member` axis a lane is one SAE. All lanes that share a program (same variant, sizes and dtypes; learning
-rate, seed, coefficients and the like are data) share its compilation.
-
-Members in turn, not stacked under `lax.map`: it takes as long, and the map would hold the stack of states twice.
+A run has one member, or a set of them that learn from the same batches. A member leaves a set after its last step, with
+a checkpoint of its own, or is dropped when its loss is not finite; the others continue. How members lie on the devices
+is in training/groups.py.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from sae_jax import mesh as meshes
-from sae_jax.saes.base import Batch, InputNorm, SaeConfig, Sample
-from sae_jax.training.settings import TrainConfig, Values, program
-from sae_jax.training.state import TrainState, abstract, initial
-from sae_jax.training.step import Metrics, make_measure, make_step
-from sae_jax.types import Sites, UsageError, Widths
+from sae_jax import storage
+from sae_jax.activations.source import Batches
+from sae_jax.record import MembersRecord
+from sae_jax.saes.base import Batch
+from sae_jax.saes.init import Sample
+from sae_jax.saes.normalise import InputNorm
+from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step
+from sae_jax.training.groups import Member, MemberGroup, group_members, initial_states
+from sae_jax.training.state import TrainState
+from sae_jax.training.step import Metrics
+from sae_jax.types import UsageError, UserError
 
-T = TypeVar("T")
-Program = tuple[SaeConfig, TrainConfig]
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One SAE of a run."""
-
-    name: str  # "" if it is the only one
-    sae: SaeConfig
-    train: TrainConfig
-    folder: Path  # of config.json and metrics.jsonl; the run's own if it is the only one
-    facts: dict[str, Any]  # what config.json says
-
-    @property
-    def widths(self) -> Widths:
-        """Of the sources."""
-        return Widths.of(self.facts["widths"])
-
-    @property
-    def program(self) -> Program:
-        """Members for which this is equal can share a compiled program."""
-        return self.sae.program, program(self.train)
-
-    def __str__(self) -> str:
-        return f"member {self.name}" if self.name else "train"
+Queued = list[tuple[MemberGroup, Metrics]]
 
 
-class Lane:
-    """Members that one call steps: one of them, or one on each slice of the mesh's member axis."""
+class Measurements(Protocol):
+    """Where members are measured on rows that they do not learn from, and who is told."""
+
+    def batches(self, mesh: Mesh) -> list[Batch]:
+        """Rows to measure on, in batches of one size, on the devices of the mesh in use."""
+        ...
+
+    def is_due(self, member: Member, step: int) -> bool:
+        """Whether the member is measured after `step` steps."""
+        ...
+
+    def note(self, member: Member, step: int, metrics: dict[str, float]) -> bool:
+        """Take finite fvu, l0 and dead_fraction down. Whether the member continues; all processes say the same."""
+        ...
+
+
+class MemberSet:
+    """The members of a run that are in training, with their states on the devices."""
 
     def __init__(
-        self, members: Sequence[Member], states: dict[str, TrainState], mesh: Mesh, step: Any, measure: Any
+        self,
+        run: Path | None,
+        members: Sequence[Member],
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        sample: Callable[[InputNorm], Sample],
+        source: Batches,
     ) -> None:
-        """`states` are consumed. A slice without a member repeats the first one, and nobody looks."""
-        self.members = tuple(members)
-        self._n_slices = meshes.sizes(mesh)["member"]
-        self._mesh, self._step, self._measure = mesh, step, measure
-        own = [states.pop(member.name) for member in members]
-        if self._n_slices == 1:
-            (self._state,) = own
-        else:
-            self._state = _in_order(jax.jit(_stack)(own + own[:1] * (self._n_slices - len(own))))
+        """Take up the run: new states, or those of its last checkpoint. Raises UsageError where that cannot be.
 
-    def step(self, batch: Batch) -> Metrics:
-        """Queue a step of all members; the metrics f32[], or f32[member]."""
-        self._state, metrics = self._step(self._state, batch)
-        return _in_order(metrics)
-
-    def metrics_of(self, member: Member, metrics: Metrics) -> dict[str, float]:
-        """A member's share of fetched metrics."""
-        return {name: float(value) for name, value in self._share(member, metrics).items()}
-
-    def measure(self, batches: Sequence[Batch]) -> dict[Member, dict[str, float]]:
-        """What each member makes of rows that it does not learn from: fvu, l0, dead_fraction.
-
-        The batches are of one size. Centred on the mean of all of them, in float64.
+        Args: as `loop.train`.
         """
-        found = [jax.device_get(_in_order(self._measure(self._state, batch))) for batch in batches]
-        return {member: _over([self._share(member, of) for of in found]) for member in self.members}
+        self._run, self._members, self._mesh = run, members, mesh
+        self._checkpoints, self._source = checkpoints, source
+        self.failed = {m: f"see {_failure(m)}" for m in members if m.name and m.folder and _failure(m).exists()}
+        waiting = [member for member in members if member not in self.failed]
+        self.active, states, self.start = _take_up(run, waiting, checkpoints, mesh, sample)
+        self.groups = group_members(self.active, states, mesh)
+        self.n_steps = max((member.train.steps for member in self.active), default=self.start)
+        self.final: dict[str, TrainState] = {}  # of members that have left a run without a folder
+        self._unseen: list[Batch] | None = None
 
-    def _share(self, member: Member, found: Metrics) -> Metrics:
-        i = self.members.index(member)
-        return found if self._n_slices == 1 else {name: value[i] for name, value in found.items()}
+    def step(self, batch: Batch) -> Queued:
+        """Queue a step of every group."""
+        return [(group, group.step(batch)) for group in self.groups]
 
-    def states(self, members: Sequence[Member]) -> dict[str, TrainState]:
-        """The states of some of the members, as they are at rest."""
-        if self._n_slices == 1:
-            return {member.name: self._state for member in members}
-        own = _in_order(jax.jit(_unstack, static_argnums=(1, 2))(self._state, self._mesh, len(self.members)))
-        return {member.name: state for member, state in zip(self.members, own, strict=True) if member in members}
+    def fetch(self, step: int, queued: Queued) -> dict[Member, dict[str, float]]:
+        """Metrics of a queued step from the devices, of the members that are active. Drops those that fail.
+
+        A gradient that is not finite spoils the weights that a checkpoint of this very step would hold.
+        """
+        fetched = [(group, jax.device_get(metrics)) for group, metrics in queued]
+        metrics = {m: group.metrics_of(m, part) for group, part in fetched for m in group.members if m in self.active}
+        for member, values in list(metrics.items()):
+            if not np.isfinite(values["loss"] + values["grad_norm"]):
+                what = f"loss is {values['loss']}, gradient norm {values['grad_norm']}"
+                self._drop(member, step, what, metrics.pop(member))
+        return metrics
+
+    def measure(self, step: int, measurements: Measurements) -> list[Member]:
+        """Measure the members that are due. Those that end here, though they have steps left."""
+        due = [member for member in self.active if measurements.is_due(member, step)]
+        if not due:
+            return []
+        if self._unseen is None:
+            self._unseen = measurements.batches(self._mesh)
+        metrics: dict[Member, dict[str, float]] = {}
+        for group in self.groups:
+            if any(member in due for member in group.members):
+                metrics |= group.measure(self._unseen)
+        ended = []
+        for member in due:
+            # The last update may have spoilt weights that no batch has met since.
+            if not np.isfinite(metrics[member]["fvu"]):
+                self._drop(member, step, f"FVU on held-out rows is {metrics[member]['fvu']}", metrics[member])
+            elif not measurements.note(member, step, metrics[member]):
+                ended.append(member)
+        return ended
+
+    def save(self, step: int, ended: Sequence[Member] = ()) -> None:
+        """Save all active members. A member that leaves is saved before the set is saved without it."""
+        leaving = [member for member in self.active if member.train.steps == step or member in ended]
+        staying = [member for member in self.active if member not in leaving]
+        states: dict[str, TrainState] = {}
+        for group in self.groups:
+            states |= group.states([member for member in group.members if member in self.active])
+        for member in leaving:
+            if member.folder is None:
+                self.final[member.name] = states.pop(member.name)
+            elif member.name:
+                with Checkpoints(member.folder) as of_member:
+                    of_member.save(step, {"": states.pop(member.name)})
+        if states:
+            self._checkpoints.save(step, states)
+        self.active = staying
+        self._forget_empty_groups()
+
+    def end(self) -> None:
+        """Every member has left. Raises UserError, in one line, if some failed."""
+        if self._run is not None and self._members[0].name:
+            _remove_checkpoints(self._run)  # of the set: every member has its own
+        if self.failed:
+            texts = [f"{m.name}: {what}" if m.name else what for m, what in self.failed.items()]
+            summary = f"{len(self.failed)} of {len(self._members)} members failed: " if self._members[0].name else ""
+            raise UserError(summary + "; ".join(texts))
+
+    def _drop(self, member: Member, step: int, what: str, metrics: dict[str, float]) -> None:
+        """Leave what is needed to replay the step: its number, its rows, the checkpoint before it."""
+        self.active = [other for other in self.active if other is not member]
+        self._forget_empty_groups()
+        if member.folder is None or self._run is None:
+            self.failed[member] = f"{what} at step {step}; lower lr, or give out= to keep what shows the rows"
+            return
+        self._checkpoints.wait()
+        last = latest_step(self._run, member.name)
+        if member.name and last is not None:  # the set's checkpoints will be without it
+            target = {member.name: member.abstract(self._mesh)}
+            with Checkpoints(member.folder) as of_member:
+                of_member.save(last, {"": self._checkpoints.restore(target)[member.name]})
+        path, rows = _failure(member, jax.process_index()), self._source.row_ids(step - 1).tolist()
+        texts = {name: str(value) for name, value in metrics.items()}
+        storage.write_json(path, {"step": step, "metrics": texts, "row_ids": rows, "last_checkpoint": last})
+        self.failed[member] = (
+            f"{what} at step {step}; {path} names its rows and the checkpoint before it; lower train.lr or look at "
+            f"these rows of the set"
+        )
+
+    def _forget_empty_groups(self) -> None:
+        self.groups = [g for g in self.groups if any(member in self.active for member in g.members)]
 
 
-def check_lanes(members: Sequence[Member], mesh: Mesh) -> None:
-    """Refuse members that leave slices of the member axis idle, and sizes that the mesh cannot split."""
-    n_slices = meshes.sizes(mesh)["member"]
-    for own in _by_program(members).values():
-        meshes.check_divides(mesh, own[0].sae.n_latents, own[0].train.batch_size)
-        if len(own) % n_slices:
-            names = ", ".join(member.name for member in own) or "one SAE"
-            raise UsageError(
-                f"mesh.member={n_slices}: the members that share a program must fill {n_slices} slices, these do not: "
-                f"{names}; use mesh.member=1, or one that divides {len(own)}"
-            )
+def is_save_due(step: int, members: Sequence[Member]) -> bool:
+    """Whether a checkpoint begins at this step: on the interval, half-way between, and where a member ends."""
+    every = {member.train.checkpoint_every for member in members}
+    return any(step % n in (0, n // 2) for n in every) or any(step == member.train.steps for member in members)
 
 
-def lanes_of(members: Sequence[Member], states: dict[str, TrainState], mesh: Mesh) -> list[Lane]:
-    """All members in as few lanes as possible; `states` are consumed."""
-    n_slices = meshes.sizes(mesh)["member"]
-    found = []
-    for (sae_config, train_config), own in _by_program(members).items():
-        step: Any = make_step(sae_config, train_config)
-        measure: Any = make_measure(sae_config)
-        if n_slices > 1:
-            step, measure = _on_slices(step, moves=True), _on_slices(measure, moves=False)
-        found += [Lane(own[i : i + n_slices], states, mesh, step, measure) for i in range(0, len(own), n_slices)]
-    return found
-
-
-def initial_states(members: Sequence[Member], sample: Callable[[InputNorm], Sample], mesh: Mesh) -> dict[str, Any]:
-    """{member: its state before the first step}, at rest."""
-    states = {}
-    for (sae_config, train_config), own in _by_program(members).items():
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract(sae_config, train_config, own[0].widths, mesh))
-
-        def born(sample: Sample, values: Values, sae_config=sae_config, train_config=train_config, places=places):
-            state = initial(sae_config, train_config, sample, values)
-            return jax.tree.map(jax.sharding.reshard, state, places)
-
-        born = jax.jit(born)
-        for member in own:
-            values = Values.of(member.train, member.sae)
-            states[member.name] = _in_order(born(sample(sae_config.input_norm), values))
-    return states
-
-
-def place(rows: dict[str, np.ndarray], sites: Sites, mesh: Mesh) -> Batch:
-    """This process's rows as its part of the global batch: sent to all devices once, ROWS in every slice."""
-
-    def placed(sources: tuple[str, ...]) -> jax.Array:
-        own = rows[sources[0]] if len(sources) == 1 else np.concatenate([rows[source] for source in sources], axis=1)
-        own = jax.make_array_from_process_local_data(meshes.sharding(mesh, meshes.input_rows(mesh)), own)
-        return _in_order(jax.sharding.reshard(own, meshes.sharding(mesh, meshes.ROWS)))
-
-    return Batch(placed(sites.x), None if sites.y == sites.x else placed(sites.y))
-
-
-def _in_order(x: T) -> T:
-    """`x`; on the CPU done first, if there are several devices.
-
-    Its devices start programs that do not depend on each other in any order. With collectives in them they wait for
-    each other for ever, as they do, over several processes, with more than some thirty programs in flight.
-    """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        jax.block_until_ready(x)
-    return x
-
-
-def _by_program(members: Sequence[Member]) -> dict[Program, list[Member]]:
-    groups: dict[Program, list[Member]] = {}
+def check_settings(run: Path | None, members: Sequence[Member]) -> bool:
+    """Whether there is a run already; refuses, with UsageError, to continue one with other members or settings."""
+    if run is None or not (run / "config.json").exists():
+        return False
+    check_members(run, [member.name for member in members if member.name])
     for member in members:
-        groups.setdefault(member.program, []).append(member)
-    return groups
+        if member.folder is not None and (member.folder / "config.json").exists():
+            check_resumable(member.folder, member.record)
+    return True
 
 
-def _over(found: list[Metrics]) -> dict[str, float]:
-    """Figures over batches of one size, from what `make_measure` says of each."""
-    of = {name: np.asarray([batch[name] for batch in found], np.float64) for name in found[0]}
-    spread = ((of["mean"] - of["mean"].mean(0)) ** 2).sum(-1)
-    fvu = of["error"].mean() / (of["variance"] + spread).mean()
-    return {"fvu": float(fvu), "l0": float(of["l0"].mean()), "dead_fraction": float(of["dead_fraction"][0])}
+def write_records(run: Path | None, members: Sequence[Member]) -> None:
+    """config.json of the run and of each member."""
+    if run is not None and members[0].name:
+        record = MembersRecord(tuple(member.name for member in members))
+        storage.write_json(run / "config.json", record.to_json())
+    for member in members:
+        if member.folder is not None:
+            storage.write_json(member.folder / "config.json", member.record.to_json())
 
 
-def _on_slices(one: Any, moves: bool) -> Any:
-    """`one`, a step (`moves`) or a measure, for a stack of states, one on each slice.
-
-    Slices may take different branches: no collective joins them.
-
-    At the border of a `jax.shard_map` over one axis of several, arrays that are explicitly split along the others are
-    gathered (JAX 0.10). So they are compiler-chosen there, and explicit again inside; what the compiler chooses is
-    what stands on both sides.
-    """
-    member, others = {meshes.MEMBER}, meshes.AXES
-
-    def all_at_once(stack: TrainState, batch: Batch) -> Any:
-        stack_specs, batch_specs = (jax.tree.map(_spec, tree) for tree in (stack, batch))
-        own_specs = jax.tree.map(lambda leaf: P(*_spec(leaf)[1:]), stack)
-
-        def local(stack_1: TrainState, batch: Batch) -> Any:
-            explicit: Any = jax.sharding.explicit_axes(one, axes=others, in_sharding=(own_specs, batch_specs))
-            found = explicit(jax.tree.map(lambda leaf: leaf[0], stack_1), batch)
-            return jax.tree.map(lambda leaf: leaf[None], found)
-
-        specs = {"in_specs": (P(meshes.MEMBER), P()), "out_specs": P(meshes.MEMBER)}
-        on_slices = jax.shard_map(local, **specs, axis_names=member, check_vma=False)
-        out_specs = (stack_specs, P(meshes.MEMBER)) if moves else P(meshes.MEMBER)
-        implicit: Any = jax.sharding.auto_axes(on_slices, axes=others, out_sharding=out_specs)
-        found = implicit(stack, batch)
-        # Every process logs all members.
-        figures = jax.tree.map(lambda of: jax.sharding.reshard(of, meshes.REPLICATED), found[1] if moves else found)
-        return (found[0], figures) if moves else figures
-
-    return jax.jit(all_at_once, donate_argnums=0 if moves else ())
-
-
-def _spec(leaf: jax.Array) -> P:
-    return jax.typeof(leaf).sharding.spec
-
-
-def _stack(states: list[TrainState]) -> TrainState:
-    def stacked(*leaves: jax.Array) -> jax.Array:
-        parts = map(_without_member, _spec(leaves[0]))
-        return jax.sharding.reshard(jnp.stack(leaves), P(meshes.MEMBER, *parts))
-
-    return jax.tree.map(stacked, *states)
+def _take_up(
+    run: Path | None,
+    members: Sequence[Member],
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    sample: Callable[[InputNorm], Sample],
+) -> tuple[list[Member], dict[str, TrainState], int]:
+    """The members that are not at their end, their states, and the step they stand at."""
+    if run is None:
+        return list(members), initial_states(members, sample, mesh), 0
+    stands = {m: max(latest_step(run, m.name) or 0, latest_step(_folder(m)) or 0) for m in members}
+    for member, step in stands.items():
+        if step > member.train.steps:
+            raise UsageError(
+                f"{member.folder} stands at step {step}; train.steps={member.train.steps} must be at least that"
+            )
+    # A run without members is read even at its end: where its newest checkpoint is damaged, it is not there yet.
+    active = [member for member in members if not member.name or stands[member] < member.train.steps]
+    if not active:
+        return [], {}, max(stands.values(), default=0)
+    start = _common_step({member: stands[member] for member in active})
+    if start == 0:
+        states = initial_states(active, sample, mesh)
+    else:
+        targets = {m: m.abstract(mesh) for m in active}
+        in_set = {m.name: target for m, target in targets.items() if latest_step(run, m.name) == start}
+        states = checkpoints.restore(in_set) if in_set else {}
+        for member, target in targets.items():
+            if member.name not in states:  # it had left, and has got more steps since
+                with Checkpoints(_folder(member)) as of_member:
+                    states[member.name] = of_member.restore({"": target})[""]
+    start = _common_step({member: int(states[member.name].step) for member in active})
+    return [member for member in active if member.train.steps > start], states, start
 
 
-def _unstack(state: TrainState, mesh: Mesh, n: int) -> list[TrainState]:
-    def at_rest(leaf: jax.Array) -> jax.Array:
-        spec = meshes.at_rest(P(*_spec(leaf)[1:]), mesh)
-        return jax.sharding.reshard(leaf, P(None, *spec))
+def _common_step(steps: dict[Member, int]) -> int:
+    (one, low), (other, high) = (choose(steps.items(), key=lambda item: item[1]) for choose in (min, max))
+    if low < high:
+        raise UsageError(
+            f"{one.folder} stands at step {low} and {other.folder} at {high}, but members learn from the same batches; "
+            f"leave the train.steps of {one.name} as they were, or give another --out"
+        )
+    return low
 
-    state = jax.tree.map(at_rest, state)
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(n)]
+
+def _folder(member: Member) -> Path:
+    assert member.folder is not None
+    return member.folder
 
 
-def _without_member(part: Any) -> Any:
-    return tuple(name for name in part if name != meshes.MEMBER) if isinstance(part, tuple) else part
+def _failure(member: Member, process: int = 0) -> Path:
+    """Where it is written that a member failed. A set continues without it; a run without members is tried again."""
+    return _folder(member) / f"failure-{process}.json"
+
+
+def _remove_checkpoints(run: Path) -> None:
+    multihost_utils.sync_global_devices("all members have left")
+    if jax.process_index() == 0:
+        shutil.rmtree(run / "checkpoints")

@@ -1,23 +1,21 @@
-"""The settings of a run: what its config says, and which of it a compiled program takes as data."""
+"""The settings of a run, and which of them a compiled program takes as data."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
-from flax import struct
 
-from sae_jax.saes.base import SaeConfig
+from sae_jax.saes.base import Hyperparameters, SaeConfig
 from sae_jax.types import UsageError
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
-    "data",  # where the set lies; its content is compared
+    "data.path",  # where the set lies; its content is compared
     "allow_partial",
     "train.steps",
     "train.log_every",
@@ -120,32 +118,20 @@ def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
     return config.lr if config.lr is not None else sae.ADAM.lr / (sae.n_latents / 2**14) ** 0.5
 
 
-@struct.dataclass
-class Values:
-    """Settings that a program takes as data, so that runs which differ in nothing else share it."""
-
-    seed: jax.Array  # i32[]
-    lr: jax.Array  # f32[]
-    clip: jax.Array  # f32[], not used if train.clip is 0
-    ema: jax.Array  # f32[], not used if train.ema is 0
-    dead_after: jax.Array  # i32[]
-    coefficients: dict[str, jax.Array]  # f32[] of each in SaeConfig.DATA
-
-    @classmethod
-    def of(cls, config: TrainConfig, sae_config: SaeConfig) -> Self:
-        """The values in a config."""
-        return cls(
-            seed=jnp.int32(config.seed),
-            lr=jnp.float32(learning_rate(config, sae_config)),
-            clip=jnp.float32(config.clip),
-            ema=jnp.float32(config.ema),
-            dead_after=jnp.int32(config.dead_after_tokens),
-            coefficients=sae_config.coefficients,
-        )
+def hyperparameters(config: TrainConfig, sae: SaeConfig) -> Hyperparameters:
+    """What a compiled program takes as data of these settings."""
+    return Hyperparameters(
+        seed=jnp.int32(config.seed),
+        lr=jnp.float32(learning_rate(config, sae)),
+        clip=jnp.float32(config.clip),
+        ema=jnp.float32(config.ema),
+        dead_after=jnp.int32(config.dead_after_tokens),
+        coefficients=sae.coefficients,
+    )
 
 
 def program(config: TrainConfig) -> TrainConfig:
-    """`config` with all that is data to the program, or nothing to it, at fixed values: equal where it is shared."""
+    """What is compiled for this config: settings that are data, or that steps never see, stand at fixed values."""
     return replace(
         config,
         # How long a run is matters to its steps only where the rate falls at the end.

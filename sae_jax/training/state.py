@@ -6,6 +6,7 @@ function gives the shapes, dtypes and shardings that a checkpoint is restored in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,50 +16,53 @@ from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 
 from sae_jax import mesh
-from sae_jax.saes import base
-from sae_jax.saes.base import AbstractSae, SaeConfig, Sample, Statistics
+from sae_jax.saes import init
+from sae_jax.saes.base import AbstractSae, Constants, Counters, Hyperparameters, SaeConfig
+from sae_jax.saes.init import Sample
 from sae_jax.training import optim
-from sae_jax.training.settings import TrainConfig, Values
+from sae_jax.training.quantise import WEIGHT, zeros_like_moments
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.types import Widths
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that changes during a run. `step` is also the position in the data."""
+    """What a run carries from step to step. `step` is also the position in the data."""
 
     step: jax.Array  # i32[], optimiser steps done
     sae: AbstractSae  # f32 master weights, DICT and REPLICATED
-    moments: optax.OptState  # Adam's, placed like the weights; their form: training/optim.py
+    optimiser_state: optax.OptState  # moments, placed like the weights; how they are kept: training/quantise.py
     average: Any  # running average of the weights; None when train.ema is 0
-    statistics: Statistics
-    key: jax.Array  # a step's randomness is this key folded with the step
-    values: Values  # constant
+    counters: Counters
+    constants: Constants
 
 
-def initial(sae_config: SaeConfig, config: TrainConfig, sample: Sample, values: Values | None = None) -> TrainState:
+def initial(
+    sae_config: SaeConfig, config: TrainConfig, sample: Sample, hparams: Hyperparameters | None = None
+) -> TrainState:
     """The state before the first step, born sharded on the mesh in use. Run under jit.
 
-    `values` stand for those of `config` where several runs share this program.
+    `hparams` stand for those of the two configs where several runs share this program.
     """
-    values = Values.of(config, sae_config) if values is None else values
-    key = jax.random.key(values.seed)
-    sae = sae_config.init(jax.random.fold_in(key, 0), sample)
+    hparams = hyperparameters(config, sae_config) if hparams is None else hparams
+    sae = sae_config.init(jax.random.fold_in(jax.random.key(hparams.seed), 0), sample)
+    tx = optim.optimiser(config, hparams, sae_config.ADAM)
     return TrainState(
         step=jnp.int32(0),
         sae=sae,
-        moments=optim.optimiser(config, values, sae_config.ADAM).init(sae),  # pyrefly: ignore[bad-argument-type]
-        average=optim.nothing(sae, config.ema_dtype, optim.WEIGHT) if config.ema else None,
-        statistics=Statistics(
-            silent=base.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
-            dead_after=values.dead_after,
-            loss_scale=1 / sample.variance,
-            scale=sample.scale,
-            own=sae_config.own_statistics(sample),
-            coefficients=values.coefficients,
+        optimiser_state=tx.init(sae),  # pyrefly: ignore[bad-argument-type]
+        average=zeros_like_moments(sae, config.ema_dtype, WEIGHT) if config.ema else None,
+        counters=Counters(
+            silent=init.zeros((sae_config.n_latents,), mesh.DICT, jnp.int32),
+            extra=sae_config.initial_counters(sample),
         ),
-        key=jax.random.fold_in(key, 1),
-        values=values,
+        constants=Constants(loss_scale=1 / sample.variance, scale=sample.scale),
     )
+
+
+def step_key(hparams: Hyperparameters, step: jax.Array) -> jax.Array:
+    """The randomness of one step: a function of the seed and the step alone."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(hparams.seed), 1), step)
 
 
 def abstract(
@@ -68,12 +72,27 @@ def abstract(
 
     `place` is the mesh to spread the state over (the one in use), or one sharding for every array.
     """
-    state = jax.eval_shape(lambda sample: initial(sae_config, config, sample), base.abstract_sample(widths))
+    return placed(
+        jax.eval_shape(lambda sample: initial(sae_config, config, sample), init.abstract_sample(widths)), place
+    )
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # A leaf that no op placed (a scalar, the key) says nothing of a mesh; it is replicated.
+
+def placed(tree: Any, place: Mesh | AbstractMesh | jax.sharding.Sharding) -> Any:
+    """Abstract arrays with the shardings that they have at rest on `place`."""
+
+    def put(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A leaf that no op placed, such as a scalar, says nothing of a mesh; it is replicated.
         spec = getattr(leaf.sharding, "spec", mesh.REPLICATED)
         where = place if isinstance(place, jax.sharding.Sharding) else mesh.sharding(place, mesh.at_rest(spec, place))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree.map(placed, state)
+    return jax.tree.map(put, tree)
+
+
+def with_config(state: TrainState, config: SaeConfig) -> TrainState:
+    """The same arrays, whose dictionary and all trees that are like it say `config`."""
+
+    def swap(node: Any) -> Any:
+        return replace(node, config=config) if isinstance(node, AbstractSae) else node  # pyrefly: ignore[bad-specialization]
+
+    return jax.tree.map(swap, state, is_leaf=lambda node: isinstance(node, AbstractSae))

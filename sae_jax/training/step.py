@@ -1,97 +1,118 @@
-"""One optimiser step, pure: (state, batch) -> (state, metrics).
+"""One optimiser step, pure: (state, hyperparameters, batch) -> (state, metrics).
 
 objective and gradient -> clip, Adam -> constraints of the variant -> running average
 
-And what a state makes of rows it does not learn from: (state, batch) -> sums.
+And how well a state does on rows it does not learn from: (state, batch) -> sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sae_jax.saes import base, losses
-from sae_jax.saes.base import Batch, SaeConfig
+from sae_jax.ops import tuning
+from sae_jax.saes import losses
+from sae_jax.saes.base import Batch, Context, Hyperparameters, SaeConfig, Updated
+from sae_jax.saes.normalise import normalise_pair
 from sae_jax.training import optim
 from sae_jax.training.settings import TrainConfig
-from sae_jax.training.state import TrainState
+from sae_jax.training.state import TrainState, step_key, with_config
 
 Metrics = dict[str, jax.Array]
 
 
-def make_step(sae_config: SaeConfig, config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step of all runs with this `program(config)`. The state it is given is donated to the next one."""
+class Step:
+    """The jitted step of all runs that share a program. The state it is given is donated to the next one.
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        objective_key, after_key = jax.random.split(key)
+    A state carries its run's own settings. What is compiled knows only the program that they share, so the settings are
+    set aside at the border and come back with the next state.
+    """
 
-        rows, undo = base.normalised(batch, sae_config.input_norm, state.statistics.scale)
+    def __init__(self, sae_config: SaeConfig, config: TrainConfig) -> None:
+        self._program = sae_config.program
+        self.compiled = tuning.jit(_make_step(self._program, config), donate_argnums=0)
 
-        def objective(sae):
-            return sae.objective(rows, state.statistics, state.step, objective_key)
+    def __call__(self, state: TrainState, hparams: Hyperparameters, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Queue a step."""
+        config = state.sae.config
+        state, metrics = self.compiled(with_config(state, self._program), hparams, batch)
+        return with_config(state, config), metrics
+
+    def trace(self, state: TrainState, hparams: Hyperparameters, batch: Batch) -> Any:
+        """See `jax.jit(f).trace`."""
+        return self.compiled.trace(with_config(state, self._program), hparams, batch)
+
+
+def _make_step(sae_config: SaeConfig, config: TrainConfig):
+    def step(state: TrainState, hparams: Hyperparameters, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = step_key(hparams, state.step)
+        context = Context(state.step, key, state.counters, state.constants, hparams)
+        x, y, undo = normalise_pair(batch.x, batch.y, sae_config.input_norm, state.constants.scale)
+        rows = replace(batch, x=x, y=y)
 
         with jax.named_scope("objective"):
-            (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
+            (loss, outcome), gradients = jax.value_and_grad(lambda sae: sae.objective(rows, context), has_aux=True)(
+                state.sae
+            )
         with jax.named_scope("optimiser"):
             grad_norm = optax.tree.norm(gradients)
-            tx = optim.optimiser(config, state.values, sae_config.ADAM)
-            updates, moments = tx.update(gradients, state.moments, state.sae)  # pyrefly: ignore[bad-argument-type]
-            # What is not finite moves nothing. It also parts the update from the norms that constraints take of the new
-            # weights: XLA's CPU fusion of the two would write every scalar of Adam's out as an array of weights.
-            finite = jnp.isfinite(grad_norm)
-
-            def learn(w, update):
-                return jnp.where(finite, w + update, w)
-
-            state = replace(
-                state,
-                step=state.step + 1,
-                sae=replace(jax.tree.map(learn, state.sae, updates), **outcome.set),
-                moments=moments,
-                statistics=outcome.statistics,
-            )
-            state = state.sae.after_step(state, after_key)
+            tx = optim.optimiser(config, hparams, sae_config.ADAM)
+            updates, optimiser_state = tx.update(gradients, state.optimiser_state, state.sae)  # pyrefly: ignore[bad-argument-type]
+            # Skip the update if the gradient is not finite. This also keeps the update apart from the norms that
+            # constraints take of the new weights: XLA's CPU fusion of the two would write every scalar of Adam's out
+            # as an array of weights.
+            is_finite = jnp.isfinite(grad_norm)
+            sae = jax.tree.map(lambda w, update: jnp.where(is_finite, w + update, w), state.sae, updates)
+            sae = replace(sae, **outcome.assigned).constrained()
+            updated = sae.after_step(Updated(sae, optimiser_state, outcome.counters), context, optim.clear_rows)
+            average = state.average
             if config.ema:
-                average = optim.average(state.average, state.sae, state.values.ema, state.step)
-                state = replace(state, average=average)
+                average = optim.ema_update(average, updated.sae, hparams.ema, state.step + 1)
+        state = replace(
+            state,
+            step=state.step + 1,
+            sae=updated.sae,
+            optimiser_state=updated.optimiser_state,
+            average=average,
+            counters=updated.counters,
+        )
         return state, {
             "loss": loss,
             "fvu": losses.batch_fvu(undo(rows.y if outcome.y is None else outcome.y), undo(outcome.y_hat)),
             "l0": outcome.l0,
-            "dead_fraction": outcome.statistics.dead.mean(dtype=jnp.float32),
+            "dead_fraction": (outcome.counters.silent > hparams.dead_after).mean(dtype=jnp.float32),
             "grad_norm": grad_norm,
             **outcome.metrics,
         }
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
-def make_measure(sae_config: SaeConfig) -> Callable[[TrainState, Batch], Metrics]:
-    """What a state makes of a batch that it does not learn from, jitted, wherever the state lies.
+def make_measure(sae_config: SaeConfig) -> tuning.Jitted:
+    """(state, hparams, batch) -> how well a state does on a batch that it does not learn from, jitted.
 
     Returns:
-        error: f32[], mean over rows of the squared error, where errors are measured (`base.normalised`).
+        error: f32[], mean over rows of the squared error, where errors are measured (saes/normalise.py).
         mean: f32[Y], of what is reconstructed; variance: f32[], mean over rows of the squared distance from it.
         l0: f32[], active latents a row on average, as users will see them: thresholds, not the selection of a batch.
         dead_fraction: f32[], of latents.
     """
 
-    def measure(state: TrainState, batch: Batch) -> Metrics:
-        rows, undo = base.normalised(batch, sae_config.input_norm, state.statistics.scale)
-        y_hat_BY, l0 = state.sae.reconstruct_rows(rows.x)
-        y_BY, y_hat_BY = undo(rows.y).astype(jnp.float32), undo(y_hat_BY)
+    def measure(state: TrainState, hparams: Hyperparameters, batch: Batch) -> Metrics:
+        x, y, undo = normalise_pair(batch.x, batch.y, sae_config.input_norm, state.constants.scale)
+        y_hat_BY, l0 = state.sae.reconstruct_rows(x)
+        y_BY, y_hat_BY = undo(y).astype(jnp.float32), undo(y_hat_BY)
         mean_1Y = y_BY.mean(0, keepdims=True)
         return {
             "error": losses.squared_error(y_BY - y_hat_BY),
             "mean": mean_1Y[0],
             "variance": losses.squared_error(y_BY - mean_1Y),
             "l0": l0,
-            "dead_fraction": state.statistics.dead.mean(dtype=jnp.float32),
+            "dead_fraction": (state.counters.silent > hparams.dead_after).mean(dtype=jnp.float32),
         }
 
-    return jax.jit(measure)
+    return tuning.jit(measure)

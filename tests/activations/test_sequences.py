@@ -12,13 +12,13 @@ import pytest
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.activations.sequences import Sequences, through_model
+from sae_jax.activations.sequences import SequenceRows, Sequences, model_at
 from sae_jax.activations.spec import SetSpec, SourceSpec
 from sae_jax.activations.store import ActivationSet, create, open_activations
-from sae_jax.saes.base import Batch
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import Sites, UsageError, UserError
 
 CONTEXT, COUNTS = 4, (5, 0, 3)  # sequences of each shard
+SITES = Sites.one("resid_post.1")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def text_set(tmp_path_factory: pytest.TempPathFactory) -> ActivationSet:
 
 
 def make(activations: ActivationSet, n: int = 3, seed: int = 0, process: int = 0, processes: int = 1) -> Sequences:
-    return Sequences(activations, "resid_post.1", n * CONTEXT, seed, processes, process, processes)
+    return Sequences(activations, n * CONTEXT, seed, processes, (process, processes))
 
 
 def test_every_sequence_once_an_epoch_in_an_order_of_its_own(text_set: ActivationSet) -> None:
@@ -56,40 +56,41 @@ def test_every_sequence_once_an_epoch_in_an_order_of_its_own(text_set: Activatio
 def test_the_parts_of_processes_are_the_batch_of_one(text_set: ActivationSet) -> None:
     whole = make(text_set, 6)
     for step in (0, 7):
-        parts = [make(text_set, 6, process=p, processes=3).batch(step)["resid_post.1"] for p in range(3)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole.batch(step)["resid_post.1"])
+        parts = [make(text_set, 6, process=p, processes=3).batch(step) for p in range(3)]
+        for name, rows in whole.batch(step).items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), rows)
 
 
-def test_ids_of_positions_without_a_row_are_inverted(text_set: ActivationSet) -> None:
+def test_a_batch_says_which_positions_have_a_row(text_set: ActivationSet) -> None:
     sequences = make(text_set)
     for step, batch in islice(sequences.batches(2), 3):
         ids = text_set.read_sequences(sequences.row_ids(step))
-        np.testing.assert_array_equal(batch["resid_post.1"], np.where(ids % 5 == 0, ~ids, ids))
+        np.testing.assert_array_equal(batch["ids"], ids)
+        np.testing.assert_array_equal(batch["keep"], ids % 5 != 0)
 
 
 def test_rows_on_the_devices_are_those_of_the_set(text_set: ActivationSet) -> None:
     mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:2])
     with jax.set_mesh(mesh):
-        prepare = through_model(text_set, "resid_post.1", mesh, later=True)
-        ids = make(text_set, 8).batch(0)["resid_post.1"]
-        batch = prepare(Batch(jax.device_put(ids, meshes.sharding(mesh, meshes.ROWS))))
+        sequences = SequenceRows(text_set, later=True).open(SITES, 8 * CONTEXT, 0, mesh)
+        batch = sequences.place(sequences.batch(0), mesh)  # pyrefly: ignore (sequences)
         assert jax.typeof(batch.x).sharding.spec[0] == meshes.ROWS[0]
     rows = np.concatenate([text_set.read_chunk("resid_post.1", c) for c in range(text_set.n_chunks)])
-    kept = np.asarray(batch.x)[np.asarray(batch.context.keep).ravel()]
+    kept = np.asarray(batch.x)[np.asarray(batch.model.keep).ravel()]
     assert len(kept) == len(rows)
     ordered = [a[np.lexsort(a.T[:2].round(3))] for a in (kept, rows)]
     np.testing.assert_allclose(*ordered, rtol=1e-3, atol=1e-3)
-    assert len(batch.context.later) == lm.load("bundled").spec.n_layers - 2
+    assert len(batch.model.later) == lm.load("bundled").spec.n_layers - 2
 
 
 def test_what_cannot_be_run_is_refused(text_set: ActivationSet, small_set: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no text: .*harvest"):
-        Sequences(open_activations(small_set), "acts", 8, 0, 1)
+        Sequences(open_activations(small_set), 8, 0, 1)
     with pytest.raises(UsageError, match=r"train.batch_size=30 .* 4 tokens, .* 2 devices; use 32"):
-        Sequences(text_set, "resid_post.1", 30, 0, 2)
+        Sequences(text_set, 30, 0, 2)
     mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
     with pytest.raises(UsageError, match=r"acts of .* names no language model"):
-        through_model(open_activations(small_set), "acts", mesh, later=False)
+        model_at(open_activations(small_set), "acts", mesh, later=False)
     model = lm.load("bundled")
     last = f"resid_post.{model.spec.n_layers - 1}"
     for digest, error, message in ((model.digest, UsageError, f"after {last}"), ("other", UserError, "harvest again")):
@@ -97,4 +98,4 @@ def test_what_cannot_be_run_is_refused(text_set: ActivationSet, small_set: Path,
         writer = create(tmp_path / digest, SetSpec((source,), 1, 4, 4))
         writer.write_shard(0, {"a": np.ones((4, model.spec.d_model))})
         with pytest.raises(error, match=message):
-            through_model(open_activations(tmp_path / digest), "a", mesh, later=True)
+            model_at(open_activations(tmp_path / digest), "a", mesh, later=True)

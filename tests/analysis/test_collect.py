@@ -8,7 +8,7 @@ from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis import collect as module
 from sae_jax.analysis.collect import collect_set
-from sae_jax.saes import base, topk
+from sae_jax.saes import init, topk
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def activations(tmp_path_factory):
 def sae(activations):
     rows = np.float32(activations.read_chunk("resid_post.1", 0))
     config = topk.Config(n_latents=64, k=4, dtype="float32")
-    return config.init(jax.random.key(0), base.sample_statistics(rows, "none"))
+    return config.init(jax.random.key(0), init.sample_statistics(rows, "none"))
 
 
 @pytest.mark.parametrize("n_tokens", [10**9, 320])

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
 import sae_jax
 from sae_jax.commands import main as cli
+from sae_jax.evaluation import batches, metrics
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -121,7 +124,7 @@ def test_metrics_have_the_stable_names(work):
     for name in ("step", "tokens", "fvu", "l0", "dead_fraction", "tokens_per_second"):
         assert np.isfinite([row[name] for row in rows]).all(), name
     config = json.loads((work / "run" / "config.json").read_text())
-    assert config["sae"]["variant"] == "topk"
+    assert config["dictionary"]["variant"] == "topk"
     assert config["train"]["dead_after_tokens"] == 300
 
 
@@ -138,6 +141,75 @@ def test_evaluate_on_text_and_on_rows(work, tmp_path):
     result = json.loads((work / "run" / "evaluation.json").read_text())
     assert result["text"] is None
     assert "ce_clean" not in result
+
+
+def test_dictionaries_of_one_set_share_a_pass_and_have_the_numbers_of_one_alone(work, tmp_path, capsys, monkeypatch):
+    others = [tmp_path / name for name in ("a", "b")]
+    for other in others:
+        shutil.copytree(work / "run", other)
+    passes, run_model = [], batches._run
+    monkeypatch.setattr(batches, "_run", lambda *arguments: passes.append(1) or run_model(*arguments))
+    run(work, "evaluate", *others, "--tokens", 256, "--batch-tokens", 64, "--json")
+    assert len(passes) == 4
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown) == list(map(str, others))
+    assert shown[str(others[0])] == json.loads((others[0] / "evaluation.json").read_text())
+    run(work, "evaluate", work / "run", "--tokens", 256, "--batch-tokens", 64)
+    assert shown[str(others[1])] == json.loads((work / "run" / "evaluation.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["metric", str(work / "run"), "meaning"]
+    assert not set("│┃━") & set("".join(lines))
+    (fvu,) = (line for line in lines if line.startswith("FVU"))
+    assert f"{shown[str(others[1])]['fvu']:.4f}" in fvu
+
+
+def test_shares_of_several_workers_are_merged_by_the_last(work, tmp_path, capsys):
+    shutil.copytree(work / "run", tmp_path / "run")
+    path, flags = tmp_path / "run" / "evaluation.json", ["--tokens", 320, "--batch-tokens", 64]
+    path.unlink(missing_ok=True)
+    for i in (2, 0):
+        run(work, "evaluate", tmp_path / "run", *flags, "--shard", f"{i}/3")
+        assert not path.exists()
+    assert "to come: 1/3" in capsys.readouterr().err
+    run(work, "evaluate", tmp_path / "run", "--tokens", 256, "--batch-tokens", 64, "--shard", "1/3")
+    assert "another n_tokens" in capsys.readouterr().err
+    assert not path.exists()
+    run(work, "evaluate", tmp_path / "run", *flags, "--shard", "1/3")
+    merged = json.loads(path.read_text())
+    run(work, "evaluate", tmp_path / "run", *flags)
+    whole = json.loads(path.read_text())
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        if name != "sites" and value is not None and not isinstance(value, str):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), merged[name], value)
+    (tmp_path / "run" / "evaluation" / "shard-0-of-3.npz").write_bytes(b"PK damaged")
+    run(work, "evaluate", tmp_path / "run", *flags, "--shard", "1/3", code=1)
+    assert "shard-0-of-3.npz is damaged; delete it" in capsys.readouterr().err
+
+
+def test_a_new_evaluator_is_one_new_file(work, tmp_path, capsys, monkeypatch):
+    (tmp_path / "largest.py").write_text(NEW_EVALUATOR)
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    run(work, "evaluate", work / "run", "--tokens", 256)
+    assert re.search(r"^mean of rows +\d+\.\d{4} +made up$", capsys.readouterr().out, re.M)
+    assert json.loads((work / "run" / "evaluation.json").read_text())["mean_of_rows"] > 0
+
+
+NEW_EVALUATOR = """
+from sae_jax.evaluation import base
+from sae_jax.evaluation.base import Description, Metric
+
+
+class Evaluator(base.Evaluator):
+    ORDER = 5
+    METRICS = {"mean_of_rows": Description("mean of rows", "made up")}
+
+    def measure(self, batch):
+        return {"rows": batch.keep.sum(), "sum": (batch.keep[:, None] * abs(batch.x)).mean(-1).sum()}
+
+    def metrics(self, sums):
+        yield Metric("mean_of_rows", float(sums["sum"] / sums["rows"]))
+"""
 
 
 def test_dashboard_is_written(work, tmp_path):
@@ -160,7 +232,7 @@ def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
     flags = ["--sae.variant=relu", "--sae.l1_coefficient=0.3", "--train.steps=40"]
     run(work, "train", "--data", work / "set", "--out", tmp_path / "run", *flags)
     assert "relu has no k; left out" in capsys.readouterr().err
-    config = json.loads((tmp_path / "run" / "config.json").read_text())["sae"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["dictionary"]["sae"]
     assert (config["l1_coefficient"], config["error"]) == (0.3, "summed")
     run(work, "evaluate", tmp_path / "run", "--tokens", 256)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -309,9 +381,9 @@ def test_the_page_shows_metrics_of_the_weights_it_shows(work, tmp_path):
 
     run(work, "evaluate", work / "run", "--tokens", 256, "--ema")
     result = json.loads((work / "run" / "evaluation.json").read_text())
-    assert (result["step"], result["weights"]) == (60, "ema")
-    assert "loss_recovered" in page("--ema")
-    assert "loss_recovered" not in page()
+    assert (result["step"], result["weights"]) == (60, "average")
+    assert "loss recovered" in page("--ema")
+    assert "loss recovered" not in page()
 
 
 def test_a_partial_set_can_be_trained_on_and_looked_at(work, tmp_path):

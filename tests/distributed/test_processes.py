@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +92,28 @@ def test_harvest(tmp_path: Path) -> None:
     one = contents(tmp_path / "one")
     assert sum(name.startswith("acts/") and "/c/" in name for name in one) == 4
     assert contents(tmp_path / "two") == one
+
+
+EVALUATE = """
+import os, sys
+import jax
+jax.distributed.initialize(*(f(os.environ[k]) for f, k in (
+    (str, "JAX_COORDINATOR_ADDRESS"), (int, "JAX_NUM_PROCESSES"), (int, "JAX_PROCESS_ID"))))
+from sae_jax.commands.evaluate import Evaluate, evaluate
+evaluate(Evaluate((sys.argv[1],), tokens=10**9))
+"""
+
+
+def test_evaluation_by_the_processes_of_a_job(uninterrupted: Path, tmp_path: Path) -> None:
+    """Their shares add up to what one process measures."""
+    runs.complete(runs.command("evaluate", uninterrupted, "--tokens=1000000000"))
+    alone = json.loads((uninterrupted / "evaluation.json").read_text())
+    (uninterrupted / "evaluation.json").unlink()
+    runs.complete(runs.local(2, [sys.executable, "-c", EVALUATE, str(uninterrupted)]))
+    together = json.loads((uninterrupted / "evaluation.json").read_text())
+    assert together.keys() == alone.keys()
+    for name in ("n_rows", "fvu", "l0", "cosine", "gamma", "l0_histogram"):
+        np.testing.assert_allclose(together[name], alone[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.dictionaries import mmcs
-from sae_jax.evaluation.reconstruction import on_rows
+from sae_jax.evaluation.evaluate import on_rows
 
 D = 8
 

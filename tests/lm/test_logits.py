@@ -3,16 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.lm import Hook, cross_entropy, logit_effect, run
+from sae_jax.lm import Hook, logit_effect, run
 from tests.lm.tiny import jit_run
-
-
-def test_cross_entropy_is_the_next_token_loss():
-    rng = np.random.default_rng(0)
-    logits, ids = rng.normal(size=(2, 5, 7)).astype(np.float32), rng.integers(0, 7, (2, 5))
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = [[-np.log(p[b, t, ids[b, t + 1]]) for t in range(4)] for b in range(2)]
-    np.testing.assert_allclose(cross_entropy(jnp.asarray(logits), jnp.asarray(ids)), expected, atol=1e-6)
 
 
 def test_logit_effect_is_the_slope_of_the_logits_up_to_the_norm_s_scale(model, ids_BT):

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, run
+from sae_jax import mesh as meshes
+from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, place, run
 from sae_jax.types import UsageError
 from tests.lm.tiny import SPEC, jit_run, random_model
 from tests.oracles import gpt2
@@ -22,7 +23,14 @@ def oracle(model, ids_BT, edits=None):
     return gpt2.forward(params, np.asarray(ids_BT), model.spec.n_heads, model.spec.activation, edits=edits)
 
 
-@pytest.mark.parametrize("change", [{}, *({"n_layers": 1, "activation": name} for name in ("gelu", "relu", "silu"))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        *({"n_layers": 1, "activation": name} for name in ("gelu", "relu", "silu")),
+        *({"n_layers": 1, name: False} for name in ("qkv_bias", "out_bias", "mlp_bias")),
+    ],
+)
 def test_logits_and_every_point_agree_with_the_oracle(change, ids_BT):
     model = random_model(dataclasses.replace(SPEC, **change))
     everywhere = tuple(hook for hook in EVERYWHERE if hook.layer < model.spec.n_layers)
@@ -118,14 +126,12 @@ def test_an_explicit_mesh_splits_rows_and_changes_no_number(model, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
-def test_an_auto_mesh_may_split_the_parameters(model, ids_BT):
+def test_another_table_of_axes_splits_the_parameters(model, ids_BT, monkeypatch):
+    monkeypatch.setattr(meshes, "LM_AXES", meshes.LM_AXES | {"heads": "latent", "mlp": "latent"})
     mesh = jax.make_mesh((2,), ("latent",), axis_types=(AxisType.Auto,))
-    halves = {"q.w": P(None, None, "latent"), "up.w": P(None, None, "latent"), "down.w": P(None, "latent")}
-
-    def place(path, p):
-        return jax.device_put(p, NamedSharding(mesh, halves.get(path[-1].key, P())))
-
-    split = jax.tree.map_with_path(place, model)
+    split = place(model, mesh)
+    assert split.params["layers"]["q.w"].sharding.spec == P(None, None, "latent")
+    assert split.params["layers"]["down.w"].sharding.spec == P(None, "latent", None)
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(jit_run(split, ids_BT).logits, oracle(model, ids_BT)[0], atol=2e-5)
 

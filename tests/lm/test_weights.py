@@ -93,8 +93,8 @@ def damage_config(**change):
         (damage_config(model_type="opt"), r"'opt', which is not supported; supported: gpt2"),
         (damage_config(scale_attn_by_inverse_layer_idx=True), r"scale_attn_by_inverse_layer_idx=True"),
         (damage_config(activation_function="swish2"), r"'swish2' is not implemented.*gelu_new"),
-        (damage_config(n_layer=5), r"no tensor 'h\.4\.ln_1\.weight'"),
-        (damage_config(vocab_size=24), r"'wte\.weight' in shape \(23, 16\)"),
+        (damage_config(n_layer=5), r"no tensor 'transformer\.h\.4\.ln_1\.weight'"),
+        (damage_config(vocab_size=24), r"'transformer\.wte\.weight' in shape \(23, 16\)"),
         (damage_config(n_head=3), r"n_head=3 does not divide n_embd=16"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
@@ -103,7 +103,7 @@ def damage_config(**change):
         (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
-            r"no tensor 'wte\.weight'",
+            r"no tensor 'transformer\.wte\.weight'",
         ),
     ],
 )

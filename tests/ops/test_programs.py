@@ -10,9 +10,9 @@ from sae_jax import mesh as meshes
 from sae_jax.ops import tuning
 from sae_jax.planning import hlo
 from sae_jax.saes import base, topk
-from sae_jax.training.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import abstract
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import Widths
 from tests.hlo import largest_array
 
@@ -30,7 +30,8 @@ def program(n_latents: int, data: int, latent: int, n_rows: int = B, cut: tuning
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"), tuning.using(cut):
         rows = jax.ShapeDtypeStruct((n_rows, D), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
         state = abstract(config, train, Widths.one(D), mesh)
-        return make_step(config, train).lower(state, base.Batch(rows)).compile().as_text()
+        hparams = jax.eval_shape(lambda: hyperparameters(train, config))
+        return Step(config, train).trace(state, hparams, base.Batch(rows)).lower().compile().as_text()
 
 
 @pytest.mark.parametrize(("data", "latent"), [(1, 1), (2, 2)])

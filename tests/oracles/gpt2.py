@@ -17,7 +17,10 @@ ACTIVATIONS = {
 
 
 def forward(params, ids_BT, n_heads, activation="gelu_new", eps=1e-5, edits=None):
-    """Logits [B, T, V] and each intermediate {(layer, point): value}; `edits` has a function at some."""
+    """Logits [B, T, V] and each intermediate {(layer, point): value}; `edits` has a function at some.
+
+    A linear layer without a bias in `params` has none.
+    """
     edits = edits or {}
     layers = {name: value.astype(np.float64) for name, value in params["layers"].items()}
     params = {name: value.astype(np.float64) for name, value in params.items() if name != "layers"}
@@ -33,13 +36,13 @@ def forward(params, ids_BT, n_heads, activation="gelu_new", eps=1e-5, edits=None
         w = {name: value[i] for name, value in layers.items()}
         x = point(i, "resid_pre", x)
         h = layer_norm(x, w["norm1.w"], w["norm1.b"], eps)
-        q, k, v = (h @ w[f"{name}.w"] + w[f"{name}.b"] for name in "qkv")
+        q, k, v = (h @ w[f"{name}.w"] + w.get(f"{name}.b", 0) for name in "qkv")
         z = point(i, "attn_z", attention(q, k, v, n_heads))
-        out = point(i, "attn_out", z.reshape(*z.shape[:2], -1) @ w["o.w"] + w["o.b"])
+        out = point(i, "attn_out", z.reshape(*z.shape[:2], -1) @ w["o.w"] + w.get("o.b", 0))
         x = point(i, "resid_mid", x + out)
         h = layer_norm(x, w["norm2.w"], w["norm2.b"], eps)
-        act = point(i, "mlp_act", ACTIVATIONS[activation](h @ w["up.w"] + w["up.b"]))
-        x = point(i, "resid_post", x + point(i, "mlp_out", act @ w["down.w"] + w["down.b"]))
+        act = point(i, "mlp_act", ACTIVATIONS[activation](h @ w["up.w"] + w.get("up.b", 0)))
+        x = point(i, "resid_post", x + point(i, "mlp_out", act @ w["down.w"] + w.get("down.b", 0)))
     head = params.get("unembed", params["embed"])
     return layer_norm(x, params["norm.w"], params["norm.b"], eps) @ head.T, acts
 

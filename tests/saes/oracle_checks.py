@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base
+from sae_jax.saes import base, normalise
+from tests.saes.contexts import context_of
 
 B, D, F = 16, 8, 48
 
@@ -35,10 +36,10 @@ def assert_is_oracle(sae: Any, want: Any, shape: tuple[int, int] | None) -> None
 
     def value_and_gradient(sae, x, silent):
         one = jnp.ones(D)
-        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), base.Scale(one, one), {}, coefficients)
+        stats = context_of(silent, jnp.int32(100), jnp.float32(0.7), normalise.Scale(one, one), {}, coefficients)
 
         def objective(sae):
-            return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
+            return sae.objective(base.Batch(x, x), stats)
 
         return jax.value_and_grad(objective, has_aux=True)(sae)
 

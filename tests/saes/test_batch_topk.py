@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, batch_topk, matryoshka
-from sae_jax.training.settings import TrainConfig
+from sae_jax.saes import base, batch_topk, init, matryoshka, normalise
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError
 from tests.oracles import batch_topk as oracle
+from tests.saes.contexts import context_of, with_silent
 
 B, D, F, K, K_AUX, WINDOW = 16, 8, 64, 3, 6, 100
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
@@ -28,7 +29,7 @@ def make(kind: str = "batch_topk", **settings):
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,))]
     w_enc, b_enc, w_dec, b_dec = map(jnp.asarray, arrays)
     struct = batch_topk.BatchTopK if kind == "batch_topk" else matryoshka.Matryoshka
-    return struct(w_enc, 0.3 * b_enc, base.unit_rows(w_dec), b_dec, jnp.float32(0.5), config)
+    return struct(w_enc, 0.3 * b_enc, init.unit_rows(w_dec), b_dec, jnp.float32(0.5), config)
 
 
 def rows(seed: int = 5, spread: float = 9) -> np.ndarray:
@@ -36,23 +37,23 @@ def rows(seed: int = 5, spread: float = 9) -> np.ndarray:
     return np.float32(rows_BD * np.linspace(0.1, spread, B)[:, None])
 
 
-def statistics(kind: str = "batch_topk") -> base.Statistics:
+def statistics(kind: str = "batch_topk") -> base.Context:
     rng = np.random.default_rng(1)
     silent = np.zeros(F, np.int32)
     silent[rng.permutation(F)[:10]] = WINDOW + 1
-    ones = base.Scale(jnp.ones(D), jnp.ones(D))
+    ones = normalise.Scale(jnp.ones(D), jnp.ones(D))
     own = {"mean_square": jnp.asarray(rng.permutation(F).astype(np.float32))} if kind == "random" else {}
-    return base.Statistics(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), ones, own)
+    return context_of(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), ones, own)
 
 
 def value_and_gradient(sae, x, stats, step=0):
     def objective(sae):
-        return sae.objective(base.Batch(x, x), stats, jnp.int32(step), jax.random.key(3))
+        return sae.objective(base.Batch(x, x), stats.replace(step=jnp.int32(step), key=jax.random.key(3)))
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
 
 
-def prefixes(kind: str, stats: base.Statistics) -> np.ndarray | None:
+def prefixes(kind: str, stats: base.Context) -> np.ndarray | None:
     """bool[G, F]: which latents each prefix holds."""
     if kind == "batch_topk":
         return None
@@ -60,13 +61,13 @@ def prefixes(kind: str, stats: base.Statistics) -> np.ndarray | None:
         return np.arange(F) < np.array([2, 6, 14, 30, 64])[:, None]
     drawn = np.sort(np.asarray(jax.random.uniform(jax.random.key(3), (3,)), np.float64))
     sizes = [*np.ceil(F**drawn), F]
-    rank_F = np.argsort(np.argsort(-np.asarray(stats.own["mean_square"])))
+    rank_F = np.argsort(np.argsort(-np.asarray(stats.counters.extra["mean_square"])))
     return rank_F < np.array(sizes)[:, None]
 
 
 def expected(kind, sae, x, stats) -> oracle.Result:
     weights = [np.asarray(getattr(sae, name), np.float64) for name in NAMES]
-    silent, masks = np.asarray(stats.silent), prefixes(kind, stats)
+    silent, masks = np.asarray(stats.counters.silent), prefixes(kind, stats)
     return oracle.objective(np.float64(x), *weights, K, 0.7, silent, WINDOW, 1 / 32, K_AUX, masks)
 
 
@@ -76,8 +77,8 @@ def on_mesh(shape, sae, x, stats):
         place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
         by_latent = {name: place(getattr(sae, name), meshes.DICT) for name in NAMES[:3]}
         replicated = {name: place(getattr(sae, name), meshes.REPLICATED) for name in ("b_dec", "threshold")}
-        own = {name: place(array, meshes.DICT) for name, array in stats.own.items()}
-        stats = stats.replace(silent=place(stats.silent, meshes.DICT), own=own)
+        own = {name: place(array, meshes.DICT) for name, array in stats.counters.extra.items()}
+        stats = with_silent(stats, place(stats.counters.silent, meshes.DICT), own)
         split = sae.replace(**by_latent, **replicated)
         result = value_and_gradient(split, place(x, meshes.ROWS), stats)
         assert jax.typeof(result[1].w_enc) == jax.typeof(split.w_enc)
@@ -103,14 +104,14 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(kind, shape):
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-4)
     assert float(outcome.l0) == K
-    np.testing.assert_array_equal(outcome.statistics.silent, want.silent_F)
-    np.testing.assert_allclose(outcome.set["threshold"], want.least, rtol=1e-5)
+    np.testing.assert_array_equal(outcome.counters.silent, want.silent_F)
+    np.testing.assert_allclose(outcome.assigned["threshold"], want.least, rtol=1e-5)
     for name, gradient in want.gradients.items():
         np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-4, err_msg=name)
     assert float(gradients.threshold) == 0
     if kind == "random":
-        mean_square = 0.99 * np.asarray(stats.own["mean_square"]) + 0.01 * (want.z_BF**2).mean(0)
-        np.testing.assert_allclose(outcome.statistics.own["mean_square"], mean_square, rtol=1e-5)
+        mean_square = 0.99 * np.asarray(stats.counters.extra["mean_square"]) + 0.01 * (want.z_BF**2).mean(0)
+        np.testing.assert_allclose(outcome.counters.extra["mean_square"], mean_square, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["batch_topk", "matryoshka"])
@@ -132,11 +133,13 @@ def test_the_oracle_gradients_are_finite_differences(kind):
 
 
 def test_the_threshold_is_a_running_mean_that_begins_late():
-    found = batch_topk.BatchSelection(jnp.float32(0), jnp.int32(0), jnp.int32(0))
-    outcome, threshold, seen = base.Outcome(jnp.zeros(()), jnp.zeros(()), statistics(), {}), jnp.float32(0), []
+    selection = batch_topk.BatchSelection(jnp.float32(0), jnp.int32(0), jnp.int32(0))
+    config = batch_topk.Config(n_latents=F, k=K, threshold_decay=0.75, threshold_start=2)
+    outcome, threshold, seen = base.Outcome(jnp.zeros(()), jnp.zeros(()), statistics().counters, {}), jnp.float32(0), []
     for step, least in enumerate([5.0, 7.0, 1.0, 2.0, 6.0, 11.0]):
-        found = found.replace(threshold=jnp.float32(least))
-        threshold = batch_topk.noted(outcome, threshold, found, jnp.int32(step), 0.75, 2).set["threshold"]
+        selection = selection.replace(threshold=jnp.float32(least))
+        after = batch_topk.with_threshold(outcome, threshold, selection, jnp.int32(step), config)
+        threshold = after.assigned["threshold"]
         seen.append(float(threshold))
     # The last batch's until step 2; means of 1, 2, 3, 4 batches from there.
     np.testing.assert_allclose(seen, [5, 7, 1, 1.5, 3, 5], rtol=1e-6)
@@ -185,10 +188,10 @@ def test_after_training_rows_on_their_own_have_k_latents_on_average():
     config = batch_topk.Config(n_latents=F, k=K, dtype="float32")
     train = TrainConfig(steps=300, batch_size=n, lr=3e-3, dead_after_tokens=4000)
     with jax.numpy_dtype_promotion("standard"):  # optax
-        state = jax.jit(lambda s: initial(config, train, s))(base.sample_statistics(planted, "none"))
-        step = make_step(config, train)
+        state = jax.jit(lambda s: initial(config, train, s))(init.sample_statistics(planted, "none"))
+        step, hparams = Step(config, train), hyperparameters(train, config)
         for t in range(train.steps):
             x = planted[np.random.default_rng(t).permutation(len(planted))[:n]]
-            state, metrics = step(state, base.Batch(x, x))
+            state, metrics = step(state, hparams, base.Batch(x, x))
             assert float(metrics["l0"]) == pytest.approx(K, abs=1e-6)
     assert (np.asarray(state.sae.encode(planted).values) > 0).sum(1).mean() == pytest.approx(K, rel=0.05)

@@ -12,11 +12,11 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sae_jax import mesh as meshes
 from sae_jax.ops.reference import to_dense
-from sae_jax.saes import base
+from sae_jax.saes import base, init, normalise
 from sae_jax.training.checkpoint import Checkpoints
-from sae_jax.training.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import abstract, initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError, Widths
 from tests.runs import bits
 from tests.saes.in_model import batch_for, lowered_for
@@ -60,12 +60,14 @@ def _as_users_have_it():
 @functools.cache
 def programs(config):
     """(initial state, step): compiled once for all tests of a variant, and once for each mesh."""
-    return jax.jit(lambda sample: initial(config, TRAIN, sample)), make_step(config, TRAIN)
+    hparams = hyperparameters(TRAIN, config)
+    step = Step(config, TRAIN)
+    return jax.jit(lambda sample: initial(config, TRAIN, sample)), lambda state, batch: step(state, hparams, batch)
 
 
 def start(config, rows):
     # Two sources side by side: to whoever encodes one, rows of one.
-    return programs(config)[0](base.sample_statistics(rows, "none", widths=WIDTHS))
+    return programs(config)[0](init.sample_statistics(rows, "none", widths=WIDTHS))
 
 
 def test_initial_state_is_finite_and_a_step_changes_no_type(config, planted):
@@ -90,10 +92,11 @@ def test_jit_changes_nothing(config, planted):
     """Nor does a config that says of coefficients only whether they are 0, as that of a state in training does."""
     state = start(config, planted)
     batch = batch_for(config, jnp.asarray(planted[:B]))
-    arguments = (batch, state.statistics, jnp.int32(0), jax.random.key(0))
+    hparams = hyperparameters(TRAIN, config)
+    context = base.Context(jnp.int32(0), jax.random.key(0), state.counters, state.constants, hparams)
     sae, shared = (state.sae.replace(config=of) for of in (config, config.program))
-    loss, outcome = sae.objective(*arguments)
-    jitted_loss, jitted = jax.jit(lambda sae, *rest: sae.objective(*rest))(shared, *arguments)
+    loss, outcome = sae.objective(batch, context)
+    jitted_loss, jitted = jax.jit(lambda sae, *rest: sae.objective(*rest))(shared, batch, context)
     np.testing.assert_allclose(loss, jitted_loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat, jitted.y_hat, rtol=1e-4, atol=1e-5)
 
@@ -133,21 +136,21 @@ def test_the_dictionary_for_raw_rows_is_the_one_that_saw_normalised_rows(config,
 
     @jax.jit
     def both(sae, scale):
-        rows, undo = base.normalised(base.Batch(x), kind, scale)
+        seen, _, undo = normalise.normalise_pair(x, None, kind, scale)
         folded = sae.folded(scale)
-        seen_BX = base.normalise(x, kind)[0]
-        want, got = parts(sae, rows.x), parts(folded, seen_BX)
-        return (*want, undo(sae.reconstruct_rows(rows.x)[0])), (*got, folded(x))
+        seen_BX = normalise.normalise(x, kind)[0]
+        want, got = parts(sae, seen), parts(folded, seen_BX)
+        return (*want, undo(sae.reconstruct_rows(seen)[0])), (*got, folded(x))
 
     # All with one variant that has a threshold; with the others one of each kind, the rest differ in numbers alone.
-    for kind in get_args(base.InputNorm) if config.variant == "batch_topk" else ("layer_norm", "dataset_sqrt_d"):
+    for kind in get_args(normalise.InputNorm) if config.variant == "batch_topk" else ("layer_norm", "dataset_sqrt_d"):
         try:
             of_kind = dataclasses.replace(config, input_norm=kind)
         except UsageError:  # norms of each vector, where they would mix sources or leave the model's units
             continue
-        scale = base.sample_statistics(planted, kind).scale
+        scale = init.sample_statistics(planted, kind).scale
         sae = jax.tree.map(shaken, state.sae).replace(config=of_kind)
-        n_slots = sae.n_slots(base.normalised(base.Batch(x), kind, scale)[0].x)
+        n_slots = sae.n_slots(normalise.normalise_pair(x, None, kind, scale)[0])
         (active_BF, *want), (got_BF, *got) = both(sae, scale)
         np.testing.assert_array_equal(got_BF, active_BF, err_msg=kind)
         for a_BD, b_BD in zip(got, want, strict=True):
@@ -175,12 +178,14 @@ def test_gradient_lowers_for_a_pod_that_is_not_there(config):
     big = configured(config.variant, n_latents=2**22, k=64, dtype="bfloat16")
     train = TrainConfig(batch_size=2**17)
     mesh = AbstractMesh((2, 4096, 1, 1), meshes.AXES, axis_types=(AxisType.Explicit,) * 4)
-    sample = base.abstract_sample(Widths.one(1024))
+    sample = init.abstract_sample(Widths.one(1024))
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda sample: initial(big, train, sample), sample)
         assert state.sae.w_enc.sharding.spec[0] == meshes.DICT[0]
         rows = jax.ShapeDtypeStruct((2**17, 1024), jnp.bfloat16, sharding=jax.NamedSharding(mesh, meshes.ROWS))
-        lowered = make_step(big, train).trace(state, lowered_for(config, rows)).lower(lowering_platforms=("tpu",))
+        hparams = jax.eval_shape(lambda: hyperparameters(train, big))
+        traced = Step(big, train).trace(state, hparams, lowered_for(config, rows))
+        lowered = traced.lower(lowering_platforms=("tpu",))
     text = lowered.as_text()
     assert f"tensor<{2**17}x{2**22}xf32>" not in text
     assert "reduce_scatter" in text

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, crosscoder
-from sae_jax.training.settings import TrainConfig
+from sae_jax.saes import base, crosscoder, init, normalise
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError, Widths
 from tests.oracles import crosscoder as oracle
+from tests.saes.contexts import context_of, with_silent
 
 B, F = 16, 48
 TWO, THREE = Widths((3, 5), (3, 5)), Widths((2, 3, 3), (4, 1, 3))
@@ -47,16 +48,16 @@ def rows(widths) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def statistics(widths) -> base.Statistics:
-    scale = base.Scale(*(jnp.ones(sum(own)) for own in widths))
+def statistics(widths) -> base.Context:
+    scale = normalise.Scale(*(jnp.ones(sum(own)) for own in widths))
     silent = 200 * (np.arange(F) % 5 == 0).astype(np.int32)
     coefficients = {"l1_coefficient": jnp.float32(0.7)}
-    return base.Statistics(jnp.asarray(silent), jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
+    return context_of(jnp.asarray(silent), jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
 
 
 def value_and_gradient(sae, batch, stats, step=0):
     def objective(sae):
-        return sae.objective(batch, stats, jnp.int32(step), jax.random.key(0))
+        return sae.objective(batch, stats.replace(step=jnp.int32(step), key=jax.random.key(0)))
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
 
@@ -66,7 +67,7 @@ def expected(sae, x, y, weights=None) -> oracle.Result:
     weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
     root, sides = config.decoder_norm == "root", allowed(config, sae.widths)
     if config.activation == "batch_topk":
-        silent = np.asarray(statistics(sae.widths).silent)
+        silent = np.asarray(statistics(sae.widths).counters.silent)
         return oracle.batch_topk(
             np.float64(x), np.float64(y), **weights, widths_y=sae.widths.y, k=config.k, scale=0.7, root=root,
             reads=sides[0], writes=sides[1], silent_F=silent, dead_after=100, k_aux=config.k_aux,
@@ -105,7 +106,7 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, widths, set
             placed = jax.tree.map(
                 place, sae, crosscoder.Crosscoder(split, split, split, wide, wide, sae.config, sae.widths)
             )
-            stats = stats.replace(silent=place(stats.silent, split))
+            stats = with_silent(stats, place(stats.counters.silent, split))
             batch = base.Batch(place(x, meshes.ROWS), place(y, meshes.ROWS))
             (loss, outcome), gradients = value_and_gradient(placed, batch, stats)
             assert jax.tree.map(jax.typeof, gradients) == jax.tree.map(jax.typeof, placed)
@@ -138,12 +139,12 @@ def test_what_a_mask_bars_stays_zero_from_the_start_through_training(mask, setti
     x = np.random.default_rng(0).standard_normal((4, B, 9)).astype(np.float32)
     train = TrainConfig(batch_size=B, lr=0.01, moments="int8")
     with jax.numpy_dtype_promotion("standard"):  # optax
-        sample = base.sample_statistics(x.reshape(-1, 9), config.input_norm, widths=widths)
+        sample = init.sample_statistics(x.reshape(-1, 9), config.input_norm, widths=widths)
         state = jax.jit(lambda s: initial(config, train, s))(sample)
-        step = make_step(config, train)
+        step, hparams = Step(config, train), hyperparameters(train, config)
         begun = jax.tree.map(np.asarray, state.sae)
         for batch in x:
-            state, _ = step(state, base.Batch(batch, batch))
+            state, _ = step(state, hparams, base.Batch(batch, batch))
     for name, side in zip(("w_enc", "w_dec"), allowed(config, widths), strict=True):
         for sae in (begun, state.sae):
             np.testing.assert_array_equal(np.asarray(getattr(sae, name)) != 0, np.repeat(side, 3, axis=1))
@@ -155,11 +156,11 @@ def test_initialisation():
     widths, rng = Widths((6, 10), (6, 10)), np.random.default_rng(0)
     x = rng.standard_normal((500, 16)) * np.repeat([1, 30], [6, 10]) + 7
     config = crosscoder.Config(n_latents=4096, initial_norm=0.1)
-    sample = base.sample_statistics(x, config.input_norm, widths=widths)
+    sample = init.sample_statistics(x, config.input_norm, widths=widths)
     sae = config.init(jax.random.key(0), sample)
     np.testing.assert_allclose(crosscoder.source_norms(sae.w_dec, widths.y), 0.1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)
-    a, b = (base.unit_rows(part[:, :6]) for part in (sae.w_dec[:, :6], sae.w_dec[:, 6:]))
+    a, b = (init.unit_rows(part[:, :6]) for part in (sae.w_dec[:, :6], sae.w_dec[:, 6:]))
     assert abs((a * b).sum(1).mean()) < 0.05, "sources begin independently"
     # Of one mean squared norm a dimension, whatever the units of a source are.
     np.testing.assert_allclose((x * np.asarray(sample.scale.x))[:, :6].var() + sae.b_dec[0] ** 2, 1, rtol=0.1)
@@ -167,9 +168,9 @@ def test_initialisation():
     np.testing.assert_allclose(crosscoder.row_norms(strongest.w_dec, widths.y, "sum"), 1, rtol=1e-5)
     row = 3 * strongest.w_dec[:1]
     np.testing.assert_allclose((row @ strongest.w_enc[:1].T) @ strongest.w_dec[:1], row, rtol=1e-4)
-    other = base.sample_statistics(x, config.input_norm, x[:, ::-1], Widths((6, 10), (10, 6)))
+    other = init.sample_statistics(x, config.input_norm, x[:, ::-1], Widths((6, 10), (10, 6)))
     sae = config.init(jax.random.key(0), other)
-    assert abs((base.unit_rows(sae.w_enc) * base.unit_rows(sae.w_dec)).sum(1).mean()) < 0.05
+    assert abs((init.unit_rows(sae.w_enc) * init.unit_rows(sae.w_dec)).sum(1).mean()) < 0.05
     np.testing.assert_allclose(sae.b_dec, other.mean)
 
 
@@ -178,7 +179,7 @@ def test_folding_is_exact_where_sources_have_different_scales(settings):
     sae, (x, _) = make(THREE, **settings), rows(THREE)
     if settings == BATCH:
         sae = sae.replace(threshold=jnp.float32(1.2))
-    scale = base.Scale(
+    scale = normalise.Scale(
         jnp.asarray(np.repeat([0.3, 5.0, 1.0], THREE.x), jnp.float32),
         jnp.asarray(np.repeat([7.0, 0.1, 2.0], THREE.y), jnp.float32),
     )

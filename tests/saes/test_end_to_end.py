@@ -7,11 +7,12 @@ import pytest
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, end_to_end, losses
+from sae_jax.saes import base, end_to_end, init, losses, normalise
 from sae_jax.types import UsageError
 from tests.oracles import end_to_end as oracle
 from tests.oracles import gpt2
 from tests.saes import in_model
+from tests.saes.contexts import context_of
 from tests.saes.in_model import SPEC
 
 D, F = SPEC.d_model, 48
@@ -40,25 +41,26 @@ def value_and_gradient(sae, batch, silent=None):
 @jax.jit
 def _value_and_gradient(sae, batch, silent):
     def objective(sae):
-        scale, coefficients = base.Scale(jnp.ones(D), jnp.ones(D)), sae.config.coefficients
-        stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
-        return sae.replace(config=sae.config.program).objective(batch, stats, jnp.int32(0), jax.random.key(0))
+        scale, coefficients = normalise.Scale(jnp.ones(D), jnp.ones(D)), sae.config.coefficients
+        stats = context_of(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
+        return sae.replace(config=sae.config.program).objective(batch, stats)
 
     return jax.value_and_grad(objective, has_aux=True)(sae)
 
 
 def expected(sae, batch, weights=None) -> oracle.Result:
     weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
-    hole, config = batch.context, sae.config
-    ids, params = np.asarray(hole.ids), jax.tree.map(np.asarray, hole.model.params)
-    hooks = lm.later_hooks(hole.model, hole.site)
+    site, config = batch.context, sae.config
+    ids, params = np.asarray(site.ids), jax.tree.map(np.asarray, site.model.params)
+    (hook,) = site.hooks
+    hooks = lm.later_hooks(site.model, hook)
 
     def model(rows_BD):
-        edits = {hole.site: lambda _: rows_BD.reshape(hole.acts.shape)}
+        edits = {hook: lambda _: rows_BD.reshape(site.acts[hook].shape)}
         logits, acts = gpt2.forward(params, ids, SPEC.n_heads, edits=edits)
         return logits.reshape(-1, SPEC.n_vocab), [acts[hook].reshape(-1, D) for hook in hooks]
 
-    keep = np.asarray(hole.keep).ravel()
+    keep = np.asarray(site.keep).ravel()
     local = config.objective == "local"
     x = np.asarray(batch.x, np.float64)
     return oracle.objective(x, keep, **weights, model=model, **_terms(config), local=local)
@@ -76,7 +78,7 @@ def test_objective_is_the_oracle_and_gradients_its_finite_differences(settings):
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat[keep], want.x_hat_BD[keep], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outcome.l0, (want.z_BF[keep] > 0).sum(1).mean(), rtol=1e-6)
-    np.testing.assert_array_equal(outcome.statistics.silent == 0, (want.z_BF[keep] > 1e-3).any(0))
+    np.testing.assert_array_equal(outcome.counters.silent == 0, (want.z_BF[keep] > 1e-3).any(0))
     x = np.asarray(batch.x)[keep]
     fvu = ((want.x_hat_BD[keep] - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
     np.testing.assert_allclose(losses.batch_fvu(outcome.y, outcome.y_hat), fvu, rtol=1e-4)
@@ -108,17 +110,16 @@ def test_every_mesh_agrees(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("site", [in_model.SITE, lm.Hook(0, "attn_z"), lm.Hook(1, "resid_post")], ids=str)
-def test_rows_put_back_cost_nothing(site):
+@pytest.mark.parametrize("hook", [in_model.HOOK, lm.Hook(0, "attn_z"), lm.Hook(1, "resid_post")], ids=str)
+def test_rows_put_back_cost_nothing(hook):
     """The identity has an end-to-end loss of 0, and no later layer notices it."""
-    hole = in_model.random_batch(site=site).context
-    logits, later = jax.jit(lambda hole: hole.with_rows(hole.rows))(hole)
-    divergence = end_to_end.divergence(hole.logits, logits)
-    np.testing.assert_allclose(divergence, 0, atol=1e-6)
-    assert len(later) == SPEC.n_layers - site.layer - (site.point == "resid_post")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), later, hole.later)
-    logits, _ = jax.jit(lambda hole: hole.with_rows(hole.rows**2))(hole)
-    assert end_to_end.divergence(hole.logits, logits).sum() > 1e-3
+    site = in_model.random_batch(hook=hook).context
+    logits, later = jax.jit(lambda site: site.with_rows(site.rows))(site)
+    np.testing.assert_allclose(lm.kl_divergence(site.logits, logits), 0, atol=1e-6)
+    assert len(later) == SPEC.n_layers - hook.layer - (hook.point == "resid_post")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), later, site.later)
+    logits, _ = jax.jit(lambda site: site.with_rows(site.rows**2))(site)
+    assert lm.kl_divergence(site.logits, logits).sum() > 1e-3
 
 
 @pytest.mark.parametrize("settings", SETTINGS[1:3], ids=str)
@@ -136,10 +137,10 @@ def test_positions_left_out_count_nowhere(settings):
 def test_initialisation(k, n_latents):
     rows = np.random.default_rng(0).standard_normal((500, D)) + 3
     config = end_to_end.Config(n_latents=n_latents, k=k, dtype="float32")
-    sae = jax.jit(config.init)(jax.random.key(0), base.sample_statistics(rows, "none"))
+    sae = jax.jit(config.init)(jax.random.key(0), init.sample_statistics(rows, "none"))
     w = np.asarray(sae.w_dec if n_latents >= D else sae.w_dec.T)
     np.testing.assert_allclose(w.T @ w, np.eye(min(D, n_latents)), atol=1e-4)
-    np.testing.assert_allclose(base.unit_rows(sae.w_enc), base.unit_rows(sae.w_dec), atol=1e-5)  # transposed
+    np.testing.assert_allclose(init.unit_rows(sae.w_enc), init.unit_rows(sae.w_dec), atol=1e-5)  # transposed
     unit = np.random.default_rng(1).standard_normal((4096, D))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     b_dec = np.asarray(sae.b_dec)
@@ -150,16 +151,16 @@ def test_initialisation(k, n_latents):
 @pytest.mark.parametrize("k", [0, 5])
 def test_scaled_rows_reach_the_model_in_its_units_and_fold(k):
     sae, batch = make(k=k, input_norm="dataset_rms"), in_model.random_batch(left_out=0)
-    scale = base.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
-    stats = base.Statistics(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
-    rows, _ = base.normalised(base.Batch(batch.x, None, batch.context), "dataset_rms", scale)
-    _, outcome = jax.jit(lambda: sae.objective(rows, stats, jnp.int32(0), jax.random.key(0)))()
+    scale = normalise.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
+    stats = context_of(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
+    rows, _ = normalise.normalised(base.Batch(batch.x, None, batch.context), "dataset_rms", scale)
+    _, outcome = jax.jit(lambda: sae.objective(rows, stats))()
     folded = sae.folded(scale)
     raw = folded(batch.x)
     np.testing.assert_allclose(raw, outcome.y_hat / 0.25, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(folded.decode(folded.encode(batch.x)), raw, rtol=1e-4, atol=1e-4)
-    logits, _ = jax.jit(lambda hole, raw: hole.with_rows(raw))(batch.context, raw)
-    kl = end_to_end.divergence(batch.context.logits, logits).mean()
+    logits, _ = jax.jit(lambda site, raw: site.with_rows(raw))(batch.context, raw)
+    kl = lm.kl_divergence(batch.context.logits, logits).mean()
     np.testing.assert_allclose(outcome.metrics["kl"], kl, rtol=1e-3)
     np.testing.assert_allclose(jnp.linalg.norm(folded.w_dec, axis=1), 1, rtol=1e-5)
 

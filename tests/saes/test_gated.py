@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.saes import base, gated
+from sae_jax.saes import gated, init, normalise
 from sae_jax.types import UsageError
 from tests.oracles import gated as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
@@ -16,7 +16,7 @@ NAMES = ("w_enc", "b_enc", "b_gate", "log_gain", "w_dec", "b_dec")
 def make(**settings) -> gated.Gated:
     config = gated.Config(**{"n_latents": F, "l1_coefficient": 0.7, "dtype": "float32", **settings})
     w_enc, b_enc, b_gate, log_gain, w_dec, b_dec = arrays(0, (F, D), (F,), (F,), (F,), (F, D), (D,))
-    return gated.Gated(w_enc, b_enc, b_gate - 2, 0.3 * log_gain, base.unit_rows(w_dec), b_dec, config)
+    return gated.Gated(w_enc, b_enc, b_gate - 2, 0.3 * log_gain, init.unit_rows(w_dec), b_dec, config)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
@@ -40,7 +40,7 @@ def test_it_is_a_jumprelu_with_thresholds_in_closed_form():
     sae, x = make(input_norm="dataset_sqrt_d"), rows()
     threshold_F = np.asarray(sae.b_enc - jnp.exp(sae.log_gain) * sae.b_gate)
     assert (threshold_F < 0).any()
-    scale = base.Scale(jnp.full(D, 0.3), jnp.full(D, 0.3))
+    scale = normalise.Scale(jnp.full(D, 0.3), jnp.full(D, 0.3))
     for mine, other in (
         (sae, sae.to_jumprelu()),
         (sae.folded(scale), sae.to_jumprelu().folded(scale)),
@@ -54,7 +54,7 @@ def test_it_is_a_jumprelu_with_thresholds_in_closed_form():
 
 
 def test_initialisation():
-    sample = base.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) + 7, "dataset_sqrt_d")
+    sample = init.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) + 7, "dataset_sqrt_d")
     sae = gated.Config(n_latents=256).init(jax.random.key(0), sample)
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.saes import base, jumprelu
-from sae_jax.training.settings import TrainConfig
+from sae_jax.saes import base, init, jumprelu
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError
 from tests.oracles import jumprelu as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
@@ -22,7 +22,7 @@ NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "log_threshold")
 def make(**settings) -> jumprelu.JumpRelu:
     settings = {"n_latents": F, "l0_coefficient": 0.3, "bandwidth": 0.8, "dtype": "float32", **settings}
     w_enc, b_enc, w_dec, b_dec, log_threshold = arrays(0, (F, D), (F,), (F, D), (D,), (F,))
-    w_dec = w_dec if settings.get("penalty") == "tanh" else base.unit_rows(w_dec)
+    w_dec = w_dec if settings.get("penalty") == "tanh" else init.unit_rows(w_dec)
     return jumprelu.JumpRelu(w_enc, b_enc - 1, w_dec, b_dec, log_threshold - 1, jumprelu.Config(**settings))
 
 
@@ -75,7 +75,7 @@ def test_the_estimated_gradient_of_l0_is_the_measured_one():
     n_rows, theta = 40_000, 0.4
     x = np.random.default_rng(0).standard_normal((n_rows, D)).astype(np.float32)
     sae = make(pre_bias=False)
-    sae = sae.replace(w_enc=base.unit_rows(sae.w_enc), b_enc=jnp.zeros(F), log_threshold=jnp.full(F, np.log(theta)))
+    sae = sae.replace(w_enc=init.unit_rows(sae.w_enc), b_enc=jnp.zeros(F), log_threshold=jnp.full(F, np.log(theta)))
 
     def l0(log_threshold, bandwidth):
         latents = {"b_enc": sae.b_enc, "threshold": jnp.exp(log_threshold)}
@@ -95,18 +95,18 @@ def test_the_estimated_gradient_of_l0_is_the_measured_one():
 def planted_run(n_steps=300, **settings):
     """(metrics of the last step, thresholds) after a short training on few directions a row."""
     rng = np.random.default_rng(0)
-    directions = base.unit_rows(jnp.asarray(rng.standard_normal((40, 16)), jnp.float32))
+    directions = init.unit_rows(jnp.asarray(rng.standard_normal((40, 16)), jnp.float32))
     z = rng.random((4096, 40)) * (rng.random((4096, 40)) < 0.06)
     data = np.float32(z @ np.asarray(directions))
     settings = {"initial_threshold": 0.05, "bandwidth": 0.05, "dtype": "float32", **settings}
     config = jumprelu.Config(n_latents=64, **settings)
     train = TrainConfig(steps=n_steps, batch_size=64, lr=3e-3, dead_after_tokens=2000)
     with jax.numpy_dtype_promotion("standard"):
-        state = jax.jit(lambda s: initial(config, train, s))(base.sample_statistics(data, config.input_norm))
-        step = make_step(config, train)
+        state = jax.jit(lambda s: initial(config, train, s))(init.sample_statistics(data, config.input_norm))
+        step, hparams = Step(config, train), hyperparameters(train, config)
         for t in range(n_steps):
             batch = data[np.random.default_rng(t).permutation(len(data))[:64]]
-            state, metrics = step(state, base.Batch(batch, batch))
+            state, metrics = step(state, hparams, base.Batch(batch, batch))
     return {name: float(value) for name, value in metrics.items()}, np.asarray(state.sae.threshold)
 
 
@@ -121,7 +121,7 @@ def test_thresholds_move_and_reach_the_l0_that_is_asked_for():
 
 
 def test_initialisation():
-    sample = base.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) * 3 + 7, "dataset_rms")
+    sample = init.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) * 3 + 7, "dataset_rms")
     sae = jumprelu.Config(n_latents=256).init(jax.random.key(0), sample)
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)
@@ -134,7 +134,7 @@ def test_initialisation():
 def test_biases_of_the_tanh_let_every_latent_be_active_on_its_share_of_rows():
     x = np.random.default_rng(0).standard_normal((2000, 32)).astype(np.float32) + 7
     config = jumprelu.Config(n_latents=2**17, penalty="tanh", initial_threshold=0.1)
-    sae = config.init(jax.random.key(0), base.sample_statistics(x, "none"))
+    sae = config.init(jax.random.key(0), init.sample_statistics(x, "none"))
     active = (x @ np.asarray(sae.w_enc[:500]).T + np.asarray(sae.b_enc[:500]) > 0.1).mean(0)
     assert active.mean() == pytest.approx(10_000 / 2**17, rel=0.1)
 

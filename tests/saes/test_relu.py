@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, relu
-from sae_jax.training import optim
-from sae_jax.training.settings import TrainConfig
+from sae_jax.saes import base, init, normalise, relu
+from sae_jax.training.quantise import dequantise
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError
 from tests.oracles import relu as oracle
+from tests.saes.contexts import context_of, with_silent
 
 B, D, F, WINDOW = 16, 8, 48, 100
 
@@ -23,30 +24,32 @@ def make(seed: int = 0, **settings) -> relu.Relu:
     config = relu.Config(**{"n_latents": F, "l1_coefficient": 0.7, "dtype": "float32", **settings})
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,))]
     w_enc, b_enc, w_dec, b_dec = map(jnp.asarray, arrays)
-    return relu.Relu(w_enc, b_enc - 2, base.unit_rows(w_dec), b_dec, config)
+    return relu.Relu(w_enc, b_enc - 2, init.unit_rows(w_dec), b_dec, config)
 
 
 def rows() -> np.ndarray:
     return np.random.default_rng(5).standard_normal((B, D)).astype(np.float32)
 
 
-def statistics(coefficient: float = 0.7) -> base.Statistics:
+def statistics(coefficient: float = 0.7) -> base.Context:
     silent = np.random.default_rng(1).integers(0, WINDOW, F).astype(np.int32)
-    scale = base.Scale(jnp.ones(D), jnp.ones(D))
+    scale = normalise.Scale(jnp.ones(D), jnp.ones(D))
     coefficients = {"l1_coefficient": jnp.float32(coefficient)}
-    return base.Statistics(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), scale, {}, coefficients)
+    return context_of(jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), scale, {}, coefficients)
 
 
 def value_and_gradient(sae, x, stats):
     def objective(sae):
-        return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
+        return sae.objective(base.Batch(x, x), stats)
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
 
 
 def expected(sae, x, stats) -> oracle.Result:
     weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]
-    return oracle.objective(np.float64(x), *weights, sae.config.l1_coefficient, np.asarray(stats.silent), WINDOW)
+    return oracle.objective(
+        np.float64(x), *weights, sae.config.l1_coefficient, np.asarray(stats.counters.silent), WINDOW
+    )
 
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
@@ -61,14 +64,14 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
             roles = relu.Relu(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
             place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
             split = jax.tree.map(place, sae, roles)
-            stats = stats.replace(silent=place(stats.silent, meshes.DICT))
+            stats = with_silent(stats, place(stats.counters.silent, meshes.DICT))
             (loss, outcome), gradients = value_and_gradient(split, place(x, meshes.ROWS), stats)
             assert jax.typeof(gradients.w_enc) == jax.typeof(split.w_enc)
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)
     np.testing.assert_allclose(outcome.metrics["l1"], want.z_BF.sum(1).mean(), rtol=1e-5)
-    np.testing.assert_array_equal(outcome.statistics.silent, want.silent_F)
+    np.testing.assert_array_equal(outcome.counters.silent, want.silent_F)
     for name, gradient in want.gradients.items():
         np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -100,11 +103,11 @@ def test_bfloat16_products_keep_float32_everywhere_else():
 
 def test_initialisation():
     sample = np.random.default_rng(0).standard_normal((500, 32)) * 3 + 7
-    sae = relu.Config(n_latents=256).init(jax.random.key(0), base.sample_statistics(sample, "none"))
+    sae = relu.Config(n_latents=256).init(jax.random.key(0), init.sample_statistics(sample, "none"))
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(sae.b_dec, base.geometric_median(sample), rtol=1e-5)
+    np.testing.assert_allclose(sae.b_dec, init.geometric_median(sample), rtol=1e-5)
     np.testing.assert_allclose(abs(sae.w_enc).max(), np.sqrt(6 / 32), rtol=0.01)
-    cosine = (base.unit_rows(sae.w_enc) * sae.w_dec).sum(1)
+    cosine = (init.unit_rows(sae.w_enc) * sae.w_dec).sum(1)
     assert abs(cosine.mean()) < 0.05  # independent, not transposed
 
 
@@ -130,10 +133,10 @@ def test_a_code_holds_all_that_is_active_and_decodes_to_the_reconstruction():
 def test_the_coefficient_means_what_the_error_convention_says_and_warms_up():
     x, stats = rows(), statistics()
     batch, key = base.Batch(x, x), jax.random.key(0)
-    loss = [make(**s).objective(batch, stats, jnp.int32(1), key)[0] for s in ({}, {"error": "mean"})]
-    summed, outcome = make().objective(batch, statistics(0.7 * D), jnp.int32(1), key)
+    loss = [make(**s).objective(batch, stats.replace(step=jnp.int32(1), key=key))[0] for s in ({}, {"error": "mean"})]
+    summed, outcome = make().objective(batch, statistics(0.7 * D).replace(step=jnp.int32(1), key=key))
     np.testing.assert_allclose(loss[1], summed / D, rtol=1e-6)
-    half, _ = make(sparsity_warmup_steps=4).objective(batch, stats, jnp.int32(1), key)
+    half, _ = make(sparsity_warmup_steps=4).objective(batch, stats.replace(step=jnp.int32(1), key=key))
     np.testing.assert_allclose(loss[0] - half, 0.35 * outcome.metrics["l1"], rtol=1e-5)
 
 
@@ -146,15 +149,15 @@ def test_dead_latents_begin_anew_in_directions_that_are_reconstructed_badly():
 
     def run(mesh):
         placed = (lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))) if mesh else (lambda a, role: a)
-        state = jax.jit(lambda s: initial(config, train, s))(base.sample_statistics(x.reshape(-1, D), "none"))
+        state = jax.jit(lambda s: initial(config, train, s))(init.sample_statistics(x.reshape(-1, D), "none"))
         b_enc = placed(jnp.where(buried, -50.0, state.sae.b_enc), meshes.DICT)
         state = state.replace(sae=state.sae.replace(b_enc=b_enc))
-        step, states = make_step(config, train), []
+        step, hparams, states = Step(config, train), hyperparameters(train, config), []
         for batch in x:
             batch = placed(batch, meshes.ROWS)
-            state, _ = step(state, base.Batch(batch, batch))
-            plain = {"sae": state.sae, "statistics": state.statistics}
-            moments = {"mean": optim.read(state.moments.mean), "square": optim.read(state.moments.square)}
+            state, _ = step(state, hparams, base.Batch(batch, batch))
+            plain, adam = {"sae": state.sae, "counters": state.counters}, state.optimiser_state
+            moments = {"mean": dequantise(adam.mean), "square": dequantise(adam.square)}
             states.append(jax.tree.map(np.asarray, plain | moments))
         return states
 
@@ -166,8 +169,8 @@ def test_dead_latents_begin_anew_in_directions_that_are_reconstructed_badly():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), on_mesh["sae"], after["sae"])
 
     sae = after["sae"]
-    assert (before["statistics"].silent[buried] > B).all()
-    assert not after["statistics"].silent[buried].any()
+    assert (before["counters"].silent[buried] > B).all()
+    assert not after["counters"].silent[buried].any()
     centred = x[1:3].reshape(-1, D) - sae.b_dec
     cosine = sae.w_dec[buried] @ (centred / np.linalg.norm(centred, axis=1, keepdims=True)).T
     np.testing.assert_allclose(cosine.max(1), 1, rtol=1e-5)
@@ -178,8 +181,8 @@ def test_dead_latents_begin_anew_in_directions_that_are_reconstructed_badly():
     for moments in (after["mean"], after["square"]):
         assert not any(getattr(moments, name)[buried].any() for name in ("w_enc", "b_enc", "w_dec"))
         assert moments.w_enc[~buried].any()
-    assert (later["statistics"].silent[buried] == 0).any(), "what begins anew should fire"
-    assert np.isinf(after["statistics"].own["row_keys"]).all()
+    assert (later["counters"].silent[buried] == 0).any(), "what begins anew should fire"
+    assert np.isinf(after["counters"].extra["row_keys"]).all()
 
 
 @pytest.mark.parametrize(

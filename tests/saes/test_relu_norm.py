@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.saes import base, relu_norm
+from sae_jax.saes import init, normalise, relu_norm
 from sae_jax.types import UsageError
 from tests.oracles import relu_norm as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
@@ -35,7 +35,7 @@ def test_the_oracle_gradients_are_finite_differences():
 
 def test_users_see_what_latents_contribute():
     sae, x = make(input_norm="none"), rows()
-    seen = sae.folded(base.Scale(jnp.ones(D), jnp.ones(D)))
+    seen = sae.folded(normalise.Scale(jnp.ones(D), jnp.ones(D)))
     np.testing.assert_allclose(jnp.linalg.norm(seen.w_dec, axis=1), 1, rtol=1e-5)
     z = oracle.objective(np.float64(x), **float64(sae, NAMES), coefficient=0.7).z_BF
     code = seen.encode(x)
@@ -45,7 +45,7 @@ def test_users_see_what_latents_contribute():
 
 
 def test_initialisation():
-    sample = base.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) + 7, "dataset_sqrt_d")
+    sample = init.sample_statistics(np.random.default_rng(0).standard_normal((500, 32)) + 7, "dataset_sqrt_d")
     sae = relu_norm.Config(n_latents=256).init(jax.random.key(0), sample)
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 0.1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.saes import base, tied
+from sae_jax.saes import init, tied
 from sae_jax.types import UsageError
 from tests.oracles import tied as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
@@ -16,7 +16,7 @@ NAMES = ("w_enc", "b_enc", "b_dec")
 def make(**settings) -> tied.Tied:
     config = tied.Config(**{"n_latents": F, "l1_coefficient": 0.1, "dtype": "float32", **settings})
     w_enc, b_enc, b_dec = arrays(0, (F, D), (F,), (D,))
-    return tied.Tied(base.unit_rows(w_enc), 0.3 * b_enc - 0.5, b_dec, config)
+    return tied.Tied(init.unit_rows(w_enc), 0.3 * b_enc - 0.5, b_dec, config)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
@@ -37,7 +37,7 @@ def test_the_oracle_gradients_are_finite_differences():
 
 def test_initialisation():
     x = np.random.default_rng(0).standard_normal((500, 32)) + 7
-    sample = base.sample_statistics(x, "none")
+    sample = init.sample_statistics(x, "none")
     sae = tied.Config(n_latents=256).init(jax.random.key(0), sample)
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_enc, axis=1), 1, rtol=1e-5)
     assert sae.w_dec is sae.w_enc

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, losses, topk
+from sae_jax.saes import base, init, losses, normalise, topk
 from sae_jax.types import Code, UsageError
 from tests.oracles import topk as oracle
+from tests.saes.contexts import context_of, with_silent
 
 B, D, F, K, K_AUX, WINDOW = 16, 8, 48, 4, 6, 100
 
@@ -21,14 +22,14 @@ def make(seed: int = 0, **settings) -> topk.TopK:
     config = topk.Config(n_latents=F, k=K, k_aux=K_AUX, dtype="float32", **settings)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,))]
     w_enc, b_enc, w_dec, b_dec = map(jnp.asarray, arrays)
-    return topk.TopK(w_enc, 0.3 * b_enc, base.unit_rows(w_dec), b_dec, config)
+    return topk.TopK(w_enc, 0.3 * b_enc, init.unit_rows(w_dec), b_dec, config)
 
 
-def statistics(n_dead: int) -> base.Statistics:
+def statistics(n_dead: int) -> base.Context:
     silent = np.zeros(F, np.int32)
     silent[np.random.default_rng(1).permutation(F)[:n_dead]] = WINDOW + 1
-    return base.Statistics(
-        jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), base.Scale(jnp.ones(D), jnp.ones(D))
+    return context_of(
+        jnp.asarray(silent), jnp.int32(WINDOW), jnp.float32(0.7), normalise.Scale(jnp.ones(D), jnp.ones(D))
     )
 
 
@@ -38,19 +39,19 @@ def rows(seed: int = 5) -> np.ndarray:
 
 def value_and_gradient(sae, x, stats):
     def objective(sae):
-        return sae.objective(base.Batch(x, x), stats, jnp.int32(0), jax.random.key(0))
+        return sae.objective(base.Batch(x, x), stats)
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
 
 
 def expected(sae, x, stats) -> oracle.Result:
     weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]
-    silent = np.asarray(stats.silent)
+    silent = np.asarray(stats.counters.silent)
     return oracle.objective(
         np.float64(x),
         *weights,
         K,
-        float(stats.loss_scale),
+        float(stats.constants.loss_scale),
         silent,
         WINDOW,
         sae.config.aux_coefficient,
@@ -69,7 +70,7 @@ def test_objective_and_gradients_are_the_oracle(n_dead, multi_topk):
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.metrics["aux_loss"], want.aux_loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(outcome.statistics.silent, want.silent_F)
+    np.testing.assert_array_equal(outcome.counters.silent, want.silent_F)
     for name, gradient in want.gradients.items():
         np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
@@ -97,7 +98,7 @@ def test_dead_latents_learn_from_the_error():
     # Latents whose bias keeps them from ever winning, and who are long dead.
     buried = jnp.arange(F) % 5 == 0
     sae = sae.replace(b_enc=jnp.where(buried, -50.0, sae.b_enc))
-    stats = statistics(0).replace(silent=jnp.where(buried, WINDOW + 1, 0))
+    stats = with_silent(statistics(0), jnp.where(buried, WINDOW + 1, 0))
     raised = sae.replace(b_enc=jnp.where(buried, 0.0, sae.b_enc))  # so that ReLU lets them through
     _, gradients = value_and_gradient(raised, rows(), stats)
     moved = np.abs(np.asarray(gradients.w_enc)).sum(1) > 0
@@ -112,23 +113,23 @@ def test_a_perfect_reconstruction_has_no_auxiliary_loss_and_no_nan():
 
 
 def test_counters_count_tokens_and_saturate():
-    stats = statistics(0)
+    context = statistics(0)
     never = jnp.zeros(F, bool)
     for n_batches in range(1, 20):
-        stats = stats.after(never, B)
-        assert int(stats.silent[0]) == min(n_batches * B, WINDOW + 1)
-        assert bool(stats.dead[0]) == (n_batches * B > WINDOW)
-    assert int(stats.after(~never, B).silent[0]) == 0
+        context = context.replace(counters=context.count(never, B))
+        assert int(context.counters.silent[0]) == min(n_batches * B, WINDOW + 1)
+        assert bool(context.dead[0]) == (n_batches * B > WINDOW)
+    assert int(context.count(~never, B).silent[0]) == 0
 
 
 @pytest.mark.parametrize("d_model", [8, 32])
 def test_initialisation(d_model):
     sample = np.random.default_rng(0).standard_normal((500, d_model)) * 3 + 7
     config = topk.Config(n_latents=256, k=8, dtype="float32")
-    sae = jax.jit(config.init)(jax.random.key(0), base.sample_statistics(sample, "none"))
+    sae = jax.jit(config.init)(jax.random.key(0), init.sample_statistics(sample, "none"))
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(base.unit_rows(sae.w_enc), sae.w_dec, atol=1e-5)  # transposed
-    np.testing.assert_allclose(sae.b_dec, base.geometric_median(sample), rtol=1e-5)
+    np.testing.assert_allclose(init.unit_rows(sae.w_enc), sae.w_dec, atol=1e-5)  # transposed
+    np.testing.assert_allclose(sae.b_dec, init.geometric_median(sample), rtol=1e-5)
     unit = np.random.default_rng(1).standard_normal((4096, d_model))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     b_dec = np.asarray(sae.b_dec)
@@ -140,17 +141,17 @@ def test_geometric_median_minimises_the_summed_distance():
     rng = np.random.default_rng(0)
     points = rng.standard_normal((200, 3)) * [1, 5, 0.1]
     points[:20] += 100  # outliers drag the mean, not the median
-    median = base.geometric_median(points)
+    median = init.geometric_median(points)
     best = np.linalg.norm(points - median, axis=1).sum()
     for offset in 1e-2 * rng.standard_normal((50, 3)):
         assert np.linalg.norm(points - median - offset, axis=1).sum() >= best
-    assert base.geometric_median(np.ones((5, 3))) == pytest.approx(np.ones(3))  # every row at the guess
+    assert init.geometric_median(np.ones((5, 3))) == pytest.approx(np.ones(3))  # every row at the guess
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "unit_norm"])
 def test_input_norms_follow_their_formulas_and_are_undone(kind):
     x = rows() * 4 + 2
-    got, mean, scale = (np.asarray(a) for a in base.normalise(jnp.asarray(x), kind))
+    got, mean, scale = (np.asarray(a) for a in normalise.normalise(jnp.asarray(x), kind))
     centred = x - x.mean(1, keepdims=True)
     size = (
         centred.std(1, ddof=1, keepdims=True) + 1e-5
@@ -227,7 +228,7 @@ def test_one_step_gradients_agree_on_every_mesh(shape):
         roles = topk.TopK(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
         place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
         split = jax.tree.map(place, sae, roles)
-        stats = stats.replace(silent=place(stats.silent, meshes.DICT))
+        stats = with_silent(stats, place(stats.counters.silent, meshes.DICT))
         (got_loss, _), got = value_and_gradient(split, place(x, meshes.ROWS), stats)
         assert jax.typeof(got.w_enc) == jax.typeof(split.w_enc)
     np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
@@ -242,15 +243,20 @@ def test_k_falls_on_its_schedule_in_one_program(shape):
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         place = lambda a, role: a if mesh is None else jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
         roles = topk.TopK(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
-        split, split_stats = jax.tree.map(place, sae, roles), stats.replace(silent=place(stats.silent, meshes.DICT))
+        split, split_stats = (
+            jax.tree.map(place, sae, roles),
+            with_silent(stats, place(stats.counters.silent, meshes.DICT)),
+        )
         batch = base.Batch(*(place(x, meshes.ROWS),) * 2)
         both = jax.jit(
-            jax.value_and_grad(lambda sae, t: sae.objective(batch, split_stats, t, jax.random.key(0)), has_aux=True)
+            jax.value_and_grad(
+                lambda sae, t: sae.objective(batch, split_stats.replace(step=t, key=jax.random.key(0))), has_aux=True
+            )
         )
         for step, k in ((0, 20), (1, 18), (7, 6), (8, 4), (1000, 4)):
             (loss, outcome), gradients = both(split, jnp.int32(step))
             weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]
-            silent = np.asarray(stats.silent)
+            silent = np.asarray(stats.counters.silent)
             want = oracle.objective(np.float64(x), *weights, k, 0.7, silent, WINDOW, 1 / 32, K_AUX)
             assert int(outcome.metrics["k"]) == k
             np.testing.assert_allclose(outcome.l0, (want.z_BF > 0).sum(1).mean(), rtol=1e-6)

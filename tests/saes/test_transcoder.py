@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, transcoder
+from sae_jax.saes import base, init, normalise, transcoder
 from sae_jax.types import UsageError, Widths
 from tests.oracles import transcoder as oracle
+from tests.saes.contexts import context_of
 
 B, X, Y, F, K = 16, 8, 12, 48, 4
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "w_skip")
@@ -21,7 +22,7 @@ def make(**settings) -> transcoder.Transcoder:
     )
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, X), (F,), (F, Y), (Y,), (Y, X))]
     w_enc, b_enc, w_dec, b_dec, w_skip = map(jnp.asarray, arrays)
-    return transcoder.Transcoder(w_enc, b_enc, base.unit_rows(w_dec), b_dec, w_skip, config)
+    return transcoder.Transcoder(w_enc, b_enc, init.unit_rows(w_dec), b_dec, w_skip, config)
 
 
 def batch() -> base.Batch:
@@ -30,12 +31,12 @@ def batch() -> base.Batch:
 
 
 def value_and_gradient(sae, rows, place=lambda a, role: a):
-    scale = base.Scale(jnp.ones(X), jnp.ones(Y))
+    scale = normalise.Scale(jnp.ones(X), jnp.ones(Y))
     silent, coefficients = place(jnp.zeros(F, jnp.int32), meshes.DICT), sae.config.coefficients
-    stats = base.Statistics(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
+    stats = context_of(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
 
     def objective(sae):
-        return sae.objective(rows, stats, jnp.int32(0), jax.random.key(0))
+        return sae.objective(rows, stats)
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
 
@@ -96,7 +97,7 @@ def test_used_on_rows_it_is_the_oracle_and_folds(activation):
     np.testing.assert_allclose(sae(rows.x), want.y_hat_BY, rtol=1e-4, atol=1e-5)
     skipped = np.float64(rows.x) @ np.float64(sae.w_skip).T
     np.testing.assert_allclose(sae.decode(sae.encode(rows.x)) + skipped, want.y_hat_BY, rtol=1e-4, atol=1e-5)
-    folded = sae.folded(base.Scale(jnp.full(X, 4.0), jnp.linspace(0.5, 2, Y)))
+    folded = sae.folded(normalise.Scale(jnp.full(X, 4.0), jnp.linspace(0.5, 2, Y)))
     np.testing.assert_allclose(folded(rows.x / 4), want.y_hat_BY / np.linspace(0.5, 2, Y), rtol=1e-4, atol=1e-5)
 
 
@@ -104,11 +105,11 @@ def test_initialisation():
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((500, 32)), rng.standard_normal((500, 48)) + 3
     config = transcoder.Config(n_latents=256, k=8, skip=True, dtype="float32")
-    sae = config.init(jax.random.key(0), base.sample_statistics(x, "none", y))
+    sae = config.init(jax.random.key(0), init.sample_statistics(x, "none", y))
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(sae.b_dec, y.mean(0), rtol=1e-4)
     written = np.asarray(sae(100 * x)) - np.asarray(sae.b_dec)
-    far = config.init(jax.random.key(0), base.sample_statistics(100 * x, "none", y))
+    far = config.init(jax.random.key(0), init.sample_statistics(100 * x, "none", y))
     np.testing.assert_allclose(far(100 * x) - far.b_dec[None], written / 100, rtol=1e-3, atol=1e-4)
     assert 0.3 < np.linalg.norm(written / 100) / np.linalg.norm(y - y.mean(0)) < 3
     assert sae.w_skip.shape == (48, 32)

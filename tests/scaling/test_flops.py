@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax.planning import hlo
-from sae_jax.saes import base, relu, topk
+from sae_jax.saes import base, init, relu, topk
 from sae_jax.scaling import flops
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import initial
@@ -30,7 +30,7 @@ def compiled_flop(sae) -> int:
     """Of the products of a step in which no latent is dead, a token."""
     rows = np.float32(np.random.default_rng(0).standard_normal((BATCH, WIDTH)))
     config = TrainConfig(batch_size=BATCH, ema=0)
-    sample = base.sample_statistics(rows, "none")
+    sample = init.sample_statistics(rows, "none")
     batch = base.Batch(jax.ShapeDtypeStruct(rows.shape, jnp.float32))
     with jax.numpy_dtype_promotion("standard"):  # optax
         state = jax.eval_shape(lambda sample: initial(sae, config, sample), sample)

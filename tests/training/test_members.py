@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.activations.loader import Loader
-from sae_jax.activations.sample import sample_rows
+from sae_jax.activations.source import Batches, place_rows, sampler
 from sae_jax.activations.store import ActivationSet, open_activations
+from sae_jax.activations.stored import StoredRows
+from sae_jax.artifact import load
 from sae_jax.saes import relu, topk
-from sae_jax.saes.base import sample_statistics
+from sae_jax.saes.init import sample_statistics
 from sae_jax.training import loop
-from sae_jax.training.checkpoint import Checkpoints, load, load_run
-from sae_jax.training.members import Member, initial_states, lanes_of, place
+from sae_jax.training.checkpoint import Checkpoints
+from sae_jax.training.groups import Member, group_members, initial_states
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import abstract
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError, UserError
 from tests import hlo, runs
 
@@ -43,39 +44,44 @@ SETTINGS = {
 FOUR = ("plain", "fast", "seeded", "alive")
 
 
-class Watched:
-    """Batches of a loader, noting which; they may end before a step as if the process had been killed there."""
+class Watched(Batches):
+    """Batches of a source, noting which; they may end before a step as if the process had been killed there."""
 
-    def __init__(self, loader: Loader, cut: int | None) -> None:
-        self._loader, self._cut, self.steps = loader, cut, []
-        self.row_ids, self.wait_seconds = loader.row_ids, 0.0
+    def __init__(self, batches: Batches, cut: int | None) -> None:
+        self._batches, self._cut, self.steps = batches, cut, []
+        self.row_ids, self.place = batches.row_ids, batches.place
 
-    def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for step, rows in self._loader.batches(start_step):
+    def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for step, rows in self._batches.batches(start_step):
             if step == self._cut:
                 raise KeyboardInterrupt
             self.steps.append(step)
             yield step, rows
 
+    def row_ids(self, step: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def place(self, rows, mesh):
+        raise NotImplementedError
+
 
 def member_of(run: Path, name: str, folder: Path | None = None, **changed) -> Member:
     sae, train = SETTINGS[name]
     train = dataclasses.replace(train, **changed)
-    facts = {**runs.FACTS, "data": "set"}
-    facts |= {"sae": dataclasses.asdict(sae), "train": dataclasses.asdict(train)}
-    return Member("" if folder else name, sae, train, folder or run / "members" / name, facts)
+    record = runs.record_of(sae, train)
+    return Member("" if folder else name, sae, train, folder or run / "members" / name, record)
 
 
 def train(
     data: Path, run: Path, members: Sequence[Member], mesh: jax.sharding.Mesh, cut: int | None = None
 ) -> list[int]:
     """Train to the end, or until `cut`; the steps whose batches were taken."""
-    activations = open_activations(data)
-    rows = sample_rows(activations, "acts")
+    source = StoredRows(open_activations(data))
+    sample = sampler(source, runs.SITES, runs.WIDTHS)
     # optax does not pass under strict promotion.
-    with jax.numpy_dtype_promotion("standard"), Loader(activations, ("acts",), TRAIN.batch_size, 0) as loader:
-        watched = Watched(loader, cut)
-        end = loop.train(run, members, mesh, watched, runs.SITES, lambda norm: sample_statistics(rows, norm))
+    with jax.numpy_dtype_promotion("standard"), source.open(runs.SITES, TRAIN.batch_size, 0, mesh) as batches:
+        watched = Watched(batches, cut)
+        end = loop.train(run, members, mesh, watched, sample).step
     assert end == max(member.train.steps for member in members)
     return watched.steps
 
@@ -133,8 +139,8 @@ def test_a_member_is_its_solo_run(together: Path, small_set: Path, tmp_path: Pat
     assert json.dumps(runs.rows_of(ours)) == json.dumps(runs.rows_of(theirs))
     assert bits_of(ours, solo) == bits_of(theirs, solo)
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()} - {"attempts.jsonl"}
-    assert load_run(ours).step == solo.train.steps
-    assert load(ours).config == solo.sae
+    assert load(ours).record.steps == solo.train.steps
+    assert load(ours).sae.config == solo.sae
 
 
 def test_coefficients_are_data(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,22 +148,21 @@ def test_coefficients_are_data(small_set: Path, tmp_path: Path, monkeypatch: pyt
 
     def penalised(name: str, coefficient: float, folder: Path) -> Member:
         plain, sae = member_of(tmp_path, "plain"), relu.Config(n_latents=64, l1_coefficient=coefficient)
-        return dataclasses.replace(
-            plain, name=name, sae=sae, folder=folder, facts={**plain.facts, "sae": dataclasses.asdict(sae)}
-        )
+        record = runs.record_of(sae, plain.train)
+        return dataclasses.replace(plain, name=name, sae=sae, folder=folder, record=record)
 
     run = tmp_path / "run"
     weak, strong, none = (penalised(f"l{c}", c, run / "members" / f"l{c}") for c in (0.02, 0.5, 0.0))
     assert weak.program == strong.program != none.program
     steps = []
     with monkeypatch.context() as patched:
-        patched.setattr("sae_jax.training.members.make_step", lambda *own: steps.append(make_step(*own)) or steps[-1])
+        patched.setattr("sae_jax.training.groups.Step", lambda *config: steps.append(Step(*config)) or steps[-1])
         train(small_set, run, [weak, strong], one_device())
-    assert [step._cache_size() for step in steps] == [1]
+    assert [step.compiled.n_programs for step in steps] == [1]
     solo = penalised("", 0.5, tmp_path / "solo")
     train(small_set, solo.folder, [solo], one_device())
     assert bits_of(strong.folder, solo) == bits_of(solo.folder, solo) != bits_of(weak.folder, solo)
-    assert load(strong.folder).config == strong.sae
+    assert load(strong.folder).sae.config == strong.sae
 
 
 def test_slices_exchange_metrics_alone() -> None:
@@ -167,8 +172,9 @@ def test_slices_exchange_metrics_alone() -> None:
     members = [member_of(Path(), name, batch_size=32) for name in FOUR]
     with jax.numpy_dtype_promotion("standard"), jax.set_mesh(mesh):
         states = initial_states(members, lambda norm: sample_statistics(rows, norm), mesh)
-        (lane,) = lanes_of(members, states, mesh)
-        text = lane._step.lower(lane._state, place({"acts": rows}, runs.SITES, mesh)).compile().as_text()
+        (group,) = group_members(members, states, mesh)
+        batch = place_rows({"acts": rows}, runs.SITES, mesh)
+        text = group._step.trace(group._state, group._hparams, batch).lower().compile().as_text()
     collectives = hlo.collectives(text)
     assert not [shape for shape, _ in collectives if "64,8]" in shape]
     slices = [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
@@ -184,7 +190,7 @@ def test_member_meshes(together: Path, small_set: Path, tmp_path: Path, member: 
     with pytest.raises(KeyboardInterrupt):
         train(small_set, run, members, meshes.make_mesh(meshes.MeshConfig(data=data, member=member)), cut=12)
     assert runs.checkpoints(run)[-1] == 10
-    assert load_run(run / "members" / "fast").step == 10  # a member that is still in the set
+    assert load(run / "members" / "fast").record.steps == 10  # a member that is still in the set
     train(small_set, run, members, meshes.make_mesh(meshes.MeshConfig(member=resumed)))
     for name in FOUR:
         runs.assert_metrics_close(runs.rows_of(run / "members" / name), runs.rows_of(together / "members" / name))
@@ -241,12 +247,12 @@ def test_a_member_that_fails_leaves_the_others_alone(together: Path, small_set: 
         assert "\n" not in str(caught.value)
     for member in (plain, fast):
         assert runs.rows_of(member.folder) == runs.rows_of(together / "members" / member.name)[:5]
-        assert load_run(member.folder).step == 5
+        assert load(member.folder).record.steps == 5
     assert [attempt["outcome"] for attempt in runs.attempts(run)] == ["failed"] * 2
     failure = json.loads((wild.folder / "failure-0.json").read_text())
     assert (failure["step"], len(failure["row_ids"])) == (2, TRAIN.batch_size)
     assert [row["step"] for row in runs.rows_of(wild.folder)] == [1]
-    assert load_run(wild.folder).step == failure["last_checkpoint"] == 1
+    assert load(wild.folder).record.steps == failure["last_checkpoint"] == 1
 
 
 @pytest.mark.slow

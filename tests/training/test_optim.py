@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, topk
-from sae_jax.training import optim
-from sae_jax.training.settings import TrainConfig, Values
+from sae_jax.saes import base, init, normalise, topk
+from sae_jax.training import optim, quantise
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import abstract, initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import Widths
 from tests.oracles.adam import adam
 
@@ -28,7 +28,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 def optimiser(**settings) -> optax.GradientTransformation:
     config = TrainConfig(**settings)
-    return optim.optimiser(config, Values.of(config, SAE), SAE.ADAM)
+    return optim.optimiser(config, hyperparameters(config, SAE), SAE.ADAM)
 
 
 def steps_of_adam(form: str, gradients: np.ndarray, clip: float = 0.0) -> tuple[np.ndarray, optim.AdamState]:
@@ -97,7 +97,7 @@ def test_fewer_bytes_are_adam_on_average(form):
     gradients[50:, 7] = 0
     weights, state = steps_of_adam(form, np.broadcast_to(gradients, (100, 8, 512)))
     want_weights, want_mean, want_square = oracle_adam(gradients)
-    mean, square = (np.asarray(optim.read(kept), np.float64) for kept in (state.mean, state.square))
+    mean, square = (np.asarray(quantise.dequantise(kept), np.float64) for kept in (state.mean, state.square))
     # A rounding moves a number by less than the distance of its neighbours and is forgotten as the average forgets:
     # its variance is at most a quarter of the square of that, summed over b^2t.
     spacing, largest = SPACING[form], np.abs(gradients).max(0)
@@ -115,24 +115,24 @@ def test_averages_follow(form):
     weights = jnp.broadcast_to(jnp.float32([[1.0], [-0.3], [1e-4]]), (3, 500))
     average = jax.jit(
         lambda kept, target, first: jax.lax.fori_loop(
-            first, first + 1000, lambda t, kept: optim.average(kept, target, 0.999, t), kept
+            first, first + 1000, lambda t, kept: optim.ema_update(kept, target, 0.999, t), kept
         )
     )
-    there = average(optim.nothing(weights, form, optim.WEIGHT), weights, jnp.int32(1))
-    np.testing.assert_allclose(optim.read(there), weights, rtol=SPACING[form] + 1e-4)
-    back = optim.read(average(there, jnp.zeros_like(weights), jnp.int32(1001)))
+    there = average(quantise.zeros_like_moments(weights, form, quantise.WEIGHT), weights, jnp.int32(1))
+    np.testing.assert_allclose(quantise.dequantise(there), weights, rtol=SPACING[form] + 1e-4)
+    back = quantise.dequantise(average(there, jnp.zeros_like(weights), jnp.int32(1001)))
     want = weights * (0.999**1000 - 0.999**2000) / (1 - 0.999**2000)
     # 1000 roundings, each up with probability 0.001 x / distance: their variances add up to one distance times x.
     sigma = np.sqrt(SPACING[form] / 500)
     np.testing.assert_allclose(back.mean(1), want[:, 0], rtol=5 * sigma + 1e-3)
 
 
-FOLLOW = jax.jit(lambda kept, x, step: optim.follow(kept, x, 0.0, step, salt=1))
+FOLLOW = jax.jit(lambda kept, x, step: quantise.update_moment(kept, x, 0.0, step, salt=1))
 
 
-def kept(x: np.ndarray, form: str, code: optim.Code = optim.MEAN, step: int = 0):
+def kept(x: np.ndarray, form: str, code: quantise.Codebook = quantise.MEAN, step: int = 0):
     """What is kept of x itself."""
-    return FOLLOW(optim.nothing(jnp.asarray(x), form, code), x, jnp.int32(step))
+    return FOLLOW(quantise.zeros_like_moments(jnp.asarray(x), form, code), x, jnp.int32(step))
 
 
 @st.composite
@@ -146,13 +146,13 @@ def rows(draw):
 
 
 @settings(max_examples=60)
-@given(rows(), st.sampled_from([optim.MEAN, optim.SQUARE, optim.WEIGHT]), st.integers(0, 10**6))
+@given(rows(), st.sampled_from([quantise.MEAN, quantise.SQUARE, quantise.WEIGHT]), st.integers(0, 10**6))
 def test_what_is_kept_in_8_bits(x, code, step):
     x = x if code.signed else np.abs(x)
     blocks = kept(x, "int8", code, step)
     length = -(-x.shape[1] // -(-x.shape[1] // 256))
     assert blocks.scales.shape == (4, -(-x.shape[1] // length))
-    got = np.asarray(optim.read(blocks), np.float64)
+    got = np.asarray(quantise.dequantise(blocks), np.float64)
     largest = np.repeat([np.abs(x[:, i : i + length]).max(1) for i in range(0, x.shape[1], length)], length, axis=0)
     largest = np.float64(largest.T[:, : x.shape[1]])
     allowed = (np.abs(x) + 2.0**-code.octaves * largest) / 2**code.mantissa * 1.0001
@@ -167,21 +167,21 @@ def test_what_is_kept_in_8_bits(x, code, step):
 @settings(max_examples=30)
 @given(rows(), st.integers(0, 10**6))
 def test_what_is_kept_in_bf16(x, step):
-    got = np.asarray(optim.read(kept(x, "bfloat16", step=step)), np.float64)
+    got = np.asarray(quantise.dequantise(kept(x, "bfloat16", step=step)), np.float64)
     assert (np.abs(got - x) <= np.abs(x) * 2.0**-7 + TINY).all()
     assert (got[x == 0] == 0).all()
 
 
-@pytest.mark.parametrize("code", [optim.MEAN, optim.SQUARE])
+@pytest.mark.parametrize("code", [quantise.MEAN, quantise.SQUARE])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, np.uint32(0x7FFFFFFF).view(np.float32)])
 def test_what_is_not_finite_stays_so(code, bad):
     x = np.ones((2, 512), np.float32)
     x[0, 300] = bad
-    finite = np.isfinite(optim.read(kept(x, "int8", code)))
+    finite = np.isfinite(quantise.dequantise(kept(x, "int8", code)))
     assert not finite[0, 256:].any()
     assert finite[0, :256].all()
     assert finite[1].all()
-    finite = np.isfinite(optim.read(kept(x, "bfloat16")))
+    finite = np.isfinite(quantise.dequantise(kept(x, "bfloat16")))
     assert not finite[0, 300]
     assert finite.sum() == x.size - 1
 
@@ -190,7 +190,7 @@ def test_what_is_not_finite_stays_so(code, bad):
 def test_rounding_is_the_same_on_every_mesh_and_different_at_every_step(form):
     x = np.float32(np.random.default_rng(0).standard_normal((16, 300)))
     want = jax.tree.map(np.asarray, kept(x, form))
-    assert (optim.read(want) != optim.read(kept(x, form, step=1))).any()
+    assert (quantise.dequantise(want) != quantise.dequantise(kept(x, form, step=1))).any()
     for shape in MESHES:
         mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
         with jax.set_mesh(mesh):
@@ -221,7 +221,7 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
 
 WIDTHS = Widths.one(24)
 ONES = np.ones(24, np.float32)
-SAMPLE = base.Sample(0 * ONES, 0 * ONES, np.float32(1), np.float32(1), base.Scale(ONES, ONES), WIDTHS)
+SAMPLE = init.Sample(0 * ONES, 0 * ONES, np.float32(1), np.float32(1), normalise.Scale(ONES, ONES), WIDTHS)
 SAE = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
 
 
@@ -237,7 +237,9 @@ def test_state_is_split_over_all_devices(shape, form):
     mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
     with jax.set_mesh(mesh):
         state = abstract(SAE, TrainConfig(moments=form, ema_dtype=form), WIDTHS, mesh)
-    whole = [sizes(a) for a in jax.tree.leaves((state.sae, state.moments, state.average, state.statistics.silent))]
+    whole = [
+        sizes(a) for a in jax.tree.leaves((state.sae, state.optimiser_state, state.average, state.counters.silent))
+    ]
     split = [(total, part) for total, part in whole if part * 8 == total]
     assert (
         sum(total for total, part in whole if (total, part) not in split) == 4 * 24 * 4 + 4
@@ -255,9 +257,9 @@ def test_a_step_on_a_mesh_changes_no_type_and_no_place():
         state = jax.jit(lambda s: initial(SAE, config, s))(SAMPLE)
         rows = jax.device_put(rows, meshes.sharding(mesh, meshes.ROWS))
         kinds = jax.tree.map(jax.typeof, state)
-        after, _ = make_step(SAE, config)(state, base.Batch(rows, rows))
+        after, _ = Step(SAE, config)(state, hyperparameters(config, SAE), base.Batch(rows, rows))
     assert jax.tree.map(jax.typeof, after) == kinds
     for array, expected in zip(jax.tree.leaves(after), jax.tree.leaves(want), strict=True):
         assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
         assert array.sharding.is_equivalent_to(expected.sharding, array.ndim)
-    np.testing.assert_allclose(optim.read(after.average).w_enc, after.sae.w_enc, rtol=2.0**-7, atol=1e-6)
+    np.testing.assert_allclose(quantise.dequantise(after.average).w_enc, after.sae.w_enc, rtol=2.0**-7, atol=1e-6)

@@ -20,14 +20,16 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.activations.loader import Loader
-from sae_jax.activations.sample import sample_rows
+from sae_jax.activations.source import Batches, sampler
 from sae_jax.activations.store import open_activations
+from sae_jax.activations.stored import StoredRows
+from sae_jax.artifact import load
 from sae_jax.commands import main, runtime
 from sae_jax.saes import topk
-from sae_jax.saes.base import sample_statistics
 from sae_jax.training import logs, loop
-from sae_jax.training.checkpoint import Checkpoints, check_resumable, load, read_config
-from sae_jax.training.members import Member
+from sae_jax.training.checkpoint import Checkpoints, check_resumable, read_record
+from sae_jax.training.groups import Member
+from sae_jax.training.members import is_save_due
 from sae_jax.training.settings import MAY_CHANGE, TrainConfig
 from sae_jax.types import UsageError, UserError
 from tests import runs
@@ -171,7 +173,7 @@ def test_full_disk(small_set: Path, uninterrupted: Path, tmp_path: Path, small_d
 @pytest.mark.slow
 def test_damaged_newest_checkpoint(small_set: Path, copied: Path, uninterrupted: Path) -> None:
     """The run goes on from the one before, says so, and keeps what it could not read."""
-    data = next((copied / "checkpoints/200/moments/ocdbt.process_0/d").iterdir())
+    data = next((copied / "checkpoints/200/optimiser/ocdbt.process_0/d").iterdir())
     os.truncate(data, data.stat().st_size // 2)
     said = runs.complete(runs.train_command(small_set, copied, RARELY))
     assert "checkpoints/200 cannot be read: " in said
@@ -197,7 +199,7 @@ def _halve(pattern: str):
     "damage",
     [
         _empty,
-        lambda folder: shutil.rmtree(folder / "moments"),
+        lambda folder: shutil.rmtree(folder / "optimiser"),
         _halve("sae/_METADATA"),
         _halve("run/manifest.ocdbt"),
         _halve("sae/ocdbt.process_0/d/*"),
@@ -249,44 +251,54 @@ def test_forbidden_change(copied: Path, small_set: Path, key: str, value, capsys
 
 
 def test_allowed_changes(copied: Path) -> None:
-    facts = read_config(copied)
+    record = read_record(copied)
+    dictionary, data = record.dictionary, record.dictionary.data
+    assert data is not None
+    changed = {section: dict(getattr(record, section)) for section in ("train", "mesh", "engine")}
     for key in MAY_CHANGE:
-        *parts, name = key.split(".")
-        (facts[parts[0]] if parts else facts)[name] = 7
-    check_resumable(copied, facts)
-    with pytest.raises(UsageError):
-        check_resumable(copied, {**facts, "set": "other"})
+        section, _, name = key.partition(".")
+        if section in changed:
+            changed[section][name] = 7
+    moved = dataclasses.replace(dictionary, data=dataclasses.replace(data, path="elsewhere"))
+    check_resumable(copied, dataclasses.replace(record, **changed, dictionary=moved, allow_partial=True))
+    other = dataclasses.replace(dictionary, data=dataclasses.replace(data, content="other"))
+    with pytest.raises(UsageError, match="on other rows than"):
+        check_resumable(copied, dataclasses.replace(record, dictionary=other))
 
 
 def test_a_run_whose_rate_falls_towards_its_last_step_keeps_that_step(copied: Path) -> None:
-    facts = read_config(copied)
-    facts["train"]["decay_steps"] = 20
-    (copied / "config.json").write_text(json.dumps(facts))
-    check_resumable(copied, facts)
+    record = read_record(copied)
+    record = dataclasses.replace(record, train={**record.train, "decay_steps": 20})
+    (copied / "config.json").write_text(json.dumps(record.to_json()))
+    check_resumable(copied, record)
     with pytest.raises(UsageError, match=r"was started with train.steps=\d+, not 7; keep it"):
-        check_resumable(copied, {**facts, "train": {**facts["train"], "steps": 7}})
+        check_resumable(copied, dataclasses.replace(record, train={**record.train, "steps": 7}))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 10, 1000])
 def test_marks(every: int) -> None:
     """Two marks apart is at most one interval: the older of two saves is on the disk before the younger begins."""
-    member = Member("", topk.Config(), TrainConfig(steps=10**6, checkpoint_every=every), Path(), {})
-    marks = [step for step in range(1, 5 * every + 1) if loop._is_due(step, [member])]
+    config, train = topk.Config(), TrainConfig(steps=10**6, checkpoint_every=every)
+    member = Member("", config, train, Path(), runs.record_of(config, train))
+    marks = [step for step in range(1, 5 * every + 1) if is_save_due(step, [member])]
     assert all(step in marks for step in range(every, 5 * every + 1, every))
     assert all(later - earlier <= max(every, 2) for earlier, later in zip(marks, marks[2:], strict=False))
 
 
-class Poisoned:
+class Poisoned(Batches):
     """Batches of the small set, but for a NaN in one of them."""
 
-    wait_seconds = 0.0
+    def __init__(self, batches: Batches, bad_step: int) -> None:
+        self._batches, self._bad_step = batches, bad_step
 
-    def __init__(self, loader: Loader, bad_step: int) -> None:
-        self._loader, self._bad_step = loader, bad_step
-        self.row_ids = loader.row_ids
+    def row_ids(self, step: int) -> np.ndarray:
+        return self._batches.row_ids(step)
 
-    def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for step, rows in self._loader.batches(start_step):
+    def place(self, rows, mesh):
+        return self._batches.place(rows, mesh)
+
+    def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for step, rows in self._batches.batches(start_step):
             if step == self._bad_step:
                 rows["acts"][3, 4] = np.nan
             yield step, rows
@@ -296,16 +308,13 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
     """Found although the next step was queued by then, on a mesh; the checkpoint of the very step is not written."""
     config = TrainConfig(steps=20, batch_size=64, checkpoint_every=4, log_every=1)
     sae_config = topk.Config(n_latents=64, k=4)
-    activations = open_activations(small_set)
+    source = StoredRows(open_activations(small_set))
     mesh = meshes.make_mesh(meshes.MeshConfig(data=2))
-    facts = {**runs.FACTS, "train": dataclasses.asdict(config)}
-    sample = sample_statistics(sample_rows(activations, "acts"), "none")
+    members = [Member("", sae_config, config, tmp_path, runs.record_of(sae_config, config))]
     stopped = pytest.raises(UserError, match=r"loss is nan.* at step 8")
     # optax does not pass under strict promotion.
-    with jax.numpy_dtype_promotion("standard"), Loader(activations, ("acts",), 64, 0) as loader, stopped:
-        poisoned = Poisoned(loader, 7)
-        members = [Member("", sae_config, config, tmp_path, facts)]
-        loop.train(tmp_path, members, mesh, poisoned, runs.SITES, lambda norm: sample)
+    with jax.numpy_dtype_promotion("standard"), source.open(runs.SITES, 64, 0, mesh) as batches, stopped:
+        loop.train(tmp_path, members, mesh, Poisoned(batches, 7), sampler(source, runs.SITES, runs.WIDTHS))
     failure = json.loads((tmp_path / "failure-0.json").read_text())
     assert (failure["step"], failure["last_checkpoint"]) == (8, 6)
     assert runs.checkpoints(tmp_path) == [4, 6]
@@ -316,17 +325,16 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
 def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
     """Interrupted, the same bits; on another mesh, the same metrics; its averages load."""
     sae_config = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
-    activations = open_activations(small_set)
-    sample = sample_statistics(sample_rows(activations, "acts"), "none")
+    source = StoredRows(open_activations(small_set))
+    sample = sampler(source, runs.SITES, runs.WIDTHS)
 
     def train(run: Path, steps: int, data: int = 1) -> None:
         run.mkdir(exist_ok=True)
         mesh = meshes.make_mesh(meshes.MeshConfig(data=data))
         config = TrainConfig(steps=steps, batch_size=64, log_every=1, moments="int8", ema_dtype="bfloat16")
-        settings = {"sae": dataclasses.asdict(sae_config), "train": dataclasses.asdict(config)}
-        facts = {**runs.FACTS, "data": str(small_set), **settings}
-        with Loader(activations, ("acts",), 64, 0) as loader:
-            loop.train(run, [Member("", sae_config, config, run, facts)], mesh, loader, runs.SITES, lambda norm: sample)
+        member = Member("", sae_config, config, run, runs.record_of(sae_config, config))
+        with source.open(runs.SITES, 64, 0, mesh) as batches:
+            loop.train(run, [member], mesh, batches, sample)
 
     whole, halted, moved = tmp_path / "whole", tmp_path / "halted", tmp_path / "moved"
     train(whole, 8)
@@ -346,7 +354,7 @@ def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4']))
 
     def steps_from(start: int) -> list[int]:
-        with logs.Metrics(tmp_path, start, lambda step: step == 1 or step % 10 == 0, False, False):
+        with logs.Metrics(tmp_path, start, lambda step: step == 1 or step % 10 == 0, False):
             return [row["step"] for row in logs.read_metrics(tmp_path)]
 
     assert steps_from(30) == [1, 10, 20, 25, 30]
@@ -354,8 +362,8 @@ def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
     assert steps_from(10) == [1, 10]
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "5", '{"sae": 5}', "{", '{"sae": {}, "train": {}}'])
-def test_a_folder_without_the_settings_of_a_run_is_not_a_run(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["{}", "[1]", "5", '{"sae": 5}', "{", '{"kind": "dictionary", "schema": 1}'])
+def test_a_folder_without_the_record_of_a_run_is_not_a_run(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"not a run, .*config\.json is missing or damaged"):
-        read_config(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: not a (run record|JSON object)"):
+        read_record(tmp_path)

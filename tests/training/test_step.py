@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.saes import base, topk
-from sae_jax.training.settings import TrainConfig, learning_rate
+from sae_jax.saes import base, init, topk
+from sae_jax.training.settings import TrainConfig, hyperparameters, learning_rate
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import UsageError
 from tests.oracles import topk as oracle
 from tests.oracles.adam import adam
@@ -23,14 +23,14 @@ def test_steps_follow_the_oracle(clip):
     sae_config = topk.Config(n_latents=F, k=K, dtype="float32", k_aux=5)
     config = TrainConfig(batch_size=B, lr=0.01, clip=clip, ema=0.9, dead_after_tokens=10)
     rows = np.random.default_rng(0).standard_normal((3, B, D)).astype(np.float32)
-    state = jax.jit(lambda s: initial(sae_config, config, s))(base.sample_statistics(rows.reshape(-1, D), "none"))
+    state = jax.jit(lambda s: initial(sae_config, config, s))(init.sample_statistics(rows.reshape(-1, D), "none"))
     weights = {name: np.asarray(getattr(state.sae, name), np.float64) for name in NAMES}
     moments = {name: (0.0, 0.0) for name in NAMES}
     average = {name: np.zeros_like(value) for name, value in weights.items()}
-    scale, silent = float(state.statistics.loss_scale), np.zeros(F, int)
+    scale, silent = float(state.constants.loss_scale), np.zeros(F, int)
     reached_aux = False
     with jax.numpy_dtype_promotion("standard"):
-        step = make_step(sae_config, config)
+        step, hparams = Step(sae_config, config), hyperparameters(config, sae_config)
         for t, x in enumerate(rows, start=1):
             want = oracle.objective(np.float64(x), *weights.values(), K, scale, silent, 10, 1 / 32, 5)
             silent, gradients = want.silent_F, want.gradients
@@ -40,7 +40,7 @@ def test_steps_follow_the_oracle(clip):
                 weights[name], *moments[name] = adam(weights[name], gradient, *moments[name], t, 0.01)
             weights["w_dec"] /= np.linalg.norm(weights["w_dec"], axis=1, keepdims=True)
             average = {name: 0.9 * average[name] + 0.1 * weights[name] for name in NAMES}
-            state, metrics = step(state, base.Batch(jnp.asarray(x), jnp.asarray(x)))
+            state, metrics = step(state, hparams, base.Batch(jnp.asarray(x), jnp.asarray(x)))
             np.testing.assert_allclose(metrics["loss"], want.loss, rtol=1e-4)
             np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
             centred = ((x - x.mean(0)) ** 2).sum()

@@ -1,4 +1,4 @@
-"""What splicing a dictionary into the bundled language model does, in cases whose answer is known."""
+"""What putting reconstructions into the bundled language model does, in cases whose answer is known."""
 
 from typing import Any
 
@@ -8,9 +8,11 @@ import pytest
 from flax import struct
 
 from sae_jax import lm
-from sae_jax.evaluation.splice import splice
+from sae_jax.evaluation.base import Subject
+from sae_jax.evaluation.batches import Candidate, of_text
+from sae_jax.evaluation.evaluate import Measured, accumulate
 from sae_jax.evaluation.text import HeldOut
-from sae_jax.types import Code
+from sae_jax.types import Code, Sites, Widths
 
 HOOK = lm.Hook(2, "resid_post")
 
@@ -54,9 +56,13 @@ class All(HeldOut):
 
 
 def measure(model, batches, factor, kind=All, hooks=(HOOK,)):
+    width, sae = model.spec.d_model, Scaled(jnp.float32(factor), jnp.zeros(4))
+    sites, widths = Sites(*[tuple(map(str, hooks))] * 2), Widths(*[(width,) * len(hooks)] * 2)
     text = kind("text", model, hooks, hooks, np.concatenate(batches), np.array([0]), None)
-    means = {str(hook): np.full(model.spec.d_model, 0.1) for hook in hooks}
-    return splice(Scaled(jnp.float32(factor), jnp.zeros(4)), text, means, batches, lambda n: None)
+    subject = Subject(sae, dict.fromkeys(sites.y, width), np.full(width * len(hooks), 0.1))
+    candidate = Candidate(sae, sites, widths, activations=None)
+    _, made = of_text({"": candidate}, {"": subject}, {sites: text}, batch_tokens=24, shard=(0, 1))
+    return Measured(subject, {}, accumulate({"": subject}, made)[""]).to_json()
 
 
 def test_the_identity_changes_nothing(model, batches):

@@ -1,0 +1,159 @@
+"""Where rows to learn from come from: a set on disk, arrays in memory, token sequences through a model, live data.
+
+    RowSource                     what there is: sources by name, their statistics, a sample
+      .open(sites, ...) -> Batches    batches in an order that depends on the source, the seed and the step alone
+
+Training knows these two interfaces and nothing behind them. A new kind of rows is one new file with a subclass of each.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sae_jax import mesh as meshes
+from sae_jax.record import DataRecord, SourceRecord
+from sae_jax.saes.base import Batch, Learns
+from sae_jax.saes.init import Sample, sample_statistics
+from sae_jax.saes.normalise import InputNorm
+from sae_jax.types import Sites, UsageError, Widths
+
+MAX_SAMPLE_ROWS = 32_768
+
+
+class Batches(abc.ABC):
+    """Batches of a source in turn. A context manager; leaving it ends its threads.
+
+    The batch of step t depends on t alone, so the step is all the state there is.
+    """
+
+    wait_seconds: float = 0.0  # that the consumer has waited for input so far
+
+    @abc.abstractmethod
+    def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(step, this process's part of the batch, on the host) from `start_step` on, without end."""
+
+    @abc.abstractmethod
+    def row_ids(self, step: int) -> np.ndarray:
+        """i64[...]: which rows of the source this process's part of a batch holds. Reads nothing."""
+
+    @abc.abstractmethod
+    def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+        """What `batches` gave, on the devices of the mesh in use: the batch that dictionaries learn from."""
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what runs in the background; nothing by default."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class RowSource(abc.ABC):
+    """Rows that dictionaries can learn from. All its sources have the same rows in the same order."""
+
+    name: str  # for messages: a path, or what it is
+    sources: tuple[str, ...]
+    n_rows: int
+
+    @property
+    @abc.abstractmethod
+    def data(self) -> DataRecord:
+        """What identifies the rows, for the record of a run."""
+
+    @abc.abstractmethod
+    def describe(self, source: str) -> SourceRecord:
+        """Width and origin of a source; its hook and language model if there is one. UsageError for an unknown name."""
+
+    @abc.abstractmethod
+    def mean_square(self, source: str) -> float:
+        """Mean squared norm of the rows of a source."""
+
+    @abc.abstractmethod
+    def sample(self, source: str) -> np.ndarray:
+        """f32[N, D]: at most 32,768 rows spread over the source; the same rows for each source, on every host."""
+
+    @abc.abstractmethod
+    def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
+        """Batches of `batch_size` rows of these sites for this process, one of jax.process_count()."""
+
+    def learning(self, learns: Learns) -> RowSource:
+        """This source as what learns in this way takes it. UsageError if it cannot be had from it."""
+        if learns != "rows":
+            raise UsageError(
+                f"{self.name} holds rows alone, but this variant is trained through a language model; use a set of "
+                f"sae-jax harvest"
+            )
+        return self
+
+
+def choose_sites(
+    source: RowSource, site: tuple[str, ...], reconstruct: tuple[str, ...], d_model: int | None = None
+) -> tuple[Sites, Widths]:
+    """The sources that are encoded and reconstructed, and their widths.
+
+    Args:
+        source: what there is.
+        site: names of what is encoded; may be empty if there is one source.
+        reconstruct: names of what is reconstructed; empty: what is encoded.
+        d_model: the width each must have; None: whatever it has.
+
+    Raises:
+        UsageError: one does not exist, is named twice or has another width, or none was named and there are several.
+    """
+    if not site and len(source.sources) > 1:
+        raise UsageError(f"{source.name} has {', '.join(source.sources)}; choose one with --site")
+    x = site or (source.sources[0],)
+    sites = Sites(x, reconstruct or x)
+    for names in sites:
+        if len(set(names)) < len(names):
+            raise UsageError(f"{', '.join(names)}: a source may be named once")
+    for name in sites.all:
+        width = source.describe(name).width
+        if d_model not in (None, width):
+            raise UsageError(f"d_model={d_model}, but {name} of {source.name} is {width} wide; leave it out")
+    return sites, Widths(*(tuple(source.describe(name).width for name in names) for names in sites))
+
+
+def sampler(source: RowSource, sites: Sites, widths: Widths):
+    """(input_norm) -> Sample: what initialisation needs to know of these sites. Rows are read once, when asked for."""
+    side_by_side = cache(lambda names: np.concatenate([source.sample(name) for name in names], axis=1))
+
+    @cache
+    def sample(norm: InputNorm) -> Sample:
+        squares = [[source.mean_square(name) for name in names] for names in sites]
+        y_ND = None if sites.y == sites.x else side_by_side(sites.y)
+        return sample_statistics(side_by_side(sites.x), norm, y_ND, widths, (squares[0], squares[1]))
+
+    return sample
+
+
+def place_rows(rows: Mapping[str, np.ndarray], sites: Sites, mesh: Mesh) -> Batch:
+    """This process's rows as its part of the global batch: sent to all devices once, ROWS in every slice.
+
+    Args:
+        rows: [B / processes, D] of each source.
+        sites: what stands side by side in x and in y.
+        mesh: the one in use.
+    """
+
+    def placed(sources: tuple[str, ...]) -> jax.Array:
+        parts = [rows[source] for source in sources]
+        return placed_array(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), mesh)
+
+    return Batch(placed(sites.x), None if sites.y == sites.x else placed(sites.y))
+
+
+def placed_array(part: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This process's part of an array whose leading dimension is split over all devices: ROWS in every slice."""
+    array: Any = jax.make_array_from_process_local_data(meshes.sharding(mesh, meshes.input_rows(mesh)), part)
+    return meshes.in_order(jax.sharding.reshard(array, meshes.sharding(mesh, meshes.ROWS)))

@@ -1,0 +1,279 @@
+"""A dictionary on disk, and in the hand: `sae_jax.load`, `sae_jax.save`.
+
+    DIR/dictionary.safetensors    the arrays, float32, under their names: w_enc, b_enc, w_dec, b_dec, ...
+    DIR/dictionary.json           the record: what it is, what it was trained on, how it measures
+
+A dictionary can be loaded from such a folder, from a run that `sae-jax train` made, or from a member of one. What users
+load takes rows as they are: the constants of a dataset's scaling are folded into the weights, and decoder rows have
+norm 1 where the variant says so, in whatever form training keeps them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sae_jax import config as configs
+from sae_jax import mesh, storage
+from sae_jax.record import Normalisation, Record, RunRecord, SourceRecord, program
+from sae_jax.saes import base, init
+from sae_jax.saes.base import AbstractSae, Constants, Counters, SaeConfig
+from sae_jax.saes.normalise import PER_VECTOR, Scale
+from sae_jax.training import checkpoint
+from sae_jax.training.quantise import WEIGHT, dequantise, zeros_like_moments
+from sae_jax.training.state import TrainState, placed
+from sae_jax.types import Code, UsageError, UserError, Widths
+
+ARRAYS, RECORD = "dictionary.safetensors", "dictionary.json"
+UNIT_TOLERANCE = 1e-4  # of the norm of a decoder row
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dictionary:
+    """A sparse dictionary with its record. Arrays and methods of the SAE are had under their names, as `d.w_dec`."""
+
+    sae: AbstractSae  # plain arrays on the default device, no mesh
+    record: Record
+
+    def encode(self, x: Any) -> Code:
+        """See AbstractSae.encode."""
+        return self.sae.encode(x)
+
+    def decode(self, code: Code) -> jax.Array:
+        """See AbstractSae.decode."""
+        return self.sae.decode(code)
+
+    def __call__(self, x: Any) -> jax.Array:
+        """Reconstruction of rows, see AbstractSae."""
+        return self.sae(x)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder that `sae_jax.load` reads. Raises UsageError if there is something at `path`."""
+        save(self.sae, path, record=self.record)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle ask for these before there is an sae
+            raise AttributeError(name)
+        return getattr(self.sae, name)
+
+    def __repr__(self) -> str:
+        record, (n_latents, _) = self.record, self.sae.w_enc.shape
+        k = self.sae.config.n_active
+        lines = [f"Dictionary: {record.variant}, {n_latents:,} latents" + (f", k={k}" if k else "")]
+        for what, sources in (("encodes", record.encodes), ("reconstructs", record.reconstructs)):
+            if what == "encodes" or sources != record.encodes:
+                lines.append(f"  {what:13}" + ", ".join(_told(source) for source in sources))
+        if record.steps:
+            where = f" of {record.data.path}" if record.data and record.data.path else ""
+            lines.append(f"  {'trained':13}{record.steps:,} steps, {record.tokens:,} tokens{where}")
+        if record.metrics:
+            lines.append(f"  {'measured':13}" + ", ".join(f"{n} {value:.4g}" for n, value in record.metrics.items()))
+        return "\n".join(lines)
+
+
+def load(path: str | os.PathLike[str], ema: bool = False) -> Dictionary:
+    """A dictionary from a folder that `save` wrote, a run, or a member of a run.
+
+    Args:
+        path: the folder; of a run, the newest checkpoint is taken.
+        ema: the averaged weights of a run instead of the live ones.
+
+    Raises:
+        UserError: nothing there, no checkpoint yet, a damaged file, or a record of another version.
+        UsageError: averages asked of what has none.
+    """
+    folder = Path(path)
+    content = storage.read_json(folder / RECORD)
+    if content is None:
+        return _from_run(folder, ema)
+    record = Record.from_json(content, folder / RECORD)
+    if ema and record.weights != "average":
+        raise UsageError(f"{folder}: holds the live weights, no average; load it without ema")
+    sae_config = _config_of(record, folder / RECORD)
+    return Dictionary(_read_arrays(folder / ARRAYS, _abstract(sae_config, record.widths)), record)
+
+
+def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None = None) -> None:
+    """Write a dictionary as a folder, whole and durable.
+
+    Args:
+        sae: for rows as they are; its arrays are stored as float32, to the bit.
+        path: where there is nothing yet.
+        record: where it comes from; by default what the arrays and the config say.
+
+    Raises:
+        UsageError: something is at `path`, the record is of another dictionary, or decoder rows do not have norm 1
+            though the variant says so.
+    """
+    record = record_of(sae) if record is None else record
+    if record.variant != sae.config.variant or record.sae != configs.to_dict(sae.config):
+        raise UsageError(f"the record is of a {record.variant} with other settings than this dictionary; leave it out")
+    if sae.config.UNIT_DECODER:
+        norms_F = np.linalg.norm(np.asarray(sae.w_dec, np.float64), axis=1)
+        off = float(np.abs(norms_F[norms_F > 0] - 1).max(initial=0.0))
+        if off > UNIT_TOLERANCE:
+            raise UsageError(
+                f"decoder rows have norms up to {off:.2g} away from 1, which those of a {record.variant} have; divide "
+                f"w_dec by them and multiply w_enc and b_enc"
+            )
+    arrays = {name: np.ascontiguousarray(np.asarray(array, np.float32)) for name, array in _arrays(sae).items()}
+    with storage.new_folder(path) as folder:
+        save_file(arrays, folder / ARRAYS)
+        (folder / ARRAYS).chmod(0o644)  # save_file leaves it readable by its owner alone
+        storage.write_json(folder / RECORD, record.to_json())
+
+
+def record_of(sae: AbstractSae) -> Record:
+    """What a dictionary that was made by hand says of itself."""
+    widths = getattr(sae, "widths", None) or Widths((sae.w_enc.shape[1],), (sae.w_dec.shape[1],))
+    names = [
+        [f"{side}{i}" if len(part) > 1 else side for i in range(len(part))]
+        for side, part in zip("xy", widths, strict=True)
+    ]
+    encodes, reconstructs = (tuple(map(SourceRecord, side, part)) for side, part in zip(names, widths, strict=True))
+    return Record(
+        variant=sae.config.variant,
+        sae=configs.to_dict(sae.config),
+        encodes=encodes,
+        reconstructs=encodes if widths.x == widths.y else reconstructs,
+        normalisation=Normalisation(sae.config.input_norm, is_folded=sae.config.input_norm not in PER_VECTOR),
+        data=None,
+        steps=0,
+        tokens=0,
+        weights="live",
+        metrics={},
+        program=program(),
+    )
+
+
+def from_state(state: TrainState, record: RunRecord, ema: bool = False) -> Dictionary:
+    """The dictionary that a state in training stands for."""
+    average = dequantise(state.average) if ema else None
+    dead = float((np.asarray(state.counters.silent) > record.train["dead_after_tokens"]).mean())
+    return _folded(average or state.sae, state.constants.scale, record, int(state.step), dead, ema)
+
+
+def _from_run(run: Path, ema: bool) -> Dictionary:
+    record = checkpoint.read_record(run)
+    if ema and not record.train["ema"]:
+        raise UsageError(f"{run}: train.ema was 0, so the run kept no averaged weights; load it without ema")
+    where, name = checkpoint.newest(run)
+    with checkpoint.Checkpoints(where, writes=False) as checkpoints:
+        if checkpoints.latest is None:
+            raise UserError(f"{run}: no complete checkpoint yet; let training reach train.checkpoint_every steps")
+        target = _abstract_parts(_config_of(record.dictionary, run / "config.json"), record)
+        names = ("average" if ema else "sae", "counters", "run")
+        parts = {checkpoint.part_name(name, part): target[part] for part in names}
+        step, tree = checkpoints.read(parts)
+    weights, counters, at = (tree[checkpoint.part_name(name, part)] for part in names)
+    dead = float((np.asarray(counters.silent) > record.train["dead_after_tokens"]).mean())
+    return _folded(dequantise(weights), at["constants"].scale, record, step, dead, ema, _evaluation(run, step, ema))
+
+
+def _folded(
+    sae: AbstractSae,
+    scale: Scale,
+    record: RunRecord,
+    step: int,
+    dead_fraction: float,
+    ema: bool,
+    metrics: dict[str, float] | None = None,
+) -> Dictionary:
+    """Weights as they are in training, for rows as they are."""
+    of_run = record.dictionary
+    # The average of rows of norm 1 is a little shorter.
+    sae = sae.constrained().folded(scale) if ema else sae.folded(scale)
+    factors = [_by_source(side, widths) for side, widths in zip((scale.x, scale.y), of_run.widths, strict=True)]
+    kind = of_run.normalisation.kind
+    return Dictionary(
+        sae,
+        replace(
+            of_run,
+            normalisation=Normalisation(kind, kind not in PER_VECTOR, *factors),
+            steps=step,
+            tokens=step * record.train["batch_size"],
+            weights="average" if ema else "live",
+            metrics={"dead_fraction": dead_fraction, **(metrics or {})},
+        ),
+    )
+
+
+def _evaluation(run: Path, step: int, ema: bool) -> dict[str, float]:
+    """What `sae-jax evaluate` found of these weights, if it has been there."""
+    content = storage.read_json(run / "evaluation.json") or {}
+    if (content.get("step"), content.get("weights")) != (step, "average" if ema else "live"):
+        return {}
+    return {n: float(v) for n, v in content.items() if isinstance(v, int | float) and n != "step" and np.isfinite(v)}
+
+
+def _config_of(record: Record, path: Path) -> SaeConfig:
+    return configs.from_dict(base.config_class(record.variant), record.sae, f"{path}: sae")
+
+
+def _abstract(config: SaeConfig, widths: Widths) -> AbstractSae:
+    """Shapes of the arrays of a dictionary."""
+    return jax.eval_shape(lambda s: config.init(jax.random.key(0), s), init.abstract_sample(widths))
+
+
+def _abstract_parts(config: SaeConfig, record: RunRecord) -> dict[str, Any]:
+    """Shapes of the parts of a checkpoint that a dictionary is made of, all on the default device."""
+
+    def parts(sample: init.Sample) -> dict[str, Any]:
+        sae = config.init(jax.random.key(0), sample)
+        silent = init.zeros((config.n_latents,), mesh.DICT, jnp.int32)
+        return {
+            "sae": sae,
+            "average": zeros_like_moments(sae, record.train["ema_dtype"], WEIGHT),
+            "counters": Counters(silent, config.initial_counters(sample)),
+            "run": {"step": jnp.int32(0), "constants": Constants(jnp.float32(0), sample.scale)},
+        }
+
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return placed(jax.eval_shape(parts, init.abstract_sample(record.dictionary.widths)), here)
+
+
+def _arrays(sae: AbstractSae) -> dict[str, jax.Array]:
+    """The arrays of a dictionary by name; those that it does not have, such as a skip, are left out."""
+    names = [field.name for field in fields(sae) if field.metadata.get("pytree_node", True)]  # type: ignore[arg-type]
+    return {name: array for name in names if (array := getattr(sae, name)) is not None}
+
+
+def _read_arrays(path: Path, target: AbstractSae) -> AbstractSae:
+    """A dictionary of the shapes of `target`. Raises UserError, naming the file, for anything else."""
+    expected = _arrays(target)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+            if difference := names ^ expected.keys():
+                what = "has" if (name := min(difference)) in names else "lacks"
+                raise UserError(f"{path}: {what} an array {name}, unlike the record beside it; restore both")
+            arrays = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore the file, or write the dictionary again") from None
+    for name, array in arrays.items():
+        if array.shape != expected[name].shape or array.dtype != np.float32:
+            shape = list(expected[name].shape)
+            raise UserError(
+                f"{path}: {name} is {array.dtype.name}{list(array.shape)}, the record beside it says float32{shape}; "
+                f"restore both"
+            )
+    return dataclasses.replace(target, **{name: jnp.asarray(array) for name, array in arrays.items()})  # type: ignore[type-var]
+
+
+def _by_source(scale_X: jax.Array, widths: tuple[int, ...]) -> tuple[float, ...]:
+    starts = np.cumsum((0, *widths[:-1]))
+    return tuple(float(scale_X[start]) for start in starts)
+
+
+def _told(source: SourceRecord) -> str:
+    model = f" of {source.model}" if source.model else ""
+    return f"{source.name}{model} (d={source.width})"

@@ -1,0 +1,201 @@
+"""What an evaluator is, and what it is given.
+
+Every file of metrics/ is an evaluator: a class `Evaluator` with two methods and a table that describes its metrics.
+
+    measure(batch) -> {name: array}      what one batch contributes: sums over its rows or sequences
+    metrics(sums)  -> Metric, ...        the metrics of all batches, from the sums of all contributions
+
+Sums over batches, over the shards of several workers and over processes are added up alike (`add`, in float64 on the
+host), so an evaluator needs to know nothing of them. A new evaluator is one new file.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import math
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import lm
+from sae_jax.saes.base import AbstractSae
+from sae_jax.types import Code
+
+Sums = dict[str, np.ndarray]  # f64 each
+
+CONFIDENCE, NORMAL_QUANTILE = 0.9, 1.6449  # of intervals
+
+
+class Description(NamedTuple):
+    """What a person is told of a metric."""
+
+    label: str
+    text: str
+    in_table: bool = True  # False for what is no number, such as a histogram
+
+
+class Metric(NamedTuple):
+    """One result."""
+
+    name: str
+    value: Any  # a number; {source: number}; or what JSON can hold
+    interval: tuple[float, float] | None = None  # of CONFIDENCE, from the variation between sequences
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dictionary that is measured, and what its rows are made of."""
+
+    sae: AbstractSae
+    sources: Mapping[str, int]  # widths of the sources side by side in what is reconstructed
+    mean: np.ndarray  # f64[Y], of the rows of the set: the centre that squares are summed around
+    recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of its training
+
+    @property
+    def n_latents(self) -> int:
+        """Width of the dictionary."""
+        return self.sae.b_enc.shape[0]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The S sequences that the rows of a batch belong to, and the language model, which can run on from other rows.
+
+    Dictionaries of one site share it, so what does not depend on a dictionary is computed once.
+    """
+
+    model: lm.ReplacedSite  # with the logits of the model as it is
+    counted: jax.Array  # f32[S, T - 1]: 1 where the next token and the one it is predicted from are text
+    mean: np.ndarray  # f64[Y], of the rows of the set
+
+    def losses(self, rows_NY: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(cross-entropy, KL from the model as it is) with rows f32[S * T, Y] put in: sums over T, f32[S] each."""
+        return _losses_with(self.model, rows_NY, self.counted)
+
+    @cached_property
+    def ce_clean(self) -> jax.Array:
+        """Cross-entropy of the model as it is: sums over T, f32[S]."""
+        return _clean_loss(self.model, self.counted)
+
+    @cached_property
+    def ce_zero(self) -> jax.Array:
+        """With zeros in the place of the activations."""
+        return self.losses(jnp.zeros((self.model.ids.size, len(self.mean))))[0]
+
+    @cached_property
+    def ce_mean(self) -> jax.Array:
+        """With their mean in the place of the activations."""
+        mean_Y = jnp.asarray(self.mean, jnp.float32)
+        return self.losses(jnp.broadcast_to(mean_Y, (self.model.ids.size, len(self.mean))))[0]
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """N rows, and what a dictionary makes of them. Its code and its reconstruction are computed once."""
+
+    sae: AbstractSae
+    x: jax.Array  # f32[N, X]: what is encoded
+    y: jax.Array  # f32[N, Y]: what is reconstructed
+    keep: jax.Array  # bool[N]: the rows that count
+    text: TextBatch | None  # None for rows that come from no text
+
+    @cached_property
+    def code(self) -> Code:
+        """Latents of the rows, [N, K]."""
+        return self.sae.encode(self.x)
+
+    @cached_property
+    def y_hat(self) -> jax.Array:
+        """The reconstruction, f32[N, Y]."""
+        return self.sae(self.x)
+
+
+class Evaluator(abc.ABC):
+    """Measures one dictionary. Keeps nothing between batches."""
+
+    ORDER: ClassVar[int]  # lower ones are shown first
+    NEEDS_TEXT: ClassVar[bool] = False
+    METRICS: ClassVar[Mapping[str, Description]]  # of every metric, in the order in which they are shown
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+
+    @abc.abstractmethod
+    def measure(self, batch: EvalBatch) -> Mapping[str, jax.Array | np.ndarray]:
+        """The sums of one batch: arrays of the same names and number of axes each time."""
+
+    @abc.abstractmethod
+    def metrics(self, sums: Sums) -> Iterable[Metric]:
+        """The metrics of all that was added up."""
+
+
+def evaluators() -> dict[str, type[Evaluator]]:
+    """The evaluator in each file of metrics/, in the order in which they are shown."""
+    package = importlib.import_module("sae_jax.evaluation.metrics")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    found = {name: importlib.import_module(f"{package.__name__}.{name}").Evaluator for name in names}
+    return dict(sorted(found.items(), key=lambda item: (item[1].ORDER, item[0])))
+
+
+def descriptions() -> dict[str, Description]:
+    """Of every metric there is, in the order in which they are shown."""
+    return {name: text for evaluator in evaluators().values() for name, text in evaluator.METRICS.items()}
+
+
+def add(a: Sums, b: Mapping[str, Any]) -> Sums:
+    """Sums over two parts of the rows. A histogram that is longer in one is filled up with zeros in the other."""
+    b = {name: np.asarray(value, np.float64) for name, value in b.items()}
+    return {name: _add(a[name], b[name]) for name in b} if a and b else a or b
+
+
+def ratio(
+    sums_Q: np.ndarray, products_QQ: np.ndarray, n: float, numerator_Q: np.ndarray, denominator_Q: np.ndarray
+) -> tuple[float, tuple[float, float] | None]:
+    """A ratio of two linear functions of sums over n sequences, and its interval.
+
+    The interval is the normal one: sequences vary independently, and the ratio is linearised in their sums.
+
+    Args:
+        sums_Q: f64, sum over sequences of quantities q_i.
+        products_QQ: f64, sum over sequences of q_i q_i^T.
+        n: number of sequences.
+        numerator_Q: its coefficients.
+        denominator_Q: its coefficients.
+    """
+    below = float(denominator_Q @ sums_Q)
+    if below == 0:
+        return math.nan, None
+    value = float(numerator_Q @ sums_Q) / below
+    if n < 2:
+        return value, None
+    residual_Q = numerator_Q - value * denominator_Q
+    variance = n / (n - 1) * max(float(residual_Q @ products_QQ @ residual_Q), 0.0) / below**2
+    half = NORMAL_QUANTILE * math.sqrt(variance)
+    return value, (value - half, value + half)
+
+
+def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a.shape == b.shape:
+        return a + b
+    short, long = sorted((a, b), key=len)
+    return long + np.pad(short, (0, len(long) - len(short)))
+
+
+@jax.jit
+def _clean_loss(model: lm.ReplacedSite, counted_ST: jax.Array) -> jax.Array:
+    return (lm.cross_entropy(model.logits, model.ids) * counted_ST).sum(-1)
+
+
+@jax.jit
+def _losses_with(model: lm.ReplacedSite, rows_NY: jax.Array, counted_ST: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits_STV, _ = model.with_rows(rows_NY)
+    kl_ST = lm.kl_divergence(model.logits[:, :-1], logits_STV[:, :-1])
+    cross_entropy_ST = lm.cross_entropy(logits_STV, model.ids)
+    return (cross_entropy_ST * counted_ST).sum(-1), (kl_ST * counted_ST).sum(-1)

@@ -1,0 +1,144 @@
+"""The batches that dictionaries are measured on: token sequences through the language model, or rows of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import lm
+from sae_jax.activations.store import ActivationSet
+from sae_jax.artifact import Dictionary
+from sae_jax.evaluation.base import EvalBatch, Subject, TextBatch
+from sae_jax.evaluation.text import HeldOut, spread_chunks
+from sae_jax.progress import console
+from sae_jax.saes.base import AbstractSae
+from sae_jax.types import Sites, Widths
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A dictionary to measure."""
+
+    sae: AbstractSae
+    sites: Sites
+    widths: Widths
+    activations: ActivationSet  # where the text and the model, or the rows, come from
+    weights: Mapping[str, Any] = field(default_factory=dict)  # which weights of a run these are
+    recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of its training
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, activations: ActivationSet) -> Candidate:
+        """A dictionary as `sae_jax.load` gives it."""
+        record = dictionary.record
+        weights = {"step": record.steps, "weights": record.weights}
+        return cls(dictionary.sae, record.sites, record.widths, activations, weights, record.metrics)
+
+
+def of_set(
+    candidates: Mapping[str, Candidate], n_rows: int, shard: tuple[int, int]
+) -> tuple[int, Iterator[dict[str, EvalBatch]]]:
+    """(number, batches): whole chunks spread evenly over the set of all candidates, as few as hold `n_rows` rows."""
+    activations = next(iter(candidates.values())).activations
+    if jax.process_index() == 0:
+        console.print(
+            f"{activations.path} names no held-out text, or not one language model: metrics are on rows of the set, "
+            "without effects on a model",
+            markup=False,
+        )
+    chunks = spread_chunks(activations, n_rows)[shard[0] :: shard[1]]
+
+    def batches() -> Iterator[dict[str, EvalBatch]]:
+        for chunk in chunks:
+            read = cache(lambda name, chunk=chunk: activations.read_chunk(name, chunk).astype(np.float32))
+            batch = {}
+            for name, candidate in candidates.items():
+                x_NX, y_NY = (np.concatenate([read(source) for source in side], axis=1) for side in candidate.sites)
+                batch[name] = filled_up(candidate.sae, x_NX, y_NY, activations.spec.chunk_rows)
+            yield batch
+
+    return len(chunks), batches()
+
+
+def filled_up(sae: AbstractSae, x_NX: np.ndarray, y_NY: np.ndarray, size: int) -> EvalBatch:
+    """Rows as a batch of `size`: the last one is short, and of another size it would compile anew."""
+    fill = ((0, size - len(x_NX)), (0, 0))
+    x, y = (jnp.asarray(np.pad(rows_NX, fill), jnp.float32) for rows_NX in (x_NX, y_NY))
+    return EvalBatch(sae, x, y, jnp.arange(size) < len(x_NX), None)
+
+
+def of_text(
+    candidates: Mapping[str, Candidate],
+    subjects: Mapping[str, Subject],
+    texts: Mapping[Sites, HeldOut],
+    batch_tokens: int,
+    shard: tuple[int, int],
+) -> tuple[int, Iterator[dict[str, EvalBatch]]]:
+    """(number, batches) of token sequences; `texts` has one text and model, at each site."""
+    first = next(iter(texts.values()))
+    n_sequences, context = first.sequences.shape
+    size = min(max(batch_tokens // context, 1), n_sequences)
+    starts = range(0, n_sequences, size)[shard[0] :: shard[1]]
+    hooks = tuple(dict.fromkeys(hook for text in texts.values() for hook in text.encoded + text.reconstructed))
+
+    def batches() -> Iterator[dict[str, EvalBatch]]:
+        for start in starts:
+            ids_ST = first.sequences[start : start + size]
+            filled_ST = np.pad(ids_ST, ((0, size - len(ids_ST)), (0, 0)))
+            acts, logits_STV = _run(first.model, jnp.asarray(filled_ST, jnp.int32), hooks)
+            batch = {}
+            for sites, text in texts.items():
+                here = [name for name, candidate in candidates.items() if candidate.sites == sites]
+                site, x_NX = _at_site(text, ids_ST, filled_ST, acts, logits_STV)
+                text_batch = TextBatch(site, _counted(ids_ST, len(filled_ST), text.special), subjects[here[0]].mean)
+                for name in here:
+                    sae, y_NY = candidates[name].sae, site.rows
+                    batch[name] = EvalBatch(sae, x_NX, y_NY, site.keep.reshape(-1), text_batch)
+            yield batch
+
+    return len(starts), batches()
+
+
+def _at_site(
+    text: HeldOut, ids_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[lm.Hook, jax.Array], logits_STV: jax.Array
+) -> tuple[lm.ReplacedSite, jax.Array]:
+    """(the model, ready for other rows where a dictionary writes; what it encodes)."""
+    hooks = tuple(dict.fromkeys(text.encoded + text.reconstructed))
+    norms = [_norms(acts[hook])[: len(ids_ST)] for hook in hooks]
+    keep_ST = text.keep(ids_ST, np.stack(jax.device_get(norms), axis=-1))
+    keep_ST = np.pad(keep_ST, ((0, len(filled_ST) - len(ids_ST)), (0, 0)))  # what is filled up counts nowhere
+
+    def site(hooks: tuple[lm.Hook, ...]) -> lm.ReplacedSite:
+        here = {hook: acts[hook] for hook in hooks}
+        return lm.ReplacedSite(
+            text.model, jnp.asarray(filled_ST, jnp.int32), jnp.asarray(keep_ST), here, logits_STV, (), hooks
+        )
+
+    return site(text.reconstructed), site(text.encoded).rows
+
+
+def _counted(ids_ST: np.ndarray, size: int, special: np.ndarray) -> jax.Array:
+    """f32[size, T - 1]: 1 for the prediction of text from text."""
+    text_ST = ~np.isin(ids_ST, special)
+    counted_ST = text_ST[:, :-1] & text_ST[:, 1:]
+    return jnp.asarray(np.pad(counted_ST, ((0, size - len(ids_ST)), (0, 0))), jnp.float32)
+
+
+@partial(jax.jit, static_argnames="hooks")
+def _run(
+    model: lm.LanguageModel, ids_ST: jax.Array, hooks: tuple[lm.Hook, ...]
+) -> tuple[dict[lm.Hook, jax.Array], jax.Array]:
+    out = lm.run(model, ids_ST, capture=hooks)
+    assert out.logits is not None
+    return out.acts, out.logits
+
+
+@jax.jit
+def _norms(acts: jax.Array) -> jax.Array:
+    """Norm at each position, f32[S, T], heads joined."""
+    return jnp.linalg.norm(acts.reshape(*acts.shape[:2], -1).astype(jnp.float32), axis=-1)

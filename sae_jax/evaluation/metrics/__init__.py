@@ -1,0 +1,1 @@
+"""One evaluator a file: see sae_jax/evaluation/base.py."""

@@ -1,0 +1,78 @@
+"""How well a dictionary reconstructs activations.
+
+fvu               E||y - y_hat||^2 / E||y - E y||^2, both over all rows: a ratio of sums
+fvu_by_source     the same of each source by itself, where several are reconstructed
+nmse_uncentered   E||y - y_hat||^2 / E||y||^2
+cosine            mean over rows of the cosine of y and y_hat
+gamma             E||y_hat||^2 / E[y . y_hat]; 1 is unbiased, below 1 is shrinkage (Rajamanoharan et al. 2024,
+                  arXiv 2404.16014)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.evaluation import base
+from sae_jax.evaluation.base import Description, EvalBatch, Metric, Sums
+
+
+class Evaluator(base.Evaluator):
+    """Errors of the reconstruction."""
+
+    ORDER = 10
+    METRICS = {  # noqa: RUF012
+        "n_rows": Description("rows", "rows measured on", in_table=False),
+        "fvu": Description("FVU", "fraction of the variance that the reconstruction leaves unexplained"),
+        "fvu_by_source": Description("FVU", "the same, of one source by itself"),
+        "nmse_uncentered": Description("NMSE, uncentred", "squared error over the mean square of the activations"),
+        "cosine": Description("cosine", "of activation and reconstruction, mean over rows"),
+        "gamma": Description("gamma", "relative size of the reconstruction: 1 is unbiased, less is shrinkage"),
+    }
+
+    def measure(self, batch: EvalBatch) -> dict[str, jax.Array]:
+        """See base.Evaluator."""
+        return _sums(batch.y, batch.y_hat, batch.keep, jnp.asarray(self.subject.mean, jnp.float32))
+
+    def metrics(self, sums: Sums) -> Iterator[Metric]:
+        """See base.Evaluator."""
+        n = float(sums["rows"])
+        error_Y, variance_Y = sums["error2_Y"], sums["offset2_Y"] - sums["offset_Y"] ** 2 / n
+        yield Metric("n_rows", int(n))
+        yield Metric("fvu", _divided(error_Y.sum(), variance_Y.sum()))
+        if len(self.subject.sources) > 1:
+            by_source, first = {}, 0
+            for name, width in self.subject.sources.items():
+                columns = slice(first, first := first + width)
+                by_source[name] = _divided(error_Y[columns].sum(), variance_Y[columns].sum())
+            yield Metric("fvu_by_source", by_source)
+        yield Metric("nmse_uncentered", _divided(error_Y.sum(), sums["y2"]))
+        yield Metric("cosine", float(sums["cosine"]) / n)
+        yield Metric("gamma", _divided(sums["y_hat2"], sums["product"]))
+
+
+def _divided(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    return float(numerator) / float(denominator) if denominator else math.nan
+
+
+@jax.jit
+def _sums(y_NY: jax.Array, y_hat_NY: jax.Array, keep_N: jax.Array, centre_Y: jax.Array) -> dict[str, jax.Array]:
+    y2_N, y_hat2_N, product_N = (y_NY**2).sum(-1), (y_hat_NY**2).sum(-1), (y_NY * y_hat_NY).sum(-1)
+    # Squares are summed around a centre: activations far from the origin would lose their variance to rounding.
+    offset_NY = y_NY - centre_Y[None]
+    weight_N = keep_N.astype(jnp.float32)
+    cosine_N = product_N / jnp.maximum(jnp.sqrt(y2_N * y_hat2_N), 1e-30)
+    return {
+        "rows": keep_N.sum(),
+        "y2": (weight_N * y2_N).sum(),
+        "y_hat2": (weight_N * y_hat2_N).sum(),
+        "product": (weight_N * product_N).sum(),
+        "error2_Y": (weight_N[:, None] * (y_NY - y_hat_NY) ** 2).sum(0),
+        "offset_Y": (weight_N[:, None] * offset_NY).sum(0),
+        "offset2_Y": (weight_N[:, None] * offset_NY**2).sum(0),
+        "cosine": (weight_N * cosine_N).sum(),
+    }

@@ -1,0 +1,59 @@
+"""What a file in families/ says about its family: how its config.json is read, and where checkpoints hold tensors.
+
+A new family is one new file there, with a `FAMILY`. Where it needs a kind of norm, position or MLP that no family had
+before, it also adds that kind to spec.py, params.py and block.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sae_jax.lm.spec import Spec
+from sae_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a checkpoint holds a parameter: in all of a tensor, or in one of the equal parts of its last axis."""
+
+    name: str  # of the tensor in a full checkpoint; "{layer}" stands for the number of the layer
+    part: int = 0
+    n_parts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one `model_type` is read and written."""
+
+    architecture: str  # class name that Hugging Face configs state
+    read_spec: Callable[[Mapping[str, Any]], Spec]  # config.json -> Spec
+    write_config: Callable[[Spec], dict[str, Any]]  # the inverse
+    prefix: str  # that tensors of full checkpoints have and those of base checkpoints lack
+    stored: Mapping[str, Stored]  # parameter (params.py) -> tensor
+
+
+def families() -> list[str]:
+    """The supported values of `model_type`: the files of families/."""
+    package = importlib.import_module("sae_jax.lm.families")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def family(model_type: str) -> Family:
+    """The family of one of `families()`."""
+    return importlib.import_module(f"sae_jax.lm.families.{model_type}").FAMILY
+
+
+def family_of(config: Mapping[str, Any], reference: str) -> Family:
+    """The family of a parsed config.json. Raises UserError naming `reference` if its model_type is not supported."""
+    model_type = config.get("model_type")
+    if model_type not in families():
+        raise UserError(
+            f"model {reference!r} has model_type {model_type!r}, which is not supported; "
+            f"supported: {', '.join(families())}. For any other model, compute the activations yourself and write "
+            f"them with sae_jax.write_activations"
+        )
+    return family(model_type)

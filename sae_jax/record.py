@@ -1,0 +1,169 @@
+"""The record of a dictionary and of a run: what it is, what it was trained on, and which program wrote it.
+
+    DIR/dictionary.json    a `Record`, beside the arrays (artifact.py)
+    RUN/config.json        a `RunRecord`: the same record, with the settings of training; or the members of a set
+
+Every file states its kind and the version of its schema. A file of another version, or with a field too many or too
+few, is refused in one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import msgspec
+
+from sae_jax.types import Sites, UserError, Widths
+
+SCHEMA = 1
+
+
+class Versioned:
+    """A dataclass that is stored as JSON with its kind and the version of its schema."""
+
+    KIND: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        fields = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
+        return {"kind": self.KIND, "schema": SCHEMA, **fields}
+
+    @classmethod
+    def from_json(cls, content: Any, path: str | Path) -> Self:
+        """The record in the JSON of a file. Raises UserError, in one line, for anything else."""
+        if not isinstance(content, dict) or content.get("kind") != cls.KIND:
+            raise UserError(f"{path}: not a {cls.KIND} record of sae_jax; give what sae_jax wrote")
+        schema = content.get("schema")
+        if schema != SCHEMA:
+            newer = isinstance(schema, int) and schema > SCHEMA
+            cure = "update sae_jax" if newer else "write it again with this version"
+            raise UserError(f"{path}: a {cls.KIND} record of schema {schema}, and this program reads {SCHEMA}; {cure}")
+        fields = {name: value for name, value in content.items() if name not in ("kind", "schema")}
+        try:
+            record = msgspec.convert(fields, cls, strict=True)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{path}: {error}; the record is damaged, restore it or write it again") from None
+        if difference := _difference(fields, json.loads(json.dumps(asdict(record)))):  # type: ignore[call-overload]
+            raise UserError(f"{path}: {difference}; restore the file, or write it again with this version")
+        return record
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """A source: the activations of a language model at a hook, or rows from elsewhere."""
+
+    name: str
+    width: int
+    hook: str | None = None
+    model: str | None = None  # reference
+    model_digest: str | None = None  # of its weights
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The rows that a dictionary was trained on."""
+
+    content: str  # hash: equal where the rows are, wherever they lie
+    path: str | None = None  # where they were
+    tokenizer: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How rows are scaled before the dictionary sees them (saes/normalise.py)."""
+
+    kind: str = "none"
+    is_folded: bool = True  # the constants are in the weights; a norm of each vector is applied by the dictionary
+    x: tuple[float, ...] = ()  # constant of each source that is encoded; () where there is none
+    y: tuple[float, ...] = ()  # and of each that is reconstructed
+
+
+@dataclass(frozen=True)
+class Record(Versioned):
+    """A dictionary: everything that a person, or another program, needs to know beside the arrays."""
+
+    KIND: ClassVar[str] = "dictionary"
+
+    variant: str
+    sae: dict[str, Any]  # all settings of the variant
+    encodes: tuple[SourceRecord, ...]  # side by side in x
+    reconstructs: tuple[SourceRecord, ...]  # side by side in y
+    normalisation: Normalisation
+    data: DataRecord | None
+    steps: int
+    tokens: int
+    weights: Literal["live", "average"]  # as trained, or their running average
+    metrics: dict[str, float]  # where measured
+    program: str  # version and commit
+
+    @property
+    def sites(self) -> Sites:
+        """Names of the sources."""
+        return Sites(tuple(s.name for s in self.encodes), tuple(s.name for s in self.reconstructs))
+
+    @property
+    def widths(self) -> Widths:
+        """Dimensions of the sources."""
+        return Widths(tuple(s.width for s in self.encodes), tuple(s.width for s in self.reconstructs))
+
+
+@dataclass(frozen=True)
+class RunRecord(Versioned):
+    """A run: the dictionary that it trains, and how."""
+
+    KIND: ClassVar[str] = "run"
+
+    dictionary: Record
+    train: dict[str, Any]
+    mesh: dict[str, Any]
+    engine: dict[str, Any]
+    allow_partial: bool = False
+
+
+@dataclass(frozen=True)
+class MembersRecord(Versioned):
+    """A run of several dictionaries: RUN/members/<name>/ holds the record of each."""
+
+    KIND: ClassVar[str] = "set of members"
+
+    members: tuple[str, ...] = field(default_factory=tuple)
+
+
+@functools.cache
+def program() -> str:
+    """The version of this program, and the commit if it lies in a checkout."""
+    version = importlib.metadata.version("sae_jax")
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return version
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return version
+    return f"{version}+{described.stdout.strip()}" if described.stdout.strip() else version
+
+
+def _difference(given: Any, known: Any, path: str = "") -> str | None:
+    """The first key that nested JSON has too many or lacks, beside what it was read as."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for key in sorted(given.keys() | known.keys()):
+            if key not in known:
+                return f"unknown field {path}{key}"
+            if key not in given:
+                return f"field {path}{key} is missing"
+            if difference := _difference(given[key], known[key], f"{path}{key}."):
+                return difference
+    if isinstance(given, list) and isinstance(known, list):
+        for number, pair in enumerate(zip(given, known, strict=True)):
+            if difference := _difference(*pair, f"{path}{number}."):
+                return difference
+    return None

@@ -1,0 +1,241 @@
+"""What commands and notebooks call: harvest, train, sweep, evaluate, dashboard, fit, advise, plan.
+
+Each takes a job (the dataclass that the command of the same name parses) or keywords. They raise UserError and
+UsageError, never exit, and leave logging, signal handlers, the environment and JAX's global state as they found them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_jax import artifact, config
+from sae_jax.activations.commits import committed_shards
+from sae_jax.activations.harvest import HarvestConfig
+from sae_jax.activations.harvest import harvest as make_set
+from sae_jax.activations.memory import ArrayRows
+from sae_jax.activations.source import RowSource
+from sae_jax.activations.store import ActivationSet, open_activations
+from sae_jax.activations.stored import StoredRows
+from sae_jax.artifact import Dictionary
+from sae_jax.mesh import MeshConfig
+from sae_jax.ops.tuning import EngineConfig
+from sae_jax.saes import base
+from sae_jax.saes.base import SaeConfig
+from sae_jax.scaling import table
+from sae_jax.storage import Files, StrPath
+from sae_jax.sweeps import plan as sweep_plan
+from sae_jax.sweeps import run as sweep_run
+from sae_jax.sweeps.grid import SweepConfig
+from sae_jax.sweeps.plan import SweepJob
+from sae_jax.training import run
+from sae_jax.training.expand import change, expand_members
+from sae_jax.training.run import TrainJob
+from sae_jax.training.settings import TrainConfig
+from sae_jax.types import UsageError, UserError
+
+TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig))
+
+
+def harvest(out: StrPath, *, shard: tuple[int, int] = (0, 1), settings: HarvestConfig | None = None, **changes: Any):
+    """Run text through a language model and store the activations of some hooks. The same call resumes.
+
+    Args:
+        out: directory or URL of the activation set.
+        shard: (i, n): make every n-th shard, starting at i.
+        settings: what to store.
+        **changes: fields of `HarvestConfig`, such as model, text, hooks, tokens.
+
+    Returns:
+        The set, opened; None while shards are missing that other workers make.
+    """
+    harvest_config = config.replaced(settings or HarvestConfig(), changes, "harvest")
+    spec = make_set(harvest_config, os.fspath(out), shard)
+    return open_activations(out) if shard == (0, 1) or len(committed_shards(Files(out))) == spec.n_shards else None
+
+
+def train(
+    data: Any,
+    *,
+    out: StrPath | None = None,
+    variant: str = "topk",
+    site: str | tuple[str, ...] = (),
+    reconstruct: str | tuple[str, ...] = (),
+    sae: SaeConfig | None = None,
+    settings: TrainConfig | None = None,
+    mesh: MeshConfig | None = None,
+    engine: EngineConfig | None = None,
+    allow_partial: bool = False,
+    **changes: Any,
+) -> Dictionary:
+    """Train a sparse autoencoder: `train(rows, n_latents=4096, k=32, steps=1000, batch_size=2048)`.
+
+    Args:
+        data: rows [..., d_model] (numpy, JAX or torch) or {source: rows}; the path of an activation set, or the set;
+            or any RowSource.
+        out: directory of the run, with checkpoints, logs and resume as of `sae-jax train`; None: nothing is written.
+        variant: a file of sae_jax/saes/, if `sae` is not given.
+        site: the source that is encoded, or several side by side; may be left out if there is one.
+        reconstruct: the source that is reconstructed, if not what is encoded.
+        sae: the variant's config.
+        settings: length, batch and optimiser of the run.
+        mesh: how devices are arranged; by default the dictionary is split over all of them.
+        engine: sizes of the pieces in which ops work.
+        allow_partial: train although some shards of the set are not there yet.
+        **changes: fields of the variant's config and of `TrainConfig`, such as n_latents, k, steps, batch_size, lr.
+
+    Raises:
+        UsageError: an unknown or refused setting, a source that does not exist, or another run at `out`.
+        UserError: the loss was not finite, or the set is damaged.
+    """
+    fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "sae": sae, "train": settings}
+    fixed |= {"mesh": mesh, "engine": engine, "allow_partial": allow_partial}
+    job, source = _new_job(TrainJob, data, {**fixed, **changes})
+    return _dictionaries({"": job}, source)[""]
+
+
+def train_members(data: Any, members: Mapping[str, Mapping[str, Any]], **settings: Any) -> dict[str, Dictionary]:
+    """Train several SAEs from one pass over the data: `train_members(rows, {"k8": {"k": 8}, "k16": {"k": 16}}, ...)`.
+
+    Args:
+        data: as for `train`.
+        members: {name: the settings that it changes}.
+        **settings: as for `train`, for all members.
+
+    Raises:
+        As `train`. A member whose loss is not finite is dropped after its last good checkpoint, and UserError is raised
+        once the others have ended.
+    """
+    job, source = _new_job(TrainJob, data, settings)
+    return _dictionaries(expand_members(_with_members(job, members)), source)
+
+
+def run_train(job: TrainJob) -> int:
+    """The run of a job as a command parses it, with `members` if it lists some. Returns the step it stands at."""
+    return run.run(expand_members(job), as_source(job.data, job.allow_partial)).step
+
+
+def sweep(
+    data: Any,
+    *,
+    out: StrPath,
+    grid: Mapping[str, Any],
+    members: Mapping[str, Mapping[str, Any]] | None = None,
+    shard: str = "0/1",
+    claim: bool = False,
+    sweep: SweepConfig | None = None,
+    **settings: Any,
+) -> list[Any]:
+    """Train every combination of a grid and measure each on the way. The same call resumes.
+
+    Args:
+        data: as for `train`.
+        out: directory of the sweep.
+        grid: {setting: values}, such as {"n_latents": [512, 1024], "k": [8, 16]}.
+        members: {name: the settings that it changes}: the grid is trained for each.
+        shard: i/n: train the i-th of n shares.
+        claim: take the passes that no other worker is at.
+        sweep: when to measure, and until when to train.
+        **settings: as for `train`; and fields of `SweepConfig`, such as compute, tokens, tolerance, max_tokens.
+
+    Returns:
+        The points, as `sae_jax.scaling.table.read(out)` gives them.
+
+    Raises:
+        UsageError: nothing can be trained, or another sweep is at `out`.
+        UserError: some members could not be trained; the others are done.
+    """
+    of_sweep = {n: settings.pop(n) for n in {f.name for f in dataclasses.fields(SweepConfig)} & settings.keys()}
+    job, source = _new_job(SweepJob, data, {"out": out, **settings})
+    plan = dataclasses.replace(config.replaced(sweep or SweepConfig(), of_sweep, "sweep"), grid=_dotted_grid(job, grid))
+    job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard=shard, claim=claim)
+    if problems := run_sweep(job, source):
+        raise UserError(f"{out}: {'; '.join(problems)}")
+    return table.read(Path(out))
+
+
+def run_sweep(job: SweepJob, source: RowSource | None = None) -> list[str]:
+    """The sweep of a job as a command parses it; a line for each thing that is wrong."""
+    source = as_source(job.data, job.allow_partial) if source is None else source
+    planned, refused = sweep_plan.plan(job, source)
+    return [*(f"left out: {line}" for line in refused), *sweep_run.sweep(job, planned, source)]
+
+
+def as_source(data: Any, allow_partial: bool = False) -> RowSource:
+    """Rows to learn from: a RowSource, a set or its path, or arrays."""
+    if isinstance(data, RowSource):
+        return data
+    if isinstance(data, str | os.PathLike):
+        data = open_activations(data, allow_partial)
+    return StoredRows(data) if isinstance(data, ActivationSet) else ArrayRows(data)
+
+
+def _new_job(cls: Any, data: Any, settings: Mapping[str, Any]) -> tuple[Any, RowSource]:
+    """A job from keywords, those of `train`, and its rows."""
+    settings = {name: value for name, value in settings.items() if value is not None}
+    source = as_source(data, settings.pop("allow_partial", False))
+    sites = {name: settings.pop(name, ()) for name in ("site", "reconstruct")}
+    job = cls(
+        data=source.name,
+        out=os.fspath(settings.pop("out", "")),
+        sae=settings.pop("sae", None) or base.config_class(settings.pop("variant", "topk"))(),
+        train=settings.pop("train", TrainConfig()),
+        mesh=settings.pop("mesh", MeshConfig()),
+        engine=settings.pop("engine", EngineConfig()),
+        **{name: (value,) if isinstance(value, str) else tuple(value) for name, value in sites.items()},
+    )
+    settings.pop("variant", None)
+    return change("train", job, _dotted(job, settings)), source
+
+
+def _dictionaries(jobs: dict[str, TrainJob], source: RowSource) -> dict[str, Dictionary]:
+    """Train, and what came of it."""
+    trained = run.run(jobs, source)
+    out = next(iter(jobs.values())).out
+    if out:
+        return {name: artifact.load(Path(out) / "members" / name if name else out) for name in jobs}
+    return {name: artifact.from_state(trained.states[name], run.record_of(job, source)) for name, job in jobs.items()}
+
+
+def _with_members(job: Any, members: Mapping[str, Mapping[str, Any]]) -> Any:
+    changed = []
+    for name, settings in members.items():
+        settings = dict(settings)
+        variant = settings.pop("variant", None)
+        switched = job if variant is None else dataclasses.replace(job, sae=base.config_class(variant)())
+        dotted = _dotted(switched, settings)
+        changed.append((name, dotted if variant is None else {"sae.variant": variant, **dotted}))
+    return dataclasses.replace(job, members=tuple(changed))
+
+
+def _dotted(job: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} of settings by their plain names: fields of the variant's config or of TrainConfig.
+
+    Raises UsageError for a name that neither has, with the nearest one that exists.
+    """
+    sections = {"sae": [f.name for f in dataclasses.fields(job.sae)], "train": TRAIN_FIELDS}
+    keys = {name: f"{section}.{name}" for section, names in sections.items() for name in names}
+    for name in settings:
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(keys))}"
+            raise UsageError(f"{job.sae.variant} has no setting {name!r}; {hint}")
+    return {keys[name]: value for name, value in settings.items()}
+
+
+def _dotted_grid(job: Any, grid: Mapping[str, Any]) -> Any:
+    """A grid's settings under their dotted names; those of the whole pass, such as site, keep theirs."""
+    of_job = {f.name for f in dataclasses.fields(job)}
+    dotted: dict[str, Any] = {}
+    for name, values in grid.items():
+        if name == "variant":
+            dotted["sae.variant"] = values
+        elif "." in name or name in of_job:
+            dotted[name] = values
+        else:
+            dotted |= {key: values for key in _dotted(job, {name: None})}
+    return dotted

@@ -1,0 +1,129 @@
+"""How weights begin: what a sample of the data says, and the random and constrained matrices that variants share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from sae_jax import mesh
+from sae_jax.saes.normalise import InputNorm, Scale, factor, normalise_pair
+from sae_jax.types import UsageError, Widths
+
+
+@struct.dataclass
+class Sample:
+    """What initialisation needs to know of the data, in the units the dictionary sees."""
+
+    median: jax.Array  # f32[X], geometric median of x
+    mean: jax.Array  # f32[Y], of y
+    variance: jax.Array  # f32[], mean over rows and dimensions of (y - mean y)^2
+    square: jax.Array  # f32[], mean over rows of the squared norm of x
+    scale: Scale
+    widths: Widths = struct.field(pytree_node=False)
+    same: bool = struct.field(pytree_node=False, default=True)  # y is x
+
+
+def sample_statistics(
+    x_ND: np.ndarray,
+    kind: InputNorm,
+    y_ND: np.ndarray | None = None,
+    widths: Widths | None = None,
+    mean_squares: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Sample:
+    """What initialisation needs, from a sample of rows, in float64 on the host.
+
+    Args:
+        x_ND: f32[N, X], in the units of the set.
+        kind: how they will be normalised.
+        y_ND: f32[N, Y]; None: x.
+        widths: of the sources side by side in x and y; None: one each.
+        mean_squares: mean squared norm of each source in x and in y, over the whole set; None: over the sample.
+
+    Raises:
+        UsageError: rows that are not finite, or do not vary.
+    """
+    same, y_ND = y_ND is None, x_ND if y_ND is None else y_ND
+    widths = widths or Widths((x_ND.shape[1],), (y_ND.shape[1],))
+    scales = []
+    for side, (rows_ND, side_widths) in enumerate(((x_ND, widths.x), (y_ND, widths.y))):
+        parts = np.split(rows_ND, np.cumsum(side_widths)[:-1], axis=1)
+        squares = mean_squares[side] if mean_squares else [float((np.float64(p) ** 2).sum(1).mean()) for p in parts]
+        factors = [factor(kind, square, width) for square, width in zip(squares, side_widths, strict=True)]
+        scales.append(np.repeat(np.asarray(factors, np.float32), side_widths))
+    scale = Scale(*map(jnp.asarray, scales))
+    seen = normalise_pair(jnp.asarray(x_ND, jnp.float32), jnp.asarray(y_ND, jnp.float32), kind, scale)[:2]
+    x_ND, y_ND = (np.asarray(rows, np.float64) for rows in seen)
+    variance = ((y_ND - y_ND.mean(0)) ** 2).mean()
+    if not np.isfinite(variance) or not np.isfinite(x_ND).all() or variance == 0:
+        raise UsageError(
+            f"the sample of {len(x_ND)} activations has variance {variance}; a set must hold finite, varied rows"
+        )
+    statistics = (geometric_median(x_ND), y_ND.mean(0), variance, (x_ND**2).sum(1).mean())
+    median, mean, variance, square = (jnp.asarray(value, jnp.float32) for value in statistics)
+    return Sample(median, mean, variance, square, scale, widths, same)
+
+
+def abstract_sample(widths: Widths) -> Sample:
+    """Shapes in the place of a sample."""
+    x, y, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((sum(widths.x),), (sum(widths.y),), ()))
+    return Sample(x, y, one, one, Scale(x, y), widths)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
+
+
+def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: float = 1e-5) -> np.ndarray:
+    """Point with the least summed distance to the rows [N, D], by Weiszfeld's iteration from the mean (float64)."""
+    rows_ND = np.asarray(rows_ND, np.float64)
+    guess_D = rows_ND.mean(0)
+    for _ in range(max_iterations):
+        # A row that coincides with the guess would get infinite weight.
+        weight_N = 1.0 / np.maximum(np.linalg.norm(rows_ND - guess_D, axis=1), 1e-12)
+        previous_D, guess_D = guess_D, weight_N @ rows_ND / weight_N.sum()
+        if np.linalg.norm(guess_D - previous_D) < tolerance:
+            break
+    return guess_D
+
+
+def unit_rows(w_FD: jax.Array) -> jax.Array:
+    """Rows scaled to norm 1. A row of zeros stays."""
+    # Apart from what made them: XLA on GPU would write moments of fewer bytes out in f32, as operands of this fusion.
+    w_FD = lax.optimization_barrier(w_FD)
+    return w_FD / row_norms(w_FD)[:, None]
+
+
+def row_norms(w_FD: jax.Array) -> jax.Array:
+    """Norm of each row, f32[F], to divide by: above 0."""
+    return jnp.maximum(jnp.linalg.norm(w_FD, axis=-1), 1e-12)
+
+
+@jax.custom_vjp
+def tangent_to_rows(w_FD: jax.Array) -> jax.Array:
+    """The identity, whose gradient loses its component along each unit row: g_i - (g_i . w_i) w_i.
+
+    Written into the objective of a variant with unit rows, so that the optimiser's moments never see a direction
+    that renormalisation will undo.
+    """
+    return w_FD
+
+
+def _tangent(w_FD: jax.Array, g_FD: jax.Array) -> tuple[jax.Array]:
+    return (g_FD - (g_FD * w_FD).sum(-1, keepdims=True) * w_FD,)
+
+
+tangent_to_rows.defvjp(lambda w_FD: (w_FD, w_FD), _tangent)
+
+
+def linear_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
+    """f32[F, D], DICT: U(-1/sqrt(D), 1/sqrt(D)), a linear layer's usual default. Born sharded on a mesh."""
+    bound = d_model**-0.5
+    shape = (n_latents, d_model)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound, out_sharding=mesh.placed(mesh.DICT))
+
+
+def zeros(shape: tuple[int, ...], role: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Zeros placed by role where there is a mesh."""
+    return jnp.zeros(shape, dtype, out_sharding=mesh.placed(role))

@@ -1,0 +1,53 @@
+"""What a sweep would train and cost, for a person to read before it begins."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from sae_jax.planning import targets
+from sae_jax.planning.targets import GIB
+from sae_jax.sweeps.plan import Planned, SweepJob
+
+MFU = 0.3  # share of the matrix rate that training is taken to reach
+
+
+def preview(job: SweepJob, planned: dict[str, Planned], passes: dict[str, list[str]]) -> tuple[Table, list[str]]:
+    """A table of the members, and a line for each pass."""
+    target = targets.parse(job.target) if job.target else None
+    rate = MFU * (target.chip.flops * target.n_devices if target else _measured_rate())
+    table = Table("member", "n", "k", "lr", "tokens", "points", "FLOP", "hours", title=job.out)
+    for name, member in planned.items():
+        fields, tokens = member.requested.fields, max(member.requested.marks) * member.job.train.batch_size
+        table.add_row(
+            *(name, str(fields["n_latents"]), str(fields["k"] or ""), f"{fields['lr']:.2g}", f"{tokens:.3g}"),
+            *(str(len(member.requested.marks)), f"{tokens * member.requested.flop_per_token:.2e}"),
+            f"{member.cost / rate / 3600:.3g}",
+        )
+    lines = []
+    for folder, names in passes.items():
+        members = [planned[name] for name in names]
+        state = sum(member.state_bytes for member in members) / job.mesh.member
+        memory = (state + max(member.workspace_bytes for member in members)) / GIB
+        hours = sum(member.cost for member in members) / rate / 3600
+        lines.append(f"pass {folder}: {len(names)} members, {memory:.2f} GiB a device, {hours:.3g} hours")
+    where = job.target or "this machine, by the rate of one product on it"
+    lines.append(f"hours: executed FLOP at {MFU:.0%} of the matrix rate of {where}; small members take longer")
+    return table, lines
+
+
+def _measured_rate() -> float:
+    """FLOP/s of a bfloat16 product on all devices here."""
+    n, repeats = 2048, 5
+    product = jax.jit(lambda a: jnp.einsum("ij,kj->ik", a, a, preferred_element_type=jnp.float32))
+    a = jnp.ones((n, n), jnp.bfloat16)
+    product(a).block_until_ready()
+    began = time.monotonic()
+    for _ in range(repeats):
+        product(a).block_until_ready()
+    # Devices that are shares of one CPU are not faster together.
+    several = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    return several * repeats * 2 * n**3 / (time.monotonic() - began)

@@ -1,0 +1,153 @@
+"""What every file of evaluation/metrics/ promises, and reconstruction and sparsity against plain numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import lm
+from sae_jax.evaluation import base
+from sae_jax.evaluation.base import Subject
+from sae_jax.evaluation.batches import Candidate, filled_up, of_text
+from sae_jax.evaluation.evaluate import Measured, accumulate, on_rows
+from sae_jax.evaluation.text import HeldOut
+from sae_jax.saes import init, topk
+from sae_jax.types import Sites, UserError, Widths
+from tests.lm.tiny import SPEC, random_model
+
+D, F, K = SPEC.d_model, 32, 4
+HOOK = lm.Hook(1, "resid_post")
+SITES = Sites.one(str(HOOK))
+EVALUATORS = base.evaluators()
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    # A mean far from the origin: where uncentred and centred measures part, and where rounding bites.
+    return np.float32(RNG.standard_normal((1000, D)) + 50)
+
+
+@pytest.fixture(scope="module")
+def sae(rows):
+    return topk.Config(n_latents=F, k=K, dtype="float32").init(jax.random.key(0), init.sample_statistics(rows, "none"))
+
+
+@pytest.fixture(scope="module")
+def subject(sae, rows):
+    return Subject(sae, {"first": 3, "second": D - 3}, rows.mean(0, dtype=np.float64), {"dead_fraction": 0.25})
+
+
+@pytest.fixture(scope="module")
+def text_batches(sae, subject):
+    """Four batches of text, the last one short, some positions of special tokens."""
+    sequences = RNG.integers(0, SPEC.n_vocab, (11, 8)).astype(np.int32)
+    text = HeldOut("text", random_model(SPEC), (HOOK,), (HOOK,), sequences, np.array([0, 1]), None)
+    candidate = Candidate(sae, SITES, Widths.one(D), activations=None)  # pyrefly: ignore
+    n, batches = of_text({"": candidate}, {"": subject}, {SITES: text}, batch_tokens=24, shard=(0, 1))
+    assert n == 4
+    return list(batches)
+
+
+def sums_of(subject, batches):
+    return accumulate({"": subject}, batches)[""]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_parts_add_up_to_the_whole_in_any_order(name, subject, text_batches):
+    whole, backwards = sums_of(subject, text_batches)[name], sums_of(subject, text_batches[::-1])[name]
+    first, second = (sums_of(subject, half)[name] for half in (text_batches[:1], text_batches[1:]))
+    assert_same(base.add(first, second), whole)
+    assert_same(backwards, whole)
+    assert_same(base.add({}, whole), whole)  # a worker without a batch adds nothing
+    assert_same(base.add(whole, {}), whole)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_metrics_are_described_and_finite(name, subject, text_batches):
+    evaluator = EVALUATORS[name](subject)
+    metrics = list(evaluator.metrics(sums_of(subject, text_batches)[name]))
+    assert [metric.name for metric in metrics] == list(evaluator.METRICS)
+    for metric in metrics:
+        leaves = jax.tree.leaves(metric.value)
+        assert leaves
+        assert np.isfinite(leaves).all(), metric
+        if metric.interval:
+            assert metric.interval[0] < metric.value < metric.interval[1]
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_rows_that_are_left_out_count_nowhere(name, sae, subject, rows):
+    if EVALUATORS[name].NEEDS_TEXT:
+        pytest.skip("needs text")
+    keep = np.arange(1000) % 3 > 0
+    whole = filled_up(sae, rows[keep], rows[keep], 1000)
+    huge = jnp.asarray(np.where(keep[:, None], rows, 1e4).astype(np.float32))
+    masked = dataclasses.replace(whole, x=huge, y=huge, keep=jnp.asarray(keep))
+    a, b = (
+        {m.name: m.value for m in EVALUATORS[name](subject).metrics(sums_of(subject, [{"": batch}])[name])}
+        for batch in (masked, whole)
+    )
+    assert a.keys() == b.keys()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3), a, b)
+
+
+def test_no_metric_has_two_evaluators():
+    names = [name for evaluator in EVALUATORS.values() for name in evaluator.METRICS]
+    assert len(names) == len(set(names)) == len(base.descriptions())
+
+
+def test_metrics_are_ratios_of_sums_over_all_rows(rows, sae, subject):
+    blocks = [{"": filled_up(sae, rows[i : i + 300], rows[i : i + 300], 300)} for i in range(0, 1000, 300)]
+    got = Measured(subject, {"data": "set"}, sums_of(subject, blocks)).to_json()
+    x, x_hat = np.float64(rows), np.float64(sae(rows))
+    values = np.asarray(sae.encode(rows).values)
+    error = ((x - x_hat) ** 2).sum()
+    assert got["data"] == "set"
+    assert got["fvu"] == pytest.approx(error / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
+    for name, part in {"first": slice(0, 3), "second": slice(3, D)}.items():
+        of_source = ((x - x_hat)[:, part] ** 2).sum() / ((x - x.mean(0))[:, part] ** 2).sum()
+        assert got["fvu_by_source"][name] == pytest.approx(of_source, rel=1e-4)
+    assert got["nmse_uncentered"] == pytest.approx(error / (x**2).sum(), rel=1e-4)
+    assert got["l0"] == pytest.approx((values > 0).sum(1).mean())
+    cosine = (x * x_hat).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(x_hat, axis=1)
+    assert got["cosine"] == pytest.approx(cosine.mean(), rel=1e-4)
+    assert got["gamma"] == pytest.approx((x_hat**2).sum() / (x * x_hat).sum(), rel=1e-4)
+    assert got["n_rows"] == sum(got["l0_histogram"]) == 1000
+    dense = np.zeros((1000, F), bool)
+    np.put_along_axis(dense, np.asarray(sae.encode(rows).indices), values > 0, 1)
+    assert got["silent_fraction"] == pytest.approx((~dense.any(0)).mean())
+    assert got["dead_fraction"] == 0.25
+    assert sum(got["density_histogram"]["counts"]) == dense.any(0).sum()
+
+
+def test_rows_in_memory_are_cut_into_blocks(rows, sae):
+    whole, cut = on_rows(sae, rows), on_rows(sae, rows, block_rows=300)
+    assert whole["l0_histogram"] == cut["l0_histogram"]
+    assert whole["fvu"] == pytest.approx(cut["fvu"], rel=1e-4)
+    assert "fvu_by_source" not in whole
+    assert "ce_clean" not in whole
+    with pytest.raises(UserError, match="no row to measure on"):
+        on_rows(sae, rows[:0])
+
+
+def test_an_interval_covers_the_truth_nine_times_in_ten():
+    rng, n = np.random.default_rng(1), 40
+    covered = 0
+    for _ in range(500):
+        length_N = rng.integers(20, 100, n).astype(float)
+        loss_N = length_N * (3 + rng.normal(0, 0.5, n))  # 3 a token
+        q_NQ = np.stack([length_N, loss_N], axis=1)
+        value, interval = base.ratio(q_NQ.sum(0), q_NQ.T @ q_NQ, n, np.array([0.0, 1.0]), np.array([1.0, 0.0]))
+        assert value == pytest.approx(loss_N.sum() / length_N.sum())
+        covered += interval[0] < 3 < interval[1]
+    assert 0.86 < covered / 500 < 0.94
+    assert base.ratio(q_NQ[0], np.outer(q_NQ[0], q_NQ[0]), 1, np.array([0.0, 1.0]), np.array([1.0, 0.0]))[1] is None
