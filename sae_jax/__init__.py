@@ -48,6 +48,8 @@ __all__ = [
     "write_activations",
 ]
 
+__version__ = "0.1.0"
+
 # Imported on first use: `sae-jax --help` must not wait for JAX.
 _HOMES = {
     "AbstractSae": "sae_jax.saes.base",

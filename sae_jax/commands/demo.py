@@ -28,7 +28,7 @@ from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob
 from sae_jax.types import UsageError
 
-RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EVERYTHING = 2**31  # tokens of the held-out text
 SHOWN = ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "loss_recovered", "kl")
 
@@ -44,8 +44,6 @@ class Demo:
 def run(argv: Sequence[str]) -> None:
     """The main job from text to a page; writes DIR/summary.json."""
     if not argv or argv[0].startswith("-"):
-        if not RECIPE.exists():
-            raise UsageError("configs/demo.yaml is not here; run from a clone, or give a recipe: sae-jax demo RECIPE")
         argv = [str(RECIPE), *argv]
     began = time.monotonic()
     out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
