@@ -28,9 +28,9 @@ def memory(n_bytes: float) -> str:
     return _in_steps(n_bytes, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
 
 
-def rate(per_second: float) -> str:
-    """Of things a second, without their name: "31,930", "4.2"."""
-    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+def number(value: float) -> str:
+    """Four digits, or all before the point: "31,930", "0.4217"."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _in_steps(value: float, step: int, names: tuple[str, ...]) -> str:

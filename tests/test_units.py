@@ -37,6 +37,8 @@ def test_memory(n_bytes, text):
     assert units.memory(n_bytes) == text
 
 
-@pytest.mark.parametrize(("per_second", "text"), [(3.193e4, "31,930"), (4.217, "4.22")])
-def test_rate(per_second, text):
-    assert units.rate(per_second) == text
+@pytest.mark.parametrize(
+    ("value", "text"), [(31_930.2, "31,930"), (4.2174, "4.217"), (999.96, "1000"), (-2e6, "-2,000,000")]
+)
+def test_number(value, text):
+    assert units.number(value) == text

@@ -27,6 +27,7 @@ from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob
 from sae_jax.types import UsageError
+from sae_jax.units import number
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EVERYTHING = 2**31  # tokens of the held-out text
@@ -76,5 +77,5 @@ def run(argv: Sequence[str]) -> None:
         "seconds": round(time.monotonic() - began, 1),
     }
     storage.write_json(out / "summary.json", summary)
-    print_table(("metric", "value"), [(name, f"{value:,.4g}") for name, value in summary.items()])
+    print_table(("metric", "value"), [(name, number(value)) for name, value in summary.items()])
     console.print(f"open {out / 'dashboard' / 'index.html'} in a browser; {out / 'training.png'} is the training curve")

@@ -50,7 +50,7 @@ def write_site(
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)
     reference = model or target.model
-    with Progress("dashboard", table.n_latents, "latents") as progress:
+    with Progress("dashboard", table.n_latents, "latents", first="") as progress:
         write_dashboard(
             Path(out),
             table=table,

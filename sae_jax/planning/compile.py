@@ -187,7 +187,7 @@ def _lower(sae: Any, train: Any, widths: Widths, job: dict[str, Any], mesh: Any)
     state, step = abstract(sae, train, widths, mesh), Step(sae, train)
     hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
     if job["model"]:
-        return ThroughModel.of(job["model"]).lower(step, state, hparams, train.batch_size, mesh)
+        return ThroughModel.from_json(job["model"]).lower(step, state, hparams, train.batch_size, mesh)
     placed = meshes.sharding(mesh, meshes.ROWS)
     x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(side)), jnp.bfloat16, sharding=placed) for side in widths)
     batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)

@@ -77,9 +77,9 @@ def from_recipe(
     model = None
     if sae.learns != "rows":
         model = _through_model(harvest, site, later=sae.learns == "through_layers")
-        width = lm.hook_width(model.spec, model.site)
+        width = lm.hook_width(model.spec, model.hook)
         if d_model not in (None, width):
-            raise UsageError(f"d_model={d_model}, but {model.site} of {harvest.model[0]} is {width} wide; leave it out")
+            raise UsageError(f"d_model={d_model}, but {model.hook} of {harvest.model[0]} is {width} wide; leave it out")
         d_model = width
     if d_model is None or d_model < 1:
         raise UsageError(f"d_model={d_model}: a plan needs the width of the rows; give --d-model")
@@ -98,7 +98,7 @@ def from_recipe(
 
 
 def _through_model(harvest: HarvestConfig, site: Sequence[str], later: bool) -> ThroughModel:
-    """The model that a recipe harvests, cut open at its site."""
+    """The model that a recipe harvests, and the hook of its source."""
     source = site[0] if site else harvest.hooks[0]
     for name, reference in harvest.models().items():
         prefix = f"{name}." if name else ""

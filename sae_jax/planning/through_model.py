@@ -1,6 +1,6 @@
 """What the language model takes in a run whose dictionary is trained through it (saes/end_to_end.py).
 
-A step runs the model once as it is, which gives the rows to learn from, and once more from the site on, with the
+A step runs the model once as it is, which gives the rows to learn from, and once more from the hook on, with the
 reconstruction in their place and gradients back to it. Parameters are constants, whole on every device, in float32.
 """
 
@@ -22,17 +22,17 @@ from sae_jax.types import UsageError
 
 FLOAT32 = 4  # bytes
 # Numbers that a token keeps until its gradient is there: so many times D, M and the scores of attention in each block
-# after the site, D before it, and V. Fitted to the peaks of steps of GPT-2 small and relatives of it, compiled for an
+# after the hook, D before it, and V. Fitted to the peaks of steps of GPT-2 small and relatives of it, compiled for an
 # H200 and a v5p; they are within 20 %.
 BLOCK_D, BLOCK_M, BLOCK_SCORES, BEFORE_D, LOGITS = 4, 6, 3, 16, 2
 
 
 @dataclass(frozen=True)
 class ThroughModel:
-    """A language model, the site in it, and how it is used."""
+    """A language model, the hook whose activations are replaced, and how it is used."""
 
     spec: lm.Spec
-    site: lm.Hook
+    hook: lm.Hook
     context: int  # tokens of a sequence
     later: bool = False  # whether later layers are compared, too
 
@@ -48,7 +48,7 @@ class ThroughModel:
     @property
     def n_blocks_after(self) -> int:
         """Blocks that run a second time."""
-        return self.spec.n_layers - self.site.layer - (self.site.point == "resid_post")
+        return self.spec.n_layers - self.hook.layer - (self.hook.point == "resid_post")
 
     @property
     def token_bytes(self) -> int:
@@ -67,13 +67,13 @@ class ThroughModel:
         return (spec.n_layers + 2 * self.n_blocks_after) * block + 3 * unembed
 
     def to_json(self) -> dict[str, Any]:
-        """What `of` reads."""
-        return {"spec": asdict(self.spec), "site": list(self.site), "context": self.context, "later": self.later}
+        """What `from_json` reads."""
+        return {"spec": asdict(self.spec), "hook": list(self.hook), "context": self.context, "later": self.later}
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> ThroughModel:
+    def from_json(cls, values: dict[str, Any]) -> ThroughModel:
         """The inverse of `to_json`."""
-        return cls(lm.Spec(**values["spec"]), lm.Hook(*values["site"]), values["context"], values["later"])
+        return cls(lm.Spec(**values["spec"]), lm.Hook(*values["hook"]), values["context"], values["later"])
 
     def lower(
         self, step: Any, state: Any, hparams: Any, batch_size: int, mesh: Mesh | AbstractMesh
@@ -81,7 +81,7 @@ class ThroughModel:
         """A training step with the pass of the model before it, traced as one program."""
 
         def both(state: Any, hparams: Any, model: lm.LanguageModel, ids_ST: jax.Array, keep_ST: jax.Array) -> Any:
-            return step(state, hparams, model_rows(model, ids_ST, keep_ST, hook=self.site, later=self.later))
+            return step(state, hparams, model_rows(model, ids_ST, keep_ST, hook=self.hook, later=self.later))
 
         rows, shape = meshes.sharding(mesh, meshes.ROWS), (batch_size // self.context, self.context)
         ids_ST, keep_ST = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.bool_))
