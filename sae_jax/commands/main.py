@@ -80,7 +80,10 @@ def _run(argv: list[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
-        importlib.import_module(f"sae_jax.commands.{argv[0]}").run(argv[1:])
+        command = importlib.import_module(f"sae_jax.commands.{argv[0]}")
+        if runtime := sys.modules.get("sae_jax.commands.runtime"):  # only of commands that use devices
+            runtime.set_gpu_flags()
+        command.run(argv[1:])
     except UserError as error:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:

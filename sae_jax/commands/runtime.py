@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 from jax._src import distributed  # whether this is one of several, without starting the devices
 
+from sae_jax.ops import tuning
 from sae_jax.progress import console
 from sae_jax.types import UsageError
 
@@ -33,6 +34,14 @@ def worker(shard: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise UsageError(f"--shard={shard!r} must be i/n with 0 <= i < n, such as 0/4")
     return int(match[1]), int(match[2])
+
+
+def set_gpu_flags() -> None:
+    """Add what programs of NVIDIA GPUs need to XLA_FLAGS, which JAX reads when it starts its devices."""
+    flags, needed = os.environ.get("XLA_FLAGS", ""), tuning.gpu_flags()
+    has_gpu = any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia[0-9]*", "dxg"))
+    if has_gpu and needed not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {needed}".strip()
 
 
 def start_distributed() -> None:

@@ -93,7 +93,7 @@ def compile_step(
             done = subprocess.run(
                 [sys.executable, "-m", __name__, str(answer), str(program)],
                 input=json.dumps(job),
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": _flags(target)},
                 timeout=timeout,
                 capture_output=True,
                 text=True,
@@ -111,6 +111,13 @@ def compile_step(
     if "refused" in said:
         raise UsageError(f"--target={target.name}: {said['refused']}")
     return Compiled(text=text, **said)
+
+
+def _flags(target: Target) -> str:
+    """XLA_FLAGS as commands have them on such a machine."""
+    from sae_jax.ops import tuning
+
+    return f"{os.environ.get('XLA_FLAGS', '')} {'' if target.is_tpu else tuning.gpu_flags()}".strip()
 
 
 def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
