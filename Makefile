@@ -1,12 +1,39 @@
-# Two commands need nothing but Python >= 3.11 and make: `make demo` and `make test`.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# `make demo` and `make test` need nothing but make and Python 3.11 or newer.
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 PLAN := .venv-plan
 BENCH := .venv-bench
+OLDEST := .venv-oldest
 
-.PHONY: demo test check format lint types fast test-peers test-plan bench-env clean
+# The first of these versions that runs and can make environments. pyenv's commands exist for versions that are not
+# selected, too, and fail.
+find = $(shell for version in $(1); do \
+  for python in python$$version "$$HOME"/.pyenv/versions/$$version.*/bin/python; do \
+    "$$python" -c 'import ensurepip, sys; sys.exit("t" in sys.abiflags)' >/dev/null 2>&1 && echo "$$python" && exit; \
+  done; done)
+
+# An environment that is there keeps its Python.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(or $(wildcard $(BIN)/python),$(call find,3.14 3.13 3.12 3.11))
+endif
+comma := ,
+TAG := import sys; v = sys.version_info; print("py%d%d" % v[:2] if v >= (3, 11) else "")
+PYTHON_TAG := $(shell "$(PYTHON)" -c '$(TAG)' 2>/dev/null)
+LOCK := $(wildcard constraints/$(PYTHON_TAG).txt)
+
+# $(call environment,FOLDER,WHAT): WHAT is installed in FOLDER, in the versions that were tested together.
+define environment
+@test -n "$(PYTHON_TAG)" || { echo "$(if $(PYTHON),$(PYTHON) does not run or is older than 3.11,found no Python >= 3.11);" \
+  "name one: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 2; }
+@test -x $(1)/bin/python || "$(PYTHON)" -m venv $(1)
+@test "$$($(1)/bin/python -c '$(TAG)')" = $(PYTHON_TAG) || { echo "$(1) holds another Python than $(PYTHON);" \
+  "remove that folder, or leave out PYTHON="; exit 2; }
+$(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest versions, which were not tested together")
+$(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
+endef
+
+.PHONY: demo test check format lint types fast oldest test-peers test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -28,35 +55,34 @@ types: $(VENV)/.installed-dev
 fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not slow"
 
+# The fast tests on the oldest Python and JAX that are supported, in an environment of its own.
+oldest:
+	$(MAKE) fast VENV=$(OLDEST) PYTHON="$(or $(call find,3.11),python3.11)"
+
 # Parity with torch and the peer libraries, in an environment of its own: they are large and pin their own versions.
 test-peers:
-	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --constraint constraints.txt "torch==2.13.0" --editable ".[peers]"
+	$(call environment,$(PEERS),.[peers])
+	$(PEERS)/bin/pip install "torch==2.13.0"
 	$(PEERS)/bin/python -m pytest -m peers
 
 # The train step compiled for pods and GPU nodes, in an environment of its own: the compilers take 1.3 GB.
 test-plan:
-	test -d $(PLAN) || $(PYTHON) -m venv $(PLAN)
-	$(PLAN)/bin/pip install --quiet --constraint constraints.txt --editable ".[plan,test]"
+	$(call environment,$(PLAN),.[plan$(comma)test])
 	JAX_PLATFORMS=cpu $(PLAN)/bin/python -m pytest -m aot
 
 # For experiments/benchmarks/step.py. A torchvision built for another torch, which a peer's own needs may bring, breaks
 # the import of transformers; nothing here uses it.
 bench-env:
-	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(call environment,$(BENCH),.[bench])
 	$(BENCH)/bin/pip uninstall --quiet --yes torchvision
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --constraint constraints.txt --editable .
+$(VENV)/.installed: pyproject.toml $(LOCK)
+	$(call environment,$(VENV),.)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
+	$(call environment,$(VENV),.[dev])
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PLAN) $(BENCH) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(PLAN) $(BENCH) $(OLDEST) demo build *.egg-info

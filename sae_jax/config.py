@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -125,18 +126,21 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "config") ->
         raise UsageError(f"{where}: {error}") from None
 
 
-def replaced(config: C, settings: Mapping[str, Any], where: str) -> C:
+def replaced(config: C, settings: Mapping[str, Any], where: str, prefix: str = "") -> C:
     """A (nested) dataclass with these settings changed, each typed as its field is.
 
     Args:
         config: a dataclass.
-        settings: {dotted key: value}, such as {"sae.k": 16}; a single value stands for a tuple of one.
+        settings: {dotted key: value}, such as {"sae.k": 16}. A single value stands for a tuple of one, and words for a
+            tuple of them.
         where: for messages: what asks for it.
+        prefix: for messages: of the keys, where `config` is part of another one.
 
     Raises:
         UsageError: an unknown key, or a value of a wrong type or out of range.
     """
-    check_keys({key: None for key in settings}, known_keys(type(config), instance=config), where)
+    known = known_keys(type(config), prefix, config)
+    check_keys({prefix + key: None for key in settings}, known, where)
     changes: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
@@ -144,9 +148,9 @@ def replaced(config: C, settings: Mapping[str, Any], where: str) -> C:
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
-            changes[head] = _converted(value, _field_types(type(config))[head], f"{where}: {key}")
+            changes[head] = _converted(value, _field_types(type(config))[head], f"{where}: {prefix}{key}")
     for head, below in nested.items():
-        changes[head] = replaced(getattr(config, head), below, where)
+        changes[head] = replaced(getattr(config, head), below, where, f"{prefix}{head}.")
     try:
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]
     except UsageError as error:
@@ -156,6 +160,14 @@ def replaced(config: C, settings: Mapping[str, Any], where: str) -> C:
 def to_dict(config: Any) -> dict[str, Any]:
     """A resolved config as plain nested values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def share(text: str) -> tuple[int, int]:
+    """(i, n) of a --shard=i/n: the i-th of n shares of some work. Raises UsageError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UsageError(f"--shard={text!r} must be i/n with 0 <= i < n, such as 0/4")
+    return int(match[1]), int(match[2])
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -178,7 +190,7 @@ def _field_types(cls: Any) -> dict[str, Any]:
 def _converted(value: Any, kind: Any, where: str) -> Any:
     is_tuple = get_origin(kind) is tuple or any(get_origin(part) is tuple for part in get_args(kind))
     if is_tuple and not isinstance(value, list | tuple):
-        value = [value]
+        value = value.split() if isinstance(value, str) else [value]
     try:
         return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:

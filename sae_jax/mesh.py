@@ -89,6 +89,13 @@ def abstract_mesh(config: MeshConfig, n_devices: int) -> AbstractMesh:
     return AbstractMesh(shape, axes, _explicit(axes))
 
 
+def first_slice(mesh: Mesh) -> Mesh:
+    """The devices of one member, without the member axis."""
+    if MEMBER not in mesh.shape:
+        return mesh
+    return Mesh(mesh.devices[0], AXES, axis_types=_explicit(AXES))
+
+
 def check_divides(mesh: Mesh | AbstractMesh, n_latents: int, batch_size: int) -> None:
     """Refuse a dictionary or a batch that the mesh cannot split evenly, naming the nearest sizes that it can."""
     for name, size in (("sae.n_latents", n_latents), ("train.batch_size", batch_size)):

@@ -56,7 +56,7 @@ def is_url(path: StrPath) -> bool:
 def read_bytes(path: StrPath) -> bytes | None:
     """The content of a file; None if there is none."""
     if not is_url(path):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return Path(path).read_bytes()
         return None
     try:

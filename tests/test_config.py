@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_jax import config, recipe
-from sae_jax.commands.train import Train
+from sae_jax.training.expand import expand_members
+from sae_jax.training.run import TrainJob
 from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UsageError
 
@@ -32,8 +33,8 @@ def write(tmp_path):
     return write
 
 
-def parse(*argv: str) -> Train:
-    return recipe.parse(Train, [*argv, "--data=set", "--out=run"], "sae-jax train")
+def parse(*argv: str) -> TrainJob:
+    return recipe.parse(TrainJob, [*argv, "--data=set", "--out=run"], "sae-jax train")
 
 
 def test_file_then_flags(write):
@@ -92,8 +93,8 @@ members:
 )
 
 
-def parse_members(*argv: str) -> dict[str, Train]:
-    return recipe.parse_members(Train, [*argv, "--data=set", "--out=run"], "sae-jax train")
+def parse_members(*argv: str) -> dict[str, TrainJob]:
+    return expand_members(parse(*argv))
 
 
 def test_members_are_the_command_with_flags_of_their_own(write):
@@ -114,7 +115,7 @@ def test_members_are_the_command_with_flags_of_their_own(write):
         (("x", "x"), [], "member b.2: train.tensorboard=False, but members share one pass"),
         (("seed: 1", "batch_size: 5"), [], "member b.2: train.batch_size=5, but members share"),
         (("k: 2", "k: 300"), [], "member narrow: sae.k=300 must be between"),
-        (("k: 2", "kk: 2"), [], r"member narrow: flag --sae.kk: unknown key 'sae.kk'; did you mean"),
+        (("k: 2", "kk: 2"), [], r"member narrow: unknown key 'sae.kk'; did you mean"),
         (("lr: 5e-4", "lr: fast"), [], "member b.2: .*train.lr"),
         (("name: b.2", "name: narrow"), [], "member 'narrow': every member needs a name of its own"),
         (("name: b.2", "name: a/b"), [], "member 'a/b': every member needs a name"),
@@ -142,7 +143,7 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path):
 @pytest.mark.parametrize("out", ["--out=", "--out"])
 def test_an_empty_path_is_refused(out):
     with pytest.raises(UsageError, match="out is empty"):
-        recipe.parse(Train, ["--data=set", *([out] if out.endswith("=") else [out, ""])], "sae-jax train")
+        recipe.parse(TrainJob, ["--data=set", *([out] if out.endswith("=") else [out, ""])], "sae-jax train")
 
 
 def test_missing_file_is_named():

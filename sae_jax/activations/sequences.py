@@ -112,7 +112,7 @@ class Sequences(Batches):
 
     def through(self, model: lm.LanguageModel, hook: lm.Hook, later: bool) -> Sequences:
         """These batches, placed as rows at a hook of a model (whole on each device) that is cut open there."""
-        self._rows = partial(_rows, model, hook=hook, later=later)
+        self._rows = partial(model_rows, model, hook=hook, later=later)
         return self
 
     def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -150,6 +150,7 @@ def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -
 
 
 @partial(jax.jit, static_argnames=("hook", "later"))
-def _rows(model: lm.LanguageModel, ids_ST: jax.Array, keep_ST: jax.Array, hook: lm.Hook, later: bool) -> Batch:
+def model_rows(model: lm.LanguageModel, ids_ST: jax.Array, keep_ST: jax.Array, hook: lm.Hook, later: bool) -> Batch:
+    """What a dictionary learns from at a hook, given token ids i32[S, T] and the positions that count, bool[S, T]."""
     site = lm.replaced_site(model, ids_ST, keep_ST, hook, later)
     return Batch(site.rows, model=site)

@@ -10,27 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax import recipe, runs, storage
+from sae_jax import artifact, recipe, runs, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.baselines import neuron_token_purity
 from sae_jax.analysis.examples import token_purity
 from sae_jax.commands import runtime
-from sae_jax.commands.dashboard import Dashboard, dashboard
-from sae_jax.commands.evaluate import Evaluate, evaluate
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
+from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob
-from sae_jax.types import Sites, UsageError
+from sae_jax.types import UsageError
+from sae_jax.units import number
 
-RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 EVERYTHING = 2**31  # tokens of the held-out text
+SHOWN = ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "loss_recovered", "kl")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,6 @@ class Demo:
 def run(argv: Sequence[str]) -> None:
     """The main job from text to a page; writes DIR/summary.json."""
     if not argv or argv[0].startswith("-"):
-        if not RECIPE.exists():
-            raise UsageError("configs/demo.yaml is not here; run from a clone, or give a recipe: sae-jax demo RECIPE")
         argv = [str(RECIPE), *argv]
     began = time.monotonic()
     out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
@@ -61,16 +60,16 @@ def run(argv: Sequence[str]) -> None:
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     metrics = read_metrics(Path(run_path))
     plot_training(metrics, out / "training.png")
-    result = evaluate(Evaluate((run_path,)))[run_path]
-    table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
+    result = runs.evaluate(run_path)[run_path]
+    d = artifact.load(run_path)
+    table, sequences = write_site(d, out / "dashboard", title=run_path)
 
-    activations, sites = open_activations(activations_path), Sites.from_json(result["sites"])
+    activations, sites = open_activations(activations_path), d.record.sites
     text = held_out(activations, sites, EVERYTHING)
     assert text is not None
     pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))
     summary = {
-        **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
-        **{name: result[name] for name in ("loss_recovered", "kl")},
+        **{name: result[name] for name in SHOWN},
         "fvu_pca": on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
@@ -78,5 +77,5 @@ def run(argv: Sequence[str]) -> None:
         "seconds": round(time.monotonic() - began, 1),
     }
     storage.write_json(out / "summary.json", summary)
-    print_table(("metric", "value"), [(name, f"{value:,.4g}") for name, value in summary.items()])
+    print_table(("metric", "value"), [(name, number(value)) for name, value in summary.items()])
     console.print(f"open {out / 'dashboard' / 'index.html'} in a browser; {out / 'training.png'} is the training curve")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_jax import __version__
 from sae_jax.errors import UsageError, UserError
 from sae_jax.progress import console
 
@@ -42,7 +43,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`sae-jax COMMAND --help` lists a command's options.",
+            "`sae-jax COMMAND --help` lists a command's options, `sae-jax --version` says which version this is.",
         ]
     )
 
@@ -73,6 +74,9 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage() + "\n")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        sys.stdout.write(f"sae-jax {__version__}\n")
+        return 0
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -25,14 +24,6 @@ _WE_WERE_TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID
 SECONDS_TO_SAY_WHY = 5.0
 SECONDS_UNTIL_AGAIN = 0.1
 SECONDS_ASLEEP = 30 * 24 * 3600
-
-
-def worker(shard: str) -> tuple[int, int]:
-    """(i, n) of a --shard. Raises UsageError."""
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not match or not int(match[1]) < int(match[2]):
-        raise UsageError(f"--shard={shard!r} must be i/n with 0 <= i < n, such as 0/4")
-    return int(match[1]), int(match[2])
 
 
 def start_distributed() -> None:

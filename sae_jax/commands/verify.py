@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, read everything, say what is damaged."""
     command = config.parse(Verify, argv, "sae-jax verify")
     spec = read_spec(Files(command.data))
-    with Progress("verify", spec.n_shards, "shards") as progress:
+    with Progress("verify", spec.n_shards, "shards", first="") as progress:
         report = verify(command.data, lambda done, _: progress.update(done))
     for line in report.damage:
         console.print(line, markup=False)

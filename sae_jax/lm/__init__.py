@@ -5,7 +5,7 @@ from sae_jax.lm.generate import generate
 from sae_jax.lm.hooks import POINTS, Hook, check_hook, hook_width, parse_hook
 from sae_jax.lm.intervene import ReplacedSite, later_hooks, replaced_site
 from sae_jax.lm.logits import logit_effect
-from sae_jax.lm.model import LanguageModel, load, locate, place, tokenizer
+from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, tokenizer
 from sae_jax.lm.run import Cache, Output, empty_cache, run
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ __all__ = [
     "logit_effect",
     "parse_hook",
     "place",
+    "read_spec",
     "replaced_site",
     "run",
     "tokenizer",

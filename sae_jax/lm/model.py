@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,17 @@ def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
     return dataclasses.replace(model, params=jax.device_put(model.params, params.shardings(model.spec, mesh)))
 
 
+def read_spec(reference: str) -> Spec:
+    """The sizes and kinds of the model that `reference` names; of a hub model only config.json is fetched."""
+    return weights.read_spec(locate(reference, ["config.json"]))
+
+
 def tokenizer(reference: str) -> Tokenizer:
     """The tokenizer of the model that `reference` names; errors as `load`."""
     return read_tokenizer(locate(reference))
 
 
-def locate(reference: str) -> Path:
+def locate(reference: str, files: Sequence[str] = _FILES) -> Path:
     """The local folder of a model; a hub model is fetched, or found in the local cache when offline."""
     if reference == "bundled":
         return BUNDLED
@@ -81,7 +87,7 @@ def locate(reference: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=_FILES))
+        return Path(huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=[*files]))
     except (OSError, ValueError) as error:
         # Every error of the hub client and its transport is one of the two; the first line says which it was.
         reason = str(error).partition("\n")[0]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from sae_jax import mesh as meshes
@@ -100,6 +100,6 @@ def init(spec: Spec, key: jax.Array) -> dict[str, Any]:
     return jax.tree.unflatten(structure, [start(number, info) for number, info in enumerate(infos)])
 
 
-def shardings(spec: Spec, mesh: Mesh) -> dict[str, Any]:
+def shardings(spec: Spec, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Where each parameter lies on a mesh (mesh.LM_AXES)."""
     return jax.tree.map(lambda info: meshes.sharding(mesh, meshes.lm_role(info.axes)), parameters(spec))

@@ -1,18 +1,23 @@
 """What arithmetic alone says of a step and of a run, without a compiler.
 
-State is exact: the sizes of the shards that `train.state` describes. Work is that of the products which cannot be
+State is exact: the sizes of the shards that `training.state` describes. Work is that of the products which cannot be
 avoided. The peak is an estimate; only the compiled program knows it.
+
+A run of several members steps them in turn on the same batch, or, where the mesh has an axis for members, one on each
+slice of the devices at once. Their states lie in memory together; the working memory of a step is needed once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 from jax.sharding import AbstractMesh
 
 from sae_jax.planning.targets import GIB, Target
+from sae_jax.planning.through_model import ThroughModel
 from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import flops
 from sae_jax.training.settings import TrainConfig
@@ -24,54 +29,81 @@ WORKSPACE = GIB  # row blocks, tiles and pairs, whose budgets are in ops/tuning.
 
 @dataclass(frozen=True)
 class Step:
-    """One step on one device."""
+    """One step of one member on one device of its slice."""
 
     state_bytes: int
     gradient_bytes: int
     flop: int
+    model_bytes: int = 0  # parameters of the language model it is trained through
+    model_activation_bytes: int = 0  # an estimate
+
+    @property
+    def working_bytes(self) -> int:
+        """An estimate of what a step needs beside states and language model.
+
+        The gradient, one of the two matrices a second time, a workspace, and the language model's activations. Within
+        0.5 GiB of the compiled peaks in configs/openai_16m*.yaml.
+        """
+        return 3 * self.gradient_bytes // 2 + WORKSPACE + self.model_activation_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """An estimate: state, gradient, one of the two matrices a second time, and a workspace.
-
-        Within 0.5 GiB of the compiled peaks in configs/openai_16m*.yaml.
-        """
-        return self.state_bytes + 3 * self.gradient_bytes // 2 + WORKSPACE
+        """An estimate for a run of this member alone."""
+        return self.state_bytes + self.model_bytes + self.working_bytes
 
 
 @dataclass(frozen=True)
 class Run:
     """All of a run, over all devices."""
 
-    tokens: int
+    tokens: int  # that each member learns from; the most, where they differ
     disk_bytes: int  # of the set
     flop: int
-    hours: float  # at the stated share of the matrix rate
-    floor_hours: float  # at the full matrix rate, and the full bandwidth for the state
+    hours: float  # at the stated share of the matrix rate, and no less than floor_hours
+    floor_hours: float  # at the full matrix rate, and the full bandwidth for the state, one after the other
 
 
-def step(sae: SaeConfig, train: TrainConfig, widths: Widths, mesh: AbstractMesh) -> Step:
-    """One step of this run on one device of `mesh`."""
+def step(
+    sae: SaeConfig, train: TrainConfig, widths: Widths, mesh: AbstractMesh, model: ThroughModel | None = None
+) -> Step:
+    """One step of this member on one device of `mesh`, its slice of the devices."""
     with jax.sharding.use_abstract_mesh(mesh):
         state = abstract(sae, train, widths, mesh)
+    flop = train.batch_size * (flops.executed(sae, widths) + (model.token_flop if model else 0))
     return Step(
         state_bytes=_shard_bytes(state),
         gradient_bytes=_shard_bytes(state.sae),
-        flop=train.batch_size * flops.executed(sae, widths) // mesh.size,
+        flop=flop // mesh.size,
+        model_bytes=model.parameter_bytes if model else 0,
+        model_activation_bytes=train.batch_size // mesh.size * model.token_bytes if model else 0,
     )
 
 
-def run(
-    sae: SaeConfig, train: TrainConfig, widths: Widths, on: Step, target: Target, mfu: float, rows: int, row_bytes: int
-) -> Run:
-    """The run whose step is `on`, at `mfu` of the target's matrix rate, over a set of `rows` of `row_bytes`."""
-    compute, memory = on.flop / target.chip.flops, flops.optimiser_bytes(on.state_bytes) / target.chip.bandwidth
+def state_bytes(steps: Sequence[Step], n_slices: int) -> int:
+    """Of all members, on each device."""
+    return sum(step.state_bytes for step in steps) // n_slices
+
+
+def peak_bytes(steps: Sequence[Step], n_slices: int) -> int:
+    """An estimate: the states of all members, the language model, and the working memory of the largest step."""
+    largest = max(steps, key=lambda step: step.working_bytes)
+    return state_bytes(steps, n_slices) + largest.model_bytes + largest.working_bytes
+
+
+def run(steps: Sequence[tuple[Step, TrainConfig]], target: Target, n_slices: int, mfu: float, disk_bytes: int) -> Run:
+    """The run of these members on all devices of a target, at `mfu` of its matrix rate."""
+    seconds = floor = 0.0
+    for step, train in steps:
+        compute = train.steps * step.flop / target.chip.flops
+        memory = train.steps * flops.optimiser_bytes(step.state_bytes) / target.chip.bandwidth
+        seconds += max(compute / mfu, compute + memory) / n_slices
+        floor += (compute + memory) / n_slices
     return Run(
-        tokens=train.steps * train.batch_size,
-        disk_bytes=rows * row_bytes,
-        flop=train.steps * train.batch_size * flops.executed(sae, widths),
-        hours=train.steps * compute / mfu / 3600,
-        floor_hours=train.steps * (compute + memory) / 3600,
+        tokens=max(train.steps * train.batch_size for _, train in steps),
+        disk_bytes=disk_bytes,
+        flop=sum(train.steps * step.flop for step, train in steps) * target.n_devices // n_slices,
+        hours=seconds / 3600,
+        floor_hours=floor / 3600,
     )
 
 

@@ -24,6 +24,7 @@ from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
 from sae_jax.planning.targets import Target
+from sae_jax.planning.through_model import ThroughModel
 from sae_jax.types import Widths
 
 INSTALL = "pip install 'sae_jax[plan]'"
@@ -67,9 +68,17 @@ def is_installed(target: Target) -> bool:
 
 
 def compile_step(
-    target: Target, sae: Any, train: Any, mesh: Any, engine: Any, widths: Widths, same: bool, timeout: float = 600.0
+    target: Target,
+    sae: Any,
+    train: Any,
+    mesh: Any,
+    engine: Any,
+    widths: Widths,
+    same: bool,
+    model: ThroughModel | None = None,
+    timeout: float = 600.0,
 ) -> Compiled:
-    """The step of these configs on this target.
+    """The step of these configs on this target; with an axis for members, on one slice of it.
 
     Args:
         target: whose compiler `is_installed`.
@@ -79,19 +88,22 @@ def compile_step(
         engine: EngineConfig.
         widths: of the sources.
         same: what is encoded is what is reconstructed.
+        model: the language model it is trained through, whose pass is then part of the program.
         timeout: seconds until the compiler is killed.
 
     Raises:
         UsageError: the target or the mesh does not exist.
         UserError: the compiler failed, was killed or took too long.
     """
-    job = {"topology": target.topology, "widths": widths.to_json(), "same": same}
+    job: dict[str, Any] = {"topology": target.topology, "widths": widths.to_json(), "same": same}
+    job["model"] = model.to_json() if model else None
     job |= {name: configs.to_dict(part) for name, part in zip(PARTS, (sae, train, mesh, engine), strict=True)}
     with tempfile.TemporaryDirectory() as folder:
         answer, program = Path(folder) / "answer.json", Path(folder) / "program.txt"
         try:
             done = subprocess.run(
-                [sys.executable, "-m", __name__, str(answer), str(program)],
+                # Not -m: the package has imported this module already, of which Python would warn.
+                [sys.executable, "-c", f"import {__name__} as own; own.main()", str(answer), str(program)],
                 input=json.dumps(job),
                 env={**os.environ, **ENVIRONMENT},
                 timeout=timeout,
@@ -116,15 +128,12 @@ def compile_step(
 def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     """The answer to a job, in the process of its own. Writes the text of the program."""
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
 
     from sae_jax import mesh as meshes
     from sae_jax.ops import tuning
     from sae_jax.saes import base
-    from sae_jax.training.settings import TrainConfig, hyperparameters
-    from sae_jax.training.state import abstract
-    from sae_jax.training.step import Step
+    from sae_jax.training.settings import TrainConfig
 
     sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
     train = configs.from_dict(TrainConfig, job["train"])
@@ -134,19 +143,14 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
         raise UserError(f"{error}; the compiler must have the version of JAX, {jax.__version__}") from None
     except jax.errors.JaxRuntimeError as error:
         raise UsageError(str(error).splitlines()[0]) from None
-    mesh = meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), list(devices))
+    mesh = meshes.first_slice(meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), list(devices)))
     meshes.check_divides(mesh, sae.n_latents, train.batch_size)
     answer: dict[str, Any] = {}
     engine = configs.from_dict(tuning.EngineConfig, job["engine"])
     with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
         widths = Widths.from_json(job["widths"])
-        state = abstract(sae, train, widths, mesh)
-        placed = meshes.sharding(mesh, meshes.ROWS)
-        x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(own)), jnp.bfloat16, sharding=placed) for own in widths)
         began = time.monotonic()
-        batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
-        hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
-        lowered = Step(sae, train).trace(state, hparams, batch).lower()
+        lowered = _lower(sae, train, widths, job, mesh)
         answer["lower_seconds"] = time.monotonic() - began
         began, cpu_began = time.monotonic(), time.process_time()
         try:
@@ -169,6 +173,27 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     return answer
 
 
+def _lower(sae: Any, train: Any, widths: Widths, job: dict[str, Any], mesh: Any) -> Any:
+    """The traced step, of shapes alone. All that this package knows of how training calls it stands here."""
+    import jax
+    import jax.numpy as jnp
+
+    from sae_jax import mesh as meshes
+    from sae_jax.saes import base
+    from sae_jax.training.settings import hyperparameters
+    from sae_jax.training.state import abstract
+    from sae_jax.training.step import Step
+
+    state, step = abstract(sae, train, widths, mesh), Step(sae, train)
+    hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
+    if job["model"]:
+        return ThroughModel.from_json(job["model"]).lower(step, state, hparams, train.batch_size, mesh)
+    placed = meshes.sharding(mesh, meshes.ROWS)
+    x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(side)), jnp.bfloat16, sharding=placed) for side in widths)
+    batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
+    return step.trace(state, hparams, batch).lower()
+
+
 def _refusal(message: str) -> dict[str, Any]:
     """What a TPU's compiler says when a program does not fit, and how much it would have taken."""
     figure = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
@@ -176,13 +201,10 @@ def _refusal(message: str) -> dict[str, Any]:
     return {"refusal": message.splitlines()[0], "peak_bytes": taken}
 
 
-def _main() -> None:
+def main() -> None:
+    """Answer the job on stdin; argv: where to write the answer, and the text of the program."""
     try:
         answer = _compile(json.load(sys.stdin), Path(sys.argv[2]))
     except UserError as error:
         answer = {"refused": str(error)}
     storage.write_json(sys.argv[1], answer)
-
-
-if __name__ == "__main__":
-    _main()

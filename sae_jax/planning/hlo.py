@@ -8,6 +8,7 @@ a trip. Of a conditional one branch runs: that with the most work in the busiest
 - An asynchronous collective is two instructions, start and done. It counts where it is done.
 - A TPU's `all-reduce-scatter` is a fusion around an all-reduce that moves what a reduce-scatter moves, and is one.
 - Operands are names; their shapes stand where they are made.
+- A TPU makes a batched product a convolution whose batch axes are spatial, as wide as they are and dilated as much.
 """
 
 from __future__ import annotations
@@ -240,9 +241,20 @@ def _products_flop(computation: list[_Instruction]) -> int:
             inner = math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
         else:
             kernel = i.text.partition("dim_labels=")[2].partition("_")[2].partition("->")[0]  # "oi" in bf_oi->bf
-            inner = math.prod(right) // right[kernel.index("o")]
+            inner = right[kernel.index("i")] * _window(i)
         flop += 2 * math.prod(out) * inner
     return flop
+
+
+def _window(convolution: _Instruction) -> int:
+    """Numbers that a convolution sums along its spatial axes; 1 along one that stands for a batch axis."""
+    window = convolution.attribute("window")
+    sizes, dilations = (re.search(rf"\b{name}=([\dx]+)", window) for name in ("size", "lhs_dilate"))
+    if sizes is None:
+        return 1
+    of_sizes = [int(n) for n in sizes[1].split("x")]
+    of_dilations = [int(n) for n in dilations[1].split("x")] if dilations else [1] * len(of_sizes)
+    return math.prod(-(-size // dilation) for size, dilation in zip(of_sizes, of_dilations, strict=True))
 
 
 def _origin(i: _Instruction) -> str:

@@ -2,48 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sae_jax.planning import hlo
+from sae_jax.planning import analytic, hlo
 from sae_jax.planning.analytic import Run, Step
 from sae_jax.planning.compile import INSTALL, Compiled
-from sae_jax.planning.targets import GIB, Target
+from sae_jax.planning.targets import Target
+from sae_jax.units import duration, memory, size
 
 N_BUFFERS = 3  # shown to a person
 
 
-def report(target: Target, on: Step, run: Run, mfu: float, compiled: Compiled | None) -> dict[str, Any]:
-    """All that is known. `compiled` None: an estimate, as the compiler is not installed."""
-    usable = target.usable_bytes
-    peak = on.peak_bytes if compiled is None else compiled.peak_bytes
+def report(
+    target: Target,
+    steps: Mapping[str, Step],
+    largest: str,
+    n_slices: int,
+    run: Run,
+    mfu: float,
+    compiled: Compiled | None,
+) -> dict[str, Any]:
+    """All that is known. `compiled` None: an estimate, as the compiler is not installed.
+
+    Args:
+        target: the machines.
+        steps: {member: its step on one device of its slice}.
+        largest: the member whose step takes the most working memory; it is the one that was compiled.
+        n_slices: members that are stepped at once.
+        run: all of it.
+        mfu: share of the matrix rate.
+        compiled: the step of `largest`, alone.
+    """
+    usable, step = target.usable_bytes, steps[largest]
+    state = analytic.state_bytes([*steps.values()], n_slices)
+    if compiled is None:
+        peak: int | None = analytic.peak_bytes([*steps.values()], n_slices)
+    else:  # of one member; the states of the others lie beside it
+        peak = None if compiled.peak_bytes is None else compiled.peak_bytes + state - step.state_bytes
     refused = compiled is not None and compiled.text is None
     device: dict[str, Any] = {
-        "state_bytes": on.state_bytes,
-        "gradient_bytes": on.gradient_bytes,
+        "state_bytes": state,
+        "gradient_bytes": step.gradient_bytes,
+        "model_bytes": step.model_bytes,
+        "model_activation_bytes": step.model_activation_bytes,
         "peak_bytes": peak,
         "limit_bytes": target.chip.memory_bytes,
         "usable_bytes": usable,
         "headroom_bytes": None if peak is None else usable - peak,
-        "flop": on.flop,
+        "flop": step.flop,
     }
     if compiled is not None and compiled.text is not None:
-        program, quiet = (hlo.analyse(compiled.text, quietest) for quietest in (False, True))
-        device |= {
-            "donated_bytes": compiled.alias_bytes,
-            "compiled_flop": program.matmul_flop,
-            "collectives": [asdict(c) for c in sorted(program.collectives.values(), key=lambda c: -c.bytes)],
-            "quietest": {
-                "compiled_flop": quiet.matmul_flop,
-                "collectives": [asdict(c) for c in quiet.collectives.values()],
-            },
-            "sorts": program.sorts,
-            "open_loops": program.open_loops,
-            "largest_buffers": [asdict(buffer) for buffer in program.largest],
-        }
+        device |= _compiled(compiled)
     return {
         "target": target.name,
         "n_devices": target.n_devices,
+        "n_members": len(steps),
+        "n_slices": n_slices,
+        "largest_member": largest,
         "source": "estimate" if compiled is None else "compiled",
         "fits": not refused and peak is not None and peak <= usable,
         "refusal": compiled.refusal if compiled else None,
@@ -57,33 +74,62 @@ def report(target: Target, on: Step, run: Run, mfu: float, compiled: Compiled | 
     }
 
 
+def _compiled(compiled: Compiled) -> dict[str, Any]:
+    """What the program of a step says."""
+    assert compiled.text is not None
+    program, quiet = (hlo.analyse(compiled.text, quietest) for quietest in (False, True))
+    return {
+        "donated_bytes": compiled.alias_bytes,
+        "compiled_flop": program.matmul_flop,
+        "collectives": [asdict(c) for c in sorted(program.collectives.values(), key=lambda c: -c.bytes)],
+        "quietest": {
+            "compiled_flop": quiet.matmul_flop,
+            "collectives": [asdict(c) for c in quiet.collectives.values()],
+        },
+        "sorts": program.sorts,
+        "open_loops": program.open_loops,
+        "largest_buffers": [asdict(buffer) for buffer in program.largest],
+    }
+
+
 def lines(content: dict[str, Any]) -> list[str]:
     """A report for a person to read."""
-    device, run = content["device"], content["run"]
+    device, run, several = content["device"], content["run"], content["n_members"] > 1
     share = device["usable_bytes"] / device["limit_bytes"]
+    of_step = f"a step of {content['largest_member']}" if several else "a step"
     rows = [
-        ("state", _gib(device["state_bytes"])),
-        ("peak" if content["compiler"] else "peak, estimated", _gib(device["peak_bytes"])),
-        ("limit", f"{_gib(device['limit_bytes'])}, of which a step may take {share:.0%}"),
-        ("headroom", _gib(device["headroom_bytes"])),
-        ("work", f"{device['flop']:.3g} FLOP a step"),
+        ("state", memory(device["state_bytes"]) + f", of {content['n_members']} members" * several),
+        *(
+            (
+                ("language model", memory(device["model_bytes"])),
+                ("its activations", f"{memory(device['model_activation_bytes'])}, estimated"),
+            )
+            if device["model_bytes"]
+            else ()
+        ),
+        ("peak" if content["compiler"] else "peak, estimated", _or_not_told(device["peak_bytes"])),
+        ("limit", f"{memory(device['limit_bytes'])}, of which a step may take {share:.0%}"),
+        ("headroom", _or_not_told(device["headroom_bytes"])),
+        ("work", f"{device['flop']:.3g} FLOP {of_step}"),
     ]
     if "collectives" in device:
         least, large = device["quietest"], device["largest_buffers"][:N_BUFFERS]
         quiet = {c["kind"]: c for c in least["collectives"]}
         none = {"bytes": 0, "count": 0}
         rows += [
-            ("work, compiled", f"{least['compiled_flop']:.3g} to {device['compiled_flop']:.3g} FLOP a step"),
+            ("work, compiled", f"{least['compiled_flop']:.3g} to {device['compiled_flop']:.3g} FLOP {of_step}"),
             *((c["kind"], f"{_sent(quiet.get(c['kind'], none))} to {_sent(c)}") for c in device["collectives"]),
             ("sorts", f"{device['sorts']} in the program"),
-            *(("large array", f"{_gib(b['bytes'])} {b['shape']} {b['origin']}".rstrip()) for b in large),
+            *(("large array", f"{memory(b['bytes'])} {b['shape']} {b['origin']}".rstrip()) for b in large),
         ]
+    time, floor = (run[name] * 3600 for name in ("hours", "floor_hours"))
+    at_rate = f"at {run['mfu']:.0%} of the matrix rate, but never below the floor"
     whole = [
         ("tokens", f"{run['tokens']:,}"),
-        ("set on disk", f"{run['disk_bytes'] / 1e12:,.3g} TB"),
+        ("set on disk", size(run["disk_bytes"])),
         ("work", f"{run['flop']:.3g} FLOP"),
-        ("time", f"{run['hours']:,.3g} hours at {run['mfu']:.0%} of the matrix rate"),
-        ("floor", f"{run['floor_hours']:,.3g} hours at all of it, state read and written once a step"),
+        ("time", f"{duration(time)} {at_rate}"),
+        ("floor", f"{duration(floor)} at the full matrix rate, then the state read and written once a step"),
     ]
     return [
         *_verdict(content),
@@ -96,18 +142,27 @@ def lines(content: dict[str, Any]) -> list[str]:
 
 def _verdict(content: dict[str, Any]) -> list[str]:
     first = f"{content['target']}, {content['n_devices']} devices: {'fits' if content['fits'] else 'does NOT fit'}"
-    compiler = content["compiler"]
+    compiler, n_slices = content["compiler"], content["n_slices"]
     if compiler is None:
-        return [f"{first}, by an ESTIMATE: the compiler is not installed", f"  for the compiled step: {INSTALL}"]
-    took = f"compiled in {compiler['compile_seconds']:.0f} s with {compiler['host_bytes'] / GIB:.1f} GiB of host memory"
+        parts = "state, 3/2 of the gradient and 1 GiB of workspace"
+        if content["device"]["model_bytes"]:
+            parts = f"language model, its activations, {parts}"
+        return [
+            f"{first}, by an ESTIMATE: the compiler is not installed",
+            f"  the peak is the sum of {parts}",
+            f"  for the compiled step: {INSTALL}",
+        ]
     if content["refusal"]:
         return [first, f"  the compiler refused it: {content['refusal']}"]
-    return [first, f"  {took}"]
+    what = "the step" if content["n_members"] == 1 else f"the step of {content['largest_member']}, the largest member,"
+    where = f" for one of {n_slices} slices" * (n_slices > 1)
+    took = f"{duration(compiler['compile_seconds'])} with {memory(compiler['host_bytes'])} of host memory"
+    return [first, f"  {what} compiled{where} in {took}"]
 
 
 def _sent(collective: dict[str, Any]) -> str:
-    return f"{collective['bytes'] / 1e6:,.1f} MB in {collective['count']:,}"
+    return f"{size(collective['bytes'])} in {collective['count']:,}"
 
 
-def _gib(n_bytes: int | None) -> str:
-    return "not told" if n_bytes is None else f"{n_bytes / GIB:,.2f} GiB"
+def _or_not_told(n_bytes: int | None) -> str:
+    return "not told" if n_bytes is None else memory(n_bytes)

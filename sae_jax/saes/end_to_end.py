@@ -76,6 +76,11 @@ class Config(SaeConfig):
             raise UsageError(f"sae.downstream={self.downstream} needs sae.objective=kl; local sees the site alone")
 
     @property
+    def n_active(self) -> int | None:
+        """See SaeConfig."""
+        return self.k or None
+
+    @property
     def learns(self) -> Learns:
         """See SaeConfig."""
         return "through_layers" if self.downstream else "through_logits"

@@ -168,5 +168,6 @@ def pack(
 
 def _named(key: str, value: Any) -> str:
     last = key.rpartition(".")[2]
+    value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     text = (f"{value:g}" if isinstance(value, float) else str(value)).translate(NOT_IN_A_NAME)
     return f"{SHORT.get(last, last)}{text}" if text[:1].isdigit() else text

@@ -39,7 +39,7 @@ class SweepJob(TrainJob[S], Generic[S]):
     dry_run: bool = False
     """show what would be trained, and what it costs"""
     target: str | None = None
-    """machine to tell the hours for, such as h200:8; default: this one"""
+    """machine to tell the time for, such as h200:8; default: this one"""
 
 
 @dataclass(frozen=True)

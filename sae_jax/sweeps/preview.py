@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from sae_jax.planning import targets
-from sae_jax.planning.targets import GIB
 from sae_jax.sweeps.plan import Planned, SweepJob
+from sae_jax.units import duration, memory
 
 MFU = 0.3  # share of the matrix rate that training is taken to reach
 
@@ -19,23 +19,23 @@ def preview(job: SweepJob, planned: dict[str, Planned], passes: dict[str, list[s
     """A table of the members, and a line for each pass."""
     target = targets.parse(job.target) if job.target else None
     rate = MFU * (target.chip.flops * target.n_devices if target else _measured_rate())
-    table = Table("member", "n", "k", "lr", "tokens", "points", "FLOP", "hours", title=job.out)
+    table = Table("member", "n", "k", "lr", "tokens", "points", "FLOP", "time", title=job.out)
     for name, member in planned.items():
         fields, tokens = member.requested.fields, max(member.requested.marks) * member.job.train.batch_size
         table.add_row(
             *(name, str(fields["n_latents"]), str(fields["k"] or ""), f"{fields['lr']:.2g}", f"{tokens:.3g}"),
             *(str(len(member.requested.marks)), f"{tokens * member.requested.flop_per_token:.2e}"),
-            f"{member.cost / rate / 3600:.3g}",
+            duration(member.cost / rate),
         )
     lines = []
     for folder, names in passes.items():
         members = [planned[name] for name in names]
         state = sum(member.state_bytes for member in members) / job.mesh.member
-        memory = (state + max(member.workspace_bytes for member in members)) / GIB
-        hours = sum(member.cost for member in members) / rate / 3600
-        lines.append(f"pass {folder}: {len(names)} members, {memory:.2f} GiB a device, {hours:.3g} hours")
+        needed = state + max(member.workspace_bytes for member in members)
+        takes = duration(sum(member.cost for member in members) / rate)
+        lines.append(f"pass {folder}: {len(names)} members, {memory(needed)} a device, {takes}")
     where = job.target or "this machine, by the rate of one product on it"
-    lines.append(f"hours: executed FLOP at {MFU:.0%} of the matrix rate of {where}; small members take longer")
+    lines.append(f"time: executed FLOP at {MFU:.0%} of the matrix rate of {where}; small members take longer")
     return table, lines
 
 

@@ -125,7 +125,7 @@ def test_advice_follows_the_laws(fitted, capsys):
     assert f"{n} (the law says" in said
     assert f"{flops / FLOPS / n:,.0f}" in said
     assert f"{best_rate(n):.3g}" in said
-    assert "hours on h200:8" in said
+    assert "time on h200:8" in said
     assert "times the largest" not in said
 
 

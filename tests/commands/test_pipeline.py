@@ -124,7 +124,7 @@ def test_metrics_have_the_stable_names(work):
     for name in ("step", "tokens", "fvu", "l0", "dead_fraction", "tokens_per_second"):
         assert np.isfinite([row[name] for row in rows]).all(), name
     config = json.loads((work / "run" / "config.json").read_text())
-    assert config["sae"]["variant"] == "topk"
+    assert config["dictionary"]["variant"] == "topk"
     assert config["train"]["dead_after_tokens"] == 300
 
 
@@ -232,7 +232,7 @@ def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
     flags = ["--sae.variant=relu", "--sae.l1_coefficient=0.3", "--train.steps=40"]
     run(work, "train", "--data", work / "set", "--out", tmp_path / "run", *flags)
     assert "relu has no k; left out" in capsys.readouterr().err
-    config = json.loads((tmp_path / "run" / "config.json").read_text())["sae"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["dictionary"]["sae"]
     assert (config["l1_coefficient"], config["error"]) == (0.3, "summed")
     run(work, "evaluate", tmp_path / "run", "--tokens", 256)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -286,7 +286,7 @@ def test_what_cannot_be_trained_through_the_model_is_refused(work, tmp_path, cap
     said = refused(capsys, work, "train", "--data", work / "set", "--out", tmp_path, *mixed)
     assert "members rows and kl" in said
     said = refused(capsys, work, "plan", "--target=h200:1", "--d-model=16", variant)
-    assert "a plan knows nothing of" in said
+    assert "d_model=16, but resid_post.2 of bundled is 128 wide" in said
     assert not list(tmp_path.iterdir())
 
 

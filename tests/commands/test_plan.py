@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
-from sae_jax import recipe
+from sae_jax import lm, recipe
 from sae_jax.commands import main as cli
 from sae_jax.commands import train
 from sae_jax.planning import compile
@@ -53,6 +54,7 @@ def test_json_says_what_fits(capsys, target, fits):
         (["--target=h200:8", "--d-model=0"], "--d-model"),
         (["--target=h200:8", "--mfu=30"], "at most 1"),
         (["--target=h200:8", "--timeout=0"], "above 0"),
+        (["--target=h200:8", "--mesh.member=2"], "use mesh.member=1"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, cure):
@@ -60,6 +62,36 @@ def test_bad_input_is_one_line(capsys, flags, cure):
     said = capsys.readouterr().err.strip()
     assert cure in said
     assert "\n" not in said
+
+
+def planned(capsys, *flags: str) -> dict:
+    assert cli.main(["plan", *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_members_add_up(capsys):
+    """Two dictionaries from one pass, beside each other or on halves of the machine."""
+    members = ["--members", "a", "b --train.lr=1e-3"]
+    one, two = (planned(capsys, RECIPE, "--target=h200:8", *flags) for flags in ([], members))
+    halves = planned(capsys, RECIPE, "--target=h200:8", "--mesh.member=2", *members)
+    for content in (two, halves):
+        assert content["n_members"] == 2
+        assert content["device"]["state_bytes"] == pytest.approx(2 * one["device"]["state_bytes"], rel=1e-3)
+        assert content["run"]["hours"] == pytest.approx(2 * one["run"]["hours"], rel=0.01)
+    assert halves["device"]["flop"] == 2 * one["device"]["flop"]  # of one step, on half the devices
+
+
+def test_what_is_trained_through_the_language_model_counts_it(capsys):
+    flags = ["--sae.variant=end_to_end", "--sae.n-latents=256", "--sae.k=8", "--train.batch-size=512"]
+    content = planned(capsys, "--target=h200:4", "--site=resid_post.1", *flags)
+    device = content["device"]
+    assert device["model_bytes"] == 4 * sum(x.size for x in jax.tree.leaves(lm.load("bundled").params))
+    assert device["peak_bytes"] > device["state_bytes"] + device["model_bytes"] + device["model_activation_bytes"]
+    assert device["flop"] > 512 // 4 * 2 * device["model_bytes"] / 4 / 2  # the blocks run once and more
+    assert cli.main(["plan", "--target=h200:4", "--site=resid_post.1", *flags]) == 0
+    assert "the peak is the sum of language model, its activations, state" in capsys.readouterr().out
+    assert cli.main(["plan", "--target=h200:4", "--site=resid_post.1", *flags, "--d-model=9"]) == 2
+    assert "resid_post.1 of bundled is 128 wide" in capsys.readouterr().err
 
 
 def test_a_recipe_that_does_not_say_its_width_is_told(capsys, tmp_path):

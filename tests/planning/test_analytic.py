@@ -1,9 +1,11 @@
 """Arithmetic of a run, against the same written out by hand."""
 
+import jax
 import pytest
 
+from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.planning import analytic, targets
+from sae_jax.planning import ThroughModel, analytic, targets
 from sae_jax.saes import base
 from sae_jax.training.settings import TrainConfig
 from sae_jax.types import Widths
@@ -33,8 +35,44 @@ def test_state_lies_over_all_devices_whatever_the_mesh(data):
 def test_hours_are_work_over_rate():
     target = targets.parse("v5p:4x4x8")
     step = analytic.Step(state_bytes=0, gradient_bytes=0, flop=10**12)
-    sae, train = base.config_class("topk")(n_latents=N, k=K), TrainConfig(steps=3600, batch_size=BATCH)
-    run = analytic.run(sae, train, Widths.one(D), step, target, mfu=0.5, rows=10, row_bytes=2 * D)
+    train = TrainConfig(steps=3600, batch_size=BATCH)
+    run = analytic.run([(step, train)], target, n_slices=1, mfu=0.5, disk_bytes=20 * D)
     assert run.hours == pytest.approx(1e12 / 459e12 / 0.5)
     assert run.floor_hours == pytest.approx(1e12 / 459e12)
     assert (run.tokens, run.disk_bytes) == (3600 * BATCH, 20 * D)
+
+
+@pytest.mark.parametrize("mfu", [0.3, 1.0])
+def test_no_time_is_below_the_floor(mfu):
+    """Small steps are bound by the traffic of their state, whatever share of the matrix rate is asked for."""
+    target, train = targets.parse("v5p:4x4x8"), TrainConfig(steps=3600, batch_size=BATCH)
+    step = analytic.Step(state_bytes=2765 * 10**9, gradient_bytes=0, flop=459 * 10**12)
+    run = analytic.run([(step, train)], target, n_slices=1, mfu=mfu, disk_bytes=0)
+    assert run.floor_hours == pytest.approx(3)  # a second of work, two to read and write the state
+    assert run.hours == pytest.approx(max(1 / mfu, 3))
+
+
+def test_members_add_their_states_and_share_the_working_memory():
+    small, large = (analytic.Step(state_bytes=n, gradient_bytes=n // 3, flop=n) for n in (3 * 2**30, 6 * 2**30))
+    assert analytic.peak_bytes([small, large, small], 1) == 12 * 2**30 + large.working_bytes
+    assert analytic.peak_bytes([small] * 4, 2) == 6 * 2**30 + small.working_bytes
+    target, train = targets.parse("h200:8"), TrainConfig(steps=10, batch_size=BATCH)
+    one, four, on_slices = (
+        analytic.run([(small, train)] * n, target, n_slices=slices, mfu=0.3, disk_bytes=0)
+        for n, slices in ((1, 1), (4, 1), (4, 2))
+    )
+    assert (four.hours, four.flop) == (pytest.approx(4 * one.hours), 4 * one.flop)
+    assert (on_slices.hours, on_slices.flop) == (pytest.approx(2 * one.hours), 2 * one.flop)
+
+
+def test_work_of_a_language_model_is_what_it_executes():
+    """Against products counted one by one: all blocks once, those after the site twice more, the head three times."""
+    spec = lm.read_spec("bundled")
+    model = ThroughModel(spec, lm.Hook(1, "resid_post"), context=32)
+    d, m, v, t = spec.d_model, spec.d_mlp, spec.n_vocab, 32
+    block = 2 * (4 * d * d + 2 * d * m) + 2 * 2 * t * d  # q k v o, up and down; scores and their products with values
+    after = spec.n_layers - 2
+    assert model.n_blocks_after == after
+    assert model.token_flop == spec.n_layers * block + 2 * after * block + 3 * 2 * d * v
+    assert model.parameter_bytes == 4 * sum(x.size for x in jax.tree.leaves(lm.load("bundled").params))
+    assert ThroughModel(spec, lm.Hook(1, "resid_mid"), 32).n_blocks_after == after + 1

@@ -83,6 +83,27 @@ def test_a_torus_scatters_and_gathers():
     assert found["all-reduce"].bytes < BATCH * D
 
 
+@pytest.mark.parametrize("name", ["v5e:2x4", "h200:8"])
+def test_a_slice_of_members_is_compiled_for_its_devices_alone(capsys, name):
+    flags = ["--sae.n-latents=8192", "--sae.k=16", "--d-model=256", "--train.batch-size=512"]
+    members = ["--mesh.member=2", "--members", "a", "b --train.lr=1e-3"]
+    assert cli.main(["plan", f"--target={name}", "--json", *flags, *members]) == 0
+    content = json.loads(capsys.readouterr().out)
+    device = content["device"]
+    assert device["donated_bytes"] == pytest.approx(device["state_bytes"], rel=0.02)
+    assert device["quietest"]["compiled_flop"] == 2 * BATCH * N * D // 4
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_step_through_the_language_model(capsys, name):
+    flags = ["--sae.variant=end_to_end", "--sae.n-latents=512", "--sae.k=8", "--train.batch-size=16384"]
+    assert cli.main(["plan", f"--target={name}", "--json", "--site=resid_post.1", *flags]) == 0
+    device = json.loads(capsys.readouterr().out)["device"]
+    assert device["compiled_flop"] == pytest.approx(device["flop"], rel=0.1)
+    estimate = device["state_bytes"] + device["model_bytes"] + device["model_activation_bytes"]
+    assert 0.5 * estimate < device["peak_bytes"] < 1.3 * estimate
+
+
 @pytest.mark.parametrize("name", ["rtx4090:1", "a100:2", "v4:2x2x1"])
 def test_other_kinds_compile(name):
     """Each architecture of GPUs, and TPUs of two cores a chip."""

@@ -8,9 +8,9 @@ import pytest
 from sae_jax.planning import hlo
 from sae_jax.saes import base, init, relu, topk
 from sae_jax.scaling import flops
-from sae_jax.training.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 from sae_jax.types import Widths
 
 BATCH, WIDTH = 64, 16
@@ -34,7 +34,8 @@ def compiled_flop(sae) -> int:
     batch = base.Batch(jax.ShapeDtypeStruct(rows.shape, jnp.float32))
     with jax.numpy_dtype_promotion("standard"):  # optax
         state = jax.eval_shape(lambda sample: initial(sae, config, sample), sample)
-        text = make_step(sae, config).lower(state, batch).compile().as_text()
+        hparams = jax.eval_shape(lambda: hyperparameters(config, sae))
+        text = Step(sae, config).trace(state, hparams, batch).lower().compile().as_text()
     return hlo.analyse(text or "", quietest=True).matmul_flop // BATCH
 
 
