@@ -126,7 +126,7 @@ def members(
             "r": relative_F[alive],
             "cosines": diffing.decoder_cosines(sae, a, b)[alive],
             "rows": [np.asarray(sae.w_dec)[alive][:, at.columns] for at in (a, b)],
-            "scaling": diffing.latent_scaling(sae, [rows_NX], exclusive_b, own=b, other=a),
+            "scaling": diffing.latent_scaling(sae, [rows_NX], exclusive_b, b, a),
             "facts": {"fvu": float(fvu), "l0": float(active_NK.sum(1).mean()), "alive": len(alive)},
         }
     return found
