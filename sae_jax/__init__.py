@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.artifact import Dictionary, load, save
     from sae_jax.record import Record
-    from sae_jax.runs import harvest, sweep, train, train_members
+    from sae_jax.runs import advise, dashboard, evaluate, fit, harvest, plan, sweep, train, train_members
     from sae_jax.saes.base import AbstractSae
     from sae_jax.types import Code, UsageError, UserError
 
@@ -33,15 +33,22 @@ __all__ = [
     "RowSource",
     "UsageError",
     "UserError",
+    "advise",
+    "dashboard",
+    "evaluate",
+    "fit",
     "harvest",
     "load",
     "open_activations",
+    "plan",
     "save",
     "sweep",
     "train",
     "train_members",
     "write_activations",
 ]
+
+__version__ = "0.1.0"
 
 # Imported on first use: `sae-jax --help` must not wait for JAX.
 _HOMES = {
@@ -57,7 +64,9 @@ _HOMES = {
     "open_activations": "sae_jax.activations.store",
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
-    **dict.fromkeys(("harvest", "sweep", "train", "train_members"), "sae_jax.runs"),
+    **dict.fromkeys(
+        ("advise", "dashboard", "evaluate", "fit", "harvest", "plan", "sweep", "train", "train_members"), "sae_jax.runs"
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -159,6 +160,14 @@ def replaced(config: C, settings: Mapping[str, Any], where: str, prefix: str = "
 def to_dict(config: Any) -> dict[str, Any]:
     """A resolved config as plain nested values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def share(text: str) -> tuple[int, int]:
+    """(i, n) of a --shard=i/n: the i-th of n shares of some work. Raises UsageError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise UsageError(f"--shard={text!r} must be i/n with 0 <= i < n, such as 0/4")
+    return int(match[1]), int(match[2])
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_jax import artifact, config
+from sae_jax import artifact, config, planning, storage
 from sae_jax.activations.commits import committed_shards
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.harvest import harvest as make_set
@@ -22,11 +23,18 @@ from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows
 from sae_jax.artifact import Dictionary
+from sae_jax.evaluation import evaluate as evaluation
+from sae_jax.evaluation.batches import Candidate
+from sae_jax.evaluation.text import open_set
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
+from sae_jax.pages.site import write_site
+from sae_jax.planning import targets
 from sae_jax.saes import base
 from sae_jax.saes.base import SaeConfig
-from sae_jax.scaling import table
+from sae_jax.scaling import flops, laws, plots, report, table
+from sae_jax.scaling.advise import Advice
+from sae_jax.scaling.advise import advise as advise_by
 from sae_jax.storage import Files, StrPath
 from sae_jax.sweeps import plan as sweep_plan
 from sae_jax.sweeps import run as sweep_run
@@ -36,7 +44,7 @@ from sae_jax.training import run
 from sae_jax.training.expand import change, expand_members
 from sae_jax.training.run import TrainJob
 from sae_jax.training.settings import TrainConfig
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import UsageError, UserError, Widths
 
 TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig))
 
@@ -65,8 +73,8 @@ def train(
     variant: str = "topk",
     site: str | tuple[str, ...] = (),
     reconstruct: str | tuple[str, ...] = (),
-    sae: SaeConfig | None = None,
-    settings: TrainConfig | None = None,
+    sae_config: SaeConfig | None = None,
+    train_config: TrainConfig | None = None,
     mesh: MeshConfig | None = None,
     engine: EngineConfig | None = None,
     allow_partial: bool = False,
@@ -78,11 +86,11 @@ def train(
         data: rows [..., d_model] (numpy, JAX or torch) or {source: rows}; the path of an activation set, or the set;
             or any RowSource.
         out: directory of the run, with checkpoints, logs and resume as of `sae-jax train`; None: nothing is written.
-        variant: a file of sae_jax/saes/, if `sae` is not given.
+        variant: a file of sae_jax/saes/, if `sae_config` is not given.
         site: the source that is encoded, or several side by side; may be left out if there is one.
         reconstruct: the source that is reconstructed, if not what is encoded.
-        sae: the variant's config.
-        settings: length, batch and optimiser of the run.
+        sae_config: the variant's config.
+        train_config: length, batch and optimiser of the run.
         mesh: how devices are arranged; by default the dictionary is split over all of them.
         engine: sizes of the pieces in which ops work.
         allow_partial: train although some shards of the set are not there yet.
@@ -92,8 +100,8 @@ def train(
         UsageError: an unknown or refused setting, a source that does not exist, or another run at `out`.
         UserError: the loss was not finite, or the set is damaged.
     """
-    fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "sae": sae, "train": settings}
-    fixed |= {"mesh": mesh, "engine": engine, "allow_partial": allow_partial}
+    fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "mesh": mesh, "engine": engine}
+    fixed |= {"sae_config": sae_config, "train_config": train_config, "allow_partial": allow_partial}
     job, source = _new_job(TrainJob, data, {**fixed, **changes})
     return _dictionaries({"": job}, source)[""]
 
@@ -182,8 +190,8 @@ def _new_job(cls: Any, data: Any, settings: Mapping[str, Any]) -> tuple[Any, Row
     job = cls(
         data=source.name,
         out=os.fspath(settings.pop("out", "")),
-        sae=settings.pop("sae", None) or base.config_class(settings.pop("variant", "topk"))(),
-        train=settings.pop("train", TrainConfig()),
+        sae=settings.pop("sae_config", None) or base.config_class(settings.pop("variant", "topk"))(),
+        train=settings.pop("train_config", TrainConfig()),
         mesh=settings.pop("mesh", MeshConfig()),
         engine=settings.pop("engine", EngineConfig()),
         **{name: (value,) if isinstance(value, str) else tuple(value) for name, value in sites.items()},
@@ -239,3 +247,124 @@ def _dotted_grid(job: Any, grid: Mapping[str, Any]) -> Any:
         else:
             dotted |= {key: values for key in _dotted(job, {name: None})}
     return dotted
+
+
+def evaluate(
+    *dictionaries: Dictionary | StrPath,
+    data: StrPath | None = None,
+    model: str | None = None,
+    tokens: int = 100_000,
+    batch_tokens: int = 4096,
+    ema: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+    """{folder, or number: all metrics} of dictionaries, in one pass over the rows that they share.
+
+    Args:
+        dictionaries: as `sae_jax.load` gives them, or their folders, where evaluation.json is written.
+        data: another activation set to take rows, text and language model from.
+        model: another reference for the language model, if it moved.
+        tokens: tokens (or rows) to measure on, at most.
+        batch_tokens: tokens of one forward pass.
+        ema: of runs, the averaged weights instead of the live ones.
+        shard: (i, n): measure the i-th of n shares of folders; those that are not complete yet are left out.
+    """
+    names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
+    given = dict(zip(names, dictionaries, strict=True))
+    loaded = {name: d if isinstance(d, Dictionary) else artifact.load(d, ema) for name, d in given.items()}
+    path = None if data is None else os.fspath(data)
+    candidates = {name: Candidate.of(d, open_set(d.record, path)) for name, d in loaded.items()}
+    settings = evaluation.Settings(tokens, batch_tokens, model)
+    documents: dict[str, Any] = {}
+    for name, measured in evaluation.evaluate(candidates, settings, shard).items():
+        if isinstance(given[name], Dictionary):
+            documents[name] = measured.to_json()
+        elif (document := evaluation.finish(Path(name), measured, settings, shard)) is not None:
+            documents[name] = document
+    return documents
+
+
+def dashboard(
+    dictionary: Dictionary | StrPath,
+    out: StrPath,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    tokens: int = 400_000,
+    ema: bool = False,
+) -> Path:
+    """Write a static site of a dictionary's latents; returns the page to open.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        out: directory of the site.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        tokens: tokens of the set's text to show examples from.
+        ema: of a run, the averaged weights instead of the live ones.
+    """
+    is_path = not isinstance(dictionary, Dictionary)
+    d = artifact.load(dictionary, ema) if is_path else dictionary
+    write_site(d, out, os.fspath(dictionary) if is_path else d.record.variant, data, model, tokens)
+    return Path(out) / "index.html"
+
+
+def fit(
+    folder: StrPath,
+    variant: str | None = None,
+    site: str | None = None,
+    k: int | None = None,
+    tokens_per_latent: float | None = None,
+) -> tuple[laws.Study, list[Path]]:
+    """Fit every scaling law that the points of a sweep can identify; writes fit.json, fit.txt and figures beside them.
+
+    Args:
+        folder: of the sweep.
+        variant: whose points are fitted; None: the one with most points.
+        site: likewise the source that is encoded.
+        k: at which the laws of compute and latents are fitted; None: the k with most points.
+        tokens_per_latent: compare widths after so many tokens a latent; None: at convergence, or else after the most
+            tokens that all have.
+
+    Returns:
+        The laws, and the files that were written.
+    """
+    folder = Path(folder)
+    study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
+    # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
+    text = json.dumps(study.to_json(), indent=2).removesuffix("\n}")
+    storage.write_text(folder / "fit.json", f'{text},\n  "draws": {json.dumps(study.draws())}\n}}\n')
+    storage.write_text(folder / "fit.txt", report.render(study))
+    return study, [folder / "fit.json", folder / "fit.txt", *plots.draw(study, folder)]
+
+
+def advise(
+    compute: float, fit: StrPath, k: int | None = None, target: str | None = None, mfu: float = 0.3
+) -> tuple[Advice, float | None]:
+    """What to train for a budget of `compute` FLOP by the laws in a fit.json; and the seconds it takes on `target`.
+
+    Args:
+        compute: FLOP to spend.
+        fit: the file that `fit` wrote.
+        k: active latents; None: that of the fit.
+        target: machines such as h200:8; None: no time is told.
+        mfu: share of the matrix rate that the run is taken to reach.
+    """
+    machines = targets.parse(target) if target else None
+    advice = advise_by(compute, os.fspath(fit), k)
+    if machines is None:
+        return advice, None
+    if advice.d_model is None:
+        raise UsageError(f"target={target}: {os.fspath(fit)} has no d_model, as its table had none; leave it out")
+    work = advice.tokens * flops.executed(advice.sae, Widths.one(advice.d_model))
+    return advice, work / (machines.chip.flops * machines.n_devices * mfu)
+
+
+def plan(target: str, **settings: Any) -> dict[str, Any]:
+    """Whether a training run fits on machines that are not there, and how long it takes (planning/report.py).
+
+    Args:
+        target: machines: v5p:8x8x8, h200:64 and the like.
+        **settings: of `planning.from_recipe`: members {name: (sae, train)}, harvest, site, d_model, mesh, engine, mfu.
+    """
+    return planning.plan(planning.from_recipe(target, **settings))

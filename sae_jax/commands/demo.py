@@ -10,28 +10,28 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax import recipe, runs, storage
+from sae_jax import artifact, recipe, runs, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.baselines import neuron_token_purity
 from sae_jax.analysis.examples import token_purity
-from sae_jax.commands import runtime
-from sae_jax.commands.dashboard import Dashboard, dashboard
-from sae_jax.commands.evaluate import Evaluate, evaluate
+from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
+from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob
-from sae_jax.types import Sites, UsageError
+from sae_jax.types import UsageError
 from sae_jax.units import number
 
-RECIPE = Path(__file__).parents[2] / "configs" / "demo.yaml"
-EVERYTHING = 2**31  # tokens of the held-out text
+RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
+ALL_TOKENS = 2**31  # of the held-out text
+SHOWN = ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "loss_recovered", "kl")
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,10 @@ class Demo:
 def run(argv: Sequence[str]) -> None:
     """The main job from text to a page; writes DIR/summary.json."""
     if not argv or argv[0].startswith("-"):
-        if not RECIPE.exists():
-            raise UsageError("configs/demo.yaml is not here; run from a clone, or give a recipe: sae-jax demo RECIPE")
         argv = [str(RECIPE), *argv]
     began = time.monotonic()
     out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     activations_path, run_path = str(out / "activations"), str(out / "run")
     files = itertools.takewhile(lambda token: not token.startswith("-"), argv)
     settings = recipe.parse(recipe.Recipe, list(files), "sae-jax demo")
@@ -60,18 +58,16 @@ def run(argv: Sequence[str]) -> None:
     harvest(settings.harvest, activations_path)
     parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
-    metrics = read_metrics(Path(run_path))
-    plot_training(metrics, out / "training.png")
-    result = evaluate(Evaluate((run_path,)))[run_path]
-    table, sequences = dashboard(Dashboard(run_path, str(out / "dashboard")))
+    plot_training(metrics := read_metrics(Path(run_path)), out / "training.png")
+    result, d = runs.evaluate(run_path)[run_path], artifact.load(run_path)
+    table, sequences = write_site(d, out / "dashboard", title=run_path)
 
-    activations, sites = open_activations(activations_path), Sites.from_json(result["sites"])
-    text = held_out(activations, sites, EVERYTHING)
+    activations = open_activations(activations_path)
+    text = held_out(activations, d.record.sites, ALL_TOKENS)
     assert text is not None
-    pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))
+    pca = baselines.pca(sample_rows(activations, d.record.sites.x[0]), round(result["l0"]))
     summary = {
-        **{name: result[name] for name in ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean")},
-        **{name: result[name] for name in ("loss_recovered", "kl")},
+        **{name: result[name] for name in SHOWN},
         "fvu_pca": on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
         "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),

@@ -6,18 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import tyro
 
-from sae_jax import artifact, config
-from sae_jax.commands import runtime
+from sae_jax import config, runs
+from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
-from sae_jax.evaluation.batches import Candidate
-from sae_jax.evaluation.evaluate import Settings, finish, table_rows
-from sae_jax.evaluation.evaluate import evaluate as evaluate_on
-from sae_jax.evaluation.text import open_set
+from sae_jax.evaluation.evaluate import table_rows
 from sae_jax.types import UsageError
 
 
@@ -52,19 +47,10 @@ class Evaluate:
 def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
-    runtime.warn_of_idle_gpu()
-    results = evaluate(command)
+    gpu.warn_of_idle_gpu()
+    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "batch_tokens", "ema")}
+    results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.json:
         sys.stdout.write(json.dumps(results, indent=2) + "\n")
     elif results:
         print_table(("metric", *results, "meaning"), table_rows(list(results.values())))
-
-
-def evaluate(command: Evaluate) -> dict[str, dict[str, Any]]:
-    """{directory: its evaluation.json}, but for those that other workers still have to measure a share of."""
-    shard, settings = runtime.worker(command.shard), Settings(command.tokens, command.batch_tokens, command.model)
-    loaded = {path: artifact.load(path, ema=command.ema) for path in command.dictionaries}
-    candidates = {path: Candidate.of(d, open_set(d.record, command.data)) for path, d in loaded.items()}
-    measured = evaluate_on(candidates, settings, shard)
-    documents = {path: finish(Path(path), measured[path], settings, shard) for path in command.dictionaries}
-    return {path: document for path, document in documents.items() if document is not None}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
-from sae_jax import config, storage
+from sae_jax import config, runs
 from sae_jax.errors import UsageError
 from sae_jax.progress import console
-from sae_jax.scaling import laws, plots, report, table
+from sae_jax.scaling import report
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,6 @@ class Fit:
 def run(argv: Sequence[str]) -> None:
     """Parse, fit, write, show."""
     command = config.parse(Fit, argv, "sae-jax fit")
-    folder = Path(command.dir)
-    study = laws.study(table.read(folder), command.variant, command.site, command.k, command.tokens_per_latent)
-    text = report.render(study)
-    # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
-    facts = json.dumps(study.to_json(), indent=2).removesuffix("\n}")
-    storage.write_text(folder / "fit.json", f'{facts},\n  "draws": {json.dumps(study.draws())}\n}}\n')
-    storage.write_text(folder / "fit.txt", text)
-    drawn = plots.draw(study, folder)
-    sys.stdout.write(text)
-    console.print(f"{folder}: fit.json, fit.txt, {', '.join(path.name for path in drawn)}")
+    study, written = runs.fit(command.dir, command.variant, command.site, command.k, command.tokens_per_latent)
+    sys.stdout.write(report.render(study))
+    console.print(f"{command.dir}: {', '.join(path.name for path in written)}", markup=False)

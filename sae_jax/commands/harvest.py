@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sae_jax import recipe
+from sae_jax import config, recipe
 from sae_jax.activations.harvest import HarvestConfig, harvest
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu
 from sae_jax.progress import console
 
 
@@ -25,8 +25,8 @@ class Harvest:
 def run(argv: Sequence[str]) -> None:
     """Parse and harvest."""
     command = recipe.parse(Harvest, argv, "sae-jax harvest")
-    worker = runtime.worker(command.shard)
-    runtime.warn_of_idle_gpu()
+    worker = config.share(command.shard)
+    gpu.warn_of_idle_gpu()
     spec = harvest(command.harvest, command.out, worker)
     sites = ", ".join(source.name for source in spec.sources)
     console.print(f"{command.out}: {spec.n_shards} shards of {sites}")

@@ -21,3 +21,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in lines))
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines, as they are."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -51,7 +51,7 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A dictionary that is measured, and what its rows are made of."""
+    """A dictionary that is measured, and the rows that it reconstructs."""
 
     sae: AbstractSae
     sources: Mapping[str, int]  # widths of the sources side by side in what is reconstructed
@@ -98,7 +98,7 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """N rows, and what a dictionary makes of them. Its code and its reconstruction are computed once."""
+    """N rows as one dictionary sees them. Its code and its reconstruction are computed once, when first asked for."""
 
     sae: AbstractSae
     x: jax.Array  # f32[N, X]: what is encoded
@@ -140,8 +140,8 @@ def evaluators() -> dict[str, type[Evaluator]]:
     """The evaluator in each file of metrics/, in the order in which they are shown."""
     package = importlib.import_module("sae_jax.evaluation.metrics")
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    found = {name: importlib.import_module(f"{package.__name__}.{name}").Evaluator for name in names}
-    return dict(sorted(found.items(), key=lambda item: (item[1].ORDER, item[0])))
+    kinds = {name: importlib.import_module(f"{package.__name__}.{name}").Evaluator for name in names}
+    return dict(sorted(kinds.items(), key=lambda item: (item[1].ORDER, item[0])))
 
 
 def descriptions() -> dict[str, Description]:

@@ -1,12 +1,12 @@
-"""What a trained dictionary has to beat: bases and random directions, as dictionaries like any other.
+"""Baselines that a trained dictionary has to beat: bases and random directions, in the form of dictionaries.
 
     identity   every dimension, both signs
     pca        principal components, both signs; with n_components = L0 the best affine reconstruction of that rank
     ica        independent components (FastICA), both signs
     random     random directions, negative values clipped
 
-Each is a ReLU autoencoder without a penalty, or where `k` is given a TopK autoencoder of the k largest values a row.
-Codes are not negative, so a basis stands as two latents a direction, of which at most one is active.
+Each is a ReLU autoencoder without a penalty or, if `k` is given, a TopK autoencoder. Codes are not negative, so a basis
+has two latents for each direction, of which at most one is active.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sae_jax.types import UsageError
 
 
 def identity(rows_ND: np.ndarray, k: int = 0) -> AbstractSae:
-    """The dimensions of the rows, around their mean."""
+    """The coordinate directions, around the mean of the rows."""
     basis_DD = np.eye(rows_ND.shape[1])
     return _dictionary(_both(basis_DD), _both(basis_DD), rows_ND, k)
 
@@ -42,16 +42,16 @@ def ica(rows_ND: np.ndarray, n_components: int | None = None, k: int = 0, seed: 
     except ImportError as error:
         raise UsageError(f"ICA needs scikit-learn ({error}); pip install 'sae_jax[baselines]'") from None
     # The symmetric update divides by a Gram matrix; in f32 it may not converge.
-    found = FastICA(n_components, whiten="unit-variance", random_state=seed).fit(np.asarray(rows_ND, np.float64))
-    return _dictionary(_both(found.components_), _both(found.mixing_.T), rows_ND, k)
+    ica = FastICA(n_components, whiten="unit-variance", random_state=seed).fit(np.asarray(rows_ND, np.float64))
+    return _dictionary(_both(ica.components_), _both(ica.mixing_.T), rows_ND, k)
 
 
 def random(rows_ND: np.ndarray, n_latents: int, k: int = 0, seed: int = 0) -> AbstractSae:
-    """Directions from the unit sphere; codes have the one scale that reconstructs the rows best."""
+    """Random unit directions; one scale for all codes, the one that reconstructs the rows best."""
     directions_FD = np.random.default_rng(seed).standard_normal((n_latents, rows_ND.shape[1]))
     directions_FD /= np.linalg.norm(directions_FD, axis=1, keepdims=True)
     unscaled = _dictionary(directions_FD, directions_FD, rows_ND, k)
-    # Without an encoder bias, what is reconstructed around the mean is proportional to the encoder.
+    # Without an encoder bias, the reconstruction minus the mean is proportional to the encoder.
     b_dec, guess_ND = np.asarray(unscaled.b_dec), np.asarray(unscaled(rows_ND))
     offset_ND, guess_ND = np.float64(rows_ND - b_dec), np.float64(guess_ND - b_dec)
     scale = (offset_ND * guess_ND).sum() / max((guess_ND**2).sum(), 1e-30)

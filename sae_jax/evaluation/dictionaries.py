@@ -1,10 +1,10 @@
-"""How dictionaries compare with each other and with directions that are known.
+"""Comparing dictionaries with each other and with known directions.
 
-    MMCS          mean over one set of directions of the greatest cosine with another; not symmetric
+    MMCS          mean over one set of directions of the greatest cosine with another set; not symmetric
     duplicates    pairs of directions with a cosine above 0.9
-    absorption    a parent's latent stays silent because latents of its children say it too
+    absorption    a parent's latent stays silent because latents of its children represent it too
 
-Cosines are signed: a latent that points the other way is another latent. Directions are rows, of any length.
+Cosines are signed: a latent that points the other way is a different latent. Directions are rows, of any norm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from sae_jax.saes import base
 from sae_jax.saes.base import AbstractSae
 
-TILE = 4096  # cosines are computed for so many directions against so many: 64 MiB, whatever the widths
+TILE = 4096  # cosines are computed for blocks of TILE x TILE directions: 64 MiB, whatever the widths
 
 
 def closest(a_FD: jax.Array | np.ndarray, b_GD: jax.Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -36,8 +36,7 @@ def closest(a_FD: jax.Array | np.ndarray, b_GD: jax.Array | np.ndarray) -> tuple
 def mmcs(a_FD: jax.Array | np.ndarray, b_GD: jax.Array | np.ndarray) -> tuple[float, float]:
     """Mean greatest cosine of a's rows with b's, and of b's with a's.
 
-    With a the true directions and b a decoder, the first says how well truth was found, the second how much of the
-    decoder is truth.
+    With a the true directions and b a decoder, the first is like recall, the second like precision.
 
     Source: Sharkey, Braun and Millidge 2022, "Taking features out of superposition with sparse autoencoders".
     """
@@ -48,12 +47,12 @@ def mmcs(a_FD: jax.Array | np.ndarray, b_GD: jax.Array | np.ndarray) -> tuple[fl
 def duplicates(w_FD: jax.Array | np.ndarray, above: float = 0.9) -> np.ndarray:
     """Pairs (i, j), i < j, of rows [F, D] with a cosine greater than `above`, as i64[P, 2] in ascending order."""
     w_FD = jnp.asarray(w_FD, jnp.float32)
-    found = []
+    pairs = []
     for first_a, first_b, cosines_ab in _tiles(w_FD, w_FD):
         if first_b + cosines_ab.shape[1] > first_a:
             pairs_P2 = np.argwhere(np.asarray(cosines_ab > above)) + np.array([first_a, first_b])
-            found.append(pairs_P2[pairs_P2[:, 0] < pairs_P2[:, 1]])
-    pairs_P2 = np.concatenate(found)
+            pairs.append(pairs_P2[pairs_P2[:, 0] < pairs_P2[:, 1]])
+    pairs_P2 = np.concatenate(pairs)
     return pairs_P2[np.lexsort(pairs_P2.T[::-1])]
 
 
@@ -66,15 +65,16 @@ def absorption(
     min_cosine: float = 0.1,
     min_share: float = 0.4,
 ) -> np.ndarray:
-    """How often each parent is absorbed, f64[P], parents in ascending order (NaN for one that is never there).
+    """How often each parent is absorbed, f64[P], parents in ascending order (NaN for one that is never active).
 
-    The latent of a parent p is that whose decoder row has the greatest cosine with p's direction. Latents of its
-    children are the others whose decoder row has a cosine of at least `min_cosine` both with p and with a child of p.
-    On a row where p is there with strength c, p is absorbed if its latent is silent, while what its children's active
-    latents put along p's direction is at least `min_share` * c. The result is the share of p's rows that are so.
+    The latent of a parent p is the one whose decoder row has the greatest cosine with p's direction. The latents of
+    its children are the others whose decoder row has a cosine of at least `min_cosine` both with p and with a child
+    of p. On a row where p is active with strength c, p is absorbed if its latent is silent while its children's active
+    latents together contribute at least `min_share` * c along p's direction. The result is the share of p's rows on
+    which this happens.
 
-    Source: after Karvonen et al. 2025, "SAEBench", arXiv 2503.09532, with thresholds of its full absorption but for
-    the cosine, which there is 0.025. Known directions stand for probes, and latents are chosen by the decoder.
+    Source: after Karvonen et al. 2025, "SAEBench", arXiv 2503.09532. Differences: known directions take the place of
+    probes, latents are chosen by the decoder, and the threshold on the cosine is 0.1 where theirs is 0.025.
 
     Args:
         sae: a dictionary.
@@ -82,25 +82,25 @@ def absorption(
         codes_NG: f32[N, G], strengths of
         directions_GD: f32[G, D], unit rows.
         parents_G: i64[G], the parent of each direction; -1: none.
-        min_cosine: of a latent that counts for a child.
-        min_share: of the parent's strength that such latents carry together.
+        min_cosine: for a latent to count as a child's.
+        min_share: of the parent's strength that these latents must contribute together.
     """
     code = jax.tree.map(np.asarray, sae.encode(rows_ND))
     w_dec = np.asarray(sae.w_dec, np.float64)
     along_FG = w_dec @ np.asarray(directions_GD, np.float64).T
     cosine_FG = along_FG / np.maximum(np.linalg.norm(w_dec, axis=1, keepdims=True), 1e-30)
-    found = []
+    absorbed = []
     for parent in np.unique(parents_G[parents_G >= 0]):
-        own = cosine_FG[:, parent].argmax()
+        latent = cosine_FG[:, parent].argmax()
         children_F = (cosine_FG[:, parents_G == parent] >= min_cosine).any(1) & (cosine_FG[:, parent] >= min_cosine)
-        children_F[own] = False
-        there = np.flatnonzero(codes_NG[:, parent] > 0)
-        indices_NK, values_NK = code.indices[there], code.values[there]
-        silent_N = ~((indices_NK == own) & (values_NK > 0)).any(1)
-        carried_N = (values_NK * (along_FG[:, parent] * children_F)[indices_NK]).sum(1)
-        absorbed_N = silent_N & (carried_N >= min_share * codes_NG[there, parent])
-        found.append(absorbed_N.mean() if len(there) else np.nan)
-    return np.asarray(found)
+        children_F[latent] = False
+        active = np.flatnonzero(codes_NG[:, parent] > 0)
+        indices_NK, values_NK = code.indices[active], code.values[active]
+        silent_N = ~((indices_NK == latent) & (values_NK > 0)).any(1)
+        contributed_N = (values_NK * (along_FG[:, parent] * children_F)[indices_NK]).sum(1)
+        absorbed_N = silent_N & (contributed_N >= min_share * codes_NG[active, parent])
+        absorbed.append(absorbed_N.mean() if len(active) else np.nan)
+    return np.asarray(absorbed)
 
 
 def _tiles(a_FD: jax.Array, b_GD: jax.Array) -> Iterator[tuple[int, int, jax.Array]]:

@@ -1,17 +1,17 @@
-"""What two sources of a crosscoder share, and what one has alone: a model beside what fine-tuning made of it.
+"""What two sources of a crosscoder share and what only one of them has: a model and its fine-tuned version.
 
-    r_i = ||d_i^b|| / (||d_i^a|| + ||d_i^b||)      0: latent i writes to a alone, 1: to b alone, 1/2: to both alike
+    r_i = ||d_i^b|| / (||d_i^a|| + ||d_i^b||)      0: latent i writes to a alone, 1: to b alone, 1/2: equally to both
 
-A penalty on f_i (||d_i^a|| + ||d_i^b||) makes latents look exclusive that are not: it shrinks a small decoder row to
-nothing, and it pays for two latents of one concept, one a source, where the concept is there at other times in each.
-Latent scaling asks the rows: how much of what latent i writes to b would help in a?
+A penalty on f_i (||d_i^a|| + ||d_i^b||) makes latents look exclusive that are not. It shrinks small decoder rows to
+zero, and where a concept is active at different times in the two sources it favours two latents, one for each.
+Latent scaling tests this on the rows: how much of what latent i writes to b would help to reconstruct a?
 
     beta = argmin over rows of ||target - beta f_i d_i^b||^2 = sum f_i (d_i^b . target) / sum f_i^2 ||d_i^b||^2
 
-With the error of a as target, a beta near that of b says that the row was shrunk; with the reconstruction of a, that
-other latents write it there. `Scaling.nu_*` are these ratios, near 0 for a latent that b has alone.
+With the error of a as target, a beta near that of b means that the decoder row was shrunk; with the reconstruction of
+a, that other latents write it there. `Scaling.nu_*` are these ratios, near 0 for a latent that only b has.
 
-Everything is in units in which sources have the same mean squared norm.
+Each source is in units in which its mean squared norm is 1.
 
 Sources: Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing"; latent scaling: Minder et
 al. 2025, "Robustly identifying concepts introduced during chat fine-tuning using crosscoders", arXiv 2504.02922.
@@ -36,10 +36,10 @@ LATENTS_AT_ONCE = 2048
 
 
 class Side(NamedTuple):
-    """A source, as it stands in what a dictionary reconstructs."""
+    """Where a source lies in the rows that a dictionary reconstructs, and its scale."""
 
-    columns: slice  # of Y
-    unit: float = 1.0  # root mean squared norm of its rows
+    columns: slice  # of y
+    unit: float = 1.0  # root mean square norm of its rows
 
 
 class Split(NamedTuple):
@@ -55,22 +55,22 @@ class Scaling(NamedTuple):
 
     error: np.ndarray  # of the other source's error
     reconstruction: np.ndarray  # of its reconstruction
-    own_error: np.ndarray  # of the own source's error without the latent
-    own_reconstruction: np.ndarray
+    source_error: np.ndarray  # of the error of the source that the latent writes to, without the latent
+    source_reconstruction: np.ndarray
 
     @property
     def nu_error(self) -> np.ndarray:
-        """How much of the latent the other source's error holds: shrinkage if far from 0."""
-        return self.error / self.own_error
+        """How much of the latent is in the other source's error: shrinkage if far from 0."""
+        return self.error / self.source_error
 
     @property
     def nu_reconstruction(self) -> np.ndarray:
-        """How much of it others write there: decoupled if far from 0."""
-        return self.reconstruction / self.own_reconstruction
+        """How much of it other latents write to the other source: decoupled if far from 0."""
+        return self.reconstruction / self.source_reconstruction
 
 
 def side(activations: ActivationSet, sites: Sites, name: str) -> Side:
-    """The source of that name among those that a run reconstructs."""
+    """The side of a source among those that a dictionary reconstructs."""
     first = sum(activations.source(other).d for other in sites.y[: sites.y.index(name)])
     return Side(slice(first, first + activations.source(name).d), activations.stats(name).mean_square ** 0.5)
 
@@ -102,32 +102,34 @@ def decoder_cosines(sae: AbstractSae, a: Side, b: Side) -> np.ndarray:
 
 
 def latent_scaling(
-    sae: AbstractSae, blocks: Iterable[np.ndarray], latents: np.ndarray, own: Side, other: Side
+    sae: AbstractSae, blocks: Iterable[np.ndarray], latents: np.ndarray, source: Side, other: Side
 ) -> Scaling:
-    """How much of what each latent writes to `own` there is in `other`.
+    """How much of what each latent writes to one source is present in the other.
 
     Args:
-        sae: reconstructs what it encodes.
-        blocks: rows f32[n, X] of the set, in blocks; one of another length compiles anew.
-        latents: i64[L], those to test: `split`'s of one source.
-        own: the source that they write to.
-        other: the one they do not; of the same width.
+        sae: a dictionary that reconstructs what it encodes.
+        blocks: rows f32[n, X] of the set, in blocks of one length; another length compiles again.
+        latents: i64[L], the latents to test: those that `split` gives to one source.
+        source: the source that they write to.
+        other: the source that they do not write to; of the same width.
     """
     sums_5L = np.zeros((5, len(latents)))
     for x_BX in blocks:
         x_BX = jnp.asarray(x_BX, jnp.float32)
         code, x_hat_BX = sae.encode(x_BX), sae(x_BX)
-        targets = [part_BX[:, at.columns] / at.unit for at in (other, own) for part_BX in (x_BX - x_hat_BX, x_hat_BX)]
+        targets = [
+            part_BX[:, at.columns] / at.unit for at in (other, source) for part_BX in (x_BX - x_hat_BX, x_hat_BX)
+        ]
         for first in range(0, len(latents), LATENTS_AT_ONCE):
             here = slice(first, first + LATENTS_AT_ONCE)
             place_F = np.full(sae.b_enc.shape[0], -1)
             place_F[latents[here]] = np.arange(len(latents[here]))
-            rows_LD = sae.w_dec[latents[here], own.columns] / own.unit
+            rows_LD = sae.w_dec[latents[here], source.columns] / source.unit
             sums_5L[:, here] += np.asarray(_block_sums(code, jnp.asarray(place_F), rows_LD, targets))
     squares_L = np.where(sums_5L[4] > 0, sums_5L[4], np.nan)
-    error_L, reconstruction_L, own_error_L, own_reconstruction_L = sums_5L[:4] / squares_L
+    error_L, reconstruction_L, source_error_L, source_reconstruction_L = sums_5L[:4] / squares_L
     # The error without the latent is the error plus what the latent writes.
-    return Scaling(error_L, reconstruction_L, own_error_L + 1, own_reconstruction_L)
+    return Scaling(error_L, reconstruction_L, source_error_L + 1, source_reconstruction_L)
 
 
 def _decoder(sae: AbstractSae, at: Side) -> np.ndarray:

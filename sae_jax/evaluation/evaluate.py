@@ -40,13 +40,16 @@ class Settings:
     model: str | None = None  # where the language model is now, if not where the set says
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured:
     """What a pass over the rows, or a share of it, says about a dictionary."""
 
     subject: Subject
     about: dict[str, Any]  # which weights of it, and where the rows come from
     sums: dict[str, Sums]  # of each evaluator, and under "" the number of rows
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{label:24}{value:24}{text}" for label, value, text in table_rows([self.to_json()]))
 
     def metrics(self) -> list[Metric]:
         """All metrics, in the order in which they are shown. Raises UserError if there was no row to measure on."""

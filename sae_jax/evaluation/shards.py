@@ -1,8 +1,8 @@
-"""The sums of several workers, made one: those of the processes of a job, and those that workers leave on disk.
+"""Adding up the sums of several workers: the processes of one job, or workers that leave their sums on disk.
 
     RUN/evaluation/shard-I-of-N.npz    the sums of one worker's share, with what they are sums of
 
-Whoever finds the shares of all N workers adds them up.
+The worker that finds the shares of all N adds them up.
 """
 
 from __future__ import annotations
@@ -56,12 +56,11 @@ def merge(folder: Path, n: int, about: dict[str, Any]) -> tuple[dict[str, Sums] 
             missing.append(i)
             continue
         try:
-            sums, found = _unpack(data)
+            sums, its_about = _unpack(data)
         except Exception as error:  # whatever numpy, zipfile and json say of damaged bytes
             raise UserError(f"{path} is damaged; delete it and evaluate --shard {i}/{n} again") from error
-        if found != json.loads(json.dumps(about)):
-            keys = [key for key in about if found.get(key) != json.loads(json.dumps(about[key]))]
-            console.print(f"{path} was measured with another {', '.join(keys)} and does not count", markup=False)
+        if different := [key for key in about if its_about.get(key) != json.loads(json.dumps(about[key]))]:
+            console.print(f"{path} was measured with another {', '.join(different)} and does not count", markup=False)
             missing.append(i)
         parts.append(sums)
     return (None if missing else _added(parts)), missing

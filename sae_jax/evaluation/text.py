@@ -17,9 +17,9 @@ from sae_jax.record import Record
 from sae_jax.types import Sites, UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeldOut:
-    """Text that no training row came from, ready to be run through the model."""
+    """Text that no row of a set came from, with the model to run it through and the hooks of one site."""
 
     name: str  # the reference of the text
     model: lm.LanguageModel
@@ -28,6 +28,11 @@ class HeldOut:
     sequences: np.ndarray  # i32[n, T], packed as in the set
     special: np.ndarray  # i32[...], token ids the set leaves out
     max_norm_multiple: float | None  # as in the set
+
+    def __repr__(self) -> str:
+        n, context = self.sequences.shape
+        hooks = ", ".join(map(str, dict.fromkeys(self.encoded + self.reconstructed)))
+        return f"HeldOut {self.name}: {n} sequences of {context} tokens, {hooks} of {self.model}"
 
     def keep(self, ids_BT: np.ndarray, norm_BTS: np.ndarray) -> np.ndarray:
         """bool[B, T]: what the set would hold, norms compared with the median of these sequences, not of a shard."""

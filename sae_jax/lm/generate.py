@@ -46,7 +46,7 @@ def generate(
         The prompts with their continuations, [B, T + n_new] in the dtype of ids.
 
     Raises:
-        UsageError: for lengths out of range, a negative temperature, or a hook the model has not.
+        UsageError: for lengths out of range, a negative temperature, or a hook that the model does not have.
     """
     longest = model.spec.n_context - ids_BT.shape[1]
     if not 1 <= n_new <= longest:

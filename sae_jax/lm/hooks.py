@@ -1,4 +1,4 @@
-"""Where a forward pass can be read or edited: a layer and a point inside its block.
+"""Hooks: the places of a model where activations can be read and changed, a layer and a point inside its block.
 
 With x the residual stream, a block computes
 
@@ -22,7 +22,7 @@ POINTS = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_act", "mlp_out", 
 
 
 class Hook(NamedTuple):
-    """One site of a model. Equal to the plain tuple (layer, point), which works as a key too."""
+    """A place in a model. Equal to the plain tuple (layer, point), which works as a key too."""
 
     layer: int
     point: str
@@ -32,7 +32,7 @@ class Hook(NamedTuple):
 
 
 def parse_hook(text: str, spec: Spec) -> Hook:
-    """The hook that `text` ("point.layer") names; UsageError if there is no such site in this model."""
+    """The hook that `text` ("point.layer") names; UsageError if this model does not have it."""
     point, _, layer = text.rpartition(".")
     if not layer.isdecimal():
         raise UsageError(f"hook {text!r} is not point.layer; {_choices(spec)}")
@@ -40,7 +40,7 @@ def parse_hook(text: str, spec: Spec) -> Hook:
 
 
 def check_hook(hook: tuple[int, str], spec: Spec) -> Hook:
-    """`hook` as a Hook; UsageError if the model has no such site."""
+    """`hook` as a Hook; UsageError if the model does not have it."""
     hook = Hook(*hook)
     if hook.point not in POINTS or not 0 <= hook.layer < spec.n_layers:
         raise UsageError(f"hook {str(hook)!r} does not exist; {_choices(spec)}")

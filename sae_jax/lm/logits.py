@@ -23,17 +23,17 @@ def unembed(params: Mapping[str, Any], spec: Spec, x_BTD: jax.Array) -> jax.Arra
 def logit_effect(model: LanguageModel, hook: tuple[int, str], directions_ND: jax.Array) -> jax.Array:
     """What adding each direction at `hook` does to the logits along the direct path, to first order.
 
-    The direction passes the MLP's or attention's own output matrix if the site is inside one, then the final
-    norm without its data-dependent scale (centred, times the norm's weight), then the unembedding. Later
-    layers' reactions are left out.
+    Inside the MLP or the attention, the direction passes its output matrix first; then come the final norm without
+    its data-dependent scale (centred, times the norm's weight) and the unembedding. How later layers react is left
+    out.
 
     Args:
         model: the language model.
-        hook: the site.
+        hook: where.
         directions_ND: [N, hook_width], heads flattened at attn_z.
 
     Returns:
-        f32[N, V], centred over the vocabulary, which does not change probabilities.
+        f32[N, V], centred over the vocabulary, which leaves probabilities unchanged.
     """
     layer, point = check_hook(hook, model.spec)
     inside = {"mlp_act": "down.w", "attn_z": "o.w"}.get(point)

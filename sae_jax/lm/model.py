@@ -27,13 +27,20 @@ _FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 @struct.dataclass
 class LanguageModel:
-    """A decoder's parameters with what they are; a pytree whose leaves are the parameters."""
+    """A decoder: its parameters, which are the leaves of this pytree, and where they come from."""
 
     params: dict[str, Any]  # as params.py describes them
     spec: Spec = struct.field(pytree_node=False)
     reference: str = struct.field(pytree_node=False, default="")  # what the user called it
     digest: str = struct.field(pytree_node=False, default="")  # sha256 of the weight files
     path: str = struct.field(pytree_node=False, default="")  # the folder it came from
+
+    def __repr__(self) -> str:
+        spec, n_parameters = self.spec, sum(getattr(array, "size", 0) for array in jax.tree.leaves(self.params))
+        return (
+            f"LanguageModel {self.reference}: {spec.family}, {spec.n_layers} layers, d_model={spec.d_model}, "
+            f"{n_parameters:,} parameters"
+        )
 
 
 def load(reference: str, dtype: DTypeLike = jnp.float32) -> LanguageModel:

@@ -1,11 +1,11 @@
 """The forward pass: logits, captured activations and edits, as one pure function of a model and token ids.
 
-Layers that nobody touches run in `lax.scan`, so compile time does not grow with depth; layers with an edit or
-a capture are traced one by one. A run that wants no logits ends after the last layer it must reach.
+Layers without an edit or a capture run in `lax.scan`, so compile time does not grow with depth; the others are
+traced one by one. A run without logits ends after the last layer that is captured.
 
 `run` is traced by its caller: wrap it, with its edits, in `jax.jit` with the model as an argument. On an
-explicit mesh, parameters stay whole on every device and results are split over rows as `ids` are; edits see
-that mesh too. Parameters that are split need a mesh of Auto axes.
+explicit mesh, parameters are replicated and results are split over rows as `ids` are; edits run on that mesh
+too. Parameters that are split need a mesh of Auto axes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cache:
 
 @struct.dataclass
 class Output:
-    """What a run was asked for; `None` for what it was not."""
+    """What a run returns; `None` for what was not asked for."""
 
     acts: dict[Hook, jax.Array]  # [B, T, width], heads apart at attn_z: [B, T, H, d]
     logits: jax.Array | None  # f32[B, T, V]
@@ -68,8 +68,8 @@ def run(
         cache: earlier positions of the same sequences; ids continue after them.
 
     Raises:
-        UsageError: for a hook the model has not or stop_at cuts off, an edit that changes shape or dtype, or
-            more positions than the context.
+        UsageError: for a hook that the model does not have or that stop_at cuts off, an edit that changes shape or
+            dtype, or more positions than the context.
     """
     spec = model.spec
     edit_at = {check_hook(hook, spec): edit for hook, edit in (edits or {}).items()}

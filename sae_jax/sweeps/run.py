@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,19 +33,11 @@ from sae_jax.types import Sites, UsageError, UserError
 MAY_CHANGE = ("memory_gib", "per_pass", "log_every", "checkpoint_every", "tensorboard")  # of the plan
 
 
-def worker(shard: str) -> tuple[int, int]:
-    """(i, n) of a --shard. Raises UsageError."""
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not match or not int(match[1]) < int(match[2]):
-        raise UsageError(f"--shard={shard!r} must be i/n with 0 <= i < n, such as 0/4")
-    return int(match[1]), int(match[2])
-
-
 def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list[str]:
     """Train what is not there yet, pass after pass; a line for each pass that something is wrong with."""
     out, is_first = Path(job.out), jax.process_index() == 0
     _keep_plan(out, job, planned, is_first)
-    passes = _kept_passes(out, in_passes(job, planned, worker(job.shard)), worker(job.shard), is_first)
+    passes = _kept_passes(out, in_passes(job, planned, config.share(job.shard)), config.share(job.shard), is_first)
     problems: list[str] = []
     for i, (folder, names) in enumerate(passes.items()):
         path = out / "passes" / folder

@@ -286,7 +286,7 @@ def test_what_cannot_be_trained_through_the_model_is_refused(work, tmp_path, cap
     said = refused(capsys, work, "train", "--data", work / "set", "--out", tmp_path, *mixed)
     assert "members rows and kl" in said
     said = refused(capsys, work, "plan", "--target=h200:1", "--d-model=16", variant)
-    assert "a plan knows nothing of" in said
+    assert "d_model=16, but resid_post.2 of bundled is 128 wide" in said
     assert not list(tmp_path.iterdir())
 
 

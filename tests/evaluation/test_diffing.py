@@ -78,7 +78,7 @@ def test_what_is_shrunk_or_written_by_others_shows_and_what_is_exclusive_does_no
         config, widths = crosscoder.Config(n_latents=2, k=1, dtype="float32"), Widths((D, D), (D, D))
         x = strength * np.concatenate([there * u, u])
         got = diffing.latent_scaling(
-            crosscoder.Crosscoder(*arrays, jnp.float32(0), config, widths), [x], np.array([0]), own=OTHER, other=A
+            crosscoder.Crosscoder(*arrays, jnp.float32(0), config, widths), [x], np.array([0]), OTHER, A
         )
         assert got.nu_error[0] == pytest.approx(float(name == "shrunk"), abs=1e-5)
         assert got.nu_reconstruction[0] == pytest.approx(float(name == "decoupled"), abs=1e-5)

@@ -151,3 +151,13 @@ def test_an_interval_covers_the_truth_nine_times_in_ten():
         covered += interval[0] < 3 < interval[1]
     assert 0.86 < covered / 500 < 0.94
     assert base.ratio(q_NQ[0], np.outer(q_NQ[0], q_NQ[0]), 1, np.array([0.0, 1.0]), np.array([1.0, 0.0]))[1] is None
+
+
+def test_what_people_print_is_readable(rows, sae, subject, text_batches):
+    model = random_model(SPEC)
+    text = HeldOut("text", model, (HOOK,), (HOOK,), np.zeros((2, 8), np.int32), np.array([0]), None)
+    assert "gpt2, 4 layers, d_model=16" in repr(model)
+    assert "text: 2 sequences of 8 tokens, resid_post.1 of LanguageModel" in repr(text)
+    shown = repr(Measured(subject, {}, sums_of(subject, text_batches)))
+    assert shown.count("\n") < 20
+    assert "loss recovered" in shown

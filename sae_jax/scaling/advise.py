@@ -1,0 +1,126 @@
+"""What to train for a budget of compute, by the laws of a fit: width, tokens, learning rate, error to expect.
+
+A law is only known to hold where it was fitted: how far the advice lies beyond the points is part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sae_jax import config, storage
+from sae_jax.errors import UsageError, UserError
+from sae_jax.saes import base
+from sae_jax.saes.base import SaeConfig
+from sae_jax.scaling import fit
+
+Interval = tuple[float, float] | None  # 90 %; None where the fit has none
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to train, and what to expect of it."""
+
+    compute: float  # FLOP to spend
+    sae: SaeConfig
+    latents: int  # a power of two
+    law_latents: float  # what the law says
+    law_latents_interval: Interval
+    k: int | None
+    tokens: float
+    lr: float
+    lr_interval: Interval
+    lr_from_law: bool  # else the rate that the points had
+    fvu: float
+    fvu_interval: Interval
+    d_model: int | None  # of the points
+    notes: tuple[str, ...]  # what to keep in mind
+
+
+def advise(compute: float, path: str, k: int | None = None) -> Advice:
+    """Advice for `compute` FLOP by the fit.json at `path`.
+
+    Args:
+        compute: FLOP to spend, in the unit of the table: 12 * n_latents * d_model a token.
+        path: of the file that `sae-jax fit` wrote.
+        k: active latents; another k than the fit's goes by the joint law.
+
+    Raises:
+        UsageError: there is no such file, or no law for this k.
+        UserError: the file is damaged, lacks a law, or the budget is too small.
+    """
+    if not 0 < compute < math.inf:
+        raise UsageError(f"compute={compute} must be above 0 and finite")
+    if k is not None and k < 1:
+        raise UsageError(f"k={k} must be at least 1")
+    content = storage.read_json(path)
+    if content is None:
+        raise UsageError(f"{path}: there is no such file; write one with `sae-jax fit DIR`")
+    try:
+        return _advise(compute, path, content, k)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not what `sae-jax fit` writes ({error!r}); write it again") from None
+
+
+def _advise(compute: float, path: str, content: dict[str, Any], k: int | None) -> Advice:
+    laws = _laws(path, content)
+    k = k or content["k"]
+    law_latents = float(laws["best_latents"].predict(compute))
+    n = 2 ** max(0, round(math.log2(law_latents)))
+    if k is not None and n < k:
+        raise UserError(f"compute={compute:g} buys {n} latents, fewer than k={k}; spend more")
+    cost = content["flops_per_token"]
+    fvu, draws_R, notes = _error(compute, path, laws, n, k, content["k"])
+    used = content["lr_of_points"]
+    lr = float(laws["lr"].predict(n)) if "lr" in laws else used["coefficient"] * n ** used["exponent"]
+    beyond = {"FLOP": compute / laws["compute"].range["x"][1], "latents": n / content["widest"]}
+    notes += [f"{what}: {ratio:,.3g} times the largest that was fitted" for what, ratio in beyond.items() if ratio > 1]
+    settings = {"variant": content["variant"], "n_latents": n, **({} if k is None else {"k": k})}
+    return Advice(
+        compute=compute,
+        sae=config.from_dict(base.config_class(content["variant"]), settings, path),
+        latents=n,
+        law_latents=law_latents,
+        law_latents_interval=fit.ends(laws["best_latents"].draw(compute)),
+        k=k,
+        tokens=compute / (cost["per_latent"] * n + cost["per_active"] * (k or 0)),
+        lr=lr,
+        lr_interval=fit.ends(laws["lr"].draw(n)) if "lr" in laws else None,
+        lr_from_law="lr" in laws,
+        fvu=fvu,
+        fvu_interval=fit.ends(draws_R),
+        d_model=content["d_model"],
+        notes=tuple(notes),
+    )
+
+
+def _error(
+    compute: float, path: str, laws: dict[str, fit.Law], n: int, k: int | None, k_fitted: int | None
+) -> tuple[float, np.ndarray, list[str]]:
+    """(error to expect, its draws, what to say about it)."""
+    error, draws_R = float(laws["compute"].predict(compute)), laws["compute"].draw(compute)
+    if k is None or k_fitted is None or k == k_fitted:
+        return error, draws_R, []
+    if "joint" not in laws:
+        raise UsageError(f"k={k}: {path} is at k={k_fitted} and has no joint law; fit with --k={k}")
+    joint = laws["joint"]
+    error = float(error * joint.predict(n, k) / joint.predict(n, k_fitted))
+    draws_R = draws_R * joint.draw(n, k) / joint.draw(n, k_fitted) if len(joint.draws) else draws_R[:0]
+    return error, draws_R, [f"the error at k={k_fitted} carried to k={k} by the joint law"]
+
+
+def _laws(path: str, content: dict[str, Any]) -> dict[str, fit.Law]:
+    """The laws to predict by. Raises UserError, with the fit's reason, if one that advice needs was left out."""
+    compute = content["compute"]
+    laws = {"compute": compute, "best_latents": compute and compute["best_latents"]}
+    for name, law in laws.items():
+        if law is None:
+            reason = next((each for each in content["warnings"] if each.startswith(f"{name}: left out")), name)
+            raise UserError(f"{path} has too little to advise by: {reason}")
+    laws |= {name: content[name] for name in ("joint", "lr") if content[name]}
+    if not compute["has_constant"]:
+        laws["compute"] = compute["without_constant"]
+    return {name: fit.Law.of(law, content["draws"][name]) for name, law in laws.items()}

@@ -1,0 +1,82 @@
+"""README and docs: every block runs, every link leads somewhere, and the first page stays short.
+
+Commands run as written but for flags that make them small. They share one folder, in which `work/` grows page by page.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from sae_jax.commands import main as cli
+from sae_jax.commands import runtime
+from tests import runs
+
+ROOT = runs.ROOT
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "variants", "python", "metrics"))]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling")]
+SMALL = {
+    "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],
+    "train": ["--train.steps=4", "--train.decay-steps=0", "--train.batch-size=64", "--sae.n-latents=256"],
+    "evaluate": ["--tokens=256"],
+    "dashboard": ["--tokens=512"],
+    "sweep": ["--train.batch-size=64", "--sweep.held-out=512", "--sweep.compute", "1e8", "2e8", "--sweep.tokens=1280"],
+    "plan": ["--timeout=1"],
+}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks of a page, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a shell block, comments and continued lines taken apart."""
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+def test_every_block_of_every_page_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
+    for name in ("configs", "docs", "sae_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for page in PAGES:
+            names: dict[str, object] = {"__name__": "page"}
+            for language, text in blocks(page):
+                if language == "python":
+                    exec(compile(text, str(page), "exec"), names)
+                elif language == "yaml":
+                    assert yaml.safe_load(text)
+                else:
+                    for words in commands(text):
+                        if words[0] == "make":
+                            assert words[1] in targets, words
+                        elif words[0] == "sae-jax":
+                            assert cli.main([*words[1:], *SMALL.get(words[1], [])]) == 0, (
+                                page.name,
+                                words,
+                                capsys.readouterr().err,
+                            )
+                        else:
+                            assert words[0] in (".", "pip"), words
+    assert (tmp_path / "work" / "site" / "index.html").exists()
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md"]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
