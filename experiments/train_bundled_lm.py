@@ -30,7 +30,7 @@ import tokenizers
 import tyro
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sae_jax.activations.tokens import stdlib_files
+from sae_jax.activations.text import stdlib_files
 from sae_jax.lm import weights
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.params import init

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from sae_jax.units import duration
 
 SECONDS_BETWEEN_LINES = 5.0
-SECONDS_BETWEEN_UPDATES = 0.2  # of a line in a notebook
+SECONDS_BETWEEN_UPDATES = 0.1  # of a live line
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -43,6 +43,7 @@ class Progress:
         self._counted_from: tuple[int, float] | None = None  # what was done at the first update, and when that was
         self._bar: Bar | None = None
         self._notebook: Any = None
+        self._said = False
         if silent:
             return
         if display := _notebook_display():
@@ -86,13 +87,16 @@ class Progress:
         is_first = self._counted_from is None
         if self._counted_from is None:
             self._counted_from = (done, now)
+        is_live = bool(self._bar or self._notebook)
+        waited = now - self._last_line
+        # Work that was over before there was anything to say needs no last word.
+        unsaid = waited < SECONDS_BETWEEN_LINES and not (self._first or is_live or self._said)
+        if unsaid or (waited < (SECONDS_BETWEEN_UPDATES if is_live else SECONDS_BETWEEN_LINES) and done < self._total):
+            return
+        self._last_line, self._said = now, True
         if self._bar:
             self._bar.update(self._task, completed=done, total=self._total, count=self._count(done), figures=figures)
             return
-        pause = SECONDS_BETWEEN_UPDATES if self._notebook else SECONDS_BETWEEN_LINES
-        if now - self._last_line < pause and done < self._total:
-            return
-        self._last_line = now
         took = duration(now - self._began)
         if is_first and self._first and done < self._total:
             time_left = f"{self._first} took {took}"

@@ -31,11 +31,13 @@ import numpy as np
 from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
+from sae_jax.activations import text as texts
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console
 from sae_jax.types import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+N_FILES_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class HarvestConfig:
     model: tuple[str, ...] = ("bundled",)
     """`bundled`, a local Hugging Face folder, or hub-id[@revision]; several, with one tokenizer, as name=reference"""
     text: str = "stdlib"
-    """`stdlib`, a file, folder or glob, or hf:dataset[@revision][:split]"""
+    """`stdlib`, a file, folder or glob (files in order of name), or hf:dataset[@revision][:split]"""
+    text_column: str = texts.COLUMN
+    """field of .jsonl files, or column of a hub dataset, that holds the text"""
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)
-    """sites, point.layer; all are stored with the same rows"""
+    """where in the model, as point.layer; all are stored with the same rows. Points of a block: resid_pre, attn_z,
+    attn_out, resid_mid, mlp_act, mlp_out, resid_post (sae_jax/lm/hooks.py); layers count from 0"""
     context: int = 128
     """tokens of a sequence"""
     tokens: int = 0
@@ -66,7 +71,7 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         self.models()  # refuses names that are not
         if not self.hooks:
-            raise UsageError("harvest.hooks is empty; name at least one site, such as resid_post.2")
+            raise UsageError("harvest.hooks is empty; name at least one hook, such as resid_post.2")
         if self.context < 2:
             raise UsageError(f"harvest.context={self.context} must be at least 2")
         if self.tokens < 0 or 0 < self.tokens < self.context:
@@ -107,32 +112,67 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
     """
     models = {name: lm.load(reference) for name, reference in config.models().items()}
     tokenizer = shared_tokenizer(config)
-    spec = plan(config, models, tokenizer)
+    spec, scanned = plan(config, models, tokenizer)
     writer = store.create(out, spec)
     done = writer.committed()
-    todo = [s for s in range(spec.n_shards) if s % shard[1] == shard[0] and s not in done]
-    per_shard = spec.sequences_per_shard or 0
-    mine = len(range(shard[0], spec.n_shards, shard[1]))
-    total = mine * per_shard * config.context
-    finished = (mine - len(todo)) * per_shard * config.context
+    mine = range(shard[0], spec.n_shards, shard[1])
+    todo = [s for s in mine if s not in done]
+    shard_tokens = (spec.sequences_per_shard or 0) * config.context
+    start = (len(mine) - len(todo)) * shard_tokens
+    # Shards come in order, so the text before the first of them is tokenised, too, if it is not the first of the text.
+    first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
+    unread = dict.fromkeys(scanned.files)
+    with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
+        stream = _shards(config, tokenizer, todo, spec, unread)
+        _write_shards(config, models, tokenizer, spec, writer, stream, progress, start)
+    if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
+        writer.finish()
+    else:
+        console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
+    if unread and spec.n_shards - 1 in todo:
+        n = len(scanned.files)
+        console.print(
+            f"{n - len(unread)} of {n} files were read, in order of name; harvest.tokens={config.tokens} ended before "
+            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all",
+            markup=False,
+        )
+    return spec
+
+
+def _write_shards(
+    config: HarvestConfig,
+    models: dict[str, lm.LanguageModel],
+    tokenizer: lm.Tokenizer,
+    spec: SetSpec,
+    writer: store.Writer,
+    stream: Iterator[tuple[int, np.ndarray]],
+    progress: Progress,
+    done: int,
+) -> None:
+    """Run shard after shard through the models, and write each while the next one is computed."""
     forward = _Forward(models, config)
     special = np.asarray(tokenizer.special_ids, np.int32)
+    per_shard = spec.sequences_per_shard or 0
+    rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
 
-    rows_written, tokens_run, began, pending = 0, 0, time.monotonic(), None
-    with Progress("harvest", total, "tokens", finished) as progress, ThreadPoolExecutor(1) as disk:
-        for number, ids_ST in _shards(config, tokenizer, todo, per_shard):
+    def show() -> None:
+        nonlocal first
+        now = time.monotonic()
+        first = first or (done, now)
+        rate = f"  {(done - first[0]) / (now - first[1]):,.0f} tokens/s" if done > first[0] else ""
+        progress.update(done, f"{rows_written:,} rows written{rate}")
+
+    with ThreadPoolExecutor(1) as disk:
+        for number, ids_ST in stream:
             blocks = {name: [] for name in forward.names}
-            norms = []
-            seen = 0
+            norms: list[np.ndarray] = []
             for acts, norm_BTS in forward(ids_ST):
                 for name, block in acts.items():
                     blocks[name].append(block)
                 norms.append(norm_BTS)
-                seen += len(norm_BTS)
-                rate = (tokens_run + seen * config.context) / (time.monotonic() - began)
-                progress.update(
-                    finished + seen * config.context, f"{rows_written:,} rows written  {rate:,.0f} tokens/s"
-                )
+                done += norm_BTS.shape[0] * config.context
+                if sum(map(len, norms)) < len(ids_ST):
+                    show()
             keep_ST = keep(ids_ST, np.concatenate(norms) if norms else None, special, config.max_norm_multiple)
             seq_N, pos_N = np.nonzero(keep_ST)
             rows = {
@@ -144,16 +184,9 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
                 pending.result()
             pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
             rows_written += len(seq_N)
-            finished += len(ids_ST) * config.context
-            tokens_run += len(ids_ST) * config.context
+            show()
         if pending is not None:
             pending.result()
-            progress.update(finished, f"{rows_written:,} rows written")
-    if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
-        writer.finish()
-    else:
-        console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
-    return spec
 
 
 def shared_tokenizer(config: HarvestConfig) -> lm.Tokenizer:
@@ -170,27 +203,28 @@ def shared_tokenizer(config: HarvestConfig) -> lm.Tokenizer:
     return tokenizer
 
 
-def plan(config: HarvestConfig, models: dict[str, lm.LanguageModel], tokenizer: lm.Tokenizer) -> SetSpec:
-    """The set that these settings describe: the same on every machine."""
+def plan(
+    config: HarvestConfig, models: dict[str, lm.LanguageModel], tokenizer: lm.Tokenizer
+) -> tuple[SetSpec, texts.Scan]:
+    """The set that these settings describe, the same on every machine, and what its text is made of."""
     sites = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
     references = {name: _from_anywhere(reference) for name, reference in config.models().items()}
     text = _from_anywhere(config.text)
     heldout = None if config.heldout is None else _from_anywhere(config.heldout)
-    digest = tokens.text_digest(text)
-    if heldout is not None and tokens.text_digest(heldout) == digest:
+    scanned = _scan(text, config.text_column)
+    if heldout is not None and _scan(heldout, config.text_column).digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     n_sequences = config.tokens // config.context
     if not n_sequences:
-        n_sequences = sum(1 for _ in tokens.sequences(text, tokenizer, config.context))
-    elif not text.startswith("hf:"):
+        n_sequences = _count(config, text, tokenizer, scanned.n_bytes)
+    elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
-        n_bytes = sum(len(document.encode()) + 1 for document in tokens.documents(text))
-        n_sequences = min(n_sequences, -(-n_bytes // config.context))
+        n_sequences = min(n_sequences, -(-scanned.n_bytes // config.context))
     widths = [lm.hook_width(models[name].spec, hook) for name, hook in sites]
     n_shards, shard_rows, chunk_rows = layout(
         n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
     )
-    return SetSpec(
+    spec = SetSpec(
         sources=tuple(
             SourceSpec(_source(name, hook), width, config.dtype, references[name], models[name].digest, str(hook))
             for (name, hook), width in zip(sites, widths, strict=True)
@@ -201,12 +235,43 @@ def plan(config: HarvestConfig, models: dict[str, lm.LanguageModel], tokenizer: 
         seed=config.seed,
         tokenizer=next(iter(references.values())),
         text=text,
-        text_digest=digest,
+        text_digest=scanned.digest,
+        text_column=None if config.text_column == texts.COLUMN else config.text_column,
         heldout=heldout,
         context=config.context,
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=config.max_norm_multiple,
     )
+    return spec, scanned
+
+
+def _scan(text: str, column: str) -> texts.Scan:
+    """What a text is made of; says which files are left out."""
+    n_bytes = texts.local_bytes(text)
+    with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
+        scanned = texts.scan(text, column, progress.update)
+    if scanned.not_utf8:
+        n, shown = len(scanned.not_utf8), scanned.not_utf8[:N_FILES_NAMED]
+        more = f" and {n - len(shown)} more" if n > len(shown) else ""
+        console.print(
+            f"{n} of {n + len(scanned.files)} files are not UTF-8 and are left out: {', '.join(shown)}{more}",
+            markup=False,
+        )
+    return scanned
+
+
+def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, n_bytes: int) -> int:
+    """Sequences of a whole text."""
+    n_read = 0
+    with Progress("counting tokens", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
+
+        def on_read(file: str, n_bytes: int) -> None:
+            nonlocal n_read
+            n_read += n_bytes
+            progress.update(n_read)
+
+        stream = tokens.sequences(text, tokenizer, config.context, column=config.text_column, on_read=on_read)
+        return sum(1 for _ in stream)
 
 
 def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, multiple: float | None) -> np.ndarray:
@@ -234,7 +299,7 @@ def read_sites(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook,
 def _hooks(config: HarvestConfig, model: lm.LanguageModel) -> tuple[lm.Hook, ...]:
     hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
     if len(set(hooks)) < len(hooks):
-        raise UsageError(f"harvest.hooks names a site twice: {', '.join(config.hooks)}")
+        raise UsageError(f"harvest.hooks names a hook twice: {', '.join(config.hooks)}")
     if config.context > model.spec.n_context:
         raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
     return hooks
@@ -292,21 +357,31 @@ class _Forward:
 
 
 def _shards(
-    config: HarvestConfig, tokenizer: lm.Tokenizer, todo: list[int], per_shard: int
+    config: HarvestConfig, tokenizer: lm.Tokenizer, todo: list[int], spec: SetSpec, unread: dict[str, None]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(shard, its sequences i32[<= per_shard, T]) for the shards wanted, in one pass over the text."""
+    """(shard, its sequences i32[<= per_shard, T]) for the shards `todo`, in one pass over the text.
+
+    Files that a sequence has reached leave `unread`.
+    """
     if not todo:
         return
-    first, last = todo[0], todo[-1]
-    stream = tokens.sequences(config.text, tokenizer, config.context, first * per_shard, (last + 1) * per_shard)
-    wanted = set(todo)
-    numbered = enumerate(stream, first * per_shard)
-    for shard, group in itertools.groupby(numbered, key=lambda item: item[0] // per_shard):
-        if shard in wanted:
-            wanted.remove(shard)
+    per_shard, remaining = spec.sequences_per_shard or 0, set(todo)
+    start, stop = todo[0] * per_shard, (todo[-1] + 1) * per_shard
+    assert spec.text is not None
+
+    def on_read(file: str, n_bytes: int) -> None:
+        unread.pop(file, None)
+
+    stream = tokens.sequences(spec.text, tokenizer, config.context, start, stop, config.text_column, on_read)
+    for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
+        if shard in remaining:
+            remaining.remove(shard)
             yield shard, np.stack([ids_T for _, ids_T in group])
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
-    if wanted:
-        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(wanted)} shards stay empty")
-    for shard in sorted(wanted):
+    if remaining:
+        console.print(
+            f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty",
+            markup=False,
+        )
+    for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32)

@@ -67,7 +67,8 @@ class Sequences(Batches):
         spec = activations.spec
         if spec.context is None or spec.sequences_per_shard is None:
             raise UsageError(
-                f"{activations.path} has no text: its rows were written without tokens; use a set of sae-jax harvest"
+                f"{activations.path} has no text: its rows were written without tokens; use one of `sae-jax harvest`, "
+                f"or of sae_jax.write_activations with tokens=, model= and hook="
             )
         unit = spec.context * n_devices
         if batch_tokens % unit:

@@ -19,7 +19,7 @@ import numpy as np
 
 from sae_jax.types import UsageError
 
-FORMAT = 1
+FORMAT = 2
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -82,6 +82,7 @@ class SetSpec:
     tokenizer: str | None = None
     text: str | None = None
     text_digest: str | None = None
+    text_column: str | None = None  # of .jsonl files and hub datasets; None: "text"
     heldout: str | None = None  # text for evaluation, in the same notation as `text`
     context: int | None = None  # tokens
     sequences_per_shard: int | None = None
@@ -142,7 +143,8 @@ class SetSpec:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError("it is not the JSON that sae_jax writes") from error
         if version != FORMAT:
-            raise ValueError(f"format {version}, this version reads format {FORMAT}; update sae_jax")
+            cure = "update sae_jax" if version > FORMAT else "harvest or write the set again"
+            raise ValueError(f"format {version}, this version reads format {FORMAT}; {cure}")
         try:
             sources = tuple(SourceSpec(**source) for source in values.pop("sources"))
             spec = cls(sources=sources, **values)

@@ -267,7 +267,10 @@ class ActivationSet:
 
     def _need_text(self) -> None:
         if not self.spec.has_text:
-            raise UsageError(f"{self.path} has no text: its rows were written without tokens")
+            raise UsageError(
+                f"{self.path} has no text: its rows were written without tokens; use `sae-jax harvest`, or give "
+                f"tokens= and tokenizer= to sae_jax.write_activations"
+            )
 
 
 def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:

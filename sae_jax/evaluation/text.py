@@ -11,6 +11,7 @@ from sae_jax import lm
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep, read_sites
 from sae_jax.activations.store import ActivationSet, open_activations
+from sae_jax.activations.text import COLUMN
 from sae_jax.progress import console
 from sae_jax.record import Record
 from sae_jax.types import Sites, UsageError
@@ -93,7 +94,9 @@ def held_out(
         model=loaded,
         encoded=encoded,
         reconstructed=reconstructed,
-        sequences=np.stack(list(tokens.sequences(spec.heldout, tokenizer, spec.context, 0, n_sequences))),
+        sequences=np.stack(
+            list(tokens.sequences(spec.heldout, tokenizer, spec.context, 0, n_sequences, spec.text_column or COLUMN))
+        ),
         special=np.asarray(tokenizer.special_ids, np.int32),
         max_norm_multiple=spec.max_norm_multiple,
     )

@@ -6,8 +6,10 @@ seconds.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ from sae_jax.types import UserError
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
+
+
+PART = 2**18  # characters of a long text that are tokenised at a time
+AROUND = 256  # characters on each side of a place that tell whether a text may be cut there
+CUTS_TRIED = 64
+_WORD_END = re.compile(r"\S(?=\s)")
 
 
 class Tokenizer:
@@ -49,6 +57,35 @@ class Tokenizer:
     def special_ids(self) -> tuple[int, ...]:
         """Ids that stand for no text: what a harvest may leave out."""
         return tuple(sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special))
+
+    def parts(self, text: str) -> Iterator[str]:
+        """A long text in parts of about PART characters whose ids, joined, are those of the whole.
+
+        It is cut before white space, where words are told apart first and then tokenised one by one. A tokeniser that
+        does not do so gets the text whole: what it makes of a part depends on all that stands around it.
+        """
+        begin = 0
+        while (low := begin + PART) + PART <= len(text) and (cut := self._cut(text, low)):
+            yield text[begin:cut]
+            begin = cut
+        yield text[begin:]
+
+    def _cut(self, text: str, low: int) -> int | None:
+        """The first place after `low` at which a text may be cut, if it is near."""
+        if self._backend.pre_tokenizer is None:
+            return None
+        for match in itertools.islice(_WORD_END.finditer(text, low, low + PART), CUTS_TRIED):
+            # A window around the place tells whether words end there, and whether a part begins with tokens of its own.
+            begin, cut = max(low - AROUND, 0), match.end()
+            window = text[begin : cut + AROUND]
+            normal = window if self._backend.normalizer is None else self._backend.normalizer.normalize_str(window)
+            if normal != window:
+                continue
+            ends = {end for _, (_, end) in self._backend.pre_tokenizer.pre_tokenize_str(window)}
+            whole, before, after = self.encode([window, text[begin:cut], text[cut : cut + AROUND]])
+            if cut - begin in ends and whole == before + after:
+                return cut
+        return None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without beginning or end tokens."""

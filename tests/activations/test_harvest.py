@@ -1,15 +1,18 @@
 """What a harvest leaves out, and what it does when the text is shorter than the set."""
 
+import inspect
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
+from sae_jax import lm
 from sae_jax.activations import harvest as module
 from sae_jax.activations.harvest import HarvestConfig, harvest, keep
 from sae_jax.activations.store import open_activations
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, UserError
 
 
 def test_special_tokens_and_large_norms_are_left_out():
@@ -169,3 +172,32 @@ def test_batches_come_back_in_order(text):
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
+
+
+def test_it_is_said_which_files_were_left_out_and_which_never_reached(tmp_path, capsys):
+    """The first file has all the tokens that were asked for."""
+    for name, content in (("a", b"x = 1\n" * 500), ("b", b"y = 2\n"), ("c", b"z = 3\n"), ("old", b"caf\xe9")):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    harvest(small(f"{tmp_path}/*.txt", tokens=160), str(tmp_path / "set"))
+    said = capsys.readouterr().err
+    assert f"1 of 4 files are not UTF-8 and are left out: {tmp_path}/old.txt\n" in said
+    assert (
+        f"1 of 3 files were read, in order of name; harvest.tokens=160 ended before {tmp_path}/b.txt and 1 more. "
+        f"harvest.tokens=0 reads all\n" in said
+    )
+    harvest(small(f"{tmp_path}/*.txt"), str(tmp_path / "all"))
+    assert "files were read" not in capsys.readouterr().err
+
+
+def test_another_text_column_is_part_of_the_set(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"code": "import os; print(os.getcwd())"}\n' * 60)
+    settings = small(str(tmp_path / "text.jsonl"), text_column="code")
+    assert harvest(settings, str(tmp_path / "set")).text_column == "code"
+    with pytest.raises(UserError, match="it has code; choose one with"):
+        harvest(small(str(tmp_path / "text.jsonl")), str(tmp_path / "other"))
+
+
+def test_help_lists_the_points():
+    help_of_hooks = re.search(r'hooks: .*?"""(.*?)"""', inspect.getsource(HarvestConfig), re.DOTALL)
+    assert help_of_hooks is not None
+    assert re.findall("[a-z]+_[a-z]+(?=[,. ])", " ".join(help_of_hooks[1].split()))[: len(lm.POINTS)] == [*lm.POINTS]

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_jax.activations import tokens
-from sae_jax.activations.tokens import documents, sequences, stdlib_files, text_digest
+from sae_jax.activations import text as texts
+from sae_jax.activations.text import documents, scan, stdlib_files
+from sae_jax.activations.tokens import sequences
 from sae_jax.lm import tokenizer
 from sae_jax.types import UsageError, UserError
 
@@ -18,6 +19,9 @@ class Bytes:
     """A token for each byte, and one before each document."""
 
     separator_id = 256
+
+    def parts(self, text):
+        return [text[i : i + 3] for i in range(0, len(text), 3)]
 
     def encode(self, texts):
         return [list(text.encode()) for text in texts]
@@ -71,10 +75,10 @@ def test_files_directories_and_globs_give_their_documents_in_order_of_path(tmp_p
 
 def test_the_digest_changes_with_the_text_and_with_its_boundaries(tmp_path):
     path = tmp_path / "a.jsonl"
-    digests = {text_digest(write_jsonl(path, texts)) for texts in (["ab", "c"], ["a", "bc"], ["ab", "d"], ["abc"])}
+    digests = {scan(write_jsonl(path, texts)).digest for texts in (["ab", "c"], ["a", "bc"], ["ab", "d"], ["abc"])}
     assert len(digests) == 4
-    assert text_digest(str(path)) == text_digest(str(path))
-    assert text_digest("hf:owner/data@abc:test") == "hf:owner/data@abc:test"
+    assert scan(str(path)) == scan(str(path))
+    assert scan("hf:owner/data@abc:test").digest == "hf:owner/data@abc:test"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_the_standard_library_is_split_by_name_once_and_for_all():
 
 
 def test_the_bundled_held_out_text_follows_the_rule_of_the_running_python():
-    names = [json.loads(line)["name"] for line in tokens.HELDOUT.read_text(encoding="utf-8").splitlines()]
+    names = [json.loads(line)["name"] for line in texts.HELDOUT.read_text(encoding="utf-8").splitlines()]
     assert {Path(name).name for name in names}.isdisjoint(Path(name).name for name, _ in stdlib_files(held_out=False))
     assert len(list(documents("heldout"))) == len(names)
 
@@ -160,6 +164,51 @@ def test_a_dataset_streams_the_split_and_revision_it_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
     assert list(itertools.islice(documents("hf:owner/data@abc:validation"), 2)) == ["a", "b"]
-    with pytest.raises(UserError, match='no column "text", but body'):
+    with pytest.raises(UserError, match='no column "text" of text, but body; choose'):
         list(documents("hf:owner/data"))
     assert asked == [("owner/data", "abc", "validation", True), ("owner/data", None, "train", True)]
+
+
+def test_several_files_are_read_without_those_that_are_not_utf8(tmp_path):
+    """They are named; a single file is refused."""
+    for name, content in (("a", b"one"), ("b", b"caf\xe9"), ("c", b"three"), ("d", "é".encode()[:1])):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    for reference in (str(tmp_path), f"{tmp_path}/*.txt"):
+        assert list(documents(reference)) == ["one", "three"]
+        scanned = scan(reference)
+        assert [Path(name).name for name in scanned.files] == ["a.txt", "c.txt"]
+        assert [Path(name).name for name in scanned.not_utf8] == ["b.txt", "d.txt"]
+        assert scanned.n_bytes == len("one") + len("three") + 2
+    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 \(byte 3\)"):
+        next(documents(str(tmp_path / "b.txt")))
+
+
+def test_the_text_may_be_in_another_field(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text('{"content": "one", "id": 3}\n', encoding="utf-8")
+    assert list(documents(str(tmp_path / "a.jsonl"), "content")) == ["one"]
+    with pytest.raises(UserError, match='a string "text"; it has content; choose one with'):
+        list(documents(str(tmp_path / "a.jsonl")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"content": "two"}]))
+    assert list(documents("hf:owner/data", "content")) == ["two"]
+    assert scan("hf:owner/data", "content") != scan("hf:owner/data")
+
+
+def test_it_is_said_what_has_been_read(tmp_path):
+    """As sequences come, not as the tokeniser reads ahead."""
+    for name, n in (("a", 10), ("b", 5), ("c", 40)):
+        (tmp_path / f"{name}.txt").write_text(name * n)
+    read: dict[str, int] = {}
+
+    def on_read(file, n_bytes):
+        read[Path(file).name] = read.get(Path(file).name, 0) + n_bytes
+
+    stream = sequences(str(tmp_path), Bytes(), 8, on_read=on_read)
+    assert [next(stream) is not None and dict(read) for _ in range(3)] == [
+        {"a.txt": 9},  # a separator and 7 characters, in parts of 3
+        {"a.txt": 10, "b.txt": 5},  # 3 and a separator, 4
+        {"a.txt": 10, "b.txt": 5, "c.txt": 6},
+    ]
+    list(stream)
+    assert read == {"a.txt": 10, "b.txt": 5, "c.txt": 40}

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from sae_jax import lm, recipe
+from sae_jax import lm, recipe, runs
 from sae_jax.commands import main as cli
-from sae_jax.commands import train
 from sae_jax.planning import compile
+from sae_jax.training.run import TrainJob
 from sae_jax.types import UsageError
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "gpt2_small_topk_32k.yaml")
@@ -105,7 +105,7 @@ def test_a_set_of_another_width_is_refused(small_set, tmp_path):
     """The width in a recipe is what its plan was made for."""
     words = [f"--data={small_set}", f"--out={tmp_path / 'run'}", "--sae.n-latents=64", "--sae.k=4", "--d-model=9"]
     with pytest.raises(UsageError, match=r"d_model=9, but acts .* is 8 wide"):
-        train.train({"": recipe.parse(train.Train, words, "sae-jax train")})
+        runs.run_train(recipe.parse(TrainJob, words, "sae-jax train"))
 
 
 @pytest.mark.parametrize(
