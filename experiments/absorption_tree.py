@@ -33,8 +33,8 @@ import matplotlib
 import numpy as np
 import tyro
 
-from sae_jax import load, recipe, testbeds
-from sae_jax.commands.train import Train, train
+import sae_jax
+from sae_jax import testbeds
 from sae_jax.evaluation.dictionaries import absorption, mmcs
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.progress import console
@@ -71,18 +71,16 @@ def main(config: Config) -> None:
     # As many active as there are features on a row, rounded, and as many latents as features: no room to spare.
     n_features = len(BED.directions)
     n_active = BED.draw(16_384, np.random.default_rng(1)).codes.astype(bool).sum(1).mean()
-    words = [f"--data={data}", f"--out={run}", f"--sae.n-latents={n_features}", "--sae.dtype=float32"]
-    words += [f"--sae.k={round(n_active)}", f"--train.steps={steps}", f"--train.decay-steps={steps // 4}"]
-    words += ["--train.batch-size=512", "--train.lr=3e-3", "--train.ema=0", "--train.dead-after-tokens=50000"]
-    words += ["--train.log-every=100", "--train.order-seed=0", "--members"]
+    settings = {"n_latents": n_features, "k": round(n_active), "dtype": "float32", "steps": steps, "lr": 3e-3}
+    settings |= {"decay_steps": steps // 4, "batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000}
     names = {f"{variant}.{seed}": (variant, seed) for variant in config.variants for seed in range(seeds)}
-    members = [f"{name} --sae.variant={v} --train.seed={seed}" for name, (v, seed) in names.items()]
-    train(recipe.parse_members(Train, [*words, *members], "absorption_tree"))
+    members = {name: {"variant": variant, "seed": seed} for name, (variant, seed) in names.items()}
+    saes = sae_jax.train_members(data, members, out=run, order_seed=0, log_every=100, **settings)
 
     fresh = BED.draw(16_384, np.random.default_rng(2))
     results = []
     for name, (variant, seed) in names.items():
-        sae = load(run / "members" / name)
+        sae = saes[name].sae
         absorbed_P = absorption(sae, fresh.rows, fresh.codes, BED.directions, BED.parents)
         found = on_rows(sae, fresh.rows)
         own = {"variant": variant, "seed": seed, "absorption": float(absorbed_P.mean()), "fvu": found["fvu"]}

@@ -41,17 +41,15 @@ from pathlib import Path
 
 import matplotlib
 import tyro
+from demo_set import demo_recipe, harvested
 
-from sae_jax import recipe
-from sae_jax.activations.harvest import harvest
-from sae_jax.commands.train import Train, train
+import sae_jax
 from sae_jax.progress import console
 from sae_jax.training import logs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # name: how the decoder begins, weight of AuxK
 KINDS = {
     "both": ("transposed", 1 / 32),
@@ -60,7 +58,6 @@ KINDS = {
     "neither": ("independent", 0.0),
 }
 SHOWN = ("dead_fraction", "fvu")
-SETTING = ("--sae.input-norm=layer_norm", "--train.ema=0", "--train.log-every=100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +89,14 @@ class Config:
 def main(config: Config) -> None:
     """Train all from one pass over the data, collect, draw."""
     n_latents, steps, window = (256, 20, 2_000) if config.smoke else (config.n_latents, config.steps, config.window)
-    data, run = config.data or config.out / "set", config.out / "run"
-    small = ["--harvest.tokens=20480"] if config.smoke else []
-    if not data.exists():
-        harvest(recipe.parse(recipe.Recipe, [str(RECIPE), *small], "dead_latents").harvest, str(data))
-    members = []
-    for name in config.kinds:
-        decoder, coefficient = KINDS[name]
-        members.append(f"{name} --sae.decoder={decoder} --sae.aux_coefficient={coefficient}")
-    words = [str(RECIPE), f"--data={data}", f"--out={run}", *SETTING, f"--sae.n_latents={n_latents}"]
-    words += [f"--sae.k={config.k}", f"--train.batch_size={config.batch_size}", f"--train.lr={config.rate}"]
-    words += [f"--train.steps={steps}", f"--train.dead_after_tokens={window}", "--members", *members]
-    train(recipe.parse_members(Train, words, "dead_latents"))
+    run = config.out / "run"
+    recipe = demo_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
+    members = {name: dict(zip(("decoder", "aux_coefficient"), KINDS[name], strict=True)) for name in config.kinds}
+    settings = {"n_latents": n_latents, "k": config.k, "batch_size": config.batch_size, "lr": config.rate}
+    settings |= {"steps": steps, "dead_after_tokens": window, "input_norm": "layer_norm", "ema": 0.0, "log_every": 100}
+    start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site, "out": run}
+    sae_jax.train_members(data, members, **start, **settings)
     results = []
     for name in config.kinds:
         rows = logs.read_metrics(run / "members" / name)

@@ -42,22 +42,19 @@ from typing import Any
 
 import matplotlib
 import tyro
+from demo_set import demo_recipe, harvested
 
-from sae_jax import recipe
-from sae_jax.activations.harvest import harvest
-from sae_jax.commands.evaluate import Evaluate, evaluate
-from sae_jax.commands.train import Train, train
+import sae_jax
 from sae_jax.progress import console
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
-# kind: its flags, and the measure by which its learning rate is chosen
+# kind: its settings, and the measure by which its learning rate is chosen
 KINDS = {
-    "local": ("--sae.objective=local", "fvu"),
-    "end to end": ("", "kl"),
-    "with later layers": ("--sae.downstream=0.001", "kl"),
+    "local": ({"objective": "local"}, "fvu"),
+    "end to end": ({}, "kl"),
+    "with later layers": ({"downstream": 0.001}, "kl"),
 }
 SHOWN = ("ce_clean", "ce_sae", "loss_recovered", "kl", "fvu", "l0", "dead_fraction")
 
@@ -90,25 +87,21 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all from one pass over the sequences, measure each, write OUT/results.json and OUT/end_to_end.png."""
-    small = ["--harvest.tokens=20480"] if config.smoke else []
     steps, tokens = (8, 1024) if config.smoke else (config.steps, config.tokens)
-    data = config.data or config.out / "set"
-    if not data.exists():
-        harvest(recipe.parse(recipe.Recipe, [str(RECIPE), *small], "end_to_end").harvest, str(data))
+    recipe = demo_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
     run = config.out / "run"
-    words = [str(RECIPE), f"--data={data}", f"--out={run}", "--sae.variant=end_to_end", f"--sae.k={config.k}"]
-    words += [f"--sae.n_latents={config.n_latents}", f"--train.batch_size={config.batch_size}", "--train.ema=0"]
-    words += [f"--train.steps={steps}", f"--train.decay_steps={steps // 5}", "--members"]
-    words += [
-        f"{name(kind, rate)} {KINDS[kind][0]} --train.lr={rate}" for kind in config.kinds for rate in config.rates
-    ]
-    train(recipe.parse_members(Train, words, "end_to_end"))
+    members = {name(kind, rate): {**KINDS[kind][0], "lr": rate} for kind in config.kinds for rate in config.rates}
+    settings = {"k": config.k, "n_latents": config.n_latents, "batch_size": config.batch_size, "ema": 0.0}
+    settings |= {"dtype": "float32", "steps": steps, "decay_steps": steps // 5}
+    settings |= {"train_config": recipe.train, "site": recipe.site, "out": run}
+    sae_jax.train_members(data, members, variant="end_to_end", **settings)
     results: dict[str, dict[str, Any]] = {}
     for kind in config.kinds:
         found = []
         for rate in config.rates:
             member = str(run / "members" / name(kind, rate))
-            measured = evaluate(Evaluate((member,), tokens=tokens))[member]
+            measured = sae_jax.evaluate(member, tokens=tokens)[member]
             found.append({"lr": rate, **{key: measured[key] for key in SHOWN}})
             console.print(f"{kind}: {json.dumps(found[-1])}", markup=False)
         results[kind] = {**min(found, key=lambda row: row[KINDS[kind][1]]), "all": found}

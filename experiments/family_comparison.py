@@ -34,13 +34,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tyro
+from demo_set import demo_recipe, harvested
 from rich.console import Console
 from rich.table import Table
 
-from sae_jax import load, recipe
-from sae_jax.activations.harvest import harvest
+import sae_jax
 from sae_jax.activations.store import open_activations
-from sae_jax.commands.train import Train, train
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.types import Sites
@@ -48,19 +47,19 @@ from sae_jax.types import Sites
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 K = (8, 16, 32, 64)
+SHARED = ("variant", "n_latents", "dtype")
 # What the members of each variant differ in. Coefficients are for rows of mean squared norm 1.
 PENALTIES, RATES = (0.03, 0.06, 0.12, 0.24), (1e-3, 2e-3, 4e-3, 8e-3)
 # Thresholds move by a factor of exp(lr) a step at most, so a short run begins near them, with as wide a window.
 JUMPS = {0.02: (5e-4, 1e-3, 2e-3), 0.1: (3e-3, 1e-2, 3e-2)}
 MEMBERS = {
-    "topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
-    "batch_topk": [f"--sae.k={k} --train.lr=1e-3" for k in K],
-    "relu": [f"--sae.l1-coefficient={c} --train.lr={lr}" for c in PENALTIES for lr in RATES],
-    "gated": [f"--sae.l1-coefficient={c} --train.lr=1e-3" for c in (0.09, 0.15, 0.25, 0.4)],
+    "topk": [{"k": k, "lr": 1e-3} for k in K],
+    "batch_topk": [{"k": k, "lr": 1e-3} for k in K],
+    "relu": [{"l1_coefficient": c, "lr": lr} for c in PENALTIES for lr in RATES],
+    "gated": [{"l1_coefficient": c, "lr": 1e-3} for c in (0.09, 0.15, 0.25, 0.4)],
     "jumprelu": [
-        f"--sae.l0-coefficient={c} --sae.initial-threshold={at} --sae.bandwidth={at} --train.lr=1e-3"
+        {"l0_coefficient": c, "initial_threshold": at, "bandwidth": at, "lr": 1e-3}
         for at, coefficients in JUMPS.items()
         for c in coefficients
     ],
@@ -88,34 +87,25 @@ class Config:
 def main(config: Config) -> None:
     """Train all members in one pass, measure them on held-out rows, write OUT/results.json and OUT/family.png."""
     steps, n_latents = (20, 128) if config.smoke else (config.steps, config.n_latents)
-    settings = recipe.parse(
-        recipe.Recipe, [str(RECIPE), *(["--harvest.tokens=20480"] if config.smoke else [])], "family"
-    )
-    data = config.data or config.out / "set"
-    if not data.exists():
-        harvest(settings.harvest, str(data))
+    recipe = demo_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
     members = {
-        f"{variant}.{i}": f"--sae.variant={variant} {own}"
+        f"{variant}.{i}": {"variant": variant, "n_latents": n_latents, "dtype": "float32", **settings}
         for variant in config.variants
-        for i, own in enumerate(MEMBERS[variant][: 1 if config.smoke else None])
+        for i, settings in enumerate(MEMBERS[variant][: 1 if config.smoke else None])
     }
-    run = config.out / "run"
-    words = [f"--data={data}", f"--out={run}", f"--sae.n-latents={n_latents}", "--sae.dtype=float32"]
-    words += ["--sae.input-norm=dataset_rms", f"--train.steps={steps}", f"--train.decay-steps={steps // 5}"]
-    words += ["--train.batch-size=1024", "--train.ema=0", "--train.dead-after-tokens=200000", "--train.log-every=100"]
-    commands = recipe.parse_members(
-        Train, [*words, "--members", *(f"{name} {m}" for name, m in members.items())], "family"
-    )
-    train(commands)
+    settings = {"steps": steps, "decay_steps": steps // 5, "batch_size": 1024, "ema": 0.0, "log_every": 100}
+    settings |= {"dead_after_tokens": 200_000, "input_norm": "dataset_rms", "out": config.out / "run"}
+    saes = sae_jax.train_members(data, members, **settings)
 
-    text = held_out(open_activations(str(data)), Sites(settings.site, settings.site), 2**15)
+    text = held_out(open_activations(str(data)), Sites(recipe.site, recipe.site), 2**15)
     assert text is not None
     rows_ND = text.rows()
     results = []
-    for name, flags in members.items():
-        found = on_rows(load(run / "members" / name), rows_ND)
+    for name, changed in members.items():
+        found = on_rows(saes[name].sae, rows_ND)
         kept = {key: found[key] for key in ("l0", "fvu", "gamma", "silent_fraction")}
-        results.append({"variant": name.partition(".")[0], "flags": flags, **kept})
+        results.append({"variant": name.partition(".")[0], "settings": changed, **kept})
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     show(results)
     plot(results, config.out / "family.png")
@@ -141,7 +131,8 @@ def show(results: list[dict[str, Any]]) -> None:
     every = Table("L0", "FVU", "gamma", "silent", "member", title="held-out rows")
     for found in results:
         numbers = (f"{found[name]:.4g}" for name in ("l0", "fvu", "gamma", "silent_fraction"))
-        every.add_row(*numbers, found["flags"].removeprefix("--sae.variant="))
+        changed = (f"{name} {value}" for name, value in found["settings"].items() if name not in SHARED)
+        every.add_row(*numbers, f"{found['variant']}: {', '.join(changed)}")
     matched = Table("variant", *map(str, K), title="FVU at L0, between members")
     for variant in dict.fromkeys(found["variant"] for found in results):
         matched.add_row(variant, *(f"{fvu_at(front(results, variant), k):.4f}" for k in K))

@@ -33,15 +33,14 @@ from typing import Any
 
 import numpy as np
 import tyro
+from demo_set import demo_recipe, harvested
 
-from sae_jax import recipe
-from sae_jax.activations.harvest import harvest
+import sae_jax
 from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.training import logs
-from sae_jax.training.checkpoint import load, load_run
 from sae_jax.types import Sites
 
 ROOT = Path(__file__).parents[1]
@@ -67,13 +66,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Train both widths, then the wide one for a few steps as two processes; write OUT/results.json."""
-    small = ["--harvest.tokens=20480"] if config.smoke else []
     wide, narrow = (4096, 512) if config.smoke else (2**20, 2**17)
     steps, compared = (20, 3) if config.smoke else (config.steps, config.compared)
-    data = config.data or config.out / "set"
-    settings = recipe.parse(recipe.Recipe, [str(RECIPE), *small], "million_latents")
-    if not data.exists():
-        harvest(settings.harvest, str(data))
+    settings = demo_recipe(config.smoke)
+    data = harvested(settings, config.data, config.out)
     results: dict[str, Any] = {}
     # Training first: a child's peak counts from that of the process that starts it, which evaluation makes large.
     for name, n_latents, n_steps, n_processes in (
@@ -126,22 +122,16 @@ def curve(run: Path) -> dict[str, Any]:
 
 def held_out_figures(run: Path, heldout_ND: np.ndarray) -> dict[str, Any]:
     """FVU and L0 on rows that it did not learn from, and how many latents fire on them at all."""
-    sae = load(run)
-    metrics = on_rows(sae, heldout_ND, block_rows=512)
-    alive = round((1 - metrics["silent_fraction"]) * sae.b_enc.shape[0])
+    d = sae_jax.load(run)
+    metrics, n_latents = on_rows(d.sae, heldout_ND, block_rows=512), d.config.n_latents
     return {
         "fvu": metrics["fvu"],
         "l0": metrics["l0"],
-        "alive_in_training": alive_in_training(run),
-        "alive_on_heldout": alive,
+        # Counters of silent tokens stand below the tokens of the run for latents that fired at least once.
+        "alive_in_training": round((1 - d.record.metrics["dead_fraction"]) * n_latents),
+        "alive_on_heldout": round((1 - metrics["silent_fraction"]) * n_latents),
         "heldout_rows": len(heldout_ND),
     }
-
-
-def alive_in_training(run: Path) -> int:
-    """Latents that fired at least once: their counters of silent tokens stand below the tokens of the run."""
-    loaded = load_run(run)
-    return round((1 - loaded.dead_fraction) * loaded.sae.b_enc.shape[0])
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ import matplotlib
 import numpy as np
 import tyro
 
-from sae_jax import load, open_activations, recipe, testbeds
+import sae_jax
+from sae_jax import open_activations, testbeds
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.sample import sample_rows
-from sae_jax.commands.train import Train, train
 from sae_jax.evaluation import diffing
 from sae_jax.evaluation.dictionaries import closest
 from sae_jax.progress import console
@@ -51,10 +51,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BED = testbeds.PlantedChange(d_model=64, n_shared=64, n_exclusive=16)
-# name: flags. The penalty is 1, not 2: rows are made of few features of known strength, which 2 shrinks by a fourth.
+# name: settings. The penalty is 1, not 2: rows are made of few features of known strength, which 2 shrinks by a fourth.
 KINDS = {
-    "relu": "--sae.activation=relu --sae.l1_coefficient=1 --sae.sparsity_warmup_steps=100",
-    "batch_topk": "--sae.activation=batch_topk --sae.k=5 --sae.threshold_start=100",
+    "relu": {"activation": "relu", "l1_coefficient": 1.0, "sparsity_warmup_steps": 100},
+    "batch_topk": {"activation": "batch_topk", "k": 5, "threshold_start": 100},
 }
 ALIVE = 1e-3  # share of rows in which a latent must be active to count; a planted feature is in 0.05 of them
 SAME = 0.9  # cosine from which on a decoder row is a planted direction
@@ -84,12 +84,12 @@ def main(config: Config) -> None:
     if not planted.exists():
         testbeds.write(BED, planted, 40_000 if config.smoke else 400_000)
     results: dict[str, Any] = {}
-    wide = ["--sae.n_latents=1024", "--sae.sparsity_warmup_steps=50"]
-    for name, own in members(itself, ["a.resid_post.2", "b.resid_post.2"], steps // 2, {"itself": ""}, wide).items():
+    wide = {"n_latents": 1024, "sparsity_warmup_steps": 50}
+    for name, own in members(itself, ["a.resid_post.2", "b.resid_post.2"], steps // 2, {"itself": {}}, wide).items():
         results[name] = {"r": quantiles(own["r"]), **own["facts"]}
         plot(own["r"], "the bundled model and itself", 1)
-    runs = {f"{kind}-{seed}": f"{flags} --train.seed={seed}" for kind, flags in KINDS.items() for seed in range(seeds)}
-    for name, own in members(planted, ["a", "b"], steps, runs, ["--sae.n_latents=128"]).items():
+    runs = {f"{kind}-{seed}": {**changes, "seed": seed} for kind, changes in KINDS.items() for seed in range(seeds)}
+    for name, own in members(planted, ["a", "b"], steps, runs, {"n_latents": 128}).items():
         results[name] = {**recovered(own), **own["facts"]}
         if name.endswith("-0"):
             plot(own["r"], f"planted, {name.removesuffix('-0')}", 2 + list(KINDS).index(name.removesuffix("-0")))
@@ -101,19 +101,20 @@ def main(config: Config) -> None:
     plt.savefig(config.out / "model_diff.png", dpi=120)
 
 
-def members(data: Path, sites: list[str], steps: int, runs: dict[str, str], flags: list[str]) -> dict[str, Any]:
+def members(
+    data: Path, sites: list[str], steps: int, runs: dict[str, dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, Any]:
     """{name: what is known of the latents that are alive} after a training of these runs on one pass over the rows."""
     out = data.with_name(f"{data.name}-run")
-    words = [f"--data={data}", f"--out={out}", "--site", *sites, "--sae.variant=crosscoder", "--sae.dtype=float32"]
-    words += [f"--train.steps={steps}", "--train.batch_size=1024", f"--train.decay_steps={steps // 5}"]
-    words += ["--train.lr=1e-3", "--train.ema=0", "--train.dead_after_tokens=100000", *flags]
-    train(recipe.parse_members(Train, [*words, "--members", *(f"{n} {own}" for n, own in runs.items())], "model_diff"))
+    settings = {"variant": "crosscoder", "dtype": "float32", "steps": steps, "decay_steps": steps // 5, **settings}
+    settings |= {"batch_size": 1024, "lr": 1e-3, "ema": 0.0, "dead_after_tokens": 100_000}
+    saes = sae_jax.train_members(data, runs, out=out, site=tuple(sites), **settings)
     activations, both = open_activations(data), Sites(tuple(sites), tuple(sites))
     a, b = (diffing.side(activations, both, name) for name in sites)
     rows_NX = np.concatenate([sample_rows(activations, name) for name in sites], axis=1)
     found = {}
     for name in runs:
-        sae = load(out / "members" / name)
+        sae = saes[name].sae
         code, error_NX = sae.encode(rows_NX), rows_NX - np.asarray(sae(rows_NX))
         active_NK, n_latents = np.asarray(code.values) > 0, sae.b_enc.shape[0]
         rate_F = np.bincount(np.asarray(code.indices)[active_NK], minlength=n_latents) / len(rows_NX)

@@ -32,15 +32,13 @@ from pathlib import Path
 
 import matplotlib
 import tyro
+from demo_set import demo_recipe, harvested
 
-from sae_jax import recipe
-from sae_jax.activations.harvest import harvest
+import sae_jax
 from sae_jax.activations.store import open_activations
-from sae_jax.commands.train import Train, train
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
-from sae_jax.training.checkpoint import load_run
 from sae_jax.types import Sites
 
 matplotlib.use("Agg")
@@ -77,28 +75,22 @@ class Config:
 def main(config: Config) -> None:
     """Train all from one pass over the data, measure on held-out rows, write OUT/results.json and OUT/norm_l1.png."""
     steps, n_latents = (20, 128) if config.smoke else (config.steps, config.n_latents)
-    small = ["--harvest.tokens=20480"] if config.smoke else []
-    settings = recipe.parse(recipe.Recipe, [str(RECIPE), *small], "norm_l1")
-    data, run = config.data or config.out / "set", config.out / "run"
-    if not data.exists():
-        harvest(settings.harvest, str(data))
-    words = [f"--data={data}", f"--out={run}", "--sae.variant=relu_norm", f"--sae.n-latents={n_latents}"]
-    words += [f"--sae.sparsity-warmup-steps={steps // 20}", "--sae.dtype=float32", f"--train.steps={steps}"]
-    words += [f"--train.decay-steps={steps // 5}", f"--train.batch-size={config.batch_size}", "--train.ema=0"]
-    words += [f"--train.dead-after-tokens={config.window}", "--train.log-every=100", "--members"]
-    members = {f"{c:g}-{lr:g}": (c, lr) for lr in config.rates for c in config.coefficients}
-    words += [f"{name} --sae.l1-coefficient={c} --train.lr={lr}" for name, (c, lr) in members.items()]
-    train(recipe.parse_members(Train, words, "norm_l1"))
+    recipe = demo_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
+    settings = {"variant": "relu_norm", "n_latents": n_latents, "dtype": "float32", "steps": steps, "ema": 0.0}
+    settings |= {"sparsity_warmup_steps": steps // 20, "decay_steps": steps // 5, "batch_size": config.batch_size}
+    settings |= {"dead_after_tokens": config.window, "log_every": 100, "out": config.out / "run"}
+    members = {f"{c:g}-{lr:g}": {"l1_coefficient": c, "lr": lr} for lr in config.rates for c in config.coefficients}
+    saes = sae_jax.train_members(data, members, **settings)
 
-    text = held_out(open_activations(str(data)), Sites(settings.site, settings.site), 2**15)
+    text = held_out(open_activations(str(data)), Sites(recipe.site, recipe.site), 2**15)
     assert text is not None
     rows_ND = text.rows()
     results = []
-    for name, (coefficient, lr) in members.items():
-        loaded = load_run(run / "members" / name)
-        found = on_rows(loaded.sae, rows_ND)
-        kept = {key: found[key] for key in SHOWN}
-        results.append({"coefficient": coefficient, "lr": lr, "dead_fraction": loaded.dead_fraction, **kept})
+    for name, changed in members.items():
+        found = on_rows(saes[name].sae, rows_ND)
+        kept = {"dead_fraction": saes[name].record.metrics["dead_fraction"], **{key: found[key] for key in SHOWN}}
+        results.append({"coefficient": changed["l1_coefficient"], "lr": changed["lr"], **kept})
         console.print("  ".join(f"{key} {value:.4g}" for key, value in results[-1].items()))
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 

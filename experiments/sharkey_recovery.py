@@ -44,8 +44,8 @@ import matplotlib
 import numpy as np
 import tyro
 
-from sae_jax import load, recipe, testbeds
-from sae_jax.commands.train import Train, train
+import sae_jax
+from sae_jax import testbeds
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.dictionaries import closest, duplicates, mmcs
 from sae_jax.evaluation.evaluate import on_rows
@@ -79,23 +79,23 @@ class Config:
 def main(config: Config) -> None:
     """Write the set, train all members in one pass, measure them beside the baselines."""
     rows, steps = (8192, 20) if config.smoke else (config.rows, config.steps)
-    members = {f"topk, k={k}": f"--sae.variant=topk --sae.k={k} --train.lr=3e-3" for k in K}
+    members = {f"topk, k={k}": {"variant": "topk", "k": k, "lr": 3e-3} for k in K}
     for coefficient in COEFFICIENTS:
         for rate in RATES:
-            flags = f"--sae.variant=relu --sae.l1-coefficient={coefficient} --train.lr={rate}"
-            members[f"relu, l1={coefficient:g}, lr={rate:g}"] = flags
+            changed = {"variant": "relu", "l1_coefficient": coefficient, "lr": rate}
+            members[f"relu, l1={coefficient:g}, lr={rate:g}"] = changed
     if config.smoke:
         members = {name: members[name] for name in list(members)[:1] + list(members)[-2:]}
     data, run = config.out / "set", config.out / "run"
     if not data.exists():
         testbeds.write(BED, data, rows)
-    words = [f"--data={data}", f"--out={run}", f"--sae.n-latents={BED.n_features}", "--sae.dtype=float32"]
-    words += [f"--train.steps={steps}", f"--train.decay-steps={steps // 2}", "--train.batch-size=512"]
-    words += ["--train.ema=0", "--train.dead-after-tokens=50000", "--train.log-every=100", "--members"]
-    train(recipe.parse_members(Train, [*words, *(f"m{i} {own}" for i, own in enumerate(members.values()))], "sharkey"))
+    settings = {"n_latents": BED.n_features, "dtype": "float32", "steps": steps, "decay_steps": steps // 2}
+    settings |= {"batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000, "log_every": 100}
+    numbered = {f"m{i}": changed for i, changed in enumerate(members.values())}
+    trained = sae_jax.train_members(data, numbered, out=run, **settings)
 
     fresh_ND = BED.draw(16_384, np.random.default_rng(1)).rows
-    saes = {name: load(run / "members" / f"m{i}") for i, name in enumerate(members)}
+    saes = {name: d.sae for name, d in zip(members, trained.values(), strict=True)}
     saes |= {
         "random": baselines.random(fresh_ND, BED.n_features),
         "identity": baselines.identity(fresh_ND),

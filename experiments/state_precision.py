@@ -41,17 +41,18 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import tyro
+from demo_set import demo_recipe, harvested
 
-from sae_jax import load, recipe
-from sae_jax.activations.harvest import harvest
+import sae_jax
+from sae_jax import config as configs
 from sae_jax.activations.store import open_activations
-from sae_jax.commands.train import Train, train
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
-from sae_jax.training import optim
-from sae_jax.training.state import abstract
-from sae_jax.types import Sites, Widths
+from sae_jax.saes import base
+from sae_jax.training import checkpoint, optim, quantise, state
+from sae_jax.training.settings import TrainConfig
+from sae_jax.types import Sites
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # name: moments, ema_dtype, seed, what is bent
@@ -85,12 +86,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all, measure all, write OUT/results.json after each."""
-    small = ["--harvest.tokens=20480", "--sae.n_latents=256"] if config.smoke else []
     steps, runs = (20, list(RUNS)[-3:]) if config.smoke else (config.steps, list(RUNS))
-    data = config.data or config.out / "set"
-    settings = recipe.parse(recipe.Recipe, [str(RECIPE), *small], "state_precision")
-    if not data.exists():
-        harvest(settings.harvest, str(data))
+    settings = demo_recipe(config.smoke)
+    data = harvested(settings, config.data, config.out)
+    small = {"n_latents": 256} if config.smoke else {}
     activations = open_activations(str(data))
     text = held_out(activations, Sites(settings.site, settings.site), 2**31)
     assert text is not None
@@ -99,16 +98,15 @@ def main(config: Config) -> None:
     for name in runs:
         moments, ema_dtype, seed, bent = RUNS[name]
         run = config.out / name.replace(", ", "-").replace(" ", "-")
-        flags = [f"--train.steps={steps}", f"--train.moments={moments}", f"--train.ema_dtype={ema_dtype}"]
-        words = [str(RECIPE), f"--data={data}", f"--out={run}", *small[1:], *flags, f"--train.seed={seed}"]
-        command = recipe.parse(Train, words, "state_precision")
+        changed = {"steps": steps, "moments": moments, "ema_dtype": ema_dtype, "seed": seed, **small}
+        start = {"sae_config": settings.sae, "train_config": settings.train, "site": settings.site, "out": run}
         with bend(bent):
-            train({"": command})
+            live = sae_jax.train(data, **start, **changed)
             fvu = {
-                "live": on_rows(load(run), heldout_ND)["fvu"],
-                "average": on_rows(load(run, ema=True), heldout_ND)["fvu"],
+                "live": on_rows(live.sae, heldout_ND)["fvu"],
+                "average": on_rows(sae_jax.load(run, ema=True).sae, heldout_ND)["fvu"],
             }
-        results.append({"name": name, "steps": steps, "bytes_per_latent": bytes_per_latent(command), **fvu})
+        results.append({"name": name, "steps": steps, "bytes_per_latent": bytes_per_latent(run), **fvu})
         console.print(
             "{name}: {bytes_per_latent:.0f} bytes a latent, fvu {live:.5f}, {average:.5f}".format(**results[-1])
         )
@@ -121,21 +119,24 @@ def bend(what: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if what == "nearest":
             half = lambda x, step, seed: jnp.full_like(x, 2**31, jnp.uint32)  # noqa: E731
-            stack.enter_context(mock.patch.object(optim, "_dither", half))
+            stack.enter_context(mock.patch.object(quantise, "_dither", half))
         if what == "linear":
             for name in ("MEAN", "SQUARE", "WEIGHT"):
-                code = getattr(optim, name)._replace(octaves=0, mantissa=7)
-                stack.enter_context(mock.patch.object(optim, name, code))
+                codebook = getattr(quantise, name)._replace(octaves=0, mantissa=7)
+                for module in (quantise, optim, state):
+                    if hasattr(module, name):
+                        stack.enter_context(mock.patch.object(module, name, codebook))
         yield
 
 
-def bytes_per_latent(command: Train) -> float:
+def bytes_per_latent(run: Path) -> float:
     """Of weights, moments and average."""
+    record = checkpoint.read_record(run)
+    sae = configs.from_dict(base.config_class(record.dictionary.variant), record.dictionary.sae)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    widths = Widths.one(open_activations(command.data).source(command.site[0]).d)
-    state = abstract(command.sae, command.train, widths, here)
-    arrays = jax.tree.leaves((state.sae, state.moments, state.average))
-    return sum(array.size * array.dtype.itemsize for array in arrays) / command.sae.n_latents
+    shapes = state.abstract(sae, configs.from_dict(TrainConfig, record.train), record.dictionary.widths, here)
+    arrays = jax.tree.leaves((shapes.sae, shapes.optimiser_state, shapes.average))
+    return sum(array.size * array.dtype.itemsize for array in arrays) / sae.n_latents
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import tyro
 
-from sae_jax import load, recipe, testbeds
-from sae_jax.commands.train import Train, train
+import sae_jax
+from sae_jax import testbeds
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.dictionaries import mmcs
 from sae_jax.progress import console
@@ -92,16 +93,13 @@ def recovery(bed: testbeds.Superposition, out: Path, rows: int, steps: int) -> d
     if not (out / "set").exists():
         testbeds.write(bed, out / "set", rows)
     k = math.ceil(bed.density * N_FEATURES)
-    members = {"topk": f"--sae.variant=topk --sae.k={k}"}
-    members |= {f"relu-{c:g}": f"--sae.variant=relu --sae.l1-coefficient={c}" for c in COEFFICIENTS}
-    words = [f"--data={out / 'set'}", f"--out={out / 'run'}", f"--sae.n-latents={N_FEATURES}", "--sae.dtype=float32"]
-    words += [f"--train.steps={steps}", f"--train.decay-steps={steps // 2}", "--train.batch-size=512"]
-    words += ["--train.lr=3e-3", "--train.ema=0", "--train.dead-after-tokens=50000", "--train.log-every=500"]
-    train(
-        recipe.parse_members(Train, [*words, "--members", *(f"{n} {m}" for n, m in members.items())], "superposition")
-    )
+    members = {"topk": {"variant": "topk", "k": k}}
+    members |= {f"relu-{c:g}": {"variant": "relu", "l1_coefficient": c} for c in COEFFICIENTS}
+    settings = {"n_latents": N_FEATURES, "dtype": "float32", "steps": steps, "decay_steps": steps // 2}
+    settings |= {"batch_size": 512, "lr": 3e-3, "ema": 0.0, "dead_after_tokens": 50_000, "log_every": 500}
+    # Without k of its own, topk would begin with more than there are latents.
+    saes: dict[str, Any] = sae_jax.train_members(out / "set", members, out=out / "run", k=k, **settings)
     sample_ND = bed.draw(16_384, np.random.default_rng(1)).rows
-    saes = {name: load(out / "run" / "members" / name) for name in members}
     saes |= {"random": baselines.random(sample_ND, N_FEATURES), "PCA": baselines.pca(sample_ND)}
     saes["ICA"] = baselines.ica(sample_ND)
     truth_GD = bed.directions[(bed.weights**2).sum(1) > KEPT]

@@ -73,8 +73,8 @@ def train(
     variant: str = "topk",
     site: str | tuple[str, ...] = (),
     reconstruct: str | tuple[str, ...] = (),
-    sae: SaeConfig | None = None,
-    settings: TrainConfig | None = None,
+    sae_config: SaeConfig | None = None,
+    train_config: TrainConfig | None = None,
     mesh: MeshConfig | None = None,
     engine: EngineConfig | None = None,
     allow_partial: bool = False,
@@ -86,11 +86,11 @@ def train(
         data: rows [..., d_model] (numpy, JAX or torch) or {source: rows}; the path of an activation set, or the set;
             or any RowSource.
         out: directory of the run, with checkpoints, logs and resume as of `sae-jax train`; None: nothing is written.
-        variant: a file of sae_jax/saes/, if `sae` is not given.
+        variant: a file of sae_jax/saes/, if `sae_config` is not given.
         site: the source that is encoded, or several side by side; may be left out if there is one.
         reconstruct: the source that is reconstructed, if not what is encoded.
-        sae: the variant's config.
-        settings: length, batch and optimiser of the run.
+        sae_config: the variant's config.
+        train_config: length, batch and optimiser of the run.
         mesh: how devices are arranged; by default the dictionary is split over all of them.
         engine: sizes of the pieces in which ops work.
         allow_partial: train although some shards of the set are not there yet.
@@ -100,8 +100,8 @@ def train(
         UsageError: an unknown or refused setting, a source that does not exist, or another run at `out`.
         UserError: the loss was not finite, or the set is damaged.
     """
-    fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "sae": sae, "train": settings}
-    fixed |= {"mesh": mesh, "engine": engine, "allow_partial": allow_partial}
+    fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "mesh": mesh, "engine": engine}
+    fixed |= {"sae_config": sae_config, "train_config": train_config, "allow_partial": allow_partial}
     job, source = _new_job(TrainJob, data, {**fixed, **changes})
     return _dictionaries({"": job}, source)[""]
 
@@ -190,8 +190,8 @@ def _new_job(cls: Any, data: Any, settings: Mapping[str, Any]) -> tuple[Any, Row
     job = cls(
         data=source.name,
         out=os.fspath(settings.pop("out", "")),
-        sae=settings.pop("sae", None) or base.config_class(settings.pop("variant", "topk"))(),
-        train=settings.pop("train", TrainConfig()),
+        sae=settings.pop("sae_config", None) or base.config_class(settings.pop("variant", "topk"))(),
+        train=settings.pop("train_config", TrainConfig()),
         mesh=settings.pop("mesh", MeshConfig()),
         engine=settings.pop("engine", EngineConfig()),
         **{name: (value,) if isinstance(value, str) else tuple(value) for name, value in sites.items()},

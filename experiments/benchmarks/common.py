@@ -23,9 +23,9 @@ from rich.table import Table
 
 from sae_jax import mesh as meshes
 from sae_jax.saes.base import Batch, SaeConfig
+from sae_jax.training import step as training
 from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import abstract
-from sae_jax.training.step import Step
 from sae_jax.types import Widths
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def compile_step(sae: SaeConfig, train: TrainConfig, d: int, n_devices: int, dat
         state = abstract(sae, train, Widths.one(d), mesh)
         rows = jax.ShapeDtypeStruct((train.batch_size, d), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
         hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
-        compiled = Step(sae, train).trace(state, hparams, Batch(rows)).lower().compile()
+        compiled = training.Step(sae, train).trace(state, hparams, Batch(rows)).lower().compile()
     memory = compiled.memory_analysis()
     weights = sum(math.prod(w.sharding.shard_shape(w.shape)) * 4 for w in jax.tree.leaves(state.sae))
     batch = 2 * 2 * train.batch_size * d // n_devices

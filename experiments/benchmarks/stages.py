@@ -29,12 +29,12 @@ import optax
 import tyro
 
 from sae_jax.ops import encode, sparse, topk, tuning
-from sae_jax.saes import base
+from sae_jax.saes import base, init
 from sae_jax.saes.topk import Config
 from sae_jax.training import optim
-from sae_jax.training.settings import TrainConfig, Values
+from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
-from sae_jax.training.step import make_step
+from sae_jax.training.step import Step
 
 CANNOT_HIDE = ("encoder product and selection", "Adam", "running average")
 
@@ -88,8 +88,8 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     x_BD = jnp.asarray(np.concatenate([*common.structured_rows(b, d, seed=0)]))
     sample = init.sample_statistics(np.asarray(x_BD), "none")
     begin = jax.jit(lambda sample: initial(sae_config, train_config, sample))
-    values = Values.of(train_config, sae_config)
-    state, tx = begin(sample), optim.optimiser(train_config, values, sae_config.ADAM)
+    hparams = hyperparameters(train_config, sae_config)
+    state, tx = begin(sample), optim.optimiser(train_config, hparams, sae_config.ADAM)
     sae = state.sae
     bf16, cut = jnp.dtype(jnp.bfloat16), tuning.current()
     largest = jax.jit(lambda x, sae: encode.largest(x.astype(bf16), sae.w_enc, sae.b_enc, k, bf16))
@@ -107,7 +107,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     batch = 4 * b * d
     pairs = 8 * b * k
     gradient = jax.tree.map(jnp.ones_like, sae)
-    step = make_step(sae_config, train_config)
+    step = Step(sae_config, train_config)
 
     def whole_step(dead_share: float) -> Callable[[], jax.Array]:
         """A step in which that share of the latents is dead and stays so: a bias keeps them from firing."""
@@ -115,10 +115,10 @@ def stages(config: Benchmark) -> dict[str, Stage]:
         is_dead = np.random.default_rng(0).random(n) < dead_share
         silent = jnp.where(is_dead, train_config.dead_after_tokens + 1, 0).astype(jnp.int32)
         sae = replace(held[0].sae, b_enc=jnp.where(is_dead, -1e6, 0.0))
-        held[0] = replace(held[0], sae=sae, statistics=replace(held[0].statistics, silent=silent))
+        held[0] = replace(held[0], sae=sae, counters=replace(held[0].counters, silent=silent))
 
         def call() -> jax.Array:
-            held[0], metrics = step(held[0], base.Batch(x_BD, x_BD))  # donates the state
+            held[0], metrics = step(held[0], hparams, base.Batch(x_BD, x_BD))  # donates the state
             return metrics["loss"]
 
         return call
@@ -144,10 +144,10 @@ def stages(config: Benchmark) -> dict[str, Stage]:
             in_place(lambda g, w, along: g - along[:, None] * w, gradient.w_dec, sae.w_dec, sae.b_enc),
             n_bytes=3 * matrix,
         ),
-        "Adam": Stage(in_place(adam, (sae, state.moments), gradient), n_bytes=7 * 2 * matrix),
+        "Adam": Stage(in_place(adam, (sae, state.optimiser_state), gradient), n_bytes=7 * 2 * matrix),
         "renormalise": Stage(in_place(init.unit_rows, sae.w_dec), n_bytes=2 * matrix),
         "running average": Stage(
-            in_place(lambda kept, w: optim.average(kept, w, 0.999, jnp.int32(1)), state.average, sae),
+            in_place(lambda kept, w: optim.ema_update(kept, w, 0.999, jnp.int32(1)), state.average, sae),
             n_bytes=3 * 2 * matrix,
         ),
         "whole step": Stage(whole_step(0.0)),

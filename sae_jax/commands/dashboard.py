@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from sae_jax import config, runs
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu
 from sae_jax.progress import console
 from sae_jax.types import UsageError
 
@@ -39,7 +39,7 @@ class Dashboard:
 def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema")}
     runs.dashboard(command.run, command.out, **settings)
     console.print(f"{Path(command.out) / 'index.html'}", markup=False)

@@ -16,7 +16,7 @@ from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.baselines import neuron_token_purity
 from sae_jax.analysis.examples import token_purity
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
@@ -30,7 +30,7 @@ from sae_jax.types import UsageError
 from sae_jax.units import number
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
-EVERYTHING = 2**31  # tokens of the held-out text
+ALL_TOKENS = 2**31  # of the held-out text
 SHOWN = ("fvu", "l0", "dead_fraction", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "loss_recovered", "kl")
 
 
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
         argv = [str(RECIPE), *argv]
     began = time.monotonic()
     out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     activations_path, run_path = str(out / "activations"), str(out / "run")
     files = itertools.takewhile(lambda token: not token.startswith("-"), argv)
     settings = recipe.parse(recipe.Recipe, list(files), "sae-jax demo")
@@ -58,16 +58,14 @@ def run(argv: Sequence[str]) -> None:
     harvest(settings.harvest, activations_path)
     parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
-    metrics = read_metrics(Path(run_path))
-    plot_training(metrics, out / "training.png")
-    result = runs.evaluate(run_path)[run_path]
-    d = artifact.load(run_path)
+    plot_training(metrics := read_metrics(Path(run_path)), out / "training.png")
+    result, d = runs.evaluate(run_path)[run_path], artifact.load(run_path)
     table, sequences = write_site(d, out / "dashboard", title=run_path)
 
-    activations, sites = open_activations(activations_path), d.record.sites
-    text = held_out(activations, sites, EVERYTHING)
+    activations = open_activations(activations_path)
+    text = held_out(activations, d.record.sites, ALL_TOKENS)
     assert text is not None
-    pca = baselines.pca(sample_rows(activations, sites.x[0]), round(result["l0"]))
+    pca = baselines.pca(sample_rows(activations, d.record.sites.x[0]), round(result["l0"]))
     summary = {
         **{name: result[name] for name in SHOWN},
         "fvu_pca": on_rows(pca, text.rows())["fvu"],

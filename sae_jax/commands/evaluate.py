@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import tyro
 
 from sae_jax import config, runs
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation.evaluate import table_rows
 from sae_jax.types import UsageError
@@ -47,7 +47,7 @@ class Evaluate:
 def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "batch_tokens", "ema")}
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.json:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sae_jax import config, recipe
 from sae_jax.activations.harvest import HarvestConfig, harvest
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu
 from sae_jax.progress import console
 
 
@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse and harvest."""
     command = recipe.parse(Harvest, argv, "sae-jax harvest")
     worker = config.share(command.shard)
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     spec = harvest(command.harvest, command.out, worker)
     sites = ", ".join(source.name for source in spec.sources)
     console.print(f"{command.out}: {spec.n_shards} shards of {sites}")

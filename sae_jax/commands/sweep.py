@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from sae_jax import config, recipe, runs
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu, runtime
 from sae_jax.progress import console
 from sae_jax.storage import is_url
 from sae_jax.sweeps.plan import SweepJob, in_passes, plan
@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError(f"--out={job.out}: a sweep needs a directory that all workers share; URLs are for sets")
     if not job.dry_run:
         runtime.start_distributed()
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     source = runs.as_source(job.data, job.allow_partial)
     planned, refused = plan(job, source)
     passes = in_passes(job, planned, shard)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from sae_jax import recipe, runs
-from sae_jax.commands import runtime
+from sae_jax.commands import gpu, runtime
 from sae_jax.progress import console
 from sae_jax.storage import is_url
 from sae_jax.training.run import TrainJob
@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError(f"--out={job.out}: a run needs a directory that all processes share; URLs are for sets")
     jobs = runs.expand_members(job)
     runtime.start_distributed()
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     step = runs.run_train(job)
     if jax.process_index() == 0:
         n_steps = max(member.train.steps for member in jobs.values())

@@ -7,6 +7,7 @@ is jitted around them is jitted by `jit` below, which makes the engine part of t
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -41,6 +42,17 @@ TABLE = {
     "tpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=False, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
 }
 MIN_TILE = 1024  # latents
+
+
+def gpu_flags() -> str:
+    """What XLA_FLAGS must hold for programs of NVIDIA GPUs; empty if nothing.
+
+    jaxlib 0.10.2 to 0.11.0 makes a compare-and-swap loop of each atomic addition of a float32, as in the scatter of a
+    bias's gradient, which is hundreds of times slower where many rows have a latent in common (openxla/xla #46225).
+    """
+    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
+    slow = (0, 10, 2) <= version <= (0, 11, 0)
+    return "--xla_backend_extra_options=-nvptx-allow-ftz-atomics" if slow else ""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def compile_step(
                 # Not -m: the package has imported this module already, of which Python would warn.
                 [sys.executable, "-c", f"import {__name__} as own; own.main()", str(answer), str(program)],
                 input=json.dumps(job),
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": _flags(target)},
                 timeout=timeout,
                 capture_output=True,
                 text=True,
@@ -123,6 +123,13 @@ def compile_step(
     if "refused" in said:
         raise UsageError(f"--target={target.name}: {said['refused']}")
     return Compiled(text=text, **said)
+
+
+def _flags(target: Target) -> str:
+    """XLA_FLAGS as commands have them on such a machine."""
+    from sae_jax.ops import tuning
+
+    return f"{os.environ.get('XLA_FLAGS', '')} {'' if target.is_tpu else tuning.gpu_flags()}".strip()
 
 
 def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:

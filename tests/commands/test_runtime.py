@@ -1,13 +1,15 @@
 """What a command says before it touches a device."""
 
+import fnmatch
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from sae_jax.commands import gpu, runtime
 from sae_jax.commands import main as cli
-from sae_jax.commands import runtime
 from sae_jax.types import UsageError
 from tests import runs
 
@@ -15,17 +17,37 @@ from tests import runs
 def test_an_idle_gpu_earns_one_warning(monkeypatch, capsys):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(Path, "exists", lambda self: str(self) == "/dev/nvidia0")
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     said = capsys.readouterr().err.strip()
     assert "sae_jax[cuda13]" in said
     assert "\n" not in said
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # someone chose the CPU
-    runtime.warn_of_idle_gpu()
+    gpu.warn_of_idle_gpu()
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("jaxlib", "devices", "added"),
+    [
+        ("0.10.2", ["nvidia0"], True),
+        ("0.11.0", ["dxg"], True),
+        ("0.11.1", ["nvidia0"], False),
+        ("0.12.0.1", ["nvidia0"], False),
+        ("0.10.2", ["nvidiactl"], False),
+    ],
+)
+def test_commands_mend_atomic_sums_on_gpus_before_jax_starts(monkeypatch, jaxlib, devices, added):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_abc=1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: jaxlib)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: (d for d in devices if fnmatch.fnmatch(d, pattern)))
+    for _ in range(2):
+        gpu.set_gpu_flags()
+        expected = "--xla_abc=1" + added * " --xla_backend_extra_options=-nvptx-allow-ftz-atomics"
+        assert os.environ["XLA_FLAGS"] == expected
+
+
 def test_half_told_of_other_processes_is_refused(monkeypatch):
-    for name in runtime._WE_WERE_TOLD:
+    for name in runtime._TOLD:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(UsageError, match="JAX_COORDINATOR_ADDRESS"):

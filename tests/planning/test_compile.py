@@ -10,6 +10,7 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.commands import main as cli
+from sae_jax.ops import tuning
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import analytic, compile, hlo, targets
 from sae_jax.saes import base
@@ -102,6 +103,22 @@ def test_a_step_through_the_language_model(capsys, name):
     assert device["compiled_flop"] == pytest.approx(device["flop"], rel=0.1)
     estimate = device["state_bytes"] + device["model_bytes"] + device["model_activation_bytes"]
     assert 0.5 * estimate < device["peak_bytes"] < 1.3 * estimate
+
+
+def test_no_sum_on_a_gpu_is_a_compare_and_swap_loop(monkeypatch, tmp_path):
+    """Not even of scalars; it is one with the versions of JAX that `tuning.gpu_flags` names, without what it adds."""
+
+    def compare_and_swap(folder: Path) -> bool:
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={folder}")
+        toy.__wrapped__("h200:1")
+        kernels = [path.read_text() for path in folder.rglob("*.ptx")]
+        assert any("atom." in kernel for kernel in kernels)
+        return any("cas.b32" in kernel for kernel in kernels)
+
+    assert not compare_and_swap(tmp_path / "mended")
+    if tuning.gpu_flags():
+        monkeypatch.setattr(tuning, "gpu_flags", lambda: "")
+        assert compare_and_swap(tmp_path / "unmended")
 
 
 @pytest.mark.parametrize("name", ["rtx4090:1", "a100:2", "v4:2x2x1"])

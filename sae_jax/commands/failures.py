@@ -1,0 +1,36 @@
+"""What went wrong, in one line, for errors that are not ours: of storage and of memory."""
+
+from __future__ import annotations
+
+import errno
+
+from sae_jax.errors import UsageError, UserError
+
+_FREE_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def one_line(error: Exception) -> tuple[str, int] | None:
+    """(what to say, exit code) of an error that a user can cause; None of any other."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FREE_SPACE):
+        return _of_storage(error)
+    if _is_out_of_memory(error):
+        what = str(error).splitlines()[0][:200] if str(error) else "of this machine"
+        return f"out of memory: {what}; use a smaller sae.n_latents or batch, or more devices", UserError.exit_code
+    return None
+
+
+def _of_storage(error: OSError) -> tuple[str, int]:
+    """One line for an error of the file system, and the exit code."""
+    what = f"{error.filename or 'the disk'}: {error.strerror}"
+    if error.errno in _WRONG_PATH:
+        return f"{what}; choose another path", UsageError.exit_code
+    cure = "free space" if error.errno in _FREE_SPACE else "see that it exists and may be used"
+    return f"{what}; {cure} or choose another path", UserError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name, since JAX may not be imported yet: numpy raises MemoryError, XLA its own error for the devices.
+    from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    said = str(error)
+    return isinstance(error, MemoryError) or (from_xla and ("RESOURCE_EXHAUSTED" in said or "ut of memory" in said))

@@ -1,0 +1,26 @@
+"""What `sae-jax --help` says."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "harvest": "text through a language model into an activation set on disk",
+    "plan": "compile the train step for machines that are not there: does it fit, what does it do",
+    "train": "a sparse autoencoder on an activation set; repeat the command to resume",
+    "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to resume",
+    "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
+    "dashboard": "a static site to look at the latents of a run",
+    "fit": "scaling laws from the table of a sweep, with intervals and figures",
+    "advise": "latents, tokens, learning rate and error for a budget, by the laws of a fit",
+    "verify": "check every byte of an activation set",
+    "demo": "all of the above on the bundled language model, offline, in minutes",
+}
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: sae-jax COMMAND [RECIPE.yaml] [--key=value ...]\n\n"
+        f"Sparse autoencoders on language-model activations, from text to a page to look at.\n\n{lines}\n\n"
+        "`sae-jax COMMAND --help` lists a command's options, `sae-jax --version` says which version this is."
+    )
