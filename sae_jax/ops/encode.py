@@ -92,7 +92,7 @@ def encode_batch_topk(
         The others as in `encode_topk`.
 
     Returns:
-        As `encode_topk`, with min(max_candidates, F/S) slots a shard, mostly empty; and the selection's threshold and counts.
+        As `encode_topk`, with min(max_candidates, F/S) slots a shard, mostly empty; and the threshold and counts.
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
     """

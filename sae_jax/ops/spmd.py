@@ -127,7 +127,7 @@ def row_blocks(n_own: int, d_model: int) -> RowBlocks:
 
 
 def even(n: int, max_size: int) -> tuple[int, int]:
-    """(number, size) of the fewest pieces of at most `max_size`, even; without a remainder where that costs few more."""
+    """(number, size) of the fewest pieces of at most `max_size`, even; with no remainder where that costs few more."""
     fewest = max(1, -(-n // max_size))
     number = next((i for i in range(fewest, min(2 * fewest, n) + 1) if n % i == 0), fewest)
     return number, -(-n // number)
