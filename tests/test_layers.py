@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sae_jax"
 
 ORDER = [
     {"errors", "units"},
-    {"types", "record", "config", "mesh", "progress", "storage"},
+    {"types", "record", "config", "mesh", "progress", "storage", "figures"},
     {"ops"},
     {"saes", "lm"},
     {"activations"},
@@ -25,7 +25,7 @@ ORDER = [
 # Within a level only these know each other; saes and lm do not.
 PEERS = {
     *(("config", "types"), ("mesh", "types"), ("progress", "types"), ("record", "types")),
-    *(("storage", "progress"), ("config", "storage"), ("planning", "scaling")),
+    *(("storage", "progress"), ("figures", "storage"), ("config", "storage"), ("planning", "scaling")),
 }
 # training is handed a row source, evaluators and a model: it knows the interface of the first, and nothing behind it.
 FORBIDDEN = {("training", "lm"), ("training", "activations")}

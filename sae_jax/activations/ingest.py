@@ -42,26 +42,26 @@ def write_activations(
     model_digest: str | None = None,
     hook: str | None = None,
 ) -> ActivationSet:
-    """Writes rows as a new activation set and opens it.
+    """Write rows as a new activation set, and open it.
 
     Args:
-      path: a folder or URL where there is no set yet.
-      rows: an array [..., d] (numpy, JAX, or a torch tensor); or a dict of source name -> array, all with
-      the same
-        rows; or an iterator of such arrays or dicts, in blocks of any size.
-      name: of the source, when rows are arrays and not dicts.
-      dtype: on disk: bfloat16, float16 or float32.
-      seed: of the shuffle inside shards.
-      tokens: int [n, context], for rows [n, context, d]: an array, or with an iterator of rows an iterator of
-        blocks in step with it. A set with tokens can show the text around a row.
-      tokenizer: reference of the tokenizer that made the tokens.
-      text: reference of the text.
-      model: reference of the model that made the rows; with `hook`, lets evaluation splice into it.
-      model_digest: of the model's weights.
-      hook: where in the model the rows come from.
+        path: a folder or URL where there is no set yet.
+        rows: an array [..., d] (numpy, JAX, or a torch tensor); or a dict of source name -> array, all with the same
+            rows; or an iterator of such arrays or dicts, in blocks of any size.
+        name: of the source, when rows are arrays and not dicts.
+        dtype: on disk: bfloat16, float16 or float32.
+        seed: of the shuffle inside shards.
+        tokens: int [n, context], for rows [n, context, d]: an array, or with an iterator of rows an iterator of blocks
+            in step with it. A set with tokens can show the text around a row.
+        tokenizer: reference of the tokenizer that made the tokens.
+        text: reference of the text.
+        model: reference of the model that made the rows; with `hook`, lets evaluation splice into it.
+        model_digest: of the model's weights.
+        hook: where in the model the rows come from.
 
-    Raises UsageError where there is a set already or shapes do not fit; UserError for a row that is not
-    finite, naming it, and for a full disk.
+    Raises:
+        UsageError: there is a set already, or shapes do not fit.
+        UserError: a row is not finite; the disk is full.
     """
     files = Files(path)
     if files.read("dataset.json") is not None:

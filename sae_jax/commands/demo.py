@@ -22,7 +22,7 @@ from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
 from sae_jax.pages.curves import plot_training
-from sae_jax.pages.site import write_site
+from sae_jax.pages.site import about, write_site
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob
@@ -58,8 +58,8 @@ def run(argv: Sequence[str]) -> None:
     harvest(settings.harvest, activations_path)
     parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
-    plot_training(metrics := read_metrics(Path(run_path)), out / "training.png")
     result, d = runs.evaluate(run_path)[run_path], artifact.load(run_path)
+    plot_training(metrics := read_metrics(Path(run_path)), out / "training.png", about(d.record))
     table, sequences = write_site(d, out / "dashboard", title=out.resolve().name)
 
     activations = open_activations(activations_path)

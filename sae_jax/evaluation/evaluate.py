@@ -107,7 +107,7 @@ def evaluate(
                 "sites": candidate.sites.to_json(),
             }
             measured[name] = Measured(subjects[name], about, shards.over_processes(sums[name]))
-    return measured
+    return {name: measured[name] for name in candidates}
 
 
 def finish(

@@ -86,7 +86,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 
     def local(x_RD, error_RD, w_enc_RD, b_R, b_pre_D, w_dec_RD, allowed_R):
         capacity = -(-len(b_R) // CAPACITY)
-        n_most = spmd.largest(allowed_R.sum(dtype=jnp.int32))
+        n_allowed = spmd.largest(allowed_R.sum(dtype=jnp.int32))
 
         def none():
             return jnp.float32(0), jax.tree.map(jnp.zeros_like, (w_enc_RD, b_R, b_pre_D, w_dec_RD))
@@ -108,7 +108,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
             b_allowed_R = jnp.where(allowed_R, b_R, -jnp.inf)
             return _dense(x_RD, error_RD, w_enc_RD, b_allowed_R, b_pre_D, w_dec_RD, k, dtype, tangent)
 
-        return lax.switch(sum((n_most > least).astype(jnp.int32) for least in (0, capacity)), (none, few, many))
+        return lax.switch(sum((n_allowed > limit).astype(jnp.int32) for limit in (0, capacity)), (none, few, many))
 
     in_specs = (ROWS, ROWS, DICT, DICT, REPLICATED, DICT, DICT)
     return spmd.per_device(local, in_specs, (REPLICATED, (DICT, DICT, REPLICATED, DICT)))(
@@ -154,5 +154,5 @@ def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype, tangent):
 def _row_blocks(n_own: int, d_model: int, n_latents: int) -> spmd.RowBlocks:
     """Row blocks whose pre-activations keep to the encoder's budget too."""
     cut, n_shards = tuning.current(), mesh.axis_size(mesh.LATENT)
-    most = min(cut.block_bytes // (4 * n_latents), ROWS_AT_ONCE * cut.block_rows) // n_shards
-    return spmd.RowBlocks(n_own, *spmd.even(n_own, max(1, min(most, spmd.row_blocks(n_own, d_model).size))))
+    max_rows = min(cut.block_bytes // (4 * n_latents), ROWS_AT_ONCE * cut.block_rows) // n_shards
+    return spmd.RowBlocks(n_own, *spmd.even(n_own, max(1, min(max_rows, spmd.row_blocks(n_own, d_model).size))))

@@ -38,8 +38,8 @@ def encode_topk(
     b_pre_D: jax.Array,
     k: int,
     dtype: jnp.dtype,
-    most: int | None = None,
-    now: jax.Array | None = None,
+    max_k: int | None = None,
+    k_now: jax.Array | None = None,
 ) -> tuple[Code, jax.Array]:
     """The k largest pre-activations of each row, after ReLU.
 
@@ -50,8 +50,8 @@ def encode_topk(
         b_pre_D: f32[D], subtracted from x first, in f32.
         k: active latents a row.
         dtype: what the product's inputs are rounded to; it accumulates in f32.
-        most, now: for a k that changes while it runs: `now` (i32[]) latents instead, at most `most` > k, in a code of
-            `most` slots. Once it is at most k the search costs what it costs for k.
+        max_k, k_now: for a k that changes during a run: `k_now` (i32[]) latents instead of k, at most `max_k` > k, in a
+            code of `max_k` slots. Once k_now is at most k the search costs what it costs for k.
 
     Returns:
         The code. On one latent shard a public one, [B, min(k, F)]; on S shards [B, S * min(k, F/S)] as CODE: every
@@ -59,17 +59,17 @@ def encode_topk(
         And w_enc as it is. What uses the encoder again should use that one: the gradients of all uses then gather in
         one buffer, where several would be added up.
     """
-    n_slots = k if most is None else most
+    n_slots = k if max_k is None else max_k
 
-    def search(candidates, now, n_local):
-        def of(width):
+    def search(candidates, k_now, n_local):
+        def select(width):
             values_BK, index_BK = candidates(width)
-            wins_BK = _prefix(topk.n_winners(values_BK, width, now), values_BK.shape[1])
+            wins_BK = _prefix(topk.n_winners(values_BK, width, k_now), values_BK.shape[1])
             return _kept(values_BK, index_BK, wins_BK, min(n_slots, n_local)), ()
 
-        return of(k) if now is None else lax.cond(now > k, lambda: of(n_slots), lambda: of(k))
+        return select(k) if k_now is None else lax.cond(k_now > k, lambda: select(n_slots), lambda: select(k))
 
-    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, k, dtype)
+    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, k, dtype)
     return code, w_enc_FD
 
 
@@ -80,37 +80,38 @@ def encode_batch_topk(
     b_pre_D: jax.Array,
     k: int,
     dtype: jnp.dtype,
-    width: int,
-    wide: int,
+    n_candidates: int,
+    max_candidates: int,
 ) -> tuple[Code, jax.Array, topk.BatchSelection]:
     """The B*k largest pre-activations of the whole batch, over all devices, after ReLU.
 
     Args:
-        width: candidates of a row on a latent shard.
-        wide: as many are looked at where a row might have had more, counted in `n_widened`. A row that might have
-            had still more is counted in `n_saturated`: the selection is exact where that is 0.
+        n_candidates: of a row on a latent shard.
+        max_candidates: as many are looked at where a row might have had more, counted in `n_widened`. A row that might
+            have had still more is counted in `n_saturated`: the selection is exact where that is 0.
         The others as in `encode_topk`.
 
     Returns:
-        As `encode_topk`, with min(wide, F/S) slots a shard, mostly empty; and what the selection found.
+        As `encode_topk`, with min(max_candidates, F/S) slots a shard, mostly empty; and the threshold and counts.
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
     """
     n_kept = len(x_BD) * k
 
     def search(candidates, _, n_local):
-        def of(width):
+        def select(width):
             values_BC, index_BC = candidates(width)
-            wins_BC, found = topk.batch_winners(values_BC, index_BC, n_local, n_kept)
-            return _kept(values_BC, index_BC, wins_BC, min(wide, n_local)), found
+            wins_BC, selection = topk.batch_winners(values_BC, index_BC, n_local, n_kept)
+            return _kept(values_BC, index_BC, wins_BC, min(max_candidates, n_local)), selection
 
         def again():
-            code, found = of(wide)
-            return code, replace(found, n_widened=first[1].n_saturated)
+            code, selection = select(max_candidates)
+            return code, replace(selection, n_widened=first[1].n_saturated)
 
-        first = of(width)
+        first = select(n_candidates)
         # A count over all devices: they take this turn together, or their collectives would wait for ever.
-        return lax.cond(first[1].n_saturated > 0, again, lambda: first) if width < min(wide, n_local) else first
+        can_widen = n_candidates < min(max_candidates, n_local)
+        return lax.cond(first[1].n_saturated > 0, again, lambda: first) if can_widen else first
 
     return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, dense_slots(k), dtype)
 
@@ -150,8 +151,8 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
     n_rows, n_latents = len(x_BD), len(b_F)
     n_blocks, size = spmd.even(n_rows, cut.block_rows)
     # A tile that ends on a group's boundary, and holds the k that may all lie in it.
-    most = max(cut.block_bytes // (4 * size or 4), k, tuning.MIN_TILE) // topk.GROUP * topk.GROUP
-    n_tiles, tile = spmd.even(n_latents, max(most, k))
+    max_tile = max(cut.block_bytes // (4 * size or 4), k, tuning.MIN_TILE) // topk.GROUP * topk.GROUP
+    n_tiles, tile = spmd.even(n_latents, max(max_tile, k))
     blocks_nbD = jnp.pad(x_BD, ((0, n_blocks * size - n_rows), (0, 0))).reshape(n_blocks, size, x_BD.shape[1])
 
     def in_tile(first) -> tuple[jax.Array, jax.Array]:
@@ -181,19 +182,19 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
     return lax.scan(lambda best, first: (topk.merge(best, in_tile(first), k), None), in_tile(jnp.int32(0)), firsts)[0]
 
 
-# (width -> a shard's candidates (values_BC, index_BC), what is known now, n_local) -> (a shard's code, what was found)
+# (width -> a shard's candidates (values_BC, index_BC), k_now, n_local) -> (a shard's code, facts about the selection)
 Search = Callable[[Callable[[int], tuple[jax.Array, jax.Array]], Any, int], tuple[Code, Any]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search: Search, dense: int, dtype: jnp.dtype):
-    """The code that `search` finds, w_enc, and what else it found. `dense`: see `sparse.decode`."""
-    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype)
-    return code, w_enc_FD, found
+def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, dense: int, dtype: jnp.dtype):
+    """The code that `search` selects, w_enc, and facts about the selection. `dense`: see `sparse.decode`."""
+    code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
+    return code, w_enc_FD, selection
 
 
-def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype) -> tuple[Code, Any]:
-    def local(x_RD, w_RD, b_R, b_pre_D, now):
+def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype) -> tuple[Code, Any]:
+    def local(x_RD, w_RD, b_R, b_pre_D, k_now):
         w_FD, b_F = gathered(w_RD, dtype), spmd.gather(b_R, mesh.DATA)
         rows = spmd.row_blocks(*x_RD.shape)
 
@@ -204,16 +205,16 @@ def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype) -> tuple[Code
 
             return jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
 
-        code, found = search(candidates, now, len(b_F))
-        return replace(code, indices=code.indices + spmd.first_latent(len(b_F))), found
+        code, selection = search(candidates, k_now, len(b_F))
+        return replace(code, indices=code.indices + spmd.first_latent(len(b_F))), selection
 
     in_specs = (ROWS, DICT, DICT, REPLICATED, REPLICATED)
-    return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D, now)
+    return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now)
 
 
-def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dense, dtype):
-    code, found = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, now, search, dtype)
-    return (code, w_enc_FD, found), (x_BD, w_enc_FD, b_pre_D, code)
+def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+    code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
+    return (code, w_enc_FD, selection), (x_BD, w_enc_FD, b_pre_D, code)
 
 
 def _backward(search, dense, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):

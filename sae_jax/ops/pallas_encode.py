@@ -107,13 +107,6 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
     groups_per_tile = TILE_LATENTS // GROUP
     step = min(TILE_DEPTH_BYTES // x_bD.dtype.itemsize, max(16, pl.next_power_of_2(depth)))
 
-    def load(ref, row_N, column_C):
-        place = ref.at[row_N[:, None], column_C[None]]
-        if depth % step == 0:  # a mask costs the copy pipeline its widest loads
-            return plgpu.load(place)
-        mask_NC = jnp.broadcast_to((column_C < depth)[None], (row_N.size, step))
-        return plgpu.load(place, mask=mask_NC, other=0.0)
-
     def kernel(x_ref, w_ref, b_ref, bound_ref, *buffers):
         keys_ref, maxima_ref = buffers[-2:]
         tile = pl.program_id(0) + first_tile
@@ -126,8 +119,8 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
             column_C = i * step + jnp.arange(step)
             # Highest: f32 inputs are multiplied as f32, not rounded for the tensor cores.
             return sum_MN + lax.dot_general(
-                load(x_ref, row_M, column_C),
-                load(w_ref, source_N, column_C),
+                _load(x_ref, row_M, column_C, depth),
+                _load(w_ref, source_N, column_C, depth),
                 (((1,), (1,)), ((), ())),
                 precision="highest",
                 preferred_element_type=jnp.float32,
@@ -161,6 +154,14 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
         interpret=interpret,
         name="encoder_product",
     )(x_bD, w_FD, b_F, bound_b, *partly)
+
+
+def _load(ref, row_N, column_C, depth):
+    place = ref.at[row_N[:, None], column_C[None]]
+    if depth % column_C.size == 0:  # a mask costs the copy pipeline its widest loads
+        return plgpu.load(place)
+    mask_NC = jnp.broadcast_to((column_C < depth)[None], (row_N.size, column_C.size))
+    return plgpu.load(place, mask=mask_NC, other=0.0)
 
 
 def _best_groups(maxima_bG, *, k, n_groups, interpret):

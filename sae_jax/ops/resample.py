@@ -47,14 +47,14 @@ def keep_rows(
     return spmd.per_device(local, specs, (REPLICATED, REPLICATED))(keys_R, kept_RD, rows_BD, new_B)
 
 
-def ranks(wanted_F: jax.Array) -> jax.Array:
-    """How many of the wanted latents (bool[F], DICT) come before each: i32[F], DICT."""
+def ranks(chosen_F: jax.Array) -> jax.Array:
+    """How many of the chosen latents (bool[F], DICT) come before each: i32[F], DICT."""
     axes = (*mesh.LATENT, mesh.DATA)  # in the order of DICT
 
-    def local(wanted_f):
-        upto_f = jnp.cumsum(wanted_f, dtype=jnp.int32)
+    def local(chosen_f):
+        upto_f = jnp.cumsum(chosen_f, dtype=jnp.int32)
         counts_S = spmd.gather(upto_f[-1:], axes)
         before = jnp.where(jnp.arange(len(counts_S)) < spmd.index(axes), counts_S, 0).sum(dtype=jnp.int32)
-        return before + upto_f - wanted_f.astype(jnp.int32)
+        return before + upto_f - chosen_f.astype(jnp.int32)
 
-    return spmd.per_device(local, (DICT,), DICT)(wanted_F)
+    return spmd.per_device(local, (DICT,), DICT)(chosen_F)

@@ -126,10 +126,10 @@ def row_blocks(n_own: int, d_model: int) -> RowBlocks:
     return RowBlocks(n_own, *even(n_own, budget))
 
 
-def even(n: int, most: int) -> tuple[int, int]:
-    """(number, size) of the fewest pieces of at most `most`, evenly; without a remainder where that costs few more."""
-    least = max(1, -(-n // most))
-    number = next((i for i in range(least, min(2 * least, n) + 1) if n % i == 0), least)
+def even(n: int, max_size: int) -> tuple[int, int]:
+    """(number, size) of the fewest pieces of at most `max_size`, even; with no remainder where that costs few more."""
+    fewest = max(1, -(-n // max_size))
+    number = next((i for i in range(fewest, min(2 * fewest, n) + 1) if n % i == 0), fewest)
     return number, -(-n // number)
 
 

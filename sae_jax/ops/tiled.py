@@ -127,9 +127,9 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
 
 def _forward_saving(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above):
     # Whether anyone wants a gradient is known while tracing; () or None, structure alone, tells the backward pass.
-    wanted = [() if argument.perturbed else None for argument in (x_BD, *jax.tree.leaves(w_dec, is_leaf=_is_argument))]
+    needed = [() if argument.perturbed else None for argument in (x_BD, *jax.tree.leaves(w_dec, is_leaf=_is_argument))]
     saved = x_BD, w_enc_FD, w_dec, b_pre_D, latents = _values((x_BD, w_enc_FD, w_dec, b_pre_D, latents))
-    return _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above), (saved, wanted)
+    return _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above), (saved, needed)
 
 
 def _is_argument(node: Any) -> bool:
@@ -299,9 +299,9 @@ class _Cut:
         """
         n_shards, n_latents = mesh.axis_size(LATENT), len(w_FD)
         budget = tuning.current().block_bytes // 4
-        most = max(math.isqrt(budget), budget // n_latents) // n_shards
-        most = max(1, min(most, spmd.row_blocks(*x_RD.shape).size))
-        rows = spmd.RowBlocks(len(x_RD), *spmd.even(len(x_RD), most))
+        max_rows = max(math.isqrt(budget), budget // n_latents) // n_shards
+        max_rows = max(1, min(max_rows, spmd.row_blocks(*x_RD.shape).size))
+        rows = spmd.RowBlocks(len(x_RD), *spmd.even(len(x_RD), max_rows))
         return cls(rows, n_latents, *spmd.even(n_latents, max(1, budget // max(1, rows.size * n_shards))))
 
     def blocks(self, *arrays: Any) -> Any:

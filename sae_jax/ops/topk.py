@@ -18,7 +18,7 @@ from sae_jax import mesh
 from sae_jax.ops import spmd, tuning
 
 GROUP = 8  # members of a group in staged selection
-STAGES_FROM = 8  # another stage pays when there are at least this many groups for each of the k wanted
+STAGES_FROM = 8  # another stage pays when there are at least this many groups for each of the k that are selected
 
 
 def top_k(pre_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -62,7 +62,7 @@ def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], k: int
     return values_BK, jnp.take_along_axis(index_BC, slot_BK, axis=1)
 
 
-def n_winners(values_BK: jax.Array, k: int, now: jax.Array | None = None) -> jax.Array:
+def n_winners(values_BK: jax.Array, k: int, k_now: jax.Array | None = None) -> jax.Array:
     """How many of this latent shard's candidates are among the row's k largest over all shards. Inside `per_device`.
 
     Shards stand in order of latent and each list is sorted, so the winners are a prefix of every list and a count
@@ -72,7 +72,7 @@ def n_winners(values_BK: jax.Array, k: int, now: jax.Array | None = None) -> jax
     Args:
         values_BK: f32[B, K], this shard's candidates for all rows of its data shard, descending.
         k: how many win over all shards.
-        now: i32[], fewer than k that win instead; None: k.
+        k_now: i32[], fewer than k that win instead; None: k.
 
     Returns:
         i32[B], in 0..K.
@@ -80,13 +80,13 @@ def n_winners(values_BK: jax.Array, k: int, now: jax.Array | None = None) -> jax
     n_shards = mesh.axis_size(mesh.LATENT)
     n_rows, width = values_BK.shape
     if n_shards == 1:
-        return jnp.full((n_rows,), min(k, width) if now is None else jnp.minimum(now, width), jnp.int32)
+        return jnp.full((n_rows,), min(k, width) if k_now is None else jnp.minimum(k_now, width), jnp.int32)
     lists_SRK = spmd.swap(values_BK.reshape(n_shards, n_rows // n_shards, width))
     merged_RC = lists_SRK.transpose(1, 0, 2).reshape(n_rows // n_shards, n_shards * width)
     _, winner_RK = lax.top_k(merged_RC, min(k, n_shards * width))
     shard_RK = winner_RK // width
-    if now is not None:
-        shard_RK = jnp.where(jnp.arange(shard_RK.shape[1])[None] < now, shard_RK, n_shards)
+    if k_now is not None:
+        shard_RK = jnp.where(jnp.arange(shard_RK.shape[1])[None] < k_now, shard_RK, n_shards)
     count_SR = (shard_RK[None] == jnp.arange(n_shards)[:, None, None]).sum(-1, dtype=jnp.int32)
     return spmd.swap(count_SR).reshape(n_rows)
 
@@ -125,7 +125,7 @@ def largest_of(values_F: jax.Array, rank_G: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class BatchSelection:
-    """What a selection over a whole batch found."""
+    """The threshold of a selection over a whole batch, and how many lists of candidates were too short."""
 
     threshold: jax.Array  # f32[], the smallest value kept; 0 if all positive ones were
     n_saturated: jax.Array  # i32[], lists of candidates kept to the last, which may have ended too early
@@ -147,7 +147,7 @@ def batch_winners(
         n_kept: over the whole batch, rows * k.
 
     Returns:
-        bool[B, C], and what was found.
+        bool[B, C], and the threshold with its counts.
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
     """
@@ -182,7 +182,7 @@ def batch_winners(
 
 def _last_that(holds: Callable[[jax.Array], jax.Array], zero: jax.Array) -> jax.Array:
     """The largest i32 >= 0 for which `holds`, elementwise; it holds up to some number and not beyond. 0 if never."""
-    return lax.fori_loop(0, 31, lambda i, found: jnp.where(holds(tried := found | (1 << (30 - i))), tried, found), zero)
+    return lax.fori_loop(0, 31, lambda i, bits: jnp.where(holds(tried := bits | (1 << (30 - i))), tried, bits), zero)
 
 
 def _bits(values: jax.Array) -> jax.Array:

@@ -5,23 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_jax import figures
 
-def plot_training(metrics: list[dict[str, Any]], path: Path) -> None:
-    """FVU, L0 and dead latents against tokens, from the rows of metrics.jsonl, as a PNG."""
-    import matplotlib
+PANELS = {"fvu": "FVU, share of variance left", "l0": "L0, active latents a row", "dead_fraction": "dead latents"}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    tokens = [row["tokens"] for row in metrics]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for axis, name, label in zip(axes, ("fvu", "l0", "dead_fraction"), ("FVU", "L0", "dead latents"), strict=True):
-        axis.plot(tokens, [row[name] for row in metrics], linewidth=1.2)
-        axis.set(xlabel="tokens", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(0, 1.1 * max(row["l0"] for row in metrics))
-    axes[2].set_ylim(0, max(0.05, 1.1 * max(row["dead_fraction"] for row in metrics)))
-    axes[2].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def plot_training(metrics: list[dict[str, Any]], path: Path, about: str) -> None:
+    """FVU, L0 and dead latents against tokens, as a PNG. What does not change is told in the title and not drawn.
+
+    Args:
+        metrics: rows of metrics.jsonl.
+        path: of the figure.
+        about: which dictionary it is.
+    """
+    from matplotlib import ticker
+
+    columns = {name: [row[name] for row in metrics] for name in PANELS}
+    is_constant = {name: max(values) - min(values) < 1e-9 * abs(max(values)) for name, values in columns.items()}
+    shown = [name for name in PANELS if name == "fvu" or not is_constant[name]]
+    millions = [row["tokens"] / 1e6 for row in metrics]
+    figure = figures.new(1 + 4.2 * len(shown), 3.6)
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        axes.plot(millions, columns[name], linewidth=1.2)
+        axes.set(xlabel="training tokens, millions", ylabel=PANELS[name])
+        axes.grid(alpha=0.3)
+        if name == "fvu":
+            axes.set_yscale("log")
+            figures.label_logarithmic(axes.yaxis)
+        else:
+            axes.set_ylim(0, max(0.05, 1.1 * max(columns[name])))
+        if name == "dead_fraction":
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+        axes.set_title(f"{columns[name][-1]:.3g} at the end", fontsize=9)
+    constant = [
+        f"{PANELS[name].partition(',')[0]} {columns[name][-1]:.4g} throughout" for name in PANELS if name not in shown
+    ]
+    question = "What does the dictionary leave unexplained as it is trained, and how many latents die?"
+    figure.suptitle(f"{question}\n{'; '.join([about, *constant])}", fontsize=10)
+    figures.save(figure, path)

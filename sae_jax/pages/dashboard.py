@@ -93,29 +93,27 @@ def write_dashboard(
         texts_per_file = _write_texts(data, sequences, shown)
         text_or_0 = [text if used else 0 for text, used in zip(token_strings, shown.tokens, strict=True)]
         _write_script(data / "tokens.js", "tokens", text_or_0)
-        counts, edges = table.density_histogram()
-        index = {
-            "title": title,
-            "metrics": _plain(metrics),
-            "config": _plain(config),
-            "nLatents": table.n_latents,
-            "nSilent": int((table.counts == 0).sum()),
-            "nRows": table.n_rows,
-            "nPos": sequences.shape[1],
-            "bytesPerToken": shown.bytes_per_token,
-            "latentsPerFile": _LATENTS_PER_FILE,
-            "textsPerFile": texts_per_file,
-            "before": _BEFORE,
-            "after": _AFTER,
-            "reach": _REACH,
-            "scoreName": "energy" if logit_effects is None else "effect",
-            "densityHistogram": {"counts": counts.tolist(), "edges": _short(edges)},
-            "latents": latents.tolist(),
-            "density": _short(table.density[latents]),
-            **columns,
-        }
-        _write_script(data / "index.js", "index", index)
+        score = "energy" if logit_effects is None else "effect"
+        head = {"title": title, "metrics": _plain(metrics), "config": _plain(config), "scoreName": score}
+        sizes = {"nPos": sequences.shape[1], "bytesPerToken": shown.bytes_per_token, "textsPerFile": texts_per_file}
+        _write_script(data / "index.js", "index", head | sizes | _index(table, latents) | columns)
         _write_page(building, title, about)
+
+
+def _index(table: Activations, latents: np.ndarray) -> dict[str, object]:
+    counts, edges = table.density_histogram()
+    return {
+        "nLatents": table.n_latents,
+        "nSilent": int((table.counts == 0).sum()),
+        "nRows": table.n_rows,
+        "latentsPerFile": _LATENTS_PER_FILE,
+        "before": _BEFORE,
+        "after": _AFTER,
+        "reach": _REACH,
+        "densityHistogram": {"counts": counts.tolist(), "edges": _short(edges)},
+        "latents": latents.tolist(),
+        "density": _short(table.density[latents]),
+    }
 
 
 def decoder_neighbours(w_dec: np.ndarray, latents: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -62,7 +62,7 @@ def write_site(
             w_dec=np.asarray(d.w_dec[:, -target.d :]),
             logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
             title=title,
-            about=_about(record),
+            about=about(record),
             metrics=[
                 (description.label, record.metrics[name], description.text)
                 for name, description in base.descriptions().items()
@@ -74,7 +74,7 @@ def write_site(
     return table, sequences
 
 
-def _about(record: Record) -> str:
+def about(record: Record) -> str:
     """The dictionary in a line: "topk, 1,024 latents, k = 16, of resid_post.2 of bundled"."""
     n_active = record.sae.get("k")
     size = f"{record.variant}, {record.sae['n_latents']:,} latents{f', k = {n_active}' if n_active else ''}"

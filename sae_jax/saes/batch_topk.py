@@ -67,12 +67,12 @@ class Config(ThresholdConfig):
 
 
 class Thresholded(AbstractSae):
-    """What dictionaries that select over a batch are to a row on its own: a JumpReLU with one threshold for all."""
+    """Dictionaries that select over a batch; a row by itself sees a JumpReLU with one threshold for all latents."""
 
     threshold: jax.Array  # f32[], not learnt but set
 
     def to_jumprelu(self) -> jumprelu.JumpRelu:
-        """What it is to a row on its own."""
+        """The dictionary that a row by itself sees."""
         return jumprelu.with_threshold(self, self.threshold)
 
     def n_slots(self, x_BX: jax.Array) -> int:

@@ -169,17 +169,19 @@ class Crosscoder(AbstractSae):
         w_enc = _learnable(self.w_enc, lambda g_FX, _: _masked(config, self.widths.x, _reads, g_FX))
         w_dec = _learnable(self.w_dec, self._project)
         if config.activation == "batch_topk":
-            code, w_enc, selection = batch_topk.select(replace(self, w_enc=w_enc), batch.x, self._nothing)
+            code, w_enc, selection = batch_topk.select(replace(self, w_enc=w_enc), batch.x, self._no_pre_bias)
             y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, dense=encode.dense_slots(config.k))
             y_hat_BY = y_hat_BY + self.b_dec[None]
             loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
-            encoder = w_enc, self.b_enc, self._nothing
+            encoder = w_enc, self.b_enc, self._no_pre_bias
             loss, outcome = losses.with_auxk(
                 loss, batch, y_hat_BY, code, encoder, w_dec, config, context, tangent=False
             )
             return loss, batch_topk.with_threshold(outcome, self.threshold, selection, context.step, config)
         latents = {"b_enc": self.b_enc, "norm": row_norms(w_dec, self.widths.y, config.decoder_norm)}
-        tiles = tiled.reconstruct(batch.x, w_enc, w_dec, self._nothing, latents, _relu, self._dtype, base.FIRED_ABOVE)
+        tiles = tiled.reconstruct(
+            batch.x, w_enc, w_dec, self._no_pre_bias, latents, _relu, self._dtype, base.FIRED_ABOVE
+        )
         y_hat_BY, l1 = tiles.x_hat + self.b_dec[None], tiles.penalty.sum() / n_rows
         coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
@@ -210,7 +212,7 @@ class Crosscoder(AbstractSae):
         return jumprelu.with_threshold(self, threshold, pre_bias=False)
 
     @property
-    def _nothing(self) -> jax.Array:
+    def _no_pre_bias(self) -> jax.Array:
         return jnp.zeros(self.w_enc.shape[1])
 
     @property

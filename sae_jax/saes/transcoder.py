@@ -126,10 +126,10 @@ class Transcoder(AbstractSae):
             y_hat_BY, w_dec = sparse.decode(code, self.w_dec, self._dtype, tangent=True)
             y_hat_BY = y_hat_BY + rest_BY
             loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
-            encoder = w_enc, self.b_enc, self._nothing
+            encoder = w_enc, self.b_enc, self._no_pre_bias
             return losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         tiles = tiled.reconstruct(
-            *(batch.x, self.w_enc, init.tangent_to_rows(self.w_dec), self._nothing, self.b_enc),
+            *(batch.x, self.w_enc, init.tangent_to_rows(self.w_dec), self._no_pre_bias, self.b_enc),
             *(tiled.relu, self._dtype, base.FIRED_ABOVE),
         )
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
@@ -161,11 +161,11 @@ class Transcoder(AbstractSae):
         return jnp.dtype(self.config.dtype)
 
     @property
-    def _nothing(self) -> jax.Array:
+    def _no_pre_bias(self) -> jax.Array:
         return jnp.zeros(self.w_enc.shape[1])
 
     def _encode(self, x_BX: jax.Array) -> tuple[Code, jax.Array]:
-        return encode.encode_topk(x_BX, self.w_enc, self.b_enc, self._nothing, self.config.k, self._dtype)
+        return encode.encode_topk(x_BX, self.w_enc, self.b_enc, self._no_pre_bias, self.config.k, self._dtype)
 
     def _skipped(self, x_BX: jax.Array) -> jax.Array | float:
         if self.w_skip is None:

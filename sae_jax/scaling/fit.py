@@ -141,8 +141,8 @@ class Law:
 
     def to_json(self) -> dict[str, Any]:
         """What `of` reads, but for the draws: the coefficients by name, and beside them what is known of the fit."""
-        facts = ("interval", "r2", "rmse_log", "n_points", "largest_out", "carried", "range", "form")
-        return {**self.coefficients, **{name: getattr(self, name) for name in facts}, "warnings": list(self.warnings)}
+        names = ("interval", "r2", "rmse_log", "n_points", "largest_out", "carried", "range", "form")
+        return {**self.coefficients, **{name: getattr(self, name) for name in names}, "warnings": list(self.warnings)}
 
     @classmethod
     def of(cls, values: Mapping[str, Any], draws: list[list[float]]) -> Law:

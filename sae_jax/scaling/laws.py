@@ -120,14 +120,7 @@ def study(
 
     Raises UsageError if no point has these, UserError if such points are of different activation sets.
     """
-    variant = _choose("variant", [point.variant for point in points], variant)
-    points = [point for point in points if point.variant == variant]
-    site = _choose("site", [_site(point) for point in points], site)
-    points = [point for point in points if _site(point) == site]
-    for name in ("data", "d_model"):
-        if len(found := {getattr(point, name) for point in points}) > 1:
-            several = " and ".join(sorted(map(str, found)))
-            raise UserError(f"{variant} has points of {name} {several}: errors compare on one set; fit them apart")
+    variant, site, points = _comparable(points, variant, site)
     k = _choose("k", [point.k for point in points], k)
     at_k = [point for point in points if point.k == k]
     laws, warnings = {}, []
@@ -168,6 +161,18 @@ def study(
         _lr_of_points(at_k),
         warnings,
     )
+
+
+def _comparable(points: Sequence[Point], variant: str | None, site: str | None) -> tuple[str, str, list[Point]]:
+    variant = _choose("variant", [point.variant for point in points], variant)
+    points = [point for point in points if point.variant == variant]
+    site = _choose("site", [_site(point) for point in points], site)
+    points = [point for point in points if _site(point) == site]
+    for name in ("data", "d_model"):
+        if len(values := {getattr(point, name) for point in points}) > 1:
+            several = " and ".join(sorted(map(str, values)))
+            raise UserError(f"{variant} has points of {name} {several}: errors compare on one set; fit them apart")
+    return variant, site, points
 
 
 def _site(point: Point) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_jax import figures
 from sae_jax.scaling import fit
 from sae_jax.scaling.laws import Fitted, Study
 
@@ -16,13 +17,7 @@ N_WIDTHS = 6  # curves of the joint law that are told apart by colour
 
 def draw(study: Study, folder: Path) -> list[Path]:
     """FOLDER/<what>.png of everything that the study has; those that it no longer has are removed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
-
-    figures: dict[str, Callable[[Any, Study], None] | None] = {
+    painters: dict[str, Callable[[Any, Study], None] | None] = {
         "compute": _compute if "compute" in study.laws else None,
         "latents": _latents if "latents" in study.laws else None,
         "isoflop": _isoflop if study.budgets else None,
@@ -31,32 +26,24 @@ def draw(study: Study, folder: Path) -> list[Path]:
         "residuals": _residuals if {"compute", "latents", "joint"} & study.laws.keys() else None,
     }
     drawn = []
-    for name, paint in figures.items():
+    for name, paint in painters.items():
         path = folder / f"{name}.png"
         if paint is None:
             path.unlink(missing_ok=True)
             continue
-        figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+        figure = figures.new(6.4, 4.4)
+        axis = figure.subplots()
         axis.loglog()
         paint(axis, study)
-        _ticks(axis, matplotlib.ticker)
+        for each in (axis.xaxis, axis.yaxis):
+            if each.get_scale() == "log":
+                figures.label_logarithmic(each)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        figures.save(figure, path)
         drawn.append(path)
     return drawn
-
-
-def _ticks(axis: Any, ticker: Any) -> None:
-    """Few plain numbers where less than a decade is shown: the usual ticks of a logarithmic axis overlap there."""
-    low, high = axis.get_ylim()
-    if axis.get_yscale() == "log" and high < 10 * low:
-        axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(ticker.NullLocator())
-    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _compute(axis: Any, study: Study) -> None:
@@ -92,6 +79,7 @@ def _isoflop(axis: Any, study: Study) -> None:
         axis.plot(budget.n, budget.loss, ".-", color=colour, linewidth=1, label=f"{budget.flops:.2g} FLOP")
         if not budget.best.at_edge:
             axis.plot(budget.best.x, budget.best.loss, "*", color=colour, markersize=10)
+    _explain_stars(axis, "widths")
     axis.set_xscale("log", base=2)
     axis.set(xlabel="latents", ylabel="FVU", title=_title(study))
 
@@ -115,6 +103,7 @@ def _rates(axis: Any, study: Study) -> None:
         axis.plot(lr_N, fvu_N, ".-", color=f"C{i % 10}", linewidth=1, label=f"n = {n}")
         if not best.at_edge:
             axis.plot(best.x, best.loss, "*", color=f"C{i % 10}", markersize=10)
+    _explain_stars(axis, "rates")
     axis.set(xlabel="learning rate", ylabel="FVU", title=_title(study))
 
 
@@ -128,6 +117,11 @@ def _residuals(axis: Any, study: Study) -> None:
     axis.axhline(0, color="0.4", linewidth=1)
     axis.set(xscale="linear", yscale="linear", title=study.variant)
     axis.set(xlabel="points, from the smallest budget or width to the largest", ylabel="point above its law, %")
+
+
+def _explain_stars(axis: Any, tried: str) -> None:
+    label = f"the best, where it lies between the {tried} tried"
+    axis.plot([], [], "*", color="0.3", markersize=10, linestyle="none", label=label)
 
 
 def _title(study: Study) -> str:

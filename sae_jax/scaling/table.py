@@ -67,10 +67,10 @@ class Point:
         missing = [name for name, of in _FIELDS.items() if of.default is of.default_factory and name not in values]
         if missing:
             raise UserError(f"lacks {', '.join(missing)}")
-        own = {name: values[name] for name in _FIELDS if name in values}
-        if not own.get("name"):
-            own["name"] = f"n{own['n_latents']}-k{own['k']}-lr{own['lr']}-seed{own['seed']}"
-        return cls(**own)
+        known = {name: values[name] for name in _FIELDS if name in values}
+        if not known.get("name"):
+            known["name"] = f"n{known['n_latents']}-k{known['k']}-lr{known['lr']}-seed{known['seed']}"
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
         """What `of` reads."""

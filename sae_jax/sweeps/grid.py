@@ -56,9 +56,9 @@ class SweepConfig:
             for value in getattr(self, name):
                 if not 0 < value < math.inf:
                     raise UsageError(f"sweep.{name}={value} must be above 0 and finite")
-        if not 0 <= self.min_tokens < math.inf or max(self.min_tokens, 1) > self.most:
+        if not 0 <= self.min_tokens < math.inf or max(self.min_tokens, 1) > self.limit:
             raise UsageError(
-                f"sweep.min_tokens={self.min_tokens:g} and sweep.max_tokens={self.most:g} leave nothing between them; "
+                f"sweep.min_tokens={self.min_tokens:g} and sweep.max_tokens={self.limit:g} leave nothing between them; "
                 f"lower the one or raise the other"
             )
         if self.tolerance is not None:
@@ -74,7 +74,7 @@ class SweepConfig:
             raise UsageError(f"sweep.memory_gib={self.memory_gib} must be above 0 and finite")
 
     @property
-    def most(self) -> float:
+    def limit(self) -> float:
         """Tokens that no member goes beyond."""
         return math.inf if self.max_tokens is None else self.max_tokens
 
@@ -120,7 +120,7 @@ def due(config: SweepConfig, steps: int, batch_size: int, flop_per_token: int) -
 
     `steps` is how long it would be trained if the sweep did not say.
     """
-    fewest, most = max(config.min_tokens, batch_size), config.most
+    fewest, most = max(config.min_tokens, batch_size), config.limit
     marks: dict[int, float | None] = {}
     if config.tolerance is not None:
         window = max(round(config.window / batch_size), 1)

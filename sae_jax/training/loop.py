@@ -74,8 +74,8 @@ def train(
         active = MemberSet(run, members, mesh, checkpoints, sample, source)
         if is_first:
             write_records(run, members)
-        facts = {"mesh": meshes.sizes(mesh), "n_processes": jax.process_count()}
-        attempt = logs.Attempts(run if is_first else None, active.start, **facts)
+        machine = {"mesh": meshes.sizes(mesh), "n_processes": jax.process_count()}
+        attempt = logs.Attempts(run if is_first else None, active.start, **machine)
         with _Log(active, source, is_first) as log:
             done, pending = active.start, []
             for step, rows in source.batches(active.start):

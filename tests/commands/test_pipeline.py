@@ -144,9 +144,9 @@ def test_evaluate_on_text_and_on_rows(work, tmp_path):
 
 
 def test_dictionaries_of_one_set_share_a_pass_and_have_the_numbers_of_one_alone(work, tmp_path, capsys, monkeypatch):
-    others = [tmp_path / name for name in ("a", "b")]
-    for other in others:
-        shutil.copytree(work / "run", other)
+    others = [tmp_path / name for name in ("run", "dictionary")]
+    shutil.copytree(work / "run", others[0])
+    sae_jax.load(work / "run").save(others[1])
     passes, run_model = [], batches._run
     monkeypatch.setattr(batches, "_run", lambda *arguments: passes.append(1) or run_model(*arguments))
     run(work, "evaluate", *others, "--tokens", 256, "--batch-tokens", 64, "--json")

@@ -99,8 +99,8 @@ import os, sys
 import jax
 jax.distributed.initialize(*(f(os.environ[k]) for f, k in (
     (str, "JAX_COORDINATOR_ADDRESS"), (int, "JAX_NUM_PROCESSES"), (int, "JAX_PROCESS_ID"))))
-from sae_jax.commands.evaluate import Evaluate, evaluate
-evaluate(Evaluate((sys.argv[1],), tokens=10**9))
+import sae_jax
+sae_jax.evaluate(sys.argv[1], tokens=10**9)
 """
 
 

@@ -42,15 +42,15 @@ def value_and_gradient(sae, batch, silent=None):
 def _value_and_gradient(sae, batch, silent):
     def objective(sae):
         scale, coefficients = normalise.Scale(jnp.ones(D), jnp.ones(D)), sae.config.coefficients
-        stats = context_of(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
-        return sae.replace(config=sae.config.program).objective(batch, stats)
+        context = context_of(silent, jnp.int32(100), jnp.float32(0.7), scale, {}, coefficients)
+        return sae.replace(config=sae.config.program).objective(batch, context)
 
     return jax.value_and_grad(objective, has_aux=True)(sae)
 
 
 def expected(sae, batch, weights=None) -> oracle.Result:
     weights = weights or {name: np.asarray(getattr(sae, name), np.float64) for name in NAMES}
-    site, config = batch.context, sae.config
+    site, config = batch.model, sae.config
     ids, params = np.asarray(site.ids), jax.tree.map(np.asarray, site.model.params)
     (hook,) = site.hooks
     hooks = lm.later_hooks(site.model, hook)
@@ -74,7 +74,7 @@ def _terms(config):
 def test_objective_is_the_oracle_and_gradients_its_finite_differences(settings):
     sae, batch = make(**settings), in_model.random_batch()
     (loss, outcome), gradients = value_and_gradient(sae, batch)
-    want, keep = expected(sae, batch), np.asarray(batch.context.keep).ravel()
+    want, keep = expected(sae, batch), np.asarray(batch.model.keep).ravel()
     np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
     np.testing.assert_allclose(outcome.y_hat[keep], want.x_hat_BD[keep], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outcome.l0, (want.z_BF[keep] > 0).sum(1).mean(), rtol=1e-6)
@@ -100,9 +100,9 @@ def test_every_mesh_agrees(shape):
         place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
         roles = end_to_end.EndToEnd(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
         split = jax.tree.map(place, sae, roles)
-        model = place(batch.context.model, meshes.REPLICATED)
-        batch = jax.tree.map(lambda a: place(a, meshes.ROWS), batch.replace(context=batch.context.replace(model=None)))
-        batch = batch.replace(context=batch.context.replace(model=model))
+        model = place(batch.model.model, meshes.REPLICATED)
+        batch = jax.tree.map(lambda a: place(a, meshes.ROWS), batch.replace(model=batch.model.replace(model=None)))
+        batch = batch.replace(model=batch.model.replace(model=model))
         (got_loss, got_outcome), got = value_and_gradient(split, batch, place(jnp.zeros(F, jnp.int32), meshes.DICT))
         assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, split)
     np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
@@ -113,7 +113,7 @@ def test_every_mesh_agrees(shape):
 @pytest.mark.parametrize("hook", [in_model.HOOK, lm.Hook(0, "attn_z"), lm.Hook(1, "resid_post")], ids=str)
 def test_rows_put_back_cost_nothing(hook):
     """The identity has an end-to-end loss of 0, and no later layer notices it."""
-    site = in_model.random_batch(hook=hook).context
+    site = in_model.random_batch(hook=hook).model
     logits, later = jax.jit(lambda site: site.with_rows(site.rows))(site)
     np.testing.assert_allclose(lm.kl_divergence(site.logits, logits), 0, atol=1e-6)
     assert len(later) == SPEC.n_layers - hook.layer - (hook.point == "resid_post")
@@ -126,7 +126,7 @@ def test_rows_put_back_cost_nothing(hook):
 def test_positions_left_out_count_nowhere(settings):
     """What a dictionary would make of them has no part in anything, however large they are."""
     sae, batch = make(**settings), in_model.random_batch()
-    left_out = ~np.asarray(batch.context.keep).ravel()
+    left_out = ~np.asarray(batch.model.keep).ravel()
     assert 0 < left_out.sum() < len(left_out)
     huge = jnp.where(left_out[:, None], 1e4, batch.x)
     want, got = (value_and_gradient(sae, batch.replace(x=rows, y=rows)) for rows in (batch.x, huge))
@@ -152,15 +152,16 @@ def test_initialisation(k, n_latents):
 def test_scaled_rows_reach_the_model_in_its_units_and_fold(k):
     sae, batch = make(k=k, input_norm="dataset_rms"), in_model.random_batch(left_out=0)
     scale = normalise.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
-    stats = context_of(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
-    rows, _ = normalise.normalised(base.Batch(batch.x, None, batch.context), "dataset_rms", scale)
-    _, outcome = jax.jit(lambda: sae.objective(rows, stats))()
+    context = context_of(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
+    x, y, _ = normalise.normalise_pair(batch.x, None, "dataset_rms", scale)
+    rows = base.Batch(x, y, batch.model)
+    _, outcome = jax.jit(lambda: sae.objective(rows, context))()
     folded = sae.folded(scale)
     raw = folded(batch.x)
     np.testing.assert_allclose(raw, outcome.y_hat / 0.25, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(folded.decode(folded.encode(batch.x)), raw, rtol=1e-4, atol=1e-4)
-    logits, _ = jax.jit(lambda site, raw: site.with_rows(raw))(batch.context, raw)
-    kl = lm.kl_divergence(batch.context.logits, logits).mean()
+    logits, _ = jax.jit(lambda site, raw: site.with_rows(raw))(batch.model, raw)
+    kl = lm.kl_divergence(batch.model.logits, logits).mean()
     np.testing.assert_allclose(outcome.metrics["kl"], kl, rtol=1e-3)
     np.testing.assert_allclose(jnp.linalg.norm(folded.w_dec, axis=1), 1, rtol=1e-5)
 
