@@ -305,7 +305,7 @@ def dashboard(
     """
     is_path = not isinstance(dictionary, Dictionary)
     d = artifact.load(dictionary, ema) if is_path else dictionary
-    write_site(d, out, os.fspath(dictionary) if is_path else d.record.variant, data, model, tokens)
+    write_site(d, out, Path(dictionary).resolve().name if is_path else d.record.variant, data, model, tokens)
     return Path(out) / "index.html"
 
 

@@ -236,7 +236,7 @@ class ActivationSet:
 
     def read_index(self, chunk: int) -> dict[str, np.ndarray]:
         """Origin of the rows of a chunk: "token", "seq", "pos", each int32 [n]. UsageError without text."""
-        self._need_text()
+        self.check_text()
         shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
         index = {name: np.empty(self.chunk_n_rows[chunk], np.int32) for name in INDEX_NAMES}
         for name, values in index.items():
@@ -245,7 +245,7 @@ class ActivationSet:
 
     def read_sequences(self, seq: Iterable[int] | np.ndarray) -> np.ndarray:
         """The token sequences of those numbers: int32 [len(seq), context]. UsageError without text."""
-        self._need_text()
+        self.check_text()
         seq = np.asarray(seq, np.int64)
         array = self.arrays["sequences"]
         shards, local = np.divmod(seq, array.shard_rows)
@@ -265,7 +265,8 @@ class ActivationSet:
     def _read_block(self, path: str, shard: int, place: int, out: np.ndarray) -> None:
         read_block(self.files, self.arrays[path], self.commits[shard], place, out)
 
-    def _need_text(self) -> None:
+    def check_text(self) -> None:
+        """Raises UsageError, with the way out, for a set whose rows come from no text."""
         if not self.spec.has_text:
             raise UsageError(
                 f"{self.path} has no text: its rows were written without tokens; use `sae-jax harvest`, or give "

@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     plot_training(metrics := read_metrics(Path(run_path)), out / "training.png")
     result, d = runs.evaluate(run_path)[run_path], artifact.load(run_path)
-    table, sequences = write_site(d, out / "dashboard", title=run_path)
+    table, sequences = write_site(d, out / "dashboard", title=out.resolve().name)
 
     activations = open_activations(activations_path)
     text = held_out(activations, d.record.sites, ALL_TOKENS)

@@ -19,8 +19,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -29,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_jax import storage
 from sae_jax.analysis.examples import Activations
 from sae_jax.types import UsageError, UserError
 
@@ -52,7 +51,8 @@ def write_dashboard(
     w_dec: np.ndarray,
     logit_effects: Callable[[np.ndarray], np.ndarray] | None,
     title: str,
-    metrics: Mapping[str, float | int | str | None],
+    about: str,
+    metrics: Sequence[tuple[str, float | int | str | None, str]],
     config: Mapping[str, object],
     latents: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -69,9 +69,10 @@ def write_dashboard(
         logit_effects: from rows f32[n, D] to their effect on the logits f32[n, V] at activation 1, through
             the final norm and the unembedding as the caller sees fit; None where there is no language model.
             Columns beyond `token_strings` (padding of the vocabulary) are ignored.
-        title: name of the run.
-        metrics: numbers for the head of the page, in order of importance.
-        config: how the run was made; may be nested.
+        title: name of the dictionary.
+        about: what it is of, in a line that stands at the top of every page: model, place in it, size.
+        metrics: (name, value, what it means) of what was measured, in order of importance.
+        config: how the dictionary was made; may be nested. It is published: it should name no private paths.
         latents: numbers of the latents that get a page, since a page takes about 6 kB; None for all.
         progress: called with (latents written, latents).
 
@@ -84,10 +85,9 @@ def write_dashboard(
     refuse_to_overwrite(out_dir)
     _check(table, sequences, len(token_strings), w_dec, latents)
 
-    building = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.new")
-    (building / "data").mkdir(parents=True)
-    try:
+    with storage.new_folder(out_dir, replace=True) as building:
         data = building / "data"
+        data.mkdir()
         shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool))
         columns = _write_latents(data, table, latents, sequences, w_dec, logit_effects, shown, progress)
         texts_per_file = _write_texts(data, sequences, shown)
@@ -97,10 +97,7 @@ def write_dashboard(
         head = {"title": title, "metrics": _plain(metrics), "config": _plain(config), "scoreName": score}
         sizes = {"nPos": sequences.shape[1], "bytesPerToken": shown.bytes_per_token, "textsPerFile": texts_per_file}
         _write_script(data / "index.js", "index", head | sizes | _index(table, latents) | columns)
-        _write_page(building, title)
-        _swap(building, out_dir)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        _write_page(building, title, about)
 
 
 def _index(table: Activations, latents: np.ndarray) -> dict[str, object]:
@@ -344,23 +341,14 @@ def _write_script(path: Path, call: str, *arguments: object) -> None:
     path.write_text(f"saeDashboard.{call}({','.join(texts)});\n", encoding="ascii")
 
 
-def _write_page(folder: Path, title: str) -> None:
+def _write_page(folder: Path, title: str, about: str) -> None:
     import jinja2
 
     templates = files("sae_jax.pages") / "templates"
     page = jinja2.Environment(autoescape=True).from_string((templates / "index.html").read_text("utf-8"))
-    (folder / "index.html").write_text(page.render(title=title, generator=_GENERATOR), encoding="utf-8")
+    (folder / "index.html").write_text(page.render(title=title, about=about, generator=_GENERATOR), encoding="utf-8")
     for name in ("style.css", "site.js", "draw.js", "table.js", "latent.js", "app.js"):
         (folder / name).write_text((templates / name).read_text("utf-8"), encoding="utf-8")
-
-
-def _swap(building: Path, out_dir: Path) -> None:
-    """Put the finished folder in place; an earlier dashboard stays whole until then."""
-    old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")
-    if out_dir.exists():
-        out_dir.rename(old)
-    building.rename(out_dir)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _packed(ids: np.ndarray, n_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sae_jax.evaluation import base
 from sae_jax.evaluation.text import open_set
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress
+from sae_jax.record import Record, SourceRecord
 from sae_jax.types import UsageError
 
 
@@ -46,7 +48,8 @@ def write_site(
     tokenizer = model or activations.spec.tokenizer
     target = activations.source(record.sites.y[-1])  # what latents write to, nearest to the logits
     if tokenizer is None:
-        raise UsageError(f"{activations.path} has no text to show; make the set with `sae-jax harvest`")
+        activations.check_text()
+        raise UsageError(f"{activations.path} names no tokenizer; give model=, one that has the tokenizer of the set")
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)
     reference = model or target.model
@@ -59,15 +62,41 @@ def write_site(
             w_dec=np.asarray(d.w_dec[:, -target.d :]),
             logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
             title=title,
-            metrics={
-                description.label: record.metrics[name]
+            about=_about(record),
+            metrics=[
+                (description.label, record.metrics[name], description.text)
                 for name, description in base.descriptions().items()
                 if description.in_table and name in record.metrics
-            },
-            config=record.to_json(),
+            ],
+            config=_without_folders(record.to_json()),
             progress=lambda done, _: progress.update(done),
         )
     return table, sequences
+
+
+def _about(record: Record) -> str:
+    """The dictionary in a line: "topk, 1,024 latents, k = 16, of resid_post.2 of bundled"."""
+    n_active = record.sae.get("k")
+    size = f"{record.variant}, {record.sae['n_latents']:,} latents{f', k = {n_active}' if n_active else ''}"
+    x, y = (_named(sources) for sources in (record.encodes, record.reconstructs))
+    return f"{size}, of {x}" if x == y else f"{size}, from {x} to {y}"
+
+
+def _named(sources: Sequence[SourceRecord]) -> str:
+    """Sources, and the language models that they come from."""
+    models = {source.model: None for source in sources}
+    names = " + ".join(source.name for source in sources)
+    known = [_without_folders(model) for model in models if model]
+    return f"{names} of {' and '.join(known)}" if known else names
+
+
+def _without_folders(value: Any) -> Any:
+    """A JSON value in which absolute paths are names alone: where its author keeps files is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _token_strings(reference: str) -> list[str]:

@@ -72,7 +72,8 @@ def write(out, **changes):
         "w_dec": w_dec,
         "logit_effects": lambda rows: rows @ unembed,
         "title": "<b>run</b> & co",
-        "metrics": {"fvu": np.float32(0.25), "ce": float("nan"), "note": "</script>"},
+        "about": "topk, 300 latents, of <i>resid</i>",
+        "metrics": [("fvu", np.float32(0.25), "what is left"), ("ce", float("nan"), ""), ("note", "</script>", "")],
         "config": {"sae": {"k": 3, "name": "<i>x</i>"}},
     }
     dashboard.write_dashboard(out, **(arguments | changes))
@@ -97,7 +98,7 @@ def test_index_columns(site):
     (index,) = read(site, "index")
     np.testing.assert_allclose(index["density"], table.density, rtol=1e-3)
     assert index["nSilent"] == F - len(TOKENS) - 2
-    assert index["metrics"] == {"fvu": 0.25, "ce": None, "note": "</script>"}
+    assert index["metrics"] == [["fvu", 0.25, "what is left"], ["ce", None, ""], ["note", "</script>", ""]]
     effect = w_dec @ unembed[:, : len(TOKENS)]
     for latent in (1, FAR, DENSE, DEAD):
         _, values = table.of(latent)
@@ -270,13 +271,17 @@ def listed(dom):
 
 
 @needs_browser
-def test_table_shows_living_latents_and_the_summary(site):
+def test_table_shows_living_latents_by_effect_and_the_summary(site):
     dom = browse(site)
     shown = text(dom)
-    assert listed(dom) == [*range(len(TOKENS)), FAR, DENSE]
+    (index,) = read(site, "index")
+    assert listed(dom) == sorted([*range(len(TOKENS)), FAR, DENSE], key=lambda f: -index["score"][f])
     assert "16 latents" in shown
     assert "<b>run</b> & co" in shown
+    assert "topk, 300 latents, of <i>resid</i>" in shown
     assert "fvu0.25" in shown
+    assert "what is left" in shown
+    assert "active on none of these 1,788 tokens" in shown
     assert "ce\u2013" in shown
     assert "sae.name<i>x</i>" in shown
     assert f"<script>{PWN}</script>" in shown
@@ -303,7 +308,7 @@ def test_address_sorts_filters_and_pages_the_table(site):
         "#/?q=%20CAT&sort=max",
         r"#/?q=\xE2\x80",
         f"#/?q={DEAD}",
-        "#/?dead=1&page=3",
+        "#/?sort=latent&silent=1&page=3",
     )
     assert listed(by_density) == order
     assert listed(rising)[-1] == DENSE
@@ -330,16 +335,22 @@ def test_page_of_a_latent(site):
     peaks = re.findall(r'<span class="token peak" data-id="(\d+)" data-pos="(\d+)" data-value="([\d.]+)"', dom)
     assert {token for token, _, _ in peaks} == {"1"}
     np.testing.assert_allclose([float(v) for _, _, v in peaks[: len(places)]], top.value, rtol=1e-3)
-    assert f'href="#/latent/{FAR - 277}" rel="prev"' in dom  # 13, the living latent before it in the table
-    assert f'href="#/latent/{DENSE}" rel="next"' in dom
+    (index,) = read(site, "index")
+    order = sorted([*range(len(TOKENS)), FAR, DENSE], key=lambda f: -index["score"][f])
+    around = {"prev": order.index(FAR) - 1, "next": order.index(FAR) + 1}
+    for rel, at in around.items():
+        if 0 <= at < len(order):
+            assert f'href="#/latent/{order[at]}" rel="{rel}"' in dom
     assert len(re.findall("<rect", dom)) == 40
 
 
 @needs_browser
 def test_pages_with_nothing_to_show_say_so(site):
-    silent, missing = visit(site, f"#/latent/{DEAD}", "#/latent/999")
+    silent, missing, number, word = visit(site, f"#/latent/{DEAD}", "#/latent/999", "#/?q=99999", "#/?q=nowhere")
     assert "Silent on all 1,788 tokens" in text(silent)
-    assert "No page for latent 999; the last is 299" in text(missing)
+    assert "There is no latent 999: latents have numbers from 0 to 299" in text(missing)
+    assert "There is no latent 99999: latents have numbers from 0 to 299" in text(number)
+    assert "No latent fires on, or promotes, such a token. To find one by number" in text(word)
 
 
 @needs_browser
@@ -364,22 +375,56 @@ def test_keys_search_and_whole_sequences(site):
     whole = re.search(r'<p class="whole">(.*?)</p>', opened, re.S)
     assert whole is not None
     assert len(re.findall(r'<span class="token', whole[1])) == N_POS
+    assert re.search(r'newline">↵</span><br>', whole[1])
 
 
 @needs_browser
-def test_a_static_server_serves_it_as_well(site):
+def test_a_token_of_a_line_end_and_indentation_breaks_between_them(tmp_path):
+    site = write(tmp_path / "site", token_strings=["\n" + " " * 9 if t == "\n" else t for t in TOKENS])
+    wait = "await new Promise((done) => setTimeout(done, 300));"
+    opened = browse(site, f"#/latent/{FAR}", drive="document.querySelector('.context button').click();" + wait)
+    whole = re.search(r'<p class="whole">(.*?)</p>', opened, re.S)
+    assert whole is not None
+    assert re.search(r'newline">↵</span><br><span class="glyph">·', whole[1])
+    assert "·<small>\u00d79</small>" in re.sub("</?span[^>]*>", "", browse(site))  # in the table it is counted
+
+
+@pytest.fixture
+def server(site):
+    """Where a static server serves the site."""
+
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        dom = browse(site, f"#/latent/{FAR}", url=f"http://127.0.0.1:{server.server_port}/index.html")
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@needs_browser
+def test_a_static_server_serves_it_as_well(site, server):
+    dom = browse(site, f"#/latent/{FAR}", url=f"{server}/index.html")
     assert f"<h1>Latent {FAR}</h1>" in dom
+
+
+@needs_browser
+def test_tokens_are_on_a_narrow_screen(site, server):
+    """What a latent fires on must not be to the right of it."""
+    measure = """
+        const box = document.createElement("iframe");
+        box.style.width = "400px";
+        box.src = "index.html";
+        document.body.append(box);
+        await new Promise((done) => setTimeout(done, 900));
+        const chip = box.contentDocument.querySelector("td.chips .chip").getBoundingClientRect();
+        document.documentElement.dataset.right = chip.right;
+    """
+    right = re.search(r'data-right="([\d.]+)"', browse(site, drive=measure, url=f"{server}/driven.html"))
+    assert right is not None
+    assert float(right[1]) < 400
 
 
 @needs_browser

@@ -89,7 +89,7 @@ function visible(text) {
     else {
       if (plain) nodes.push(plain);
       plain = "";
-      nodes.push(h(shown.length > 1 ? "span.escape" : "span.glyph", null, shown));
+      nodes.push(h(`span.${shown.length > 1 ? "escape" : "glyph"}${character === "\n" ? ".newline" : ""}`, null, shown));
     }
   }
   if (plain) nodes.push(plain);
@@ -98,6 +98,18 @@ function visible(text) {
 
 function token(id, attributes) {
   return h("span.token", attributes, ...visible(tokens[id]));
+}
+
+const LONG_RUN = 6;
+
+// A token by itself. Long runs of one character, such as indentation, are counted.
+function chip(id, ...more) {
+  const nodes = (tokens[id].match(/(.)\1*/gsu) || [""]).flatMap((run) => {
+    const characters = Array.from(run);
+    if (characters.length < LONG_RUN) return visible(run);
+    return [...visible(characters[0]), h("small", null, `×${characters.length}`)];
+  });
+  return h("span.chip", null, h("span.token", null, ...nodes), ...more);
 }
 
 function heated(id, pos, value, most) {

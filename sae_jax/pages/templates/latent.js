@@ -45,7 +45,9 @@ async function whole(seq, pos, values, most) {
     const span = heated(id, at, values.get(at), most);
     if (at === pos) span.classList.add("peak");
     if (Math.abs(at - pos) > index.reach) span.classList.add("far");
-    box.append(span, h(tokens[id].includes("\n") ? "br" : "wbr"));
+    // A token may hold the end of a line and the indentation of the next one.
+    for (const end of span.querySelectorAll(".newline")) end.after(h("br"));
+    box.append(span, h("wbr"));
   });
   return box;
 }
@@ -86,7 +88,7 @@ function logitTable(title, pairs) {
         h(
           "tr",
           null,
-          h("td", null, h("span.chip", null, token(id))),
+          h("td", null, chip(id)),
           h("td.number", null, signed(value), bar(Math.abs(value), 0, most)),
         ),
       ),
@@ -106,7 +108,7 @@ function nearTable(view, near) {
         const row = rowOf.get(latent);
         const shown = row !== undefined;
         return h(
-          shown && index.density[row] ? "tr" : "tr.dead",
+          shown && index.density[row] ? "tr" : "tr.silent",
           null,
           h(
             "td",
@@ -127,7 +129,7 @@ async function showLatent(view) {
   const row = rowOf.get(latent);
   if (row === undefined) {
     main.replaceChildren(
-      h("p.empty", { role: "alert" }, `No page for latent ${latent}; the last is ${index.latents.at(-1)}.`),
+      h("p.empty", { role: "alert" }, noPage(latent)),
     );
     return;
   }
@@ -138,14 +140,14 @@ async function showLatent(view) {
   const [previous, next] = neighbours(view);
   const step = (to, name, rel) =>
     to === null ? h("span.off", null, name) : h("a", { href: address({ ...view, latent: to }), rel }, name);
-  const facts = {
-    "density": alive ? number(index.density[row]) : "silent",
-    "activations": alive ? `${COUNT.format(record.count)} of ${COUNT.format(index.nRows)} tokens` : "0",
-    "mean when active": number(record.mean),
-    "max": number(most),
-    [index.scoreName]: number(index.score[row]),
-    "decoder norm": number(record.norm),
-  };
+  const facts = [
+    ["density", alive ? index.density[row] : "silent", "share of the sampled tokens on which it is active"],
+    ["activations", alive ? `${COUNT.format(record.count)} of ${COUNT.format(index.nRows)} tokens` : "0", ""],
+    ["mean when active", record.mean, "mean of its values where it is active"],
+    ["max", most, "largest value in the sample"],
+    [index.scoreName, index.score[row], scoreMeaning()],
+    ["decoder norm", record.norm, "length of its decoder row"],
+  ];
   const edges = alive
     ? record.histogram.map((_, i) => (i * most) / record.histogram.length).concat(most)
     : null;
@@ -162,18 +164,7 @@ async function showLatent(view) {
         step(next, "Next →", "next"),
       ),
     ),
-    h(
-      "dl.facts",
-      null,
-      ...Object.entries(facts).map(([name, value]) =>
-        h(
-          "div",
-          null,
-          h("dt", name === index.scoreName ? { title: scoreMeaning() } : null, name),
-          h("dd", null, value),
-        ),
-      ),
-    ),
+    factList(facts),
     h(
       "div.cards",
       null,
@@ -194,7 +185,7 @@ async function showLatent(view) {
               ...record.tokens
                 .slice(0, 6)
                 .flatMap(([id, count]) => [
-                  h("span.chip", null, token(id), h("small", null, ` ×${count}`)),
+                  chip(id, h("small", null, ` ×${count}`)),
                   " ",
                 ]),
             ),

@@ -1,7 +1,7 @@
 // The data of the site, and the address. These are plain scripts that share their names, since a page opened
 // from disk may not load modules. The view is a function of the address:
 //
-//   #/?q=foo&sort=density&dir=asc&dead=1&page=2   table of latents
+//   #/?q=foo&sort=density&dir=asc&silent=1&page=2   table of latents, by effect unless it is said otherwise
 //   #/latent/123?q=foo&sort=density               one latent; previous and next follow the table of the query
 "use strict";
 
@@ -52,25 +52,29 @@ async function fromBlock(blocks, kind, number, perFile) {
 function route() {
   const [path, query] = location.hash.replace(/^#/, "").split(/\?(.*)/s);
   const given = new URLSearchParams(query || "");
-  const sort = ["density", index.scoreName, "max"].includes(given.get("sort")) ? given.get("sort") : "latent";
-  const natural = sort === "latent" ? "asc" : "desc";
+  const sort = ["latent", "density", "max"].includes(given.get("sort")) ? given.get("sort") : index.scoreName;
   const found = /^\/latent\/(\d+)$/.exec(path);
   return {
     latent: found ? Number(found[1]) : null,
     q: given.get("q") || "",
     sort,
-    dir: ["asc", "desc"].includes(given.get("dir")) ? given.get("dir") : natural,
-    dead: given.get("dead") === "1",
+    dir: ["asc", "desc"].includes(given.get("dir")) ? given.get("dir") : natural(sort),
+    silent: given.get("silent") === "1",
     page: Math.max(1, Number.parseInt(given.get("page"), 10) || 1),
   };
+}
+
+// The way a column is sorted when it is first chosen.
+function natural(sort) {
+  return sort === "latent" ? "asc" : "desc";
 }
 
 function address(view) {
   const query = new URLSearchParams();
   if (view.q) query.set("q", view.q);
-  if (view.sort !== "latent") query.set("sort", view.sort);
-  if (view.dir !== (view.sort === "latent" ? "asc" : "desc")) query.set("dir", view.dir);
-  if (view.dead) query.set("dead", "1");
+  if (view.sort !== index.scoreName) query.set("sort", view.sort);
+  if (view.dir !== natural(view.sort)) query.set("dir", view.dir);
+  if (view.silent) query.set("silent", "1");
   if (view.latent === null && view.page > 1) query.set("page", view.page);
   const path = view.latent === null ? "/" : `/latent/${view.latent}`;
   return `#${path}${String(query) && `?${query}`}`;

@@ -4,7 +4,7 @@
 const ROWS_PER_PAGE = 100;
 
 function list(view) {
-  const key = JSON.stringify([view.q, view.sort, view.dir, view.dead]);
+  const key = JSON.stringify([view.q, view.sort, view.dir, view.silent]);
   if (listed.key === key) return listed.rows;
   const wanted = view.q.toLowerCase();
   const asNumber = /^\s*#?(\d+)\s*$/.exec(view.q);
@@ -14,7 +14,7 @@ function list(view) {
   const rows = [];
   index.latents.forEach((latent, row) => {
     const match = !wanted || found(index.topTokens[row]) || found(index.topLogits[row]);
-    if (latent === exact || (match && (view.dead || index.density[row] > 0))) rows.push(row);
+    if (latent === exact || (match && (view.silent || index.density[row] > 0))) rows.push(row);
   });
   const column = { density: index.density, max: index.max, [index.scoreName]: index.score }[view.sort];
   const sign = view.dir === "asc" ? 1 : -1;
@@ -30,16 +30,48 @@ function configRows(value, name) {
   return Object.entries(value).flatMap(([key, item]) => configRows(item, name ? `${name}.${key}` : key));
 }
 
-function summary() {
+// What these pages are made of: [name, value, what it means], as the metrics.
+function sample() {
   const nShown = index.latents.length;
   const silentShare = ((100 * index.nSilent) / index.nLatents).toFixed(1);
-  const facts = {
-    "latents":
-      nShown === index.nLatents ? nShown : `${COUNT.format(nShown)} of ${COUNT.format(index.nLatents)}`,
-    "tokens sampled": index.nRows,
-    "silent in the sample": `${COUNT.format(index.nSilent)} (${silentShare} %)`,
-    ...index.metrics,
-  };
+  const all = nShown === index.nLatents;
+  return [
+    [
+      "latents",
+      all ? nShown : `${COUNT.format(nShown)} of ${COUNT.format(index.nLatents)}`,
+      all ? "all have a page" : "those that have a page",
+    ],
+    ["tokens sampled", index.nRows, "tokens of the training text that examples, densities and maxima come from"],
+    [
+      "silent in the sample",
+      `${COUNT.format(index.nSilent)} (${silentShare} %)`,
+      `latents that are active on none of these ${COUNT.format(index.nRows)} tokens. Dead latents are counted in ` +
+        "training and silent ones in the evaluation, each over other tokens, so the three numbers differ",
+    ],
+  ];
+}
+
+function factList(facts) {
+  return h(
+    "dl.facts",
+    null,
+    ...facts.map(([name, value, meaning]) =>
+      h("div", null, h("dt", meaning ? { title: meaning } : null, name), h("dd", null, number(value))),
+    ),
+  );
+}
+
+function meanings(facts) {
+  return h(
+    "dl.meanings",
+    null,
+    ...facts.flatMap(([name, , meaning]) => (meaning ? [h("dt", null, name), h("dd", null, meaning)] : [])),
+  );
+}
+
+function summary() {
+  const groups = [["These pages", sample()]];
+  if (index.metrics.length) groups.push(["Evaluation", index.metrics]);
   const { counts, edges } = index.densityHistogram;
   const ticks = [];
   for (let power = Math.ceil(edges[0]); power <= 0; power++) ticks.push([power, power ? `1e${power}` : "1"]);
@@ -50,13 +82,8 @@ function summary() {
     h(
       "div",
       null,
-      h(
-        "dl.facts",
-        null,
-        ...Object.entries(facts).map(([name, value]) =>
-          h("div", null, h("dt", null, name), h("dd", null, number(value))),
-        ),
-      ),
+      ...groups.flatMap(([title, facts]) => [h("h2", null, title), factList(facts)]),
+      h("details", null, h("summary", null, "What these numbers mean"), meanings(groups.flatMap(([, facts]) => facts))),
       config.length
         ? h(
             "details",
@@ -81,7 +108,7 @@ function bar(value, from, to) {
 }
 
 function chips(ids) {
-  return ids.map((id) => h("span.chip", null, token(id)));
+  return ids.map((id) => chip(id));
 }
 
 function table(view, shown) {
@@ -93,8 +120,7 @@ function table(view, shown) {
   ];
   const heads = columns.map(([sort, name, meaning]) => {
     const current = view.sort === sort;
-    const natural = sort === "latent" ? "asc" : "desc";
-    const dir = current ? (view.dir === "asc" ? "desc" : "asc") : natural;
+    const dir = current ? (view.dir === "asc" ? "desc" : "asc") : natural(sort);
     const arrow = current ? (view.dir === "asc" ? " ↑" : " ↓") : "";
     const sorted = current ? { "aria-sort": view.dir === "asc" ? "ascending" : "descending" } : {};
     return h(
@@ -109,7 +135,7 @@ function table(view, shown) {
     const latent = index.latents[row];
     const density = index.density[row];
     return h(
-      density ? "tr" : "tr.dead",
+      density ? "tr" : "tr.silent",
       null,
       h("td.number", null, h("a", { href: address({ ...view, latent }) }, String(latent))),
       h(
@@ -120,8 +146,8 @@ function table(view, shown) {
       ),
       h("td.number", null, number(index.score[row]), bar(index.score[row], 0, highest)),
       h("td.number", null, number(index.max[row])),
-      h("td.chips", null, ...chips(index.topTokens[row])),
-      h("td.chips", null, ...chips(index.topLogits[row])),
+      h("td.chips", { "data-label": "fires on" }, ...chips(index.topTokens[row])),
+      h("td.chips", { "data-label": "promotes" }, ...chips(index.topLogits[row])),
     );
   });
   const hasLogits = index.scoreName === "effect";
@@ -171,6 +197,19 @@ function pager(view, nPages) {
   );
 }
 
+function nothingFound(view) {
+  const range = `latents have numbers from 0 to ${index.nLatents - 1}`;
+  const [, asNumber] = /^\s*#?(\d+)\s*$/.exec(view.q) || [];
+  if (asNumber === undefined) return `No latent fires on, or promotes, such a token. To find one by number: ${range}.`;
+  return Number(asNumber) < index.nLatents ? noPage(Number(asNumber)) : `There is no latent ${asNumber}: ${range}.`;
+}
+
+function noPage(latent) {
+  if (latent >= index.nLatents)
+    return `There is no latent ${latent}: latents have numbers from 0 to ${index.nLatents - 1}.`;
+  return `Latent ${latent} has no page: these are of ${COUNT.format(index.latents.length)} of ${COUNT.format(index.nLatents)} latents.`;
+}
+
 function showTable(view) {
   document.title = index.title;
   const rows = list(view);
@@ -190,14 +229,14 @@ function showTable(view) {
       ),
       h(
         "a",
-        { href: address({ ...current, dead: !view.dead, page: 1 }) },
-        view.dead ? "Hide silent latents" : "Show silent latents",
+        { href: address({ ...current, silent: !view.silent, page: 1 }) },
+        view.silent ? "Hide silent latents" : "Show silent latents",
       ),
       pager(current, nPages),
     ),
     table(current, part),
     rows.length
       ? pager(current, nPages)
-      : h("p.empty", null, "No latent fires on, or promotes, such a token. A number finds a latent."),
+      : h("p.empty", { role: "alert" }, nothingFound(view)),
   );
 }
