@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -125,7 +126,7 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
                 f"decoder rows have norms up to {off:.2g} away from 1, which those of a {record.variant} have; divide "
                 f"w_dec by them and multiply w_enc and b_enc"
             )
-    arrays = {name: np.ascontiguousarray(np.asarray(array, np.float32)) for name, array in _arrays(sae).items()}
+    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in _arrays(sae).items()}
     with storage.new_folder(path) as folder:
         save_file(arrays, folder / ARRAYS)
         (folder / ARRAYS).chmod(0o644)  # save_file leaves it readable by its owner alone
@@ -156,10 +157,14 @@ def record_of(sae: AbstractSae) -> Record:
 
 
 def from_state(state: TrainState, record: RunRecord, ema: bool = False) -> Dictionary:
-    """The dictionary that a state in training stands for."""
-    average = dequantise(state.average) if ema else None
-    dead = float((np.asarray(state.counters.silent) > record.train["dead_after_tokens"]).mean())
-    return _folded(average or state.sae, state.constants.scale, record, int(state.step), dead, ema)
+    """The dictionary that a state in training stands for, on the default device of every process of the job."""
+    parts = (dequantise(state.average) if ema else state.sae, state.constants.scale, state.counters.silent)
+    if jax.process_count() > 1:
+        parts = multihost_utils.process_allgather(parts, tiled=True)
+    weights, scale, silent = jax.device_get(parts)
+    weights, scale = jax.tree.map(jnp.asarray, (weights, scale))
+    dead = float((silent > record.train["dead_after_tokens"]).mean())
+    return _folded(weights, scale, record, int(state.step), dead, ema)
 
 
 def _from_run(run: Path, ema: bool) -> Dictionary:

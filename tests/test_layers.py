@@ -17,7 +17,7 @@ ORDER = [
     {"training", "testbeds"},
     {"artifact"},
     {"analysis"},
-    {"evaluation", "scaling", "interchange", "planning"},
+    {"evaluation", "scaling", "planning"},
     {"pages", "sweeps"},
     {"recipe", "runs"},
     {"commands"},

@@ -20,11 +20,11 @@ def sample_rows(activations: ActivationSet, source: str) -> np.ndarray:
     blocks: list[np.ndarray] = []
     per_shard = MAX_ROWS // len(chosen)
     for shard in chosen:
-        wanted = per_shard
+        left = per_shard
         for chunk in np.flatnonzero(activations.chunk_shard == shard):
-            rows = activations.read_chunk(source, int(chunk))[:wanted]
+            rows = activations.read_chunk(source, int(chunk))[:left]
             blocks.append(rows.astype(np.float32))
-            wanted -= len(rows)
-            if wanted == 0:
+            left -= len(rows)
+            if left == 0:
                 break
     return np.concatenate(blocks)

@@ -142,8 +142,8 @@ class Writer:
             values = np.ascontiguousarray(given[path])
             n = len(values) if path == "sequences" else n_rows
             if values.shape != (n, *array.row_shape) or n > array.shard_rows:
-                wanted = ", ".join(map(str, (min(n, array.shard_rows), *array.row_shape)))
-                raise UsageError(f"shard {shard}: {path} is {list(values.shape)}; it must be [{wanted}]")
+                expected = ", ".join(map(str, (min(n, array.shard_rows), *array.row_shape)))
+                raise UsageError(f"shard {shard}: {path} is {list(values.shape)}; it must be [{expected}]")
             with np.errstate(over="ignore"):  # reported below, as a value that is not finite
                 blocks[path] = values.astype(array.dtype, copy=False)
         for source in spec.sources:

@@ -29,11 +29,11 @@ def collect_set(
     per_shard, context = spec.sequences_per_shard or 1, spec.context or 1
     counts = {s: c.n_sequences for s, c in activations.commits.items() if c.n_sequences}
     shards = np.array(sorted(counts))
-    wanted = max(n_tokens // context, 1)
-    n_chosen = min(max(MAX_SHARDS, -(-wanted // per_shard)), len(shards))
+    n_needed = max(n_tokens // context, 1)
+    n_chosen = min(max(MAX_SHARDS, -(-n_needed // per_shard)), len(shards))
     chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)]
     # Whole sequences from the start of each chosen shard, so that every context is complete.
-    share = -(-wanted // n_chosen)
+    share = -(-n_needed // n_chosen)
     numbers = np.concatenate([s * per_shard + np.arange(min(share, counts[int(s)])) for s in chosen])
     sequences = activations.read_sequences(numbers)
     renumbered = {

@@ -11,13 +11,14 @@ too. Parameters that are split need a mesh of Auto axes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.lm.block import block
+from sae_jax.lm.block import Tap, block
 from sae_jax.lm.hooks import Hook, check_hook
 from sae_jax.lm.logits import unembed
 from sae_jax.lm.model import LanguageModel
@@ -74,10 +75,7 @@ def run(
     spec = model.spec
     edit_at = {check_hook(hook, spec): edit for hook, edit in (edits or {}).items()}
     captured = {check_hook(hook, spec) for hook in capture}
-    if stop_at is None and not logits:
-        n_layers = 1 + max((hook.layer for hook in captured), default=-1)
-    else:
-        n_layers = _layers_before(stop_at, {*edit_at, *captured}, spec)
+    n_layers = _n_layers(stop_at, logits, edit_at, captured, spec)
     n_new = ids_BT.shape[1]
     n_slots = n_new if cache is None else cache.keys.shape[2]
     if n_slots > spec.n_context:
@@ -91,52 +89,65 @@ def run(
         x_BTD = x_BTD + model.params["positions"][position_T][None]
 
     acts: dict[Hook, jax.Array] = {}
-    stored = () if cache is None else (cache.keys, cache.values)
 
-    def run_layer(x_BTD, stored, layer, tap):
-        def extend(k_BTHd, v_BTHd):
-            nonlocal stored
-            if not stored:
-                return k_BTHd, v_BTHd
-            stored = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, first, 0, 0))
-                for old, new in zip(stored, (k_BTHd, v_BTHd), strict=True)
-            )
-            return stored[0][layer], stored[1][layer]
+    def tap(layer: int, point: str, value: jax.Array) -> jax.Array:
+        hook = Hook(layer, point)
+        if hook in edit_at:
+            value = _same_type(edit_at[hook](value), value, hook)
+        if hook in captured:
+            acts[hook] = value
+        return value
 
-        params = jax.tree.map(lambda stack: stack[layer], model.params["layers"])
-        return block(spec, params, x_BTD, mask_TS, tap, extend), stored
-
-    def tap_at(layer):
-        def tap(point, value):
-            hook = Hook(layer, point)
-            if hook in edit_at:
-                value = _same_type(edit_at[hook](value), value, hook)
-            if hook in captured:
-                acts[hook] = value
-            return value
-
-        return tap
-
-    touched = sorted({hook.layer for hook in {*edit_at, *captured} if hook.layer < n_layers})
-    begin = 0
-    for end in (*touched, n_layers):
-        if begin < end:
-            # The body indexes the stack of all layers: slicing it first would copy the segment's weights.
-            (x_BTD, stored), _ = jax.lax.scan(
-                lambda carry, layer: (run_layer(*carry, layer, lambda point, value: value), None),
-                (x_BTD, stored),
-                jnp.arange(begin, end, dtype=jnp.int32),
-            )
-        if end < n_layers:
-            x_BTD, stored = run_layer(x_BTD, stored, end, tap_at(end))
-        begin = end + 1
-
+    taps = {hook.layer: partial(tap, hook.layer) for hook in {*edit_at, *captured} if hook.layer < n_layers}
+    x_BTD, cache = _run_layers(model, x_BTD, mask_TS, cache, taps, n_layers)
     return Output(
         acts=acts,
         logits=unembed(model.params, spec, x_BTD) if logits and n_layers == spec.n_layers else None,
-        cache=None if cache is None else Cache(*stored, length=first + n_new),
+        cache=None if cache is None else Cache(cache.keys, cache.values, length=first + n_new),
     )
+
+
+def _run_layers(
+    model: LanguageModel,
+    x_BTD: jax.Array,
+    mask_TS: jax.Array,
+    cache: Cache | None,
+    taps: Mapping[int, Tap],
+    n_layers: int,
+) -> tuple[jax.Array, Cache | None]:
+    """The residual stream after the first `n_layers`, and the cache with the keys and values of these positions.
+
+    Layers without a tap are scanned.
+    """
+
+    def run_layer(x_BTD, cache, layer, tap):
+        def extend(k_BTHd, v_BTHd):
+            nonlocal cache
+            if cache is None:
+                return k_BTHd, v_BTHd
+            keys, values = (
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, cache.length, 0, 0))
+                for old, new in ((cache.keys, k_BTHd), (cache.values, v_BTHd))
+            )
+            cache = Cache(keys, values, cache.length)
+            return keys[layer], values[layer]
+
+        params = jax.tree.map(lambda stack: stack[layer], model.params["layers"])
+        return block(model.spec, params, x_BTD, mask_TS, tap, extend), cache
+
+    begin = 0
+    for end in (*sorted(taps), n_layers):
+        if begin < end:
+            # The body indexes the stack of all layers: slicing it first would copy the segment's weights.
+            (x_BTD, cache), _ = jax.lax.scan(
+                lambda carry, layer: (run_layer(*carry, layer, lambda point, value: value), None),
+                (x_BTD, cache),
+                jnp.arange(begin, end, dtype=jnp.int32),
+            )
+        if end < n_layers:
+            x_BTD, cache = run_layer(x_BTD, cache, end, taps[end])
+        begin = end + 1
+    return x_BTD, cache
 
 
 def empty_cache(model: LanguageModel, ids_BT: jax.Array, n_slots: int) -> Cache:
@@ -149,11 +160,13 @@ def empty_cache(model: LanguageModel, ids_BT: jax.Array, n_slots: int) -> Cache:
     return Cache(keys=keys, values=values, length=jnp.int32(0))
 
 
-def _layers_before(stop_at: int | None, hooks: Iterable[Hook], spec: Spec) -> int:
-    stop_at = spec.n_layers if stop_at is None else stop_at
+def _n_layers(stop_at: int | None, logits: bool, edit_at: Iterable[Hook], captured: Iterable[Hook], spec: Spec) -> int:
+    """How many layers have to run."""
+    if stop_at is None:
+        return spec.n_layers if logits else 1 + max((hook.layer for hook in captured), default=-1)
     if not 0 <= stop_at <= spec.n_layers:
         raise UsageError(f"stop_at={stop_at} is not a number of layers of this model; use 0 to {spec.n_layers}")
-    for hook in hooks:
+    for hook in (*edit_at, *captured):
         if hook.layer >= stop_at:
             raise UsageError(f"stop_at={stop_at} never reaches hook {hook}; use {hook.layer + 1} or more")
     return stop_at

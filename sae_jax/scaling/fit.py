@@ -448,10 +448,13 @@ def _doubts(form: Form, coefficients: dict[str, float], interval: dict[str, tupl
     if not interval:
         n = len(coefficients)
         return (f"as many points as coefficients ({n}): no intervals; add points",)
+    # Where the value at x = 1 is cut off, points say no more of the exponent than that it is large.
+    is_cut_off = abs(np.log(coefficients.get("coefficient", 1.0))) > LARGEST - 1
     doubts = []
     for name, cure in form.cures.items():
         low, high = interval[name]
         value = coefficients[name]
-        if high - low > max(abs(value), 1.0 if name in ("alpha", "zeta") else 0.0):
+        tolerated = max(abs(value), 1.0 if name in ("alpha", "zeta") else 0.0)
+        if high - low > tolerated or (name == "exponent" and is_cut_off):
             doubts.append(f"{name} is not determined ({value:.3g}, interval {low:.3g} to {high:.3g}): needs {cure}")
     return tuple(doubts)

@@ -179,14 +179,14 @@ def _site(point: Point) -> str:
     return "+".join(point.config.get("sites", {}).get("x", ()))
 
 
-def _choose(name: str, found: Sequence[V], wanted: V | None) -> V:
-    if wanted is None:
-        counts = Counter(found)
+def _choose(name: str, present: Sequence[V], asked: V | None) -> V:
+    if asked is None:
+        counts = Counter(present)
         return min(counts, key=lambda value: (-counts[value], str(value)))
-    if wanted not in found:
-        there = ", ".join(sorted({str(value) for value in found}, key=lambda text: (len(text), text)))
-        raise UsageError(f"--{name}={wanted}: no point has it; the table has {there}")
-    return wanted
+    if asked not in present:
+        there = ", ".join(sorted({str(value) for value in present}, key=lambda text: (len(text), text)))
+        raise UsageError(f"--{name}={asked}: no point has it; the table has {there}")
+    return asked
 
 
 def _columns(points: Iterable[Point], *names: str) -> tuple[np.ndarray, ...]:
