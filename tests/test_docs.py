@@ -28,8 +28,10 @@ SMALL = {
     "train": ["--train.steps=4", "--train.decay-steps=0", "--train.batch-size=64", "--sae.n-latents=256"],
     "evaluate": ["--tokens=256"],
     "dashboard": ["--tokens=512"],
-    "sweep": ["--train.batch-size=64", "--sweep.held-out=512", "--sweep.compute", "1e8", "2e8", "--sweep.tokens=1280"]
-    + ["--sweep.grid", "sae.n_latents=128", "sae.k=4 8"],
+    "sweep": shlex.split(
+        "--train.batch-size=64 --sweep.held-out=512 --sweep.compute 1e8 2e8 --sweep.tokens=1280 "
+        "--sweep.grid sae.n_latents=128 'sae.k=4 8'"
+    ),
     "plan": ["--timeout=1"],
 }
 
