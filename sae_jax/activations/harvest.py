@@ -1,4 +1,4 @@
-"""Text through a language model onto disk: the activation set that dictionaries are trained on.
+"""Run text through a language model and store its activations: the set that dictionaries are trained on.
 
     text -> packed sequences -> model up to the last hook -> rows of a shard -> disk
                                  (batch i+1 runs while i is fetched; shard s is written while s+1 is computed)
@@ -6,8 +6,8 @@
 Several models with one tokenizer, such as a model and what fine-tuning made of it, run on the same sequences: their
 sources share rows and order.
 
-What a shard holds depends on the settings and its number alone, so harvesting is resumed by repeating the command
-and spread over machines by `--shard i/n`, with nothing else between them.
+The content of a shard depends on the settings and its number alone. So a harvest resumes when the command is rerun, and
+workers on any machines share it by `--shard i/n`; they need not know of each other.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class HarvestConfig:
         if len(self.model) == 1:
             return {"": self.model[0]}
         named = [text.partition("=") for text in self.model]
-        found = {name: reference for name, _, reference in named if _NAME.fullmatch(name) and reference}
-        if len(found) < len(named) or not found:
+        models = {name: reference for name, _, reference in named if _NAME.fullmatch(name) and reference}
+        if len(models) < len(named) or not models:
             raise UsageError(
-                f"harvest.model={' '.join(self.model)!r}: give one model, or several as name=reference, each name its "
-                f"own and of letters, digits, '_' and '-'"
+                f"harvest.model={' '.join(self.model)!r}: give one model, or several as name=reference, names "
+                f"that differ, of letters, digits, '_' and '-'"
             )
-        return found
+        return models
 
 
 def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) -> SetSpec:
@@ -207,7 +207,7 @@ def plan(
     config: HarvestConfig, models: dict[str, lm.LanguageModel], tokenizer: lm.Tokenizer
 ) -> tuple[SetSpec, texts.Scan]:
     """The set that these settings describe, the same on every machine, and what its text is made of."""
-    sites = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
+    hooks = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
     references = {name: _from_anywhere(reference) for name, reference in config.models().items()}
     text = _from_anywhere(config.text)
     heldout = None if config.heldout is None else _from_anywhere(config.heldout)
@@ -220,14 +220,14 @@ def plan(
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // config.context))
-    widths = [lm.hook_width(models[name].spec, hook) for name, hook in sites]
+    widths = [lm.hook_width(models[name].spec, hook) for name, hook in hooks]
     n_shards, shard_rows, chunk_rows = layout(
         n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
     )
     spec = SetSpec(
         sources=tuple(
             SourceSpec(_source(name, hook), width, config.dtype, references[name], models[name].digest, str(hook))
-            for (name, hook), width in zip(sites, widths, strict=True)
+            for (name, hook), width in zip(hooks, widths, strict=True)
         ),
         n_shards=n_shards,
         shard_rows=shard_rows,
@@ -275,10 +275,10 @@ def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, n_bytes: i
 
 
 def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, multiple: float | None) -> np.ndarray:
-    """Which positions count, bool [S, T]: no special tokens, and no norms far above the median at any site.
+    """Which positions count, bool [S, T]: no special tokens, and no norms far above the median at any hook.
 
     The first token of a sequence draws attention from everywhere and can carry a hundred times the usual norm; a
-    few such rows would own most of the variance.
+    few such rows would make up most of the variance.
     """
     keep_ST = ~np.isin(ids_ST, special)
     if multiple is None or norm_STS is None or not keep_ST.any():
@@ -288,7 +288,7 @@ def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, m
 
 
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
-def read_sites(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
+def read_hooks(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
     """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
     acts = lm.run(model, ids_BT, capture=hooks, logits=False).acts
     flat = {str(hook): acts[hook].reshape(*ids_BT.shape, -1) for hook in hooks}
@@ -328,7 +328,7 @@ class _Forward:
         self._batch = max(config.batch_tokens // config.context // len(devices), 1) * len(devices)
 
     def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """({name: [b, T, D]}, norms [b, T, sites]) block by block, on the host."""
+        """({name: [b, T, D]}, norms [b, T, hooks]) block by block, on the host."""
         queued: tuple[int, Any] | None = None
         for first in range(0, len(ids_ST), self._batch):
             ids_BT = ids_ST[first : first + self._batch]
@@ -338,7 +338,7 @@ class _Forward:
             with jax.set_mesh(self._mesh):
                 placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.ROWS))
                 result = [
-                    read_sites(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()
+                    read_hooks(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()
                 ]
             if queued is not None:
                 yield self._fetch(*queued)

@@ -1,6 +1,6 @@
 """Mean and spread of a stream of rows, in float64, from parts that can be joined in a fixed order.
 
-A shard's commit holds its own count, sum and M2 (the sum of squared deviations from its mean), so the
+The commit of a shard holds its count, sum and M2 (the sum of squared deviations from its mean), so the
 statistics of a set of any size are a reduction of small records and need no pass over the data. Parts are
 joined by the parallel formula of Chan, Golub and LeVeque (1979, "Updating formulae and a pairwise algorithm
 for computing sample variances", eq. 2.1), which does not cancel as sum of squares minus squared sum does.
@@ -30,7 +30,7 @@ class Stats:
         return cls(0, np.zeros(d), np.zeros(d))
 
     @classmethod
-    def of(cls, rows_BD: np.ndarray) -> Stats:
+    def of_rows(cls, rows_BD: np.ndarray) -> Stats:
         """Statistics of rows [B, D] of any float dtype. Non-finite rows give non-finite statistics."""
         total = cls.empty(rows_BD.shape[1])
         with np.errstate(invalid="ignore"):

@@ -12,7 +12,7 @@ killed at any moment costs one shard. Valid rows stand first in their shard, shu
 shard is zeros. Each chunk's xxh3_64 digest is in the commit and is compared on every read, over the valid
 rows only.
 
-One host at a time should own a shard. Rows are little-endian on disk and hosts are taken to be so too.
+Only one host at a time should write a shard. Rows are little-endian on disk and hosts are taken to be so too.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Writer:
                 blocks[path] = values.astype(array.dtype, copy=False)
         for source in spec.sources:
             stored = blocks[f"acts/{source.name}"]
-            stats[source.name] = Stats.of(stored)
+            stats[source.name] = Stats.of_rows(stored)
             if not np.isfinite(stats[source.name].m2).all():
                 _refuse_not_finite(stored, source, shard, first_row)
         if spec.has_text:

@@ -55,7 +55,7 @@ _BLOCK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of a text found."""
+    """A text that has been read once."""
 
     digest: str  # what identifies its content: sha256 (hex) over its documents, or a hub dataset's own name
     n_bytes: int  # of its documents, and one for each; 0 for a hub dataset, which is not read

@@ -17,7 +17,7 @@ from sae_jax.types import UserError
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     n_shards: int  # committed
     n_chunks: int  # compared, of all arrays
@@ -34,7 +34,7 @@ def verify(
       path: of the set.
       progress: called after each shard with (shards done, shards committed).
 
-    Returns the damage found, all of it. Raises UserError only where dataset.json cannot be read.
+    Returns all damage. Raises UserError only where dataset.json cannot be read.
     """
     files = Files(path)
     spec = read_spec(files)

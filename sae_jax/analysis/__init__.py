@@ -1,1 +1,1 @@
-"""What latents mean: their strongest contexts, their effects, and pages to look at them."""
+"""What latents respond to: where each is active, its strongest contexts, and neurons to compare with."""

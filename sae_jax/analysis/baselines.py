@@ -1,4 +1,4 @@
-"""What a reader had before dictionaries: the neurons of the same layer, judged like latents."""
+"""The neurons of the same layer, measured as latents are: what there is to interpret without a dictionary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.activations.harvest import read_sites
+from sae_jax.activations.harvest import read_hooks
 from sae_jax.analysis.examples import Activations, DenseBlock, strongest_dense, token_purity
 
 BATCH = 64  # sequences
@@ -15,16 +15,16 @@ BATCH = 64  # sequences
 
 def neuron_token_purity(model: lm.LanguageModel, layer: int, table: Activations, sequences: np.ndarray) -> float:
     """`token_purity` of the MLP neurons of a layer, on the rows of `table`, whose text is `sequences` i32[n, T]."""
-    counted = np.zeros(sequences.shape, bool)
-    counted[table.seq, table.pos] = True
+    has_row = np.zeros(sequences.shape, bool)
+    has_row[table.seq, table.pos] = True
     neurons = lm.Hook(layer, "mlp_act")
 
     def blocks() -> Iterator[DenseBlock]:
         for first in range(0, len(sequences), BATCH):
             ids_BT = sequences[first : first + BATCH]
-            acts, _ = read_sites(model, ids_BT, (neurons,), "float32")
-            mine = counted[first : first + BATCH]
-            seq, pos = np.nonzero(mine)
-            yield np.asarray(acts[str(neurons)])[mine], ids_BT[mine], seq + first, pos
+            acts, _ = read_hooks(model, ids_BT, (neurons,), "float32")
+            keep_BT = has_row[first : first + BATCH]
+            seq, pos = np.nonzero(keep_BT)
+            yield np.asarray(acts[str(neurons)])[keep_BT], ids_BT[keep_BT], seq + first, pos
 
     return token_purity(strongest_dense(blocks()))

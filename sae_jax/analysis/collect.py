@@ -1,4 +1,4 @@
-"""Which latents fire where, for a spread-out part of an activation set's text."""
+"""Encode a sample of an activation set's text, and record which latents are active where."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sae_jax.activations.store import ActivationSet
 from sae_jax.analysis.examples import Activations, SparseBlock, collect
 from sae_jax.saes.base import AbstractSae
 
-MAX_SHARDS = 8  # text is spread over this many places of the set
+N_PLACES = 8  # the sample comes from at least so many shards, spread over the set
 BLOCK = 4096  # rows encoded at once
 
 
@@ -30,7 +30,7 @@ def collect_set(
     counts = {s: c.n_sequences for s, c in activations.commits.items() if c.n_sequences}
     shards = np.array(sorted(counts))
     n_needed = max(n_tokens // context, 1)
-    n_chosen = min(max(MAX_SHARDS, -(-n_needed // per_shard)), len(shards))
+    n_chosen = min(max(N_PLACES, -(-n_needed // per_shard)), len(shards))
     chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)]
     # Whole sequences from the start of each chosen shard, so that every context is complete.
     share = -(-n_needed // n_chosen)
@@ -46,15 +46,15 @@ def collect_set(
             index = activations.read_index(int(chunk))
             shard = int(activations.chunk_shard[chunk])
             local = index["seq"] - shard * per_shard
-            mine = local < share
-            parts = [activations.read_chunk(source, int(chunk))[mine].astype(np.float32) for source in sources]
+            is_chosen = local < share
+            parts = [activations.read_chunk(source, int(chunk))[is_chosen].astype(np.float32) for source in sources]
             x_ND = np.concatenate(parts, axis=1)
-            yield x_ND, index["token"][mine], local[mine] + renumbered[shard], index["pos"][mine]
+            yield x_ND, index["token"][is_chosen], local[is_chosen] + renumbered[shard], index["pos"][is_chosen]
 
     def codes() -> Iterator[SparseBlock]:
         done = 0
         for x_ND, token, seq, pos in _in_blocks(rows()):
-            # Every block has the same shape, or each ragged one would compile the encoder again.
+            # Every block is filled up to one shape: each new shape would compile the encoder again.
             padded_ND = np.pad(x_ND, ((0, BLOCK - len(x_ND)), (0, 0)))
             code = sae.encode(padded_ND)
             indices, values = (np.asarray(field)[: len(x_ND)] for field in (code.indices, code.values))
@@ -66,7 +66,7 @@ def collect_set(
 
 
 def _in_blocks(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
-    """The same rows in blocks of BLOCK; the last one may be shorter."""
+    """The same rows, BLOCK at a time; the last block may be shorter."""
     held: list[tuple[np.ndarray, ...]] = []
     n_held = 0
     for part in parts:

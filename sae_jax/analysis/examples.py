@@ -1,9 +1,8 @@
-"""Which contexts activate which latent: activations turned from rows of latents into latents of rows.
+"""Which contexts activate which latent.
 
-A code lists, for each token, its few active latents. Reading a latent needs the transpose: every place where
-it is active. `collect` builds that transpose (compressed sparse rows by latent) from a stream of blocks; what
-people look at is read from it: firing rate, histograms, the strongest contexts, contexts from all over the
-range of values.
+A code lists the active latents of each token. To interpret a latent one needs the transpose: all tokens at which it
+is active. `collect` builds that transpose (compressed sparse rows by latent) from a stream of blocks, and what people
+look at is read from it: firing rate, histograms, the strongest contexts, contexts from the whole range of values.
 
 Memory: 8 bytes an activation and 12 bytes a row are held, about 32 bytes an activation at the peak of
 `collect` (1M tokens with k = 32: 0.27 GB held, 1 GB peak). The caller bounds the number of tokens.
@@ -11,7 +10,7 @@ Memory: 8 bytes an activation and 12 bytes a row are held, about 32 bytes an act
 Sampling over equal-width intervals of the activation follows Bricken et al. (2023, "Towards
 Monosemanticity").
 
-Axis key of types.py, and: A activations (one latent at one row), R rows, M strongest kept, N contexts.
+Axis key of types.py, and: A activations (one latent at one row), E examples of a latent, M strongest kept.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ _SORT_BLOCK = 2**22  # activations sorted at once: about 150 MB of keys and orde
 class Examples:
     """Some activations of one latent, strongest first."""
 
-    seq: np.ndarray  # i32[N], number of the packed token sequence
-    pos: np.ndarray  # i32[N], position in the sequence
-    value: np.ndarray  # f32[N]
+    seq: np.ndarray  # i32[E], number of the packed token sequence
+    pos: np.ndarray  # i32[E], position in the sequence
+    value: np.ndarray  # f32[E]
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ class Strongest:
 
 @dataclass(frozen=True)
 class Activations:
-    """Every activation by latent: latent f owns `offsets[f]:offsets[f + 1]` of `rows` and `values`."""
+    """All activations, by latent: those of latent f are `offsets[f]:offsets[f + 1]` of `rows` and `values`."""
 
-    token: np.ndarray  # i32[R], rows in order of (seq, pos)
-    seq: np.ndarray  # i32[R]
-    pos: np.ndarray  # i32[R]
+    token: np.ndarray  # i32[N], rows in order of (seq, pos)
+    seq: np.ndarray  # i32[N]
+    pos: np.ndarray  # i32[N]
     offsets: np.ndarray  # i64[F + 1]
     rows: np.ndarray  # i32[A], ascending within a latent
     values: np.ndarray  # f32[A], > 0
@@ -92,12 +91,12 @@ class Activations:
         """Firing rate of each latent: the share of rows where it is active, f64[F]."""
         return self.counts / max(self.n_rows, 1)
 
-    def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows i32[N] (ascending) and values f32[N] of one latent, as views."""
+    def of_latent(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows i32[E] (ascending) and values f32[E] of one latent, as views."""
         if not 0 <= latent < self.n_latents:
             raise UserError(f"latent {latent} does not exist; choose 0 to {self.n_latents - 1}")
-        mine = slice(self.offsets[latent], self.offsets[latent + 1])
-        return self.rows[mine], self.values[mine]
+        part = slice(self.offsets[latent], self.offsets[latent + 1])
+        return self.rows[part], self.values[part]
 
     def density_histogram(self, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
         """Counts i64[n_bins] and edges f64[n_bins + 1] of log10(density) over the latents that fired.
@@ -111,7 +110,7 @@ class Activations:
 
     def histogram(self, latent: int, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
         """Counts i64[n_bins] and edges f64[n_bins + 1] of a latent's values, from 0 to its maximum."""
-        _, values = self.of(latent)
+        _, values = self.of_latent(latent)
         return np.histogram(values, bins=n_bins, range=(0.0, float(values.max(initial=0.0)) or 1.0))
 
     def top(self, latent: int, m: int, *, one_per_sequence: bool = False) -> Examples:
@@ -120,7 +119,7 @@ class Activations:
         With `one_per_sequence` only the strongest activation of each sequence is considered, so that one
         repetitive text does not fill the list.
         """
-        rows, values = self.of(latent)
+        rows, values = self.of_latent(latent)
         if one_per_sequence and len(rows):
             seq = self.seq[rows]
             starts = np.flatnonzero(np.diff(seq, prepend=seq[0] - 1))
@@ -140,7 +139,7 @@ class Activations:
         by: Literal["width", "count"] = "width",
         seed: int = 0,
     ) -> list[Interval]:
-        """Contexts drawn from all over a latent's range of values, not only from its strongest.
+        """Contexts sampled from a latent's whole range of values, not from its strongest alone.
 
         Args:
             latent: which latent.
@@ -150,7 +149,7 @@ class Activations:
                 "count" cuts the sorted activations into parts of equal size.
             seed: the draw is a function of (seed, latent).
         """
-        rows, values = self.of(latent)
+        rows, values = self.of_latent(latent)
         rng = np.random.default_rng([seed, latent])
         order = np.argsort(values, kind="stable")
         if by == "count":
@@ -169,36 +168,36 @@ class Activations:
         return intervals
 
     def windows(self, latent: int, seq: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
-        """Values of a latent on stretches of text, f32[N, length]; 0 where it is silent or no row is.
+        """Values of a latent on stretches of text, f32[E, length]; 0 where it is silent, and where there is no row.
 
         Args:
             latent: which latent.
-            seq: i32[N] sequences.
-            start: i32[N] first position of each stretch; it may be negative or run past the end.
+            seq: i32[E] sequences.
+            start: i32[E] first position of each stretch; it may be negative or run past the end.
             length: positions in each stretch.
         """
-        rows, values = self.of(latent)
+        rows, values = self.of_latent(latent)
         pos_A = self.pos[rows]
         place_A = (self.seq[rows].astype(np.int64) << 32) + pos_A
-        first_N = (seq.astype(np.int64) << 32) + start
-        low_N, high_N = np.searchsorted(place_A, first_N), np.searchsorted(place_A, first_N + length)
-        n_N = high_N - low_N
-        context = np.repeat(np.arange(len(seq)), n_N)
-        at = np.arange(n_N.sum()) + np.repeat(low_N - (np.cumsum(n_N) - n_N), n_N)
-        window_NT = np.zeros((len(seq), length), np.float32)
-        window_NT[context, pos_A[at] - start[context]] = values[at]
-        return window_NT
+        first_E = (seq.astype(np.int64) << 32) + start
+        low_E, high_E = np.searchsorted(place_A, first_E), np.searchsorted(place_A, first_E + length)
+        n_E = high_E - low_E
+        context = np.repeat(np.arange(len(seq)), n_E)
+        at = np.arange(n_E.sum()) + np.repeat(low_E - (np.cumsum(n_E) - n_E), n_E)
+        window_ET = np.zeros((len(seq), length), np.float32)
+        window_ET[context, pos_A[at] - start[context]] = values[at]
+        return window_ET
 
     def strongest(self, m: int = 25) -> Strongest:
         """The m strongest activations of every latent; ties go to the lowest (seq, pos)."""
         value_FM = np.zeros((self.n_latents, m), np.float32)
         row_FM = np.zeros((self.n_latents, m), np.int32)
         for first, last in self._latent_blocks():
-            mine = slice(self.offsets[first], self.offsets[last])
+            part = slice(self.offsets[first], self.offsets[last])
             latent_A = np.repeat(np.arange(first, last), self.counts[first:last])
-            pick, latent, rank = _best_per_latent(latent_A, self.values[mine], m)
-            value_FM[latent, rank] = self.values[mine][pick]
-            row_FM[latent, rank] = self.rows[mine][pick]
+            pick, latent, rank = _best_per_latent(latent_A, self.values[part], m)
+            value_FM[latent, rank] = self.values[part][pick]
+            row_FM[latent, rank] = self.rows[part][pick]
         empty_FM = value_FM == 0
         places = (np.where(empty_FM, -1, of_row[row_FM]) for of_row in (self.token, self.seq, self.pos))
         return Strongest(value_FM, *places)
@@ -241,20 +240,20 @@ def collect(blocks: Iterable[SparseBlock], n_latents: int) -> Activations:
         n_rows += len(values_BK)
 
     token, seq, pos = np.concatenate([np.zeros((3, 0), np.int32), *places], axis=1)
-    order_R = np.lexsort((pos, seq))
-    token, seq, pos = token[order_R], seq[order_R], pos[order_R]
+    order_N = np.lexsort((pos, seq))
+    token, seq, pos = token[order_N], seq[order_N], pos[order_N]
     twice = (np.diff(seq) == 0) & (np.diff(pos) == 0)
     if twice.any():
         at = np.argmax(twice)
         raise UserError(f"row (seq {seq[at]}, pos {pos[at]}) comes twice; feed every row once")
 
-    rank_R = np.empty(n_rows, np.uint64)
-    rank_R[order_R] = np.arange(n_rows, dtype=np.uint64)
+    rank_N = np.empty(n_rows, np.uint64)
+    rank_N[order_N] = np.arange(n_rows, dtype=np.uint64)
     latent_A = _drain(latents, np.uint32)
     if len(latent_A) and latent_A.max() >= n_latents:
         raise UserError(f"latent index {latent_A.max()} does not fit n_latents={n_latents}")
     offsets = np.append(0, np.cumsum(np.bincount(latent_A, minlength=n_latents)))
-    key_A = (latent_A.astype(np.uint64) << np.uint64(32)) | rank_R[_drain(rows, np.int32)]
+    key_A = (latent_A.astype(np.uint64) << np.uint64(32)) | rank_N[_drain(rows, np.int32)]
     del latent_A
     order_A = np.argsort(key_A)
     key_A = key_A[order_A]
@@ -299,23 +298,23 @@ def strongest_dense(blocks: Iterable[DenseBlock], m: int = 25) -> Strongest:
 def top_token_share(strongest: Strongest) -> np.ndarray:
     """Share of each latent's strongest activations on their commonest token, f64[F]; 0 if it has none."""
     n_places = strongest.value.shape[1]
-    # Empty places get tokens of their own, or they would count as one common token.
+    # Each empty place gets another token, or all of them would count as one common token.
     token_FM = np.sort(np.where(strongest.value > 0, strongest.token, -1 - np.arange(n_places)), axis=1)
-    most_F = np.ones(len(token_FM), np.int64)
+    commonest_F = np.ones(len(token_FM), np.int64)
     for lag in range(1, n_places):
-        most_F[(token_FM[:, lag:] == token_FM[:, :-lag]).any(axis=1)] = lag + 1
+        commonest_F[(token_FM[:, lag:] == token_FM[:, :-lag]).any(axis=1)] = lag + 1
     n_F = (strongest.value > 0).sum(axis=1)
-    return np.where(n_F > 0, most_F / np.maximum(n_F, 1), 0.0)
+    return np.where(n_F > 0, commonest_F / np.maximum(n_F, 1), 0.0)
 
 
 def token_purity(strongest: Strongest, share: float = 0.9, fewest: int = 5) -> float:
     """Share of latents that stand for one token: at least `share` of their strongest activations are on it.
 
     Latents with fewer than `fewest` activations are left out of both counts, since two activations on one
-    token say nothing; a latent with fewer than the M kept is judged by what it has. NaN if none has enough.
+    token are no evidence; a latent with fewer than M is judged by those it has. NaN if none has enough.
     """
     enough_F = (strongest.value > 0).sum(axis=1) >= fewest
-    # The margin keeps 9 of 10 at share=0.9, whatever the rounding.
+    # The margin keeps 9 of 10 at share=0.9, however that is rounded.
     pure_F = top_token_share(strongest) >= share - 1e-9
     return float(pure_F[enough_F].mean()) if enough_F.any() else float("nan")
 
@@ -359,7 +358,7 @@ def _merge(kept: Strongest, values_BF: np.ndarray, token: np.ndarray, seq: np.nd
 
 
 def _drain(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
-    """Concatenate and empty the list, so that pieces and whole are not both held afterwards."""
+    """Concatenate, and empty the list, so that the pieces do not stay in memory beside the result."""
     whole = np.concatenate([np.zeros(0, dtype), *pieces])
     pieces.clear()
     return whole

@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax.activations import tokens
-from sae_jax.activations.harvest import keep, read_sites
+from sae_jax.activations.harvest import keep, read_hooks
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.text import COLUMN
 from sae_jax.progress import console
@@ -47,7 +47,7 @@ class HeldOut:
         blocks = []
         for first in range(0, len(self.sequences), 64):
             ids_BT = self.sequences[first : first + 64]
-            acts, norm_BTS = read_sites(self.model, ids_BT, hooks, "float32")
+            acts, norm_BTS = read_hooks(self.model, ids_BT, hooks, "float32")
             keep_BT = self.keep(ids_BT, np.asarray(norm_BTS))
             blocks.append([np.asarray(acts[str(hook)])[keep_BT] for hook in hooks])
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]

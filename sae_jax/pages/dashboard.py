@@ -1,4 +1,4 @@
-"""A static site to look at latents: one folder that opens from disk or from any static server, offline.
+"""A static site for looking at latents: a folder that opens from disk or from any static server, offline.
 
     index.html            the page; its view is what follows # in the address (routes: templates/site.js)
     style.css, *.js       copied from templates/
@@ -204,7 +204,7 @@ def _write_latents(
         logits = _logit_ends(w_dec[part], logit_effects, shown) if logit_effects is not None else None
         records = []
         for i, latent in enumerate(part.tolist()):
-            _, values = table.of(latent)
+            _, values = table.of_latent(latent)
             norm = float(np.linalg.norm(w_dec[latent]))
             mean = values.mean(dtype=np.float64) if len(values) else 0.0
             tokens = _commonest(table, latent, sequences)
@@ -238,7 +238,7 @@ def _write_latents(
 
 
 def _contexts(table: Activations, latent: int, sequences: np.ndarray, shown: _Shown) -> dict[str, object]:
-    """Histogram and contexts of a latent that is alive: the strongest first, then interval by interval.
+    """Histogram and contexts of a latent that fires: the strongest contexts first, then those of each interval.
 
     Token ids of the windows are one run of bytes, since their lengths follow from the positions. Values are
     sparse: a flat list of offset from the position of the context, value, offset, value, ..., as far as an
@@ -249,28 +249,28 @@ def _contexts(table: Activations, latent: int, sequences: np.ndarray, shown: _Sh
         table.top(latent, _N_TOP, one_per_sequence=True),
         *(interval.examples for interval in intervals),
     ]
-    seq_N = np.concatenate([group.seq for group in groups])
-    pos_N = np.concatenate([group.pos for group in groups])
-    shown.sequences[seq_N] = True
+    seq_E = np.concatenate([group.seq for group in groups])
+    pos_E = np.concatenate([group.pos for group in groups])
+    shown.sequences[seq_E] = True
 
-    at_NT = pos_N[:, None] + np.arange(-_BEFORE, _AFTER + 1)
-    row_NT = np.broadcast_to(seq_N[:, None], at_NT.shape)
-    inside_NT = (at_NT >= 0) & (at_NT < sequences.shape[1])
-    window = sequences[row_NT[inside_NT], at_NT[inside_NT]]
+    at_ET = pos_E[:, None] + np.arange(-_BEFORE, _AFTER + 1)
+    row_ET = np.broadcast_to(seq_E[:, None], at_ET.shape)
+    inside_ET = (at_ET >= 0) & (at_ET < sequences.shape[1])
+    window = sequences[row_ET[inside_ET], at_ET[inside_ET]]
     shown.tokens[window] = True
 
-    value_NT = table.windows(latent, seq_N, pos_N - _REACH, 2 * _REACH + 1)
-    context, offset = np.nonzero(value_NT)
+    value_ET = table.windows(latent, seq_E, pos_E - _REACH, 2 * _REACH + 1)
+    context, offset = np.nonzero(value_ET)
     pairs = np.empty((len(context), 2), object)
     pairs[:, 0] = (offset - _REACH).tolist()
-    pairs[:, 1] = _short(value_NT[context, offset])
-    values = np.split(pairs, np.searchsorted(context, np.arange(1, len(seq_N))))
+    pairs[:, 1] = _short(value_ET[context, offset])
+    values = np.split(pairs, np.searchsorted(context, np.arange(1, len(seq_E))))
 
     counts, _ = table.histogram(latent)
     return {
         "histogram": counts.tolist(),
-        "seq": seq_N.tolist(),
-        "pos": pos_N.tolist(),
+        "seq": seq_E.tolist(),
+        "pos": pos_E.tolist(),
         "ids": _packed(window, shown.bytes_per_token),
         "values": [of_context.ravel().tolist() for of_context in values],
         "nTop": len(groups[0].seq),
@@ -294,12 +294,12 @@ def _logit_ends(
     step = max(1, _PRODUCT_ENTRIES // n_tokens)
     ends = []
     for low in range(0, len(w_dec), step):
-        effect_NV = np.asarray(logit_effects(w_dec[low : low + step]), np.float32)[:, :n_tokens]
-        effect_NV = effect_NV - effect_NV.mean(axis=1, keepdims=True)
-        n_ends = min(_N_LOGITS, effect_NV.shape[1])
-        up, down = _largest_of_rows(effect_NV, n_ends), _largest_of_rows(-effect_NV, n_ends)
+        effect_LV = np.asarray(logit_effects(w_dec[low : low + step]), np.float32)[:, :n_tokens]
+        effect_LV = effect_LV - effect_LV.mean(axis=1, keepdims=True)
+        n_ends = min(_N_LOGITS, effect_LV.shape[1])
+        up, down = _largest_of_rows(effect_LV, n_ends), _largest_of_rows(-effect_LV, n_ends)
         shown.tokens[up[0]] = shown.tokens[down[0]] = True
-        for i, spread in enumerate(effect_NV.std(axis=1)):
+        for i, spread in enumerate(effect_LV.std(axis=1)):
             ends.append(_LogitEnds(_pairs(up[0][i], up[1][i]), _pairs(down[0][i], -down[1][i]), float(spread)))
     return ends
 

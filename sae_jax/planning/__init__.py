@@ -1,4 +1,4 @@
-"""What a run needs of machines that are not there: the real train step, compiled for them ahead of time."""
+"""Whether a run fits on machines that are not here, and how long it takes: its real step, compiled ahead of time."""
 
 from sae_jax.planning.job import Job, from_recipe, plan
 from sae_jax.planning.through_model import ThroughModel

@@ -1,4 +1,4 @@
-"""What arithmetic alone says of a step and of a run, without a compiler.
+"""Memory, work and time of a step and of a run, by arithmetic, without a compiler.
 
 State is exact: the sizes of the shards that `training.state` describes. Work is that of the products which cannot be
 avoided. The peak is an estimate; only the compiled program knows it.

@@ -1,7 +1,7 @@
-"""The real train step, compiled for devices that are not there, in a process of its own.
+"""The real train step, compiled for devices that are not here.
 
-Its own process, since the environment must be set before JAX starts, since a compiler may hang or take all memory, and
-since what it took can then be told.
+This runs in a process of its own: the environment must be set before JAX starts, a compiler may hang or take all
+memory, and its use of time and memory can then be measured.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from sae_jax.types import Widths
 INSTALL = "pip install 'sae_jax[plan]'"
 PARTS = ("sae", "train", "mesh", "engine")
 
-# Devices that are there stay out of it. Without the rest libtpu asks a metadata server who it is, complains that none
-# answers, and refuses to work in two processes at once.
+# The devices of this machine are not used. Without the rest libtpu asks a metadata server what it is, complains that
+# none answers, and refuses to run in two processes at once.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -44,7 +44,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one device, or that it refused for want of memory."""
+    """What the compiler reports for one device, or that it refused because memory does not suffice."""
 
     text: str | None  # the optimised program; None: refused
     peak_bytes: int | None  # None: refused without a figure
@@ -103,7 +103,7 @@ def compile_step(
         try:
             done = subprocess.run(
                 # Not -m: the package has imported this module already, of which Python would warn.
-                [sys.executable, "-c", f"import {__name__} as own; own.main()", str(answer), str(program)],
+                [sys.executable, "-c", f"import {__name__} as module; module.main()", str(answer), str(program)],
                 input=json.dumps(job),
                 env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": _flags(target)},
                 timeout=timeout,
@@ -133,7 +133,7 @@ def _flags(target: Target) -> str:
 
 
 def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
-    """The answer to a job, in the process of its own. Writes the text of the program."""
+    """Compile a job, in the new process: the answer as JSON. Writes the text of the program."""
     import jax
     from jax.experimental import topologies
 
@@ -202,7 +202,7 @@ def _lower(sae: Any, train: Any, widths: Widths, job: dict[str, Any], mesh: Any)
 
 
 def _refusal(message: str) -> dict[str, Any]:
-    """What a TPU's compiler says when a program does not fit, and how much it would have taken."""
+    """The message of a TPU's compiler when a program does not fit, and the memory that it would have taken."""
     figure = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
     taken = int(float(figure[1]) * 1024 ** ("KMGT".index(figure[2]) + 1)) if figure else None
     return {"refusal": message.splitlines()[0], "peak_bytes": taken}

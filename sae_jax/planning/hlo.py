@@ -1,7 +1,7 @@
-"""What a step does, read from the text of its compiled program.
+"""Work and communication of a step, read from the text of its compiled program.
 
-The program is walked from its entry, every computation as often as it runs, so that what stands in a loop counts once
-a trip. Of a conditional one branch runs: that with the most work in the busiest step, the least in the quietest. Traps:
+The program is followed from its entry, and each computation counts as often as it runs: the body of a loop once a trip.
+One branch of a conditional runs: the one with the most work in the busiest step, with the least in the quietest. Traps:
 
 - GPU programs carry a loop's trip count; in TPU programs it is the constant that the loop's condition compares with.
   The length of a loop that depends on data is in neither: its body counts once, and `open_loops` says so.

@@ -1,4 +1,4 @@
-"""What a plan says: one nested mapping, for JSON, and the same for a person."""
+"""The report on a plan: a nested mapping for JSON, and lines for a person."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def report(
     mfu: float,
     compiled: Compiled | None,
 ) -> dict[str, Any]:
-    """All that is known. `compiled` None: an estimate, as the compiler is not installed.
+    """The report. Without `compiled` it is an estimate: the compiler is not installed.
 
     Args:
         target: the machines.
@@ -75,7 +75,7 @@ def report(
 
 
 def _compiled(compiled: Compiled) -> dict[str, Any]:
-    """What the program of a step says."""
+    """Work and communication of a compiled step."""
     assert compiled.text is not None
     program, quiet = (hlo.analyse(compiled.text, quietest) for quietest in (False, True))
     return {
@@ -107,9 +107,9 @@ def lines(content: dict[str, Any]) -> list[str]:
             if device["model_bytes"]
             else ()
         ),
-        ("peak" if content["compiler"] else "peak, estimated", _or_not_told(device["peak_bytes"])),
+        ("peak" if content["compiler"] else "peak, estimated", _or_unknown(device["peak_bytes"])),
         ("limit", f"{memory(device['limit_bytes'])}, of which a step may take {share:.0%}"),
-        ("headroom", _or_not_told(device["headroom_bytes"])),
+        ("headroom", _or_unknown(device["headroom_bytes"])),
         ("work", f"{device['flop']:.3g} FLOP {of_step}"),
     ]
     if "collectives" in device:
@@ -164,5 +164,5 @@ def _sent(collective: dict[str, Any]) -> str:
     return f"{size(collective['bytes'])} in {collective['count']:,}"
 
 
-def _or_not_told(n_bytes: int | None) -> str:
-    return "not told" if n_bytes is None else memory(n_bytes)
+def _or_unknown(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else memory(n_bytes)

@@ -73,7 +73,7 @@ def _advise(compute: float, path: str, content: dict[str, Any], k: int | None) -
     if k is not None and n < k:
         raise UserError(f"compute={compute:g} buys {n} latents, fewer than k={k}; spend more")
     cost = content["flops_per_token"]
-    fvu, draws_R, notes = _error(compute, path, laws, n, k, content["k"])
+    fvu, draws_M, notes = _error(compute, path, laws, n, k, content["k"])
     used = content["lr_of_points"]
     lr = float(laws["lr"].predict(n)) if "lr" in laws else used["coefficient"] * n ** used["exponent"]
     beyond = {"FLOP": compute / laws["compute"].range["x"][1], "latents": n / content["widest"]}
@@ -91,7 +91,7 @@ def _advise(compute: float, path: str, content: dict[str, Any], k: int | None) -
         lr_interval=fit.ends(laws["lr"].draw(n)) if "lr" in laws else None,
         lr_from_law="lr" in laws,
         fvu=fvu,
-        fvu_interval=fit.ends(draws_R),
+        fvu_interval=fit.ends(draws_M),
         d_model=content["d_model"],
         notes=tuple(notes),
     )
@@ -101,15 +101,15 @@ def _error(
     compute: float, path: str, laws: dict[str, fit.Law], n: int, k: int | None, k_fitted: int | None
 ) -> tuple[float, np.ndarray, list[str]]:
     """(error to expect, its draws, what to say about it)."""
-    error, draws_R = float(laws["compute"].predict(compute)), laws["compute"].draw(compute)
+    error, draws_M = float(laws["compute"].predict(compute)), laws["compute"].draw(compute)
     if k is None or k_fitted is None or k == k_fitted:
-        return error, draws_R, []
+        return error, draws_M, []
     if "joint" not in laws:
         raise UsageError(f"k={k}: {path} is at k={k_fitted} and has no joint law; fit with --k={k}")
     joint = laws["joint"]
     error = float(error * joint.predict(n, k) / joint.predict(n, k_fitted))
-    draws_R = draws_R * joint.draw(n, k) / joint.draw(n, k_fitted) if len(joint.draws) else draws_R[:0]
-    return error, draws_R, [f"the error at k={k_fitted} carried to k={k} by the joint law"]
+    draws_M = draws_M * joint.draw(n, k) / joint.draw(n, k_fitted) if len(joint.draws) else draws_M[:0]
+    return error, draws_M, [f"the error at k={k_fitted} carried to k={k} by the joint law"]
 
 
 def _laws(path: str, content: dict[str, Any]) -> dict[str, fit.Law]:
@@ -123,4 +123,4 @@ def _laws(path: str, content: dict[str, Any]) -> dict[str, fit.Law]:
     laws |= {name: content[name] for name in ("joint", "lr") if content[name]}
     if not compute["has_constant"]:
         laws["compute"] = compute["without_constant"]
-    return {name: fit.Law.of(law, content["draws"][name]) for name, law in laws.items()}
+    return {name: fit.Law.from_json(law, content["draws"][name]) for name, law in laws.items()}

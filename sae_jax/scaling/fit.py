@@ -12,7 +12,7 @@ serves all: least squares of ln y from several starts. Intervals are of 90 %, fr
 divided by sqrt(1 - leverage), drawn again with sqrt(dof / chi2) times their size, so that in a linear law the intervals
 are Student's, also where points are few; each draw is refitted whole.
 
-numpy and scipy alone, float64. Axes: N points, P coefficients, R draws.
+numpy and scipy alone, float64. Axes: N points, P coefficients, M bootstrap draws, W widths.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from scipy import optimize, special
 
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
-EXACT = 1e-10  # residuals of rounding alone
-ROUGH = 1e-8  # relative tolerance of starts and draws: a tighter one only costs time where little is determined
-SPACING = 1.5  # two budgets differ by at least this factor: nearer ones say the same twice
-ALIGNED = 1.05  # points that differ by less than this factor in cost stand for one budget
+EXACT = 1e-10  # residuals that come from rounding
+ROUGH = 1e-8  # relative tolerance for starts and draws: a tighter one takes long where a law is barely determined
+SPACING = 1.5  # two budgets differ by at least this factor, since nearer ones repeat each other
+ALIGNED = 1.05  # points whose costs differ by less than this factor belong to one budget
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)  # of the least error, where the second term starts
 N_JITTERED = 3  # starts beside each of these
 LARGEST = 700.0  # ln of a coefficient
-VANISHED = 0.01  # a term with a smaller share of y everywhere has too little gradient to come back by
+VANISHED = 0.01  # below this share of y everywhere, a term's gradient is too small for the solver to recover it
 
 
 class UnfitError(ValueError):
-    """These points do not determine the law; the message says what is missing."""
+    """The points do not determine the law; the message says what they lack."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Form:
 
     def natural(self, theta_P: np.ndarray) -> np.ndarray:
         """The coefficients as they are written: f64[..., P] of the exponents' linear forms -> f64[..., P]."""
-        # A wild draw of points that determine little may be beyond what a float holds, at x = 1.
+        # Where points determine little, a draw at x = 1 may be beyond what a float holds.
         columns = [
             np.exp(np.clip(theta_P[..., i], -LARGEST, LARGEST))
             if name in ("coefficient", "constant")
@@ -121,7 +121,7 @@ class Law:
     carried: float | None  # the same for carrying over y of the next smaller one, at the same k
     range: dict[str, tuple[float, float]]  # of each variable, in the points
     warnings: tuple[str, ...]
-    draws: np.ndarray = field(repr=False)  # f64[R, P], exponents' linear forms; R = 0 without intervals
+    draws: np.ndarray = field(repr=False)  # f64[M, P], exponents' linear forms; M = 0 without intervals
 
     def predict(self, *x: float | np.ndarray) -> np.ndarray:
         """y f64[...] at the variables, in the order of the form's."""
@@ -132,7 +132,7 @@ class Law:
         return self._at(theta_P, x)
 
     def draw(self, *x: float | np.ndarray) -> np.ndarray:
-        """y f64[R, ...] by every draw: percentiles of it are an interval of the law, not of another point's scatter."""
+        """y f64[M, ...] by every draw: percentiles of it are an interval of the law, not of another point's scatter."""
         return np.array([self._at(theta_P, x) for theta_P in self.draws])
 
     def _at(self, theta_P: np.ndarray, x: tuple[float | np.ndarray, ...]) -> np.ndarray:
@@ -140,13 +140,13 @@ class Law:
         return np.exp(_log_sum(FORMS[self.form].terms(*logs), theta_P))
 
     def to_json(self) -> dict[str, Any]:
-        """What `of` reads, but for the draws: the coefficients by name, and beside them what is known of the fit."""
+        """What `from_json` reads, but for the draws: the coefficients by name, and how well the law fits."""
         names = ("interval", "r2", "rmse_log", "n_points", "largest_out", "carried", "range", "form")
         return {**self.coefficients, **{name: getattr(self, name) for name in names}, "warnings": list(self.warnings)}
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], draws: list[list[float]]) -> Law:
-        """From JSON. Raises KeyError for a key that is missing."""
+    def from_json(cls, values: Mapping[str, Any], draws: list[list[float]]) -> Law:
+        """The inverse of `to_json`. Raises KeyError for a key that is missing."""
         names = FORMS[values["form"]].coefficients
         return cls(
             **{name: values[name] for name in ("form", "r2", "rmse_log", "n_points", "largest_out", "carried")},
@@ -185,10 +185,10 @@ def growth(x_N: np.ndarray, y_N: np.ndarray) -> Law:
 
 
 def better(with_constant: Law, without: Law) -> tuple[bool, str]:
-    """Whether the law with a constant is the better one, and the reason in words.
+    """Whether to use the law with a constant, and why.
 
-    One coefficient more never fits worse. By the F test of nested laws it is taken where noise alone would gain as much
-    less often than LEVEL allows; one-sided, since a constant is above 0.
+    The law with one more coefficient never fits worse. It is used where, by the F test of nested models, noise alone
+    would improve the fit as much with a probability below 1 - LEVEL; one-sided, since a constant is above 0.
     """
     free = with_constant.n_points - len(with_constant.coefficients)
     if free < 1:
@@ -201,11 +201,11 @@ def better(with_constant: Law, without: Law) -> tuple[bool, str]:
     return False, f"no constant is needed to explain these points ({reason})"
 
 
-def ends(values_R: np.ndarray) -> tuple[float, float] | None:
-    """The interval that 90 % of the values f64[R] of draws lie in; None if there are none."""
-    if not len(values_R):
+def ends(values_M: np.ndarray) -> tuple[float, float] | None:
+    """The interval that 90 % of the values f64[M] of draws lie in; None if there are none."""
+    if not len(values_M):
         return None
-    low, high = np.quantile(values_R, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+    low, high = np.quantile(values_M, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
     return float(low), float(high)
 
 
@@ -255,10 +255,10 @@ def budgets(n_N: np.ndarray, flops_N: np.ndarray, loss_N: np.ndarray) -> list[Bu
     """
     curves = {}
     for n in np.unique(n_N):
-        mine = np.flatnonzero(n_N == n)
-        mine = mine[np.argsort(flops_N[mine])]
-        curves[n] = (flops_N[mine], np.minimum.accumulate(loss_N[mine]))
-    found = []
+        of_width = np.flatnonzero(n_N == n)
+        of_width = of_width[np.argsort(flops_N[of_width])]
+        curves[n] = (flops_N[of_width], np.minimum.accumulate(loss_N[of_width]))
+    curves_of_budgets = []
     for i in _thinned(np.argsort(flops_N), flops_N):
         c = flops_N[i]
         reach = [n for n, (flops, _) in curves.items() if flops[0] / ALIGNED <= c <= flops[-1] * ALIGNED]
@@ -266,8 +266,8 @@ def budgets(n_N: np.ndarray, flops_N: np.ndarray, loss_N: np.ndarray) -> list[Bu
             continue
         loss = [np.exp(np.interp(np.log(c), np.log(curves[n][0]), np.log(curves[n][1]))) for n in reach]
         n_W, loss_W = np.array(reach, np.float64), np.array(loss)
-        found.append(Budget(float(c), n_W, loss_W, valley(n_W, loss_W)))
-    return found
+        curves_of_budgets.append(Budget(float(c), n_W, loss_W, valley(n_W, loss_W)))
+    return curves_of_budgets
 
 
 def _thinned(rising: np.ndarray, flops_N: np.ndarray) -> np.ndarray:
@@ -287,11 +287,9 @@ def _fit(name: str, y_N: np.ndarray, *x: np.ndarray) -> Law:
     residual_N = log_y_N - _log_sum(terms, theta_P)
     squares, n = float(residual_N @ residual_N), len(y_N)
     spread = float(((log_y_N - log_y_N.mean()) ** 2).sum())
-    draws_RP = _draws(terms, theta_P, residual_N)
-    drawn_PR = form.natural(draws_RP).T
-    interval = {
-        name: found for name, each_R in zip(form.coefficients, drawn_PR, strict=True) if (found := ends(each_R))
-    }
+    draws_MP = _draws(terms, theta_P, residual_N)
+    drawn_PM = form.natural(draws_MP).T
+    interval = {name: both for name, each_M in zip(form.coefficients, drawn_PM, strict=True) if (both := ends(each_M))}
     coefficients = dict(zip(form.coefficients, natural_P.tolist(), strict=True))
     largest_out, carried = _largest_out(form, y_N, x)
     return Law(
@@ -305,7 +303,7 @@ def _fit(name: str, y_N: np.ndarray, *x: np.ndarray) -> Law:
         carried=carried,
         range={key: (float(each.min()), float(each.max())) for key, each in zip(form.variables, x, strict=True)},
         warnings=_doubts(form, coefficients, interval),
-        draws=draws_RP,
+        draws=draws_MP,
     )
 
 
@@ -314,8 +312,8 @@ def _solve(
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
     """The best of several starts: (theta f64[P], designs, ln y f64[N]). Raises UnfitError."""
     for name, each in zip(form.variables, x, strict=True):
-        if (found := len(np.unique(each))) < form.distinct[name]:
-            raise UnfitError(f"{found} distinct {name}, and {form.distinct[name]} are needed")
+        if (n_distinct := len(np.unique(each))) < form.distinct[name]:
+            raise UnfitError(f"{n_distinct} distinct {name}, and {form.distinct[name]} are needed")
     if len(y_N) < len(form.coefficients):
         raise UnfitError(f"{len(y_N)} points for {len(form.coefficients)} coefficients")
     terms, log_y_N = form.terms(*map(np.log, x)), np.log(y_N)
@@ -324,7 +322,7 @@ def _solve(
         raise UnfitError("the points lie on one line; vary n and k apart")
     flat, back = _orthonormal(terms)
     rough = [_least_squares(flat, log_y_N, start_P, ROUGH) for start_P in _starts(flat, log_y_N)]
-    best_P = min(rough, key=lambda found: found[1])[0]
+    best_P = min(rough, key=lambda solution: solution[1])[0]
     return back(_least_squares(flat, log_y_N, best_P)[0]), terms, log_y_N
 
 
@@ -349,7 +347,7 @@ def _least_squares(
     terms: tuple[np.ndarray, ...], log_y_N: np.ndarray, start_P: np.ndarray, tolerance: float = 1e-14
 ) -> tuple[np.ndarray, float]:
     """(theta f64[P], half the sum of squares) of ln y, by Levenberg-Marquardt with the exact Jacobian."""
-    found = optimize.least_squares(
+    solution = optimize.least_squares(
         lambda theta_P: _log_sum(terms, theta_P) - log_y_N,
         start_P,
         jac=lambda theta_P: _jacobian(terms, theta_P),  # pyrefly: ignore
@@ -358,7 +356,7 @@ def _least_squares(
         ftol=tolerance,
         gtol=tolerance,
     )
-    return found.x, float(found.cost)
+    return solution.x, float(solution.cost)
 
 
 def _split(terms: tuple[np.ndarray, ...], theta_P: np.ndarray) -> list[np.ndarray]:
@@ -395,7 +393,7 @@ def _orthonormal(
 
 
 def _draws(terms: tuple[np.ndarray, ...], theta_P: np.ndarray, residual_N: np.ndarray) -> np.ndarray:
-    """theta f64[R, P] refitted to the law with other residuals. None where points are no more than coefficients."""
+    """theta f64[M, P] refitted to the law with other residuals. None where points are no more than coefficients."""
     n, p = len(residual_N), len(theta_P)
     if n <= p:
         return np.zeros((0, p))
@@ -408,7 +406,7 @@ def _draws(terms: tuple[np.ndarray, ...], theta_P: np.ndarray, residual_N: np.nd
     even_N = even_N - even_N.mean()
     start_P = _flat_of(flat, terms, theta_P, floor=VANISHED)
     noises = [np.sqrt((n - p) / rng.chisquare(n - p)) * rng.choice(even_N, n) for _ in range(N_DRAWS // 2)]
-    # Each with both signs, so that chance favours no side.
+    # Each with both signs, so that the draws are symmetric.
     drawn = [fitted_N + sign * noise_N for noise_N in noises for sign in (1, -1)]
     return np.array([back(_least_squares(flat, drawn_N, start_P, ROUGH)[0]) for drawn_N in drawn])
 
@@ -444,7 +442,7 @@ def _largest_out(form: Form, y_N: np.ndarray, x: tuple[np.ndarray, ...]) -> tupl
 
 
 def _doubts(form: Form, coefficients: dict[str, float], interval: dict[str, tuple[float, float]]) -> tuple[str, ...]:
-    """Coefficients that the points do not determine. The value at x = 1 may be vague; it is far from any point."""
+    """Coefficients that the points do not determine. Values at x = 1 may be vague, as they lie far from all points."""
     if not interval:
         n = len(coefficients)
         return (f"as many points as coefficients ({n}): no intervals; add points",)

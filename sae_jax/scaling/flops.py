@@ -1,4 +1,4 @@
-"""What a token of training costs.
+"""FLOP of a token of training.
 
     dense      6 n (X + Y)      both matrices forward, and twice more backward, as if no latent were left out
     executed   with k active latents a row: the encoder forward, then k rows of the decoder, of its inner products with

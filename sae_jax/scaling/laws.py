@@ -1,14 +1,14 @@
-"""Which laws the table of a sweep supports, each fitted to its own choice of points.
+"""The laws that the table of a sweep can identify, each fitted to the points that bear on it.
 
     compute        the lower frontier of all points in FLOP, at one k
     best_latents   the minima of iso-FLOP curves, where a wider and a narrower autoencoder are worse
-    latents        trained to convergence, the best over rates and seeds of each width, at one k; where too few are,
-                   after the most tokens that all have; or after as many tokens a latent as is asked for
-    tokens         what these took
+    latents        the best over rates and seeds of each width, at one k: trained to convergence; where too few are,
+                   after the largest number of tokens that all have; or after a given number of tokens a latent
+    tokens         tokens until convergence of each width
     lr             minima of parabolas over ln lr, of widths that have at least three rates
     joint          as latents, of every width and k
 
-A law that the points do not support is left out, with the reason among the warnings.
+A law that the points cannot identify is left out, with the reason among the warnings.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Fitted:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """All that a table says."""
+    """Everything that is fitted to a table."""
 
     variant: str
     site: str  # sources that are encoded; "" if the table does not say
@@ -74,9 +74,9 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """fit.json, apart from the draws."""
-        found: dict[str, Any] = {name: self._law(name) for name in ("joint", "compute", "latents", "tokens", "lr")}
-        if found["compute"]:
-            found["compute"]["best_latents"] = self._law("best_latents")
+        laws: dict[str, Any] = {name: self._law(name) for name in ("joint", "compute", "latents", "tokens", "lr")}
+        if laws["compute"]:
+            laws["compute"]["best_latents"] = self._law("best_latents")
         return {
             "variant": self.variant,
             "site": self.site,
@@ -86,7 +86,7 @@ class Study:
             "widest": self.widest,
             "n_points": len(self.points),
             "n_points_at_k": len(self.at_k),
-            **found,
+            **laws,
             "flops_per_token": self.flops_per_token,
             "lr_of_points": self.lr_of_points,
             "warnings": self.warnings,
@@ -113,7 +113,7 @@ def study(
     k: int | None = None,
     tokens_per_latent: float | None = None,
 ) -> Study:
-    """Fit what can be fitted. None = the variant, then the site, then the k, with most points.
+    """Fit every law that the points can identify. None = the variant, then the site, then the k, with most points.
 
     With `tokens_per_latent` the laws of width, and of width and k, are of points that learned from so many tokens a
     latent.
@@ -294,24 +294,24 @@ def _joint(points: list[Point], per_latent: float | None) -> Fitted:
 
 
 def _rates(at_k: list[Point], warnings: list[str]) -> tuple[dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], str]:
-    """Of each width with enough rates: rates, error of each (mean over seeds) at the tokens they share, the minimum."""
+    """For each width with enough rates: the rates, their errors (means over seeds) at common tokens, the minimum."""
     widths = {n: _by(group, "lr") for (n,), group in _by(at_k, "n_latents").items()}
     widths = {n: rates for n, rates in widths.items() if len(rates) >= N_RATES}
     marks = [{point.tokens for point in group} for rates in widths.values() for group in rates.values()]
     shared = set.intersection(*marks) if marks else set()
     if not shared:
         return {}, ""
-    found = {}
+    searches = {}
     for n, rates in widths.items():
         errors = [np.mean([p.fvu for p in group if p.tokens == max(shared)]) for group in rates.values()]
         lr_N, fvu_N = np.array([lr for (lr,) in rates]), np.array(errors)
-        found[n] = (lr_N, fvu_N, fit.valley(lr_N, fvu_N))
-        if found[n][2].at_edge:
+        searches[n] = (lr_N, fvu_N, fit.valley(lr_N, fvu_N))
+        if searches[n][2].at_edge:
             warnings.append(
                 f"lr: the best rate at n_latents={n} is the {'smallest' if fvu_N.argmin() == 0 else 'largest'} of the "
                 f"grid, {lr_N[fvu_N.argmin()]:.3g}, so it is left out; add rates beyond"
             )
-    return found, f"at {max(shared):,} tokens"
+    return searches, f"at {max(shared):,} tokens"
 
 
 def _lr(rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], note: str) -> Fitted:
@@ -330,14 +330,14 @@ def _flops_per_token(points: list[Point], warnings: list[str]) -> dict[str, floa
     """FLOP of a token as per_latent * n + per_active * k, by least squares of relative errors."""
     rows = np.array([[point.n_latents, point.k or 0] for point in points], np.float64)
     cost_N = np.array([point.flops / point.tokens for point in points])
-    found = np.linalg.lstsq(rows / cost_N[:, None], np.ones(len(points)))[0]
-    if (error := float(np.abs(rows @ found / cost_N - 1).max())) > LINEAR:
+    costs = np.linalg.lstsq(rows / cost_N[:, None], np.ones(len(points)))[0]
+    if (error := float(np.abs(rows @ costs / cost_N - 1).max())) > LINEAR:
         warnings.append(f"flops_per_token: off by up to {error:.0%} from per_latent * n + per_active * k")
-    return {"per_latent": float(found[0]), "per_active": float(found[1])}
+    return {"per_latent": float(costs[0]), "per_active": float(costs[1])}
 
 
 def _lr_of_points(at_k: list[Point]) -> dict[str, float]:
-    """What the laws of errors were measured at, for advice where no rate was searched: no claim that it is the best."""
+    """The rates that the points were trained at, for advice where no rate was searched; they need not be the best."""
     best = [min(group, key=lambda point: point.fvu) for group in _by(at_k, "n_latents").values()]
     n_N, lr_N = np.log(_columns(best, "n_latents", "lr"))
     exponent, shift = np.polyfit(n_N, lr_N, 1) if len(best) > 1 else (0.0, lr_N[0])

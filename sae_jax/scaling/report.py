@@ -1,4 +1,4 @@
-"""What a study says, for a person to read."""
+"""A study as text for a person."""
 
 from __future__ import annotations
 
@@ -22,49 +22,51 @@ WIDTH = 120
 
 
 def render(study: Study) -> str:
-    """The laws with their intervals and how well they hold, the best widths of budgets, and every warning."""
+    """The laws with their intervals and how well they predict, the best width of each budget, and all warnings."""
     text = io.StringIO()
-    said = Console(file=text, width=WIDTH, highlight=False)
+    console = Console(file=text, width=WIDTH, highlight=False)
     k = "" if study.k is None else f" at k={study.k}"
     site = f" of {study.site}" if study.site else ""
-    said.print(f"{study.variant}{site}{k}: {len(study.at_k)} points, of {len(study.points)} at any k\n", markup=False)
+    console.print(
+        f"{study.variant}{site}{k}: {len(study.at_k)} points, of {len(study.points)} at any k\n", markup=False
+    )
     for name, formula in FORMULAS.items():
         if name in study.laws:
-            _law(said, formula, study.laws[name])
+            _law(console, formula, study.laws[name])
     if study.budgets:
-        said.print("iso-FLOP curves")
+        console.print("iso-FLOP curves")
         table = Table("FLOP", "widths", "best width", "FVU there")
         for budget in study.budgets:
             best = f"{budget.best.x:.0f}" + (", at the edge of the grid" if budget.best.at_edge else "")
             table.add_row(f"{budget.flops:.3g}", str(len(budget.n)), best, f"{budget.best.loss:.4g}")
-        said.print(table)
+        console.print(table)
     if "lr" in study.laws:
         law = study.laws["lr"].law
         n = 4 * study.widest
         ends = fit.ends(law.draw(n))
         within = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
-        said.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
+        console.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
     for warning in study.warnings:
-        said.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     return text.getvalue()
 
 
-def _law(said: Console, formula: str, fitted: Fitted) -> None:
-    said.print(formula)
+def _law(console: Console, formula: str, fitted: Fitted) -> None:
+    console.print(formula)
     table = Table("", "value", "90 % interval")
     laws = [("", fitted.law)] + ([("without: ", fitted.without)] if fitted.without else [])
     for prefix, law in laws:
         for name, value in law.coefficients.items():
             ends = law.interval.get(name)
             table.add_row(prefix + name, f"{value:.5g}", f"{ends[0]:.5g} to {ends[1]:.5g}" if ends else "none")
-    said.print(table)
-    said.print(fitted.note, markup=False)
+    console.print(table)
+    console.print(fitted.note, markup=False)
     if fitted.verdict:
-        said.print(fitted.verdict, markup=False)
+        console.print(fitted.verdict, markup=False)
     law = fitted.better
-    held = f"R2 of ln {law.r2:.5f}, residuals {law.rmse_log:.2%}"
+    quality = f"R2 of ln {law.r2:.5f}, residuals {law.rmse_log:.2%}"
     if law.largest_out is not None:
-        held += f"; the largest, predicted without it, is off by {law.largest_out:.2%}"
+        quality += f"; the largest, predicted without it, is off by {law.largest_out:.2%}"
         if law.carried is not None:
-            held += f", the next smaller one by {law.carried:.2%}"
-    said.print(held + "\n")
+            quality += f", the next smaller one by {law.carried:.2%}"
+    console.print(quality + "\n")

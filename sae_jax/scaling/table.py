@@ -1,7 +1,7 @@
 """DIR/results.jsonl: the points of a sweep, one JSON object a line.
 
-A member of a sweep has a point at each of its token marks. The file is sorted by member and tokens and replaced whole,
-so that a reader sees all of it or the one before.
+A member of a sweep has a point at each of its token marks. The file is sorted by member and tokens, and each version of
+it replaces the one before at once.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Point:
             raise UserError(f"k={self.k} must be from 1 to n_latents={self.n_latents}")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Point:
-        """From JSON. A key that a point lacks is passed over. Raises UserError if one is missing or wrong."""
-        missing = [name for name, of in _FIELDS.items() if of.default is of.default_factory and name not in values]
+    def from_json(cls, values: Mapping[str, Any]) -> Point:
+        """The inverse of `to_json`; ignores keys that are no fields. Raises UserError if one is missing or wrong."""
+        missing = [n for n, field in _FIELDS.items() if field.default is field.default_factory and n not in values]
         if missing:
             raise UserError(f"lacks {', '.join(missing)}")
         known = {name: values[name] for name in _FIELDS if name in values}
@@ -73,7 +73,7 @@ class Point:
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        """What `of` reads."""
+        """What `from_json` reads."""
         return {name: getattr(self, name) for name in _FIELDS}
 
     @property
@@ -129,7 +129,7 @@ def read(folder: str | Path) -> list[Point]:
             raise UserError(f"{where}: not a JSON object, so it is damaged; delete the line and repeat the sweep")
         where += f" (member {values.get('name', '?')}, tokens {values.get('tokens', '?')})"
         try:
-            point = Point.of(values)
+            point = Point.from_json(values)
         except UserError as error:
             raise UserError(f"{where}: {error}; delete the line and repeat the sweep") from None
         if point.key in seen:

@@ -90,7 +90,7 @@ class SweepMeasurements:
         earlier = [point for point in self._points[member.name] if point.tokens < tokens]
         before = next((point for point in earlier if point.tokens == tokens - self._window * batch_size), None)
         converged = bool(self._tolerance and before and abs(metrics["fvu"] / before.fvu - 1) < self._tolerance)
-        point = Point.of(
+        point = Point.from_json(
             {
                 **requested.fields,
                 **metrics,
@@ -112,7 +112,7 @@ class SweepMeasurements:
 def read(out: Path, name: str) -> list[Point]:
     """The points of a member so far. Raises UserError if the file is damaged."""
     content = storage.read_json(_path(out, name)) or {}
-    return [Point.of(values) for values in content.get("points", [])]
+    return [Point.from_json(values) for values in content.get("points", [])]
 
 
 def collect(out: Path) -> int:

@@ -44,7 +44,7 @@ def test_every_activation_stands_where_its_row_came_from(activations, sae, n_tok
     whole = {tuple(ids): number for number, ids in enumerate(sequences)}
     active = {}
     for latent in range(table.n_latents):
-        for row, value in zip(*table.of(latent), strict=True):
+        for row, value in zip(*table.of_latent(latent), strict=True):
             active.setdefault(int(row), {})[latent] = value
     checked = 0
     for chunk in range(0, activations.n_chunks, 7):

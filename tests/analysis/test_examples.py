@@ -57,7 +57,7 @@ def test_table_holds_every_activation_in_order_of_place(drawn):
     np.testing.assert_array_equal(table.counts, (dense > 0).sum(0))
     np.testing.assert_allclose(table.density, (dense > 0).mean(0))
     for latent in range(dense.shape[1]):
-        rows, values = table.of(latent)
+        rows, values = table.of_latent(latent)
         got = list(zip(table.seq[rows], table.pos[rows], table.token[rows], values, strict=True))
         assert got == sorted((s, p, t, v) for v, s, p, t in by_strength(drawn, latent))
     assert table.values.dtype == np.float32
@@ -201,7 +201,7 @@ def test_damaged_codes_are_refused(indices, values, seq, message):
 
 def test_a_latent_out_of_range_is_refused():
     with pytest.raises(UserError, match="latent 3 does not exist; choose 0 to 2"):
-        examples.collect([], 3).of(3)
+        examples.collect([], 3).of_latent(3)
 
 
 def test_dense_without_rows_or_with_nan_is_refused():

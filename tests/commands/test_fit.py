@@ -186,7 +186,7 @@ def test_laws_that_the_points_do_not_support_are_left_out_with_the_reason(points
 def test_a_table_of_bare_points_is_fitted_and_advised_by(points, tmp_path, capsys):
     """Made by something else: no member names, no width of the rows, no site."""
     kept = ("n_latents", "k", "lr", "seed", "tokens", "flops", "fvu")
-    bare = [table.Point.of({name: getattr(point, name) for name in kept}) for point in points]
+    bare = [table.Point.from_json({name: getattr(point, name) for name in kept}) for point in points]
     assert refit(tmp_path, bare) == 0
     capsys.readouterr()
     words = ["advise", "--compute=1e10", f"--fit={tmp_path / 'fit.json'}"]

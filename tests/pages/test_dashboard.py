@@ -101,7 +101,7 @@ def test_index_columns(site):
     assert index["metrics"] == [["fvu", 0.25, "what is left"], ["ce", None, ""], ["note", "</script>", ""]]
     effect = w_dec @ unembed[:, : len(TOKENS)]
     for latent in (1, FAR, DENSE, DEAD):
-        _, values = table.of(latent)
+        _, values = table.of_latent(latent)
         mean = values.mean() if len(values) else 0
         assert index["score"][latent] == pytest.approx(effect[latent].std() * mean, rel=2e-3)
         assert index["max"][latent] == pytest.approx(values.max(initial=0), rel=1e-3)
@@ -114,7 +114,7 @@ def test_energy_stands_in_for_effect_without_a_language_model(tmp_path):
     table, _, w_dec, _ = inputs()
     (index,) = read(write(tmp_path / "site", logit_effects=None), "index")
     assert index["scoreName"] == "energy"
-    expected = (table.of(DENSE)[1] ** 2).sum() / table.n_rows * (w_dec[DENSE] ** 2).sum()
+    expected = (table.of_latent(DENSE)[1] ** 2).sum() / table.n_rows * (w_dec[DENSE] ** 2).sum()
     assert index["score"][DENSE] == pytest.approx(expected, rel=1e-3)
     assert index["topLogits"][DENSE] == []
 
@@ -131,7 +131,7 @@ def test_record_of_a_latent(site):
     ids = np.frombuffer(base64.b64decode(record["ids"]), "<u2")
     np.testing.assert_array_equal(ids, np.concatenate(windows))
     dense = np.zeros((N_SEQ, N_POS))
-    rows, values = table.of(FAR)
+    rows, values = table.of_latent(FAR)
     dense[table.seq[rows], table.pos[rows]] = values
     for seq, pos, flat in zip(record["seq"], record["pos"], record["values"], strict=True):
         expected = np.zeros(N_POS)
@@ -326,7 +326,7 @@ def test_page_of_a_latent(site):
     shown = text(dom)
     top = table.top(FAR, 20, one_per_sequence=True)
     assert f"Latent {FAR}" in shown
-    assert f"{len(table.of(FAR)[0])} of {table.n_rows:,} tokens" in shown
+    assert f"{len(table.of_latent(FAR)[0])} of {table.n_rows:,} tokens" in shown
     assert "Interval 5 of 5" in shown
     assert "Promoted tokens" in shown
     contexts = re.findall(r'<li class="context" data-seq="(\d+)" data-pos="(\d+)"', dom)

@@ -157,7 +157,7 @@ def test_a_step_gives_finite_numbers(few_draws):
 
 def test_a_law_comes_back_from_json(few_draws):
     law = fit.decay_constant(np.logspace(0, 4, 9), noisy(oracle.compute(np.logspace(0, 4, 9)), 0.01, 3))
-    again = fit.Law.of(json.loads(json.dumps(law.to_json())), law.draws.tolist())
+    again = fit.Law.from_json(json.loads(json.dumps(law.to_json())), law.draws.tolist())
     np.testing.assert_allclose(again.predict(1e6), law.predict(1e6))
     np.testing.assert_allclose(again.draw(1e6), law.draw(1e6))
     assert again.interval == law.interval
