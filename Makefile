@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not peers and not aot"
 
 check: format lint types fast
 
@@ -53,7 +53,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check
 
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not peers and not aot and not slow"
 
 # The fast tests on the oldest Python and JAX that are supported, in an environment of its own.
 oldest:

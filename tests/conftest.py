@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 
 # Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s. Most of
-# the tests' time would be the compiler's, so it optimises little; what runs in processes of its own (runs.py) is
-# compiled as users have it.
+# the tests' time would be the compiler's, so it optimises little, as it does in most of the processes of runs.py.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=250 --xla_backend_optimization_level=0"
@@ -37,6 +36,14 @@ hypothesis.settings.load_profile("unhurried")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` the tests of a file stay in one worker, with what they share, unless marked `alone`."""
+    for item in items:
+        if item.get_closest_marker("alone") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(runs.ROOT))))
 
 
 @pytest.fixture(scope="session")

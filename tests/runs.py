@@ -30,6 +30,8 @@ from sae_jax.training.state import TrainState, abstract
 from sae_jax.types import Sites, Widths
 
 ROOT = Path(__file__).parent.parent
+LAUNCHER = str(ROOT / "launch/local.sh")
+UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 STEPS = 200
 SECONDS = 240  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
 D_MODEL = 8
@@ -86,8 +88,13 @@ def record_of(sae: SaeConfig, train: TrainConfig, path: str = "set") -> RunRecor
     return RunRecord(dictionary, configs.to_dict(train), mesh={}, engine={})
 
 
-def environment(n_devices: int = 1) -> dict[str, str]:
-    """Of a process that shall see this checkout and that many CPU devices. They compile a program once between them."""
+def environment(n_devices: int = 1, optimised: bool = True) -> dict[str, str]:
+    """Of a process that shall see this checkout and that many CPU devices. They compile a program once between them.
+
+    Args:
+        n_devices: of this process.
+        optimised: compile as users have it, which takes four times as long.
+    """
     ours = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")  # conftest.py
     kept = {
         name: value
@@ -95,7 +102,7 @@ def environment(n_devices: int = 1) -> dict[str, str]:
         if name.startswith(ours) or not name.startswith(("JAX_", "SLURM_"))
     }
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=100"
-    flags = f"--xla_force_host_platform_device_count={n_devices} {patience}"
+    flags = f"--xla_force_host_platform_device_count={n_devices} {patience} {'' if optimised else UNOPTIMISED}"
     return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
@@ -110,8 +117,9 @@ def train_command(data: Path, run: Path, *flags: str) -> list[str]:
 
 
 def start(words: Sequence[str], n_devices: int = 1) -> subprocess.Popen[str]:
-    """A process that runs on; end it with `finish`."""
-    return subprocess.Popen(words, env=environment(n_devices), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    """A process that runs on; end it with `finish`. Each of several processes compiles: those do not optimise."""
+    env = environment(n_devices, optimised=n_devices == 1 and words[0] != LAUNCHER)
+    return subprocess.Popen(words, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -139,7 +147,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def local(n: int, words: Sequence[str]) -> list[str]:
     """The same command as n processes that work as one."""
-    return [str(ROOT / "launch/local.sh"), str(n), *words]
+    return [LAUNCHER, str(n), *words]
 
 
 def complete(words: Sequence[str], n_devices: int = 1) -> str:

@@ -58,6 +58,7 @@ def demo_set(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiment_runs(path, tmp_path, request):
     text = path.read_text()
@@ -66,7 +67,7 @@ def test_experiment_runs(path, tmp_path, request):
     done = subprocess.run(
         [sys.executable, str(path), "--smoke", "--out", str(tmp_path / "out"), *data],
         cwd=ROOT,
-        env=runs.environment(),
+        env=runs.environment(optimised=False),
         capture_output=True,
         text=True,
         timeout=280,
