@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from sae_jax.training.state import TrainState, abstract
 from sae_jax.types import Sites, Widths
 
 ROOT = Path(__file__).parent.parent
-COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 STEPS = 200
 SECONDS = 240  # for any one process; then it is killed, since jax.distributed swallows SIGTERM
 D_MODEL = 8
@@ -90,15 +88,15 @@ def record_of(sae: SaeConfig, train: TrainConfig, path: str = "set") -> RunRecor
 
 def environment(n_devices: int = 1) -> dict[str, str]:
     """Of a process that shall see this checkout and that many CPU devices. They compile a program once between them."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
+    ours = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")  # conftest.py
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(ours) or not name.startswith(("JAX_", "SLURM_"))
+    }
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=100"
     flags = f"--xla_force_host_platform_device_count={n_devices} {patience}"
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {**kept, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def command(*words: str | Path) -> list[str]:

@@ -19,10 +19,7 @@ INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 failure, 2 usage, 130 interrupted.
-
-    Without `argv` the words are those of this process, which then does not outlive an interrupt.
-    """
+    """Run one command, by default that of this process. Exit codes: 0 done, 1 failure, 2 usage, 130 interrupted."""
     if argv is None:
         restart_with_huge_pages(sys.argv[1:])
     try:

@@ -53,12 +53,17 @@ def member(n: int, k: int, lr: float) -> list[table.Point]:
     ]
 
 
-@pytest.fixture(scope="module")
-def points() -> list[table.Point]:
+def planted() -> list[table.Point]:
+    """A grid of widths, k and rates that obeys the laws of the oracle."""
     widths = [2**power for power in range(6, 14)]
     return [
         point for n in widths for k in (4, K, 16) for lr in (RATES if k == K else (1e-3,)) for point in member(n, k, lr)
     ]
+
+
+@pytest.fixture(scope="module")
+def points() -> list[table.Point]:
+    return planted()
 
 
 @pytest.fixture(scope="module")

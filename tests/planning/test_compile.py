@@ -109,7 +109,7 @@ def test_no_sum_on_a_gpu_is_a_compare_and_swap_loop(monkeypatch, tmp_path):
     """Not even of scalars; it is one with the versions of JAX that `tuning.gpu_flags` names, without what it adds."""
 
     def compare_and_swap(folder: Path) -> bool:
-        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={folder}")
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={folder} --xla_dump_emitter_re=.*")
         toy.__wrapped__("h200:1")
         kernels = [path.read_text() for path in folder.rglob("*.ptx")]
         assert any("atom." in kernel for kernel in kernels)
@@ -128,8 +128,9 @@ def test_other_kinds_compile(name):
 
 
 def test_a_slice_that_is_not_made_is_told(capsys):
-    assert cli.main(["plan", str(CONFIGS / "gpt2_small_topk_32k.yaml"), "--target=v5e:1x2"]) == 2
-    assert "v5e:1x2" in capsys.readouterr().err
+    sizes = ("--sae.n_latents=24576", "--train.batch_size=6144")
+    assert cli.main(["plan", str(CONFIGS / "gpt2_small_topk_32k.yaml"), "--target=v5e:1x3", *sizes]) == 2
+    assert "v5e:1x3" in capsys.readouterr().err
 
 
 def test_a_compiler_that_does_not_come_back_is_ended():
