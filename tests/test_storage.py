@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from sae_jax import storage
+from sae_jax.storage import disk
+from sae_jax.storage.lines import ROWS_PER_SEGMENT
 from sae_jax.types import UsageError, UserError
 
 
@@ -55,6 +57,8 @@ def test_json_has_no_word_for_a_number_that_is_not_finite(tmp_path, value):
 KILLED = """
 import sys
 from sae_jax import storage
+from sae_jax.storage import disk
+from sae_jax.storage.lines import ROWS_PER_SEGMENT
 for i in range(10**6):
     storage.write_bytes(sys.argv[1], bytes([i % 256]) * 3_000_000)
     print(i, flush=True)
@@ -84,14 +88,14 @@ def test_leftovers_of_a_kill_are_removed_once_they_are_old(tmp_path):
     for path in (old, fresh, folder / "part", other):
         path.write_bytes(b"half")
     for path in (old, folder, other):
-        os.utime(path, (time.time() - 2 * storage.LEFTOVER_SECONDS,) * 2)
+        os.utime(path, (time.time() - 2 * disk.LEFTOVER_SECONDS,) * 2)
     storage.write_bytes(tmp_path / "x", b"new")
     assert sorted(os.listdir(tmp_path)) == sorted([fresh.name, other.name, "x"])
 
 
 def test_temporaries_of_two_processes_with_one_pid_differ(tmp_path):
-    assert len({storage._temporary(tmp_path / "x") for _ in range(100)}) == 100
-    assert len(storage._temporary(tmp_path / ("x" * 255)).name) <= 255
+    assert len({disk.temporary_name(tmp_path / "x") for _ in range(100)}) == 100
+    assert len(disk.temporary_name(tmp_path / ("x" * 255)).name) <= 255
 
 
 @pytest.fixture
@@ -214,11 +218,11 @@ def test_a_line_on_a_disk_has_left_the_process(tmp_path):
 
 def test_segments_at_a_url_are_put_as_they_fill(tmp_path):
     lines = storage.Lines(f"file://{tmp_path}/x.jsonl")
-    for i in range(2 * storage.ROWS_PER_SEGMENT + 1):
+    for i in range(2 * ROWS_PER_SEGMENT + 1):
         lines.write({"i": i})
-    assert len(storage.read_lines(f"file://{tmp_path}/x.jsonl")) == 2 * storage.ROWS_PER_SEGMENT
+    assert len(storage.read_lines(f"file://{tmp_path}/x.jsonl")) == 2 * ROWS_PER_SEGMENT
     lines.close()
-    assert len(storage.read_lines(f"file://{tmp_path}/x.jsonl")) == 2 * storage.ROWS_PER_SEGMENT + 1
+    assert len(storage.read_lines(f"file://{tmp_path}/x.jsonl")) == 2 * ROWS_PER_SEGMENT + 1
 
 
 def test_torn_and_bad_lines_are_said(tmp_path, capsys):

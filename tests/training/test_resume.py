@@ -162,7 +162,7 @@ def test_full_disk(small_set: Path, uninterrupted: Path, tmp_path: Path, small_d
     code, said = runs.finish(process)
     assert code == 1
     assert runs.one_line(said)
-    assert said.startswith("sae-jax: ")
+    assert said.splitlines()[-1].startswith("sae-jax: ")
     assert "space" in said
     ballast.unlink()
     runs.complete([*words, RARELY])

@@ -1,0 +1,36 @@
+"""Files at a path or a URL (gs://, s3://): read, write whole, create if absent, append lines.
+
+Everything that outlives a process is written here: sets, runs, sweeps, claims, pages. A reader sees the old content or
+the new, never half of it, and what a function has written is on the disk when the function returns. Paths on a disk
+take plain system calls, URLs requests to a bucket.
+
+On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
+"""
+
+from sae_jax.storage.disk import StrPath, is_url, make_folder, new_folder
+from sae_jax.storage.lines import Lines, read_lines, write_lines
+from sae_jax.storage.many import Files
+from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
+from sae_jax.storage.whole import create, delete, read_bytes, read_json, write_bytes, write_json, write_text
+
+__all__ = [
+    "STORAGE_ERRORS",
+    "Files",
+    "Lines",
+    "StrPath",
+    "context",
+    "create",
+    "delete",
+    "is_url",
+    "make_folder",
+    "new_folder",
+    "read_bytes",
+    "read_json",
+    "read_lines",
+    "reason",
+    "write_bytes",
+    "write_error",
+    "write_json",
+    "write_lines",
+    "write_text",
+]

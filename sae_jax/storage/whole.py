@@ -1,0 +1,107 @@
+"""A file at a path or a URL, read and written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_jax.errors import UserError
+from sae_jax.storage import disk
+from sae_jax.storage.disk import StrPath, is_url
+from sae_jax.storage.objects import STORAGE_ERRORS, create_object, open_object, reason, write_error
+
+
+def read_bytes(path: StrPath) -> bytes | None:
+    """The content of a file; None if there is none."""
+    if not is_url(path):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return Path(path).read_bytes()
+        return None
+    try:
+        found = open_object(path).read("").result()
+    except STORAGE_ERRORS as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    return found.value if found.state == "value" else None
+
+
+def read_json(path: StrPath) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file. Raises UserError if it holds something else."""
+    data = read_bytes(path)
+    if data is None:
+        return None
+    try:
+        content = json.loads(data)
+    except ValueError:  # not JSON, or not even text
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object, so it is damaged; delete it and run the command that wrote it")
+    return content
+
+
+def write_bytes(path: StrPath, data: bytes) -> None:
+    """Write or replace a file, whole and durable. Folders on the way are made."""
+    if not is_url(path):
+        disk.write(Path(path), data, os.replace)
+        return
+    try:
+        open_object(path).write("", data).result()
+    except STORAGE_ERRORS as error:
+        raise write_error(os.fspath(path), error) from error
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """`write_bytes` of text as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: StrPath, content: Any) -> None:
+    """`write_text` of JSON. Raises UserError for a number that is not finite: JSON has no word for it."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path}: {_not_finite(content)}, which JSON cannot hold; nothing was written") from None
+    write_text(path, text + "\n")
+
+
+def create(path: StrPath, data: bytes) -> bool:
+    """Write a file unless there is one. Of any number of callers at once, on any hosts, one gets True."""
+    if is_url(path):
+        return create_object(path, data)
+    if Path(path).exists():
+        return False
+    try:
+        return disk.write(Path(path), data, disk.link)
+    except OSError as error:
+        if error.errno not in disk.NO_HARD_LINKS:
+            raise
+    return create_object(path, data)
+
+
+def delete(path: StrPath) -> None:
+    """Delete a file; nothing happens if there is none."""
+    if not is_url(path):
+        Path(path).unlink(missing_ok=True)
+        if Path(path).parent.is_dir():
+            disk.sync(Path(path).parent)
+        return
+    try:
+        open_object(path).write("", None).result()
+    except STORAGE_ERRORS as error:
+        raise write_error(os.fspath(path), error) from error
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """Which number in a JSON value is not finite, as "a.b is nan"."""
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{name or 'it'} is {value}"
+    return next(filter(None, (_not_finite(part, f"{name}.{key}".lstrip(".")) for key, part in parts)), "")
