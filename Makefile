@@ -65,7 +65,7 @@ test-peers:
 	$(PEERS)/bin/pip install "torch==2.13.0"
 	$(PEERS)/bin/python -m pytest -m peers
 
-# The train step compiled for pods and GPU nodes, in an environment of its own: the compilers take 1.3 GB.
+# The train step compiled for pods and GPU nodes, in an environment of its own of 2.5 GB.
 test-plan:
 	$(call environment,$(PLAN),.[plan$(comma)test])
 	JAX_PLATFORMS=cpu $(PLAN)/bin/python -m pytest -m aot
