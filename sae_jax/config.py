@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import tyro
@@ -90,22 +90,27 @@ def check_keys(values: dict[str, Any], known: set[str], source: str) -> None:
     """Refuse a key that no dataclass has, with the nearest one that exists."""
     for key, _ in flatten(values):
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
-            raise UsageError(f"{source}: unknown key {key!r}{hint}")
+            # Most often the section was left out: `lr` for `train.lr`.
+            near = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
+            near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
+            raise UsageError(f"{source}: unknown key {key!r}; {hint}")
 
 
-def parse(cls: type[C], tokens: Sequence[str], prog: str, default: C | None = None) -> C:
+def parse(
+    cls: type[C], tokens: Sequence[str], prog: str, default: C | None = None, description: str | None = None
+) -> C:
     """Tokens -> a `cls`, or `default` with what they change of it.
 
-    `--help` prints and exits 0; anything wrong raises UsageError in one line.
+    `--help` prints `description`, or the docstring of `cls`, and the flags, and exits 0. Anything wrong raises
+    UsageError in one line.
     """
     _check_flags(tokens, known_keys(cls))
     said = io.StringIO()
     kept: Any = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(cls, args=list(tokens), prog=prog, **kept)
+            parsed = tyro.cli(cls, args=list(tokens), prog=prog, description=description, **kept)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -184,7 +189,8 @@ class _UniqueKeys(yaml.SafeLoader):
 def _field_types(cls: Any) -> dict[str, Any]:
     origin = getattr(cls, "__origin__", cls)
     bound = dict(zip(getattr(origin, "__parameters__", ()), getattr(cls, "__args__", ()), strict=False))
-    return {name: bound.get(kind, kind) for name, kind in get_type_hints(origin).items()}
+    hints = get_type_hints(origin).items()
+    return {name: bound.get(kind, kind) for name, kind in hints if get_origin(kind) is not ClassVar}
 
 
 def _converted(value: Any, kind: Any, where: str) -> Any:

@@ -73,7 +73,11 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
     )
     sae_config: Any = base.config_class(variant)
     recipe: Any = Recipe[sae_config]
-    parsed = command[sae_config] if getattr(command, "__parameters__", ()) else command
+    parsed, description = command, None
+    if getattr(command, "__parameters__", ()):
+        parsed = command[sae_config]
+        others = ", ".join(name for name in base.variants() if name != variant)
+        description = f"Settings of {variant}. Other variants: {others}; `--sae.variant=NAME --help` lists theirs."
     used = {f.name for f in dataclasses.fields(command)} & {f.name for f in dataclasses.fields(Recipe)}
     tokens: list[str] = []
     for path, content in zip(files, contents, strict=True):
@@ -84,7 +88,7 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         tokens += config.to_tokens({key: value for key, value in content.items() if key in used})
-    job = config.parse(parsed, [*tokens, *flags], prog)
+    job = config.parse(parsed, [*tokens, *flags], f"{prog} [RECIPE.yaml ...]", description=description)
     if members and hasattr(job, "members") and not job.members:
         job = dataclasses.replace(job, members=tuple(_as_member(files, member) for member in _as_list(files, members)))
     if grid and hasattr(job, "sweep") and not job.sweep.grid:
