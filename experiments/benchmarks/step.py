@@ -9,6 +9,7 @@ trains (a turn is a run resumed), timed by its own log. In the end all reconstru
 
     make bench-env && .venv-bench/bin/python experiments/benchmarks/step.py --out step.json      # about half an hour
     python experiments/benchmarks/step.py --smoke             # peers that are not installed are left out
+    python experiments/benchmarks/step.py --checkout ../old   # another version of sae_jax takes turns with this one
 
 Guess beforehand: the best peer (eai-sparsify, fused Adam, autocast) 0.62 s a step, ours as fast.
 
@@ -33,12 +34,22 @@ import common
 import numpy as np
 import tyro
 
-import sae_jax
 from sae_jax.training import logs
 
 HERE = Path(__file__).parent
 SKIPPED = 2  # steps of a turn that compile, allocate or fill caches
 MODULES = {"eai-sparsify": "sparsify", "dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens"}
+
+WRITE_SET = """
+import sys, numpy as np, sae_jax
+sae_jax.write_activations(sys.argv[1], np.load(sys.argv[2], mmap_mode="r"))
+"""
+FVU = """
+import sys, numpy as np, sae_jax
+sae, x_BD = sae_jax.load(sys.argv[1]), np.load(sys.argv[2])
+left_BD = x_BD - np.concatenate([np.asarray(sae(rows)) for rows in np.split(x_BD, max(len(x_BD) // 1024, 1))])
+print(float((left_BD**2).sum() / ((x_BD - x_BD.mean(0)) ** 2).sum()))
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Benchmark:
     rounds: int = 5
     steps: int = 12  # of a turn
     only: tuple[str, ...] = ()  # settings of peers to run, such as "eai-sparsify: fast"; all if none is named
+    checkout: Path | None = None  # of another version of sae_jax
     folder: Path | None = None  # where the set and our run are written; a temporary folder if not given
     out: Path | None = None  # JSON with every measurement
     smoke: bool = False  # small sizes, seconds
@@ -62,12 +74,17 @@ class Benchmark:
 
 def main(config: Benchmark) -> None:
     if config.smoke:
-        config = Benchmark(32, 512, 8, 256, 2e-3, 4096, 512, 2, 5, config.only, config.folder, config.out, True)
+        config = Benchmark(
+            32, 512, 8, 256, 2e-3, 4096, 512, 2, 5, config.only, config.checkout, config.folder, config.out, True
+        )
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         work = Path(folder)
-        sae_jax.write_activations(work / "set", common.structured_rows(config.rows, config.d, seed=0))
+        rows = common.structured_rows(config.rows, config.d, seed=0)
+        np.save(work / "rows.npy", np.concatenate([*rows]))
         np.save(work / "heldout.npy", np.concatenate([*common.structured_rows(config.heldout, config.d, seed=1)]))
-        trainers: dict[str, Ours | Peer] = {"sae-jax": Ours(config, work)}
+        trainers: dict[str, Ours | Peer] = {"sae-jax": Ours(config, work, common.ROOT)}
+        if config.checkout:
+            trainers["sae-jax: checkout"] = Ours(config, work, config.checkout.absolute())
         for name, setting, options in _settings():
             if not config.only or f"{name}: {setting}" in config.only:
                 trainers[f"{name}: {setting}"] = Peer(name, options, config, work)
@@ -103,14 +120,17 @@ def main(config: Benchmark) -> None:
 
 
 class Ours:
-    """`sae-jax train`, resumed for each turn."""
+    """`sae-jax train` of a checkout, resumed for each turn. Versions do not read each other's sets and runs."""
 
-    def __init__(self, config: Benchmark, work: Path) -> None:
-        self._batch_size, self._run, self._done = config.batch_size, work / "run", 0
+    def __init__(self, config: Benchmark, work: Path, checkout: Path) -> None:
+        name = "" if checkout == common.ROOT else "checkout-"
+        self._batch_size, self._run, self._done = config.batch_size, work / f"{name}run", 0
+        self._environment = {**os.environ, "PYTHONPATH": str(checkout)}
         self.turns: list[float] = []
+        self._python(WRITE_SET, work / f"{name}set", work / "rows.npy")
         self._command = [
             *(sys.executable, "-m", "sae_jax.commands.main", "train"),
-            *(f"--data={work / 'set'}", f"--out={self._run}"),
+            *(f"--data={work / f'{name}set'}", f"--out={self._run}"),
             *(f"--sae.n-latents={config.n_latents}", f"--sae.k={config.k}", f"--train.batch-size={config.batch_size}"),
             *(f"--train.lr={config.lr}", "--train.clip=0", "--train.ema=0", "--train.log-every=1"),
             f"--train.checkpoint-every={10**9}",  # only at the end of a turn, after its last step is on record
@@ -119,18 +139,22 @@ class Ours:
     def train(self, steps: int) -> None:
         """A turn; raises RuntimeError if it fails."""
         words = [*self._command, f"--train.steps={self._done + steps}"]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
+        self._complete(words)
         rows = [row for row in logs.read_metrics(self._run) if row["step"] > self._done + SKIPPED]
         self.turns.append(statistics.median(self._batch_size / row["tokens_per_second"] for row in rows))
         self._done += steps
 
     def fvu(self, heldout: Path) -> float:
-        x_BD = np.load(heldout)
-        sae = sae_jax.load(self._run)
-        x_hat_BD = np.concatenate([np.asarray(sae(rows)) for rows in np.split(x_BD, max(len(x_BD) // 1024, 1))])
-        return common.fvu(x_BD, x_hat_BD)
+        return float(self._python(FVU, self._run, heldout))
+
+    def _python(self, code: str, *arguments: Path) -> str:
+        return self._complete([sys.executable, "-c", code, *map(str, arguments)])
+
+    def _complete(self, words: list[str]) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, env=self._environment)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return done.stdout
 
 
 class Peer:
