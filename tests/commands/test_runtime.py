@@ -109,7 +109,7 @@ def test_ctrl_c_in_a_process_that_trains_is_no_crash(small_set, tmp_path):
     process.send_signal(signal.SIGINT)
     code, said = runs.finish(process)
     assert code == cli.INTERRUPTED, said
-    assert "the same command goes on from what is on disk" in said
+    assert "the same command resumes from what is on disk" in said
     assert "Traceback" not in said
 
 
