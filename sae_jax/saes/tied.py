@@ -76,7 +76,8 @@ class Tied(ReluCode):
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         n_rows, centre_D = batch.x.shape[0], lax.stop_gradient(self.b_dec)
-        tiles = self.in_tiles(batch.x, init.tangent_to_rows(self.w_enc), centre_D)
+        w_FD = init.tangent_to_rows(self.w_enc)  # for both sides
+        tiles = replace(self, w_enc=w_FD).in_tiles(batch.x, w_FD, centre_D)
         x_hat_BD = tiles.x_hat + centre_D[None]
         l1 = tiles.penalty.sum() / n_rows
         coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
