@@ -17,7 +17,7 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -90,11 +90,15 @@ def check_keys(values: dict[str, Any], known: set[str], source: str) -> None:
     """Refuse a key that no dataclass has, with the nearest one that exists."""
     for key, _ in flatten(values):
         if key not in known:
-            # Most often the section was left out: `lr` for `train.lr`.
-            near = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
-            near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
-            raise UsageError(f"{source}: unknown key {key!r}; {hint}")
+            raise UsageError(f"{source}: unknown key {key!r}; {nearest(key, known)}")
+
+
+def nearest(key: str, known: Collection[str]) -> str:
+    """What to say of a key that is none of these."""
+    # Most often the section was left out: `lr` for `train.lr`.
+    near = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
 
 
 def parse(

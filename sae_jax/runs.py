@@ -7,7 +7,6 @@ UsageError, never exit, and leave logging, signal handlers, the environment and 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -206,6 +205,9 @@ def _dictionaries(jobs: dict[str, TrainJob], source: RowSource) -> dict[str, Dic
     out = next(iter(jobs.values())).out
     if out:
         return {name: artifact.load(Path(out) / "members" / name if name else out) for name in jobs}
+    if missing := jobs.keys() - trained.states.keys():
+        what = f" ({', '.join(sorted(missing))})" if "" not in missing else ""
+        raise UserError(f"stopped by SIGTERM at step {trained.step}{what}, and nothing is kept without out=; give out=")
     return {name: artifact.from_state(trained.states[name], run.record_of(job, source)) for name, job in jobs.items()}
 
 
@@ -229,9 +231,7 @@ def _dotted(job: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     keys = {name: f"{section}.{name}" for section, names in sections.items() for name in names}
     for name in settings:
         if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(keys))}"
-            raise UsageError(f"{job.sae.variant} has no setting {name!r}; {hint}")
+            raise UsageError(f"{job.sae.variant} has no setting {name!r}; {config.nearest(name, keys)}")
     return {keys[name]: value for name, value in settings.items()}
 
 

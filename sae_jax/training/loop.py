@@ -103,7 +103,7 @@ def train(
     attempt.record(log.done, "preempted" if active.active else "failed" if active.failed else "finished")
     if not active.active:
         active.end()
-    elif is_first:
+    elif is_first and run is not None:
         console.print(f"stopped by SIGTERM at step {done}; the same command resumes there")
     return Trained(done, active.final)
 
