@@ -132,7 +132,7 @@ def sweep(
     out: StrPath,
     grid: Mapping[str, Any],
     members: Mapping[str, Mapping[str, Any]] | None = None,
-    shard: str = "0/1",
+    shard: tuple[int, int] = (0, 1),
     claim: bool = False,
     sweep: SweepConfig | None = None,
     **settings: Any,
@@ -144,7 +144,7 @@ def sweep(
         out: directory of the sweep.
         grid: {setting: values}, such as {"n_latents": [512, 1024], "k": [8, 16]}.
         members: {name: the settings that it changes}: the grid is trained for each.
-        shard: i/n: train the i-th of n shares.
+        shard: (i, n): train the i-th of n shares.
         claim: take the passes that no other worker is at.
         sweep: when to measure, and until when to train.
         **settings: as for `train`; and fields of `SweepConfig`, such as compute, tokens, tolerance, max_tokens.
@@ -159,7 +159,7 @@ def sweep(
     of_sweep = {n: settings.pop(n) for n in {f.name for f in dataclasses.fields(SweepConfig)} & settings.keys()}
     job, source = _new_job(SweepJob, data, {"out": out, **settings})
     plan = dataclasses.replace(config.replaced(sweep or SweepConfig(), of_sweep, "sweep"), grid=_dotted_grid(job, grid))
-    job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard=shard, claim=claim)
+    job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard="{}/{}".format(*shard), claim=claim)
     if problems := run_sweep(job, source):
         raise UserError(f"{out}: {'; '.join(problems)}")
     return table.read(Path(out))
