@@ -56,6 +56,7 @@ def test_later_files_win(write):
         (YAML.replace("hooks", "hookz"), [], r"recipe.yaml: unknown key 'harvest.hookz'"),  # another command's part
         (YAML.replace("steps: 7", "steps: thirty"), [], r"recipe.yaml: .*train.steps.*thirty"),
         (YAML, ["--train.stepz=4"], r"flag --train.stepz: unknown key .*did you mean train.steps"),
+        (YAML, ["--lr=1e-3"], r"flag --lr: unknown key 'lr'; did you mean train.lr\?"),
         (YAML, ["--train.steps=x"], "train.steps"),
         (YAML, ["--sae.k=300"], "sae.k=300 must be between 1 and sae.n_latents=256"),
         (YAML, ["--sae.variant=nothing"], "sae.variant='nothing' does not exist; there are: .*topk"),
