@@ -41,7 +41,7 @@ from pathlib import Path
 
 import matplotlib
 import tyro
-from demo_set import demo_recipe, harvested
+from bundled import demo_recipe, harvested
 
 import sae_jax
 from sae_jax.progress import console

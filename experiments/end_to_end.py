@@ -42,7 +42,7 @@ from typing import Any
 
 import matplotlib
 import tyro
-from demo_set import demo_recipe, harvested
+from bundled import demo_recipe, harvested
 
 import sae_jax
 from sae_jax.progress import console

@@ -34,7 +34,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tyro
-from demo_set import demo_recipe, harvested
+from bundled import demo_recipe, harvested
 from rich.console import Console
 from rich.table import Table
 

@@ -43,9 +43,10 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from bundled import harvested, laptop_recipe
 from rich.console import Console
 from rich.table import Table
-from scaling_steps import harvested, swept
+from scaling_steps import swept
 
 from sae_jax.scaling import fit, table
 
@@ -69,11 +70,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Sweep, find the best rate of each width, predict the last; write OUT/result.json."""
-    data = harvested(config.data, config.out, config.smoke)
+    recipe = laptop_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
     widths, rates = ((64, 128, 256), RATES[2:7:2]) if config.smoke else (WIDTHS, RATES)
-    grid = {"sae.n_latents": list(widths), "train.lr": list(rates)}
+    grid = {"n_latents": list(widths), "lr": list(rates)}
     tokens = 1280 if config.smoke else config.tokens
-    points = table.read(swept(data, config.out, config.smoke, grid, f"--sweep.tokens={tokens:g}"))
+    points = table.read(swept(recipe, data, config.out, config.smoke, grid, tokens=(tokens,)))
     show(points)
     result = predicted(points)
     (config.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

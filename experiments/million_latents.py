@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from demo_set import demo_recipe, harvested
+from bundled import demo_recipe, harvested
 
 import sae_jax
 from sae_jax.activations.store import open_activations

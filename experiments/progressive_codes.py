@@ -29,11 +29,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
+from bundled import harvested, laptop_recipe
 from rich.console import Console
 from rich.table import Table
-from scaling_steps import RECIPE, SMOKE, harvested, sae_jax
 
-from sae_jax import load
+import sae_jax
 from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
@@ -67,13 +67,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all in one pass, decode each at every length; write OUT/results.json and OUT/progressive_codes.png."""
-    data = harvested(config.data, config.out, config.smoke)
+    recipe = laptop_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
     n, steps = (256, 5) if config.smoke else (config.n_latents, config.steps)
     lengths = LENGTHS[3:5] if config.smoke else LENGTHS
-    members = [f"topk{k} --sae.k={k}" for k in lengths] + [f"multi{K} --sae.k={K} --sae.multi-topk=0.125"]
-    words = [f"--sae.n-latents={n}", f"--train.steps={steps}", f"--train.decay-steps={steps // 5}"]
-    words += [f"--train.lr={config.lr}", *(SMOKE if config.smoke else ())]
-    sae_jax("train", RECIPE, "--data", data, "--out", config.out / "run", *words, "--members", *members)
+    members = {f"topk{k}": {"k": k} for k in lengths} | {f"multi{K}": {"k": K, "multi_topk": 0.125}}
+    settings = {"n_latents": n, "steps": steps, "decay_steps": steps // 5, "lr": config.lr}
+    start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site, "out": config.out / "run"}
+    trained = sae_jax.train_members(data, members, **start, **settings)
 
     site = Sites.one("resid_post.2")
     text = held_out(open_activations(str(data)), site, 2**12 if config.smoke else 2**15)
@@ -81,8 +82,7 @@ def main(config: Config) -> None:
     rows_ND = text.rows()
 
     def fvu(name: str, k: int) -> float:
-        sae = load(config.out / "run" / "members" / name)
-        return on_rows(at_length(sae, k), rows_ND)["fvu"]
+        return on_rows(at_length(trained[name].sae, k), rows_ND)["fvu"]
 
     results = {
         "trained at that k": [fvu(f"topk{k}", k) for k in lengths],

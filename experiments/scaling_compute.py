@@ -22,7 +22,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scaling_steps import laws_of, sae_jax, until_converged
+from scaling_steps import laws_of, until_converged
+
+import sae_jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ def main(config: Config) -> None:
     """Fit the points at one k; the iso-FLOP table, and what is advised for ten times the largest budget."""
     k = 8 if config.smoke else config.k
     sweep = config.sweep or until_converged(config.data, config.out, config.smoke, [k])
-    points = laws_of(sweep, config.out / "laws", f"--k={k}")
+    points = laws_of(sweep, config.out / "laws", k=k)
     points = [point for point in points if point.k == k and point.budget]
     widths, budgets = (sorted({getattr(p, name) for p in points}) for name in ("n_latents", "budget"))
     at = {(point.budget, point.n_latents): point.fvu for point in points}
@@ -57,8 +59,8 @@ def main(config: Config) -> None:
     Console().print(shown)
     laws = json.loads((config.out / "laws" / "fit.json").read_text())
     if laws["compute"] and laws["compute"]["best_latents"]:
-        fit = config.out / "laws" / "fit.json"
-        sae_jax("advise", f"--compute={10 * max(budgets):g}", f"--fit={fit}", "--target=h200:1")
+        advice, _ = sae_jax.advise(10 * max(budgets), config.out / "laws" / "fit.json")
+        Console().print(f"for {10 * max(budgets):.3g} FLOP", advice)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     """Sweep; fit at equal tokens a latent and where each run ended; compare what both know of the largest width."""
     sweep = until_converged(config.data, config.out, config.smoke, (4, 8) if config.smoke else K)
     laws = config.out / "per_latent"
-    points = laws_of(sweep, laws, f"--tokens-per-latent={PER_LATENT}")
+    points = laws_of(sweep, laws, tokens_per_latent=PER_LATENT)
     near = sorted(points, key=lambda point: -abs(point.tokens / point.n_latents - PER_LATENT))
     result = {
         "per_latent": compared(near, laws, f"nearest to {PER_LATENT} tokens a latent"),

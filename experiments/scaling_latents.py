@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     """Fit the points at one k; show where each width ended."""
     k = 8 if config.smoke else config.k
     sweep = config.sweep or until_converged(config.data, config.out, config.smoke, [k])
-    points = laws_of(sweep, config.out / "laws", f"--k={k}")
+    points = laws_of(sweep, config.out / "laws", k=k)
     last = {point.n_latents: point for point in points if point.k == k}  # a run's points are in order
     shown = Table("n", "tokens", "FVU", "converged", "dead", title=f"where each run ended, at k={k}")
     for n, end in sorted(last.items()):

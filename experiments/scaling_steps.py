@@ -1,17 +1,18 @@
-"""What the experiments on scaling laws share: the commands they run, on the set they all learn from."""
+"""What the experiments on scaling laws share: the sweep that they all learn from, and its laws."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sae_jax.scaling import table
+from bundled import harvested, laptop_recipe
+from rich.console import Console
 
-RECIPE = Path(__file__).parents[1] / "configs" / "scaling_laptop.yaml"
-SMOKE = ("--train.batch-size=256", "--train.log-every=10")
+import sae_jax
+from sae_jax.recipe import Recipe
+from sae_jax.scaling import report, table
 
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 BUDGETS = (1e11, 2e11, 4e11, 8e11, 1.6e12, 3.2e12, 6.4e12, 1.28e13, 2.56e13, 5.12e13, 1.02e14)  # FLOP
@@ -22,31 +23,17 @@ TOLERANCE, WINDOW, MOST = 0.02, 2e6, 18e6  # a run that gains less FVU in so man
 RATE, EXPONENT = 0.025, -0.3
 
 
-def sae_jax(*words: object) -> None:
-    """One command, in a process of its own."""
-    subprocess.run([sys.executable, "-m", "sae_jax.commands.main", *map(str, words)], check=True)
+def of_widths(widths: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Members of a sweep over widths, at their own learning rates."""
+    return {f"n{n}": {"n_latents": n, "lr": float(f"{RATE * n**EXPONENT:.2g}")} for n in widths}
 
 
-def harvested(data: Path | None, out: Path, smoke: bool, *flags: str) -> Path:
-    """The activation set: `data`, or one made in `out`."""
-    if data:
-        return data
-    sae_jax("harvest", RECIPE, "--out", out / "set", *flags, *(["--harvest.tokens=20480"] if smoke else []))
-    return out / "set"
-
-
-def of_widths(widths: Sequence[int]) -> list[str]:
-    """Flags of a sweep over widths: members at their own learning rates."""
-    own = (f"n{n} --sae.n-latents={n} --train.lr={RATE * n**EXPONENT:.2g}" for n in widths)
-    return ["--members", *own]
-
-
-def swept(data: Path, out: Path, smoke: bool, grid: dict[str, list], *flags: str) -> Path:
+def swept(recipe: Recipe, data: Path, out: Path, smoke: bool, grid: dict[str, list], **settings: Any) -> Path:
     """The sweep over a grid, in OUT/sweep, and its laws."""
-    words = [f"{key}={' '.join(map(str, values))}" for key, values in grid.items()]
-    smoke_flags = (*SMOKE, "--sweep.held-out=1024") if smoke else ()
-    sae_jax("sweep", RECIPE, "--data", data, "--out", out / "sweep", "--sweep.grid", *words, *flags, *smoke_flags)
-    sae_jax("fit", out / "sweep")
+    start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site}
+    held_out = {"held_out": 1024} if smoke else {}
+    sae_jax.sweep(data, out=out / "sweep", grid=grid, **start, **settings, **held_out)
+    fitted(out / "sweep")
     return out / "sweep"
 
 
@@ -55,14 +42,27 @@ def until_converged(data: Path | None, out: Path, smoke: bool, k: Sequence[int])
     widths, budgets, window, most = WIDTHS, BUDGETS, WINDOW, MOST
     if smoke:
         widths, budgets, window, most = (64, 128, 256), (2e8, 4e8), 2560.0, 5120.0
-    flags = [f"--sweep.tolerance={TOLERANCE}", f"--sweep.window={window:g}", f"--sweep.max-tokens={most:g}"]
-    flags += [f"--sweep.min-tokens={window / 20:g}", "--sweep.compute", *(f"{budget:g}" for budget in budgets)]
-    return swept(harvested(data, out, smoke), out, smoke, {"sae.k": list(k)}, *flags, *of_widths(widths))
+    marks = {
+        "tolerance": TOLERANCE,
+        "window": window,
+        "max_tokens": most,
+        "min_tokens": window / 20,
+        "compute": budgets,
+    }
+    recipe = laptop_recipe(smoke)
+    data = harvested(recipe, data, out)
+    return swept(recipe, data, out, smoke, {"k": list(k)}, members=of_widths(widths), **marks)
 
 
-def laws_of(sweep: Path, out: Path, *flags: str) -> list[table.Point]:
-    """The points of a sweep, and what `sae-jax fit` makes of them in OUT: the laws in their own folder stay."""
+def laws_of(sweep: Path, out: Path, **chosen: Any) -> list[table.Point]:
+    """The points of a sweep, and what `sae_jax.fit` makes of them in OUT: the laws in their own folder stay."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(sweep / table.FILE, out / table.FILE)
-    sae_jax("fit", out, *flags)
+    fitted(out, **chosen)
     return table.read(out)
+
+
+def fitted(folder: Path, **chosen: Any) -> None:
+    """Fit the laws to the points of a folder, and show them."""
+    study, _ = sae_jax.fit(folder, **chosen)
+    Console().print(report.render(study), markup=False, highlight=False)

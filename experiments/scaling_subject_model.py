@@ -22,16 +22,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import train_bundled_lm
 import tyro
+from bundled import harvested, laptop_recipe
 from rich.console import Console
 from rich.table import Table
-from scaling_steps import harvested, of_widths, swept
+from scaling_steps import of_widths, swept
 
 from sae_jax import lm
 from sae_jax.scaling import fit, table
@@ -63,10 +63,14 @@ def main(config: Config) -> None:
     results = {}
     for d_model in WIDTHS[:1] if config.smoke else WIDTHS:
         folder = config.out / f"d{d_model}"
-        data = harvested(None, folder, config.smoke, f"--harvest.model={trained(d_model, config)}")
+        recipe = laptop_recipe(config.smoke)
+        recipe = dataclasses.replace(
+            recipe, harvest=dataclasses.replace(recipe.harvest, model=str(trained(d_model, config)))
+        )
+        data = harvested(recipe, None, folder)
         n, tokens = ((64, 128), 1280) if config.smoke else (LATENTS, config.tokens)
-        flags = (f"--sweep.tokens={tokens:g}", *of_widths(n))
-        points = table.read(swept(data, folder, config.smoke, {"sae.k": [K]}, *flags))
+        marks = {"members": of_widths(n), "tokens": (tokens,)}
+        points = table.read(swept(recipe, data, folder, config.smoke, {"k": [K]}, **marks))
         results[d_model] = {str(p.n_latents): p.fvu for p in sorted(points, key=lambda point: point.n_latents)}
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if not config.smoke:
@@ -80,9 +84,8 @@ def trained(d_model: int, config: Config) -> Path | str:
         return "bundled"
     model = config.out / f"lm{d_model}"
     if not (model / "heldout.jsonl").exists():
-        script = Path(__file__).with_name("train_bundled_lm.py")
-        words = ["--smoke"] if config.smoke else [f"--steps={config.lm_steps}", f"--d-model={d_model}"]
-        subprocess.run([sys.executable, str(script), f"--out={model}", *words], check=True)
+        settings = {"steps": config.lm_steps, "d_model": d_model, "smoke": config.smoke}
+        train_bundled_lm.main(train_bundled_lm.Config(out=model, **settings))
     return model
 
 

@@ -41,7 +41,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import tyro
-from demo_set import demo_recipe, harvested
+from bundled import demo_recipe, harvested
 
 import sae_jax
 from sae_jax import config as configs

@@ -68,6 +68,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Tokenizer, model, held-out text and their README, written to `config.out`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     steps, d_model = (30, 32) if config.smoke else (config.steps, config.d_model)
     train_texts = [text for _, text in stdlib_files(held_out=False)]
     heldout = list(stdlib_files(held_out=True))
@@ -212,5 +213,4 @@ can be tried and tested without a network. It knows the look of Python source an
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main(tyro.cli(Config))

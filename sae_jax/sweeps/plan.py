@@ -92,6 +92,8 @@ def plan(job: SweepJob, source: RowSource) -> tuple[dict[str, Planned], list[str
 
 def _jobs(job: SweepJob, refused: list[str]) -> Iterator[tuple[str, SweepJob]]:
     """(name, job) of every listed member in every cell of the grid; what cannot be goes to `refused`."""
+    # The order of the batches is one for all, whatever seed a member of the list or the grid has.
+    job = dataclasses.replace(job, train=dataclasses.replace(job.train, order_seed=job.train.order))
     listed = expand_members(job)
     for cell in cells(job.sweep):
         # Settings of the whole pass, such as the source, change for all members of the cell.

@@ -1,0 +1,40 @@
+"""What the experiments on the bundled language model share: the recipes they follow, and the set that one describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import sae_jax
+from sae_jax.recipe import Recipe, parse
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def demo_recipe(smoke: bool) -> Recipe:
+    """configs/demo.yaml; on a hundredth of the text to see whether something runs."""
+    return _recipe("demo.yaml", smoke)
+
+
+def laptop_recipe(smoke: bool) -> Recipe:
+    """configs/scaling_laptop.yaml; small batches of little text to see whether something runs."""
+    settings = _recipe("scaling_laptop.yaml", smoke)
+    if smoke:
+        train = dataclasses.replace(settings.train, batch_size=256, log_every=10)
+        settings = dataclasses.replace(settings, train=train)
+    return settings
+
+
+def harvested(settings: Recipe, data: Path | None, out: Path) -> Path:
+    """The activation set: `data`, or one made in `out`."""
+    data = data or out / "set"
+    if not data.exists():
+        sae_jax.harvest(data, settings=settings.harvest)
+    return data
+
+
+def _recipe(name: str, smoke: bool) -> Recipe:
+    settings = parse(Recipe, [str(CONFIGS / name)], "experiment")
+    if smoke:
+        settings = dataclasses.replace(settings, harvest=dataclasses.replace(settings.harvest, tokens=20_480))
+    return settings
