@@ -20,7 +20,9 @@ def leave_errors_to_us() -> None:
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
             # Ctrl-C met a callback, such as JAX's of the garbage collector, out of which Python lets nothing pass.
-            threading.Timer(SECONDS_UNTIL_AGAIN, signal.raise_signal, [signal.SIGINT]).start()
+            # To the main thread, or a system call in which it waits would go on to its end.
+            to_main = [threading.main_thread().ident, signal.SIGINT]
+            threading.Timer(SECONDS_UNTIL_AGAIN, signal.pthread_kill, to_main).start()
         # Closed: from each write that was under way when another one failed and Orbax closed the loop.
         elif str(unraisable.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(unraisable)
