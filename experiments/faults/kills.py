@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ def main(config: Config) -> None:
     library = out / "kill_at.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "kill_at.c", "-ldl"], check=True)
     jobs = ("save",) if config.smoke else config.jobs
-    prepare(out / "inputs", jobs)
+    prepare(out / "inputs", {name for job in jobs for name in JOBS[job].inputs})
     references = {job: Reference(job, out, library) for job in jobs}
     trials = [trial for job in jobs for trial in planned(references[job])]
     draw = random.Random(config.seed)
@@ -212,9 +212,8 @@ def site(call: str, path: str) -> str:
     return f"{call} {re.sub(r'[0-9]+', '0', path)}"
 
 
-def prepare(inputs: Path, jobs: Sequence[str]) -> None:
+def prepare(inputs: Path, needed: Collection[str]) -> None:
     """Sets and runs that jobs begin with."""
-    needed = {name for job in jobs for name in JOBS[job].inputs}
     rows = np.random.default_rng(0).standard_normal((1024, 8)).astype(np.float32)
     small = {"n_latents": 32, "k": 4, "dtype": "float32", "steps": 4, "batch_size": 64}
     inputs.mkdir(exist_ok=True)
@@ -225,7 +224,7 @@ def prepare(inputs: Path, jobs: Sequence[str]) -> None:
         "made": lambda path: sae_jax.train("set", out=path, **small),
         "text-run": lambda path: sae_jax.train("text-set", out=path, **small),
     }
-    needed |= {"text-set" if name == "text-run" else "set" for name in needed}
+    needed = {*needed, *("text-set" if name == "text-run" else "set" for name in needed)}
     before = os.getcwd()
     os.chdir(inputs)  # runs name their sets as seen from there
     try:
