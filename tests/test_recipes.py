@@ -1,5 +1,6 @@
 """Every recipe in configs/ parses and trains a step at a toy size; every experiment runs its --smoke."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,44 @@ def test_recipe_trains_at_a_toy_size(path, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def smoke():
+    """smoke(path, out, *flags): run the --smoke of an experiment into a folder, and return that."""
+    shared: list[subprocess.Popen[str]] = []  # the process of those that need none of their own
+
+    def run(path, out, *flags):
+        starts_jax = "XLA_FLAGS" in path.read_text()
+        process = shared.pop() if shared and not starts_jax else start()
+        process.stdin.write(json.dumps([str(path), "--smoke", "--out", str(out), *map(str, flags)]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()  # after a timeout the next one gets another process
+        assert answer, f"{path.stem} took its process down"
+        if starts_jax:
+            end(process)
+        else:
+            shared.append(process)
+        assert json.loads(answer) == ""
+        return out
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "experiments_runner.py"],
+            cwd=ROOT,
+            env=runs.environment(optimised=False),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(process):
+        process.stdin.close()
+        process.wait()
+
+    yield run
+    for process in shared:
+        end(process)
+
+
+@pytest.fixture(scope="module")
 def demo_set(tmp_path_factory):
     """A hundredth of the demo's set, for experiments that would make one."""
     data = tmp_path_factory.mktemp("demo") / "set"
@@ -63,12 +102,10 @@ def demo_set(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sweep(demo_set, tmp_path_factory):
+def sweep(smoke, demo_set, tmp_path_factory):
     """The sweep of scaling_joint.py, from which other experiments take their points."""
-    return (
-        smoked(ROOT / "experiments" / "scaling_joint.py", tmp_path_factory.mktemp("joint"), "--data", demo_set)
-        / "sweep"
-    )
+    out = tmp_path_factory.mktemp("joint") / "out"
+    return smoke(ROOT / "experiments" / "scaling_joint.py", out, "--data", demo_set) / "sweep"
 
 
 @pytest.mark.slow
@@ -76,31 +113,16 @@ def sweep(demo_set, tmp_path_factory):
 @pytest.mark.parametrize(
     "path", [pytest.param(path, marks=together(path)) for path in EXPERIMENTS], ids=lambda p: p.stem
 )
-def test_experiment_runs(path, tmp_path, request):
+def test_experiment_runs(path, tmp_path, smoke, request):
     text = path.read_text()
-    flags = []
     if path.stem == "scaling_joint":
         assert (request.getfixturevalue("sweep") / "fit.json").exists()
-        return
-    if "sweep: Path | None" in text:
-        flags = ["--sweep", request.getfixturevalue("sweep")]
+    elif "sweep: Path | None" in text:
+        smoke(path, tmp_path / "out", "--sweep", request.getfixturevalue("sweep"))
     elif "data: Path | None" in text and ("demo_recipe" in text or "laptop_recipe" in text):
-        flags = ["--data", request.getfixturevalue("demo_set")]
-    smoked(path, tmp_path, *flags)
-
-
-def smoked(path, folder, *flags):
-    """Run an experiment's --smoke; the folder that it writes."""
-    done = subprocess.run(
-        [sys.executable, str(path), "--smoke", "--out", folder / "out", *flags],
-        cwd=ROOT,
-        env=runs.environment(optimised=False),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "out"
+        smoke(path, tmp_path / "out", "--data", request.getfixturevalue("demo_set"))
+    else:
+        smoke(path, tmp_path / "out")
 
 
 def test_every_experiment_can_be_smoked():
