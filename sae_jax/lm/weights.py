@@ -119,9 +119,8 @@ def _check_head(stored: _StoredTensors, spec: Spec) -> None:
     shape = (spec.n_vocab, spec.d_model)
     if head in stored and not np.array_equal(stored.read(head, shape), stored.read(embedding, shape)):
         raise UserError(
-            f"{stored.folder} has {head!r} unlike {embedding!r}, which its config.json ties, in words or by leaving out "
-            f"tie_word_embeddings; set tie_word_embeddings to false there if the model has a head of its own, or else "
-            f"remove the tensor"
+            f"{stored.folder} has {head!r} unlike {embedding!r}, though its config.json ties them, in words or by "
+            f"default; set tie_word_embeddings to false there if the model has a head of its own, or remove the tensor"
         )
 
 

@@ -204,7 +204,7 @@ def replacing(old: str, new: str) -> Callable[[Path], None]:
         ("commits/2.json", lambda file: file.rename(file.with_name("7.json")), "7.json is damaged .*has 3 shards"),
         ("dataset.json", cut, "dataset.json cannot be used"),
         ("dataset.json", replacing("40", "48"), "does not match its sha256"),
-        ("dataset.json", replacing('format": 2', 'format": 1'), "format 1, this version reads format 2;"),
+        ("dataset.json", replacing('format": 3', 'format": 1'), "format 1, this version reads format 3;"),
         ("dataset.json", Path.unlink, "writing was cut off"),
     ],
 )

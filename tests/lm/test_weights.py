@@ -232,7 +232,7 @@ def test_weights_in_float64_are_rounded_and_it_is_said(folder, model, capsys):
 
 
 def test_weights_that_are_there_twice_are_not_chosen_from(folder, model):
-    """A copy under another name is no part of the model; of two parts that both have a tensor neither is the right one."""
+    """A copy under another name is no part of the model; of two parts that have a tensor neither is the right one."""
     shutil.copy(folder / "model.safetensors", folder / "copy.safetensors")
     digest = load(str(folder)).digest
     (folder / "copy.safetensors").write_bytes(b"")
