@@ -190,8 +190,8 @@ def _write_shards(
 def shared_tokenizer(models: dict[str, lm.LanguageModel]) -> lm.Tokenizer:
     """The tokenizer of all models.
 
-    Raises UsageError where one has another, to which the same ids would be other text, and UserError where one has fewer
-    rows in its embedding.
+    Raises UsageError where one has another, to which the same ids would be other text, and UserError where the
+    embedding of one has too few rows.
     """
     specs = [model.spec for model in models.values()]
     (name, first), *others = models.items()

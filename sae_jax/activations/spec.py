@@ -4,8 +4,8 @@ The spec is fixed before the first row is written and its SHA-256 stands beside 
 content of shard s is a function of (spec, s), so any host may make any shard, and two hosts that start the
 same harvest agree.
 
-Text, language models and tokenizer are known by their content. Where they lie is recorded beside their digests, but is no
-part of the SHA-256, and may change.
+Text, language models and tokenizer are known by their content. Where they lie is recorded beside their digests, but is
+no part of the SHA-256, and may change.
 """
 
 from __future__ import annotations

@@ -241,10 +241,10 @@ def _from_hub(reference: str, column: str) -> Iterator[str]:
         )
         for number, row in enumerate(rows):
             if not isinstance(text := row.get(column), str):
-                what = f"holds {type(text).__name__} in row {number}" if column in row else "is not there"
+                what = f"row {number} holds {type(text).__name__}" if column in row else "it is not there"
                 raise UserError(
-                    f'dataset {reference!r} has no column "{column}" of text, but {", ".join(row)}; "{column}" {what}; '
-                    f"choose one with harvest.text_column"
+                    f'dataset {reference!r} has no column "{column}" of text ({what}), but {", ".join(row)}; choose '
+                    f"one with harvest.text_column"
                 )
             yield text
     except UserError:

@@ -9,6 +9,7 @@ from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, reso
 from sae_jax.lm.run import Cache, Output, check_ids, empty_cache, run
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer
+from sae_jax.lm.weights import digest
 from sae_jax.ops.predictions import cross_entropy, kl_divergence
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "check_hook",
     "check_ids",
     "cross_entropy",
+    "digest",
     "empty_cache",
     "generate",
     "hook_width",

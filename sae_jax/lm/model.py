@@ -122,7 +122,9 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
         return BUNDLED
     if os.path.isabs(reference):
         if not Path(reference).is_dir():
-            raise UserError(f"the model {reference} is not there; say where it is now with --model")
+            raise UserError(
+                f"the model {reference} is not there; say where it is now with --model, or harvest again with it"
+            )
         return Path(reference)
     match = _HUB.fullmatch(reference)
     if match is None:

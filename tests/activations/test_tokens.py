@@ -164,7 +164,7 @@ def test_a_dataset_streams_the_split_and_revision_it_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
     assert list(itertools.islice(documents("hf:owner/data@abc:validation"), 2)) == ["a", "b"]
-    with pytest.raises(UserError, match='no column "text" of text, but body; "text" is not there; choose'):
+    with pytest.raises(UserError, match=r'no column "text" of text \(it is not there\), but body; choose'):
         list(documents("hf:owner/data"))
     assert asked == [("owner/data", "abc", "validation", True), ("owner/data", None, "train", True)]
 
