@@ -127,7 +127,8 @@ def _check_text(activations: ActivationSet, heldout: str, given: str | None, col
     """The held-out text has to be there, and to be what the set names."""
     if not texts.is_there(heldout):
         raise UserError(
-            f"the held-out text {heldout} is not there; say where it is now with --heldout, or harvest again with it"
+            f"the held-out text {heldout} is not there; say where it is now with --heldout, or repeat the "
+            f"harvest with its new place"
         )
     expected = activations.spec.heldout_digest
     if expected is not None and texts.scan(heldout, column).digest != expected:
