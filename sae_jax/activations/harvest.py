@@ -47,7 +47,7 @@ class HarvestConfig:
     text: str = "stdlib"
     """`stdlib`, a file, folder or glob (files in order of name), or hf:dataset[@revision][:split]"""
     text_column: str = texts.COLUMN
-    """field of .jsonl files, or column of a hub dataset, that holds the text"""
+    """field of JSON records, or column of a hub dataset, that holds the text"""
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)

@@ -123,8 +123,8 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
     if os.path.isabs(reference):
         if not Path(reference).is_dir():
             raise UserError(
-                f"the model {reference} is not there; say where it is now with --model, or repeat the harvest with its new "
-                f"place"
+                f"the model {reference} is not there; say where it is now with --model, or repeat the harvest with its "
+                f"new place"
             )
         return Path(reference)
     match = _HUB.fullmatch(reference)
