@@ -56,8 +56,8 @@ _HUB = re.compile(r"hf:(?P<id>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
 class Scan:
     """A text that has been read once."""
 
-    digest: str  # what identifies its content: sha256 (hex) over its documents, or a hub dataset's own name
-    n_bytes: int  # of its documents, and one for each; 0 for a hub dataset, which is not read
+    digest: str  # what identifies its content: sha256 (hex) over its documents, or the name of a dataset of the hub
+    n_bytes: int  # of its documents, and one for each; 0 for a dataset of the hub, which is not read
     files: tuple[str, ...] = ()  # that have documents; none where it is not made of local files
     left_out: dict[str, list[Path]] = field(default_factory=dict)  # files, by the reason
 
@@ -88,7 +88,8 @@ def resolve(reference: str) -> str:
 
 def is_there(reference: str) -> bool:
     """Whether a recorded text can be read from here, as far as can be seen without reading it."""
-    return not os.path.isabs(reference) or os.path.exists(reference) or bool(glob.glob(reference, recursive=True))
+    path = _hub(reference)["id"] if reference.startswith("hf:") else reference
+    return not os.path.isabs(path) or os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def documents(reference: str, column: str = COLUMN) -> Iterator[str]:
@@ -123,14 +124,14 @@ def _named_documents(reference: str, column: str, files: TextFiles | None) -> It
 
 
 def scan(reference: str, column: str = COLUMN, progress: Callable[[int], None] = lambda n_bytes: None) -> Scan:
-    """Read all of a local text. A hub dataset is not read, and without a revision may change under its name.
+    """Read all of a text that is here. A dataset of the hub is not read: without a revision it may change.
 
     Args:
         reference: see the head of this file.
-        column: of .jsonl files and hub datasets.
+        column: of JSON records and hub datasets.
         progress: called with the bytes read so far.
     """
-    if reference.startswith("hf:"):
+    if reference.startswith("hf:") and not os.path.isabs(_hub(reference)["id"]):
         return Scan(reference if column == COLUMN else f"{reference} {column}", 0)
     local = None if _is_elsewhere(reference) else _local_files(reference, column)
     sha, n_bytes, files = hashlib.sha256(), 0, {}

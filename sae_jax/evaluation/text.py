@@ -108,6 +108,10 @@ def held_out(
     tokenizer = lm.tokenizer(reference, loaded.spec, recorded=True)
     if loaded.digest != sources[0].model_digest:
         say_or_refuse(f"the weights of {reference} are not those that {activations.path} was made with", model, "model")
+    if spec.tokenizer == sources[0].model and spec.tokenizer_digest not in (None, tokenizer.digest):
+        say_or_refuse(
+            f"the tokenizer of {reference} is not that which {activations.path} was made with", model, "model"
+        )
     column = spec.text_column or COLUMN
     _check_text(activations, heldout, text, column)
     n_sequences = max(n_tokens // spec.context, 1)
@@ -136,7 +140,7 @@ def _check_text(activations: ActivationSet, heldout: str, given: str | None, col
 
 
 def say_or_refuse(difference: str, given: str | None, flag: str) -> None:
-    """What differs from the record of a set is taken if the user names it, and refused else."""
+    """What differs from the record of a set is taken, with a warning, if the user names it; else UserError."""
     if given is None:
         raise UserError(f"{difference}; name it with --{flag} to use it all the same")
     say_once(f"warning: {difference}")

@@ -244,7 +244,7 @@ def _backend(state: Mapping[str, Any], special: set[str]) -> tuple[tokenizers.To
         where = plain if part is None else plain[part]
         where.update({name: None for name in names if name in where})
     plain["added_tokens"] = [
-        {**token, "special": bool(token["special"]) or token["content"] in special}
+        {**token, "special": bool(token.get("special")) or token["content"] in special}
         for token in plain.get("added_tokens") or ()
     ]
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,14 +125,20 @@ def _check_head(stored: _StoredTensors, spec: Spec) -> None:
 
 
 def _check_ignored(stored: _StoredTensors, spec: Spec) -> None:
-    """Names the tensors that were not read. Raises UserError for one inside a block: the model would be another one."""
-    buffers = {
-        name.format(layer=layer) for name in family(spec.family).buffers for layer in range(spec.n_layers)
-    }  # what a block makes for itself
+    """Names the tensors that were not read.
+
+    Raises UserError for one in a block, or beside a parameter: the model would be another one without it.
+    """
+    of_family = family(spec.family)
+    buffers = {name.format(layer=layer) for name in of_family.buffers for layer in range(spec.n_layers)}
     ignored = {bare: key for bare, key in stored.unread.items() if bare not in buffers}
-    blocks = {tensor.name.partition("{")[0].removeprefix(family(spec.family).prefix) for tensor in _in_layers(spec)}
+    # "h." of blocks, "ln_f." of others.
+    modules = {
+        name.partition("{")[0] if "{" in name else f"{name.rpartition('.')[0]}."
+        for name in (place.name.removeprefix(of_family.prefix) for place in of_family.stored.values())
+    }
     for bare, key in ignored.items():
-        if bare.startswith(tuple(blocks)):
+        if bare.startswith(tuple(modules)):
             raise UserError(
                 f"{stored.folder} has a tensor {key!r}, which a {spec.family} of {spec.n_layers} layers by its "
                 f"config.json does not use; the model would be another one without it"
@@ -141,10 +147,6 @@ def _check_ignored(stored: _StoredTensors, spec: Spec) -> None:
         names = list(ignored.values())
         more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
         say_once(f"{stored.folder}: tensors that are not used: {', '.join(names[:N_NAMED])}{more}")
-
-
-def _in_layers(spec: Spec) -> Iterable[_Tensor]:
-    return (tensor for tensor in _tensors(spec) if tensor.in_layers)
 
 
 def save(

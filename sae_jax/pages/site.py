@@ -56,6 +56,8 @@ def write_site(
         activations.check_text()
         raise UsageError(f"{activations.path} names no tokenizer; give model=, one that has the tokenizer of the set")
     vocabulary, reference = lm.tokenizer(tokenizer, recorded=True), model or target.model
+    if activations.spec.tokenizer_digest not in (None, vocabulary.digest):
+        say_or_refuse(f"the tokenizer of {tokenizer} is not that of {activations.path}", model, "model")
     effects = _logit_effects(reference, target, activations.path, model) if reference and target.hook else None
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)

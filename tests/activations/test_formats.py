@@ -3,12 +3,11 @@
 import itertools
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from sae_jax.activations.harvest import HarvestConfig, harvest
-from sae_jax.activations.text import documents, resolve, scan
+from sae_jax.activations.text import documents, is_there, resolve, scan
 from sae_jax.types import UsageError, UserError
 
 LINES = '{"id": 1, "text": "one"}\n{"id": 2, "text": "two"}\n'
@@ -152,4 +151,15 @@ def test_a_column_that_is_not_text_is_one_line(tmp_path, monkeypatch):
             next(documents(f"hf:{folder}"))
         assert "\n" not in str(caught.value)
         assert list(itertools.islice(documents(f"hf:{folder}", "body"), 2)) == ["x", "y"]
-    assert Path(tmp_path / "0").exists()
+
+
+def test_a_dataset_that_is_here_is_known_by_its_content(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name, values in (("a", ["x", "y"]), ("b", ["x", "y"]), ("c", ["x", "z"])):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"text": values}), tmp_path / name / "train.parquet")
+    digests = [scan(f"hf:{tmp_path}/{name}").digest for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+    assert is_there(f"hf:{tmp_path}/a")
+    assert not is_there(f"hf:{tmp_path}/d")

@@ -115,6 +115,21 @@ def test_the_held_out_text_that_changed_in_its_place_is_refused(made, monkeypatc
         Path("h.txt").write_text(text)
 
 
+def test_a_tokenizer_that_changed_in_its_place_is_refused(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    path = Path("lm/tokenizer.json")
+    before = path.read_text()
+    content = json.loads(before)
+    content["model"]["merges"].pop()
+    try:
+        path.write_text(json.dumps(content))
+        assert "the tokenizer of" in refused(capsys, "evaluate", "run")
+        assert "the tokenizer of" in refused(capsys, "dashboard", "run", "--out=page")
+        assert not Path("page").exists()
+    finally:
+        path.write_text(before)
+
+
 def test_ids_beyond_the_tokenizer_make_no_page(tmp_path, monkeypatch, capsys):
     """Of a tokenizer whose ids have gaps the largest one counts, not how many there are."""
     monkeypatch.chdir(tmp_path)

@@ -195,10 +195,16 @@ def test_tensors_that_are_not_used_are_named_once(folder, model, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer.h.4.ln_1.weight", "h.0.attn.c_attn.lora_A.weight", "transformer.h.1.crossattention.bias"]
+    "name",
+    [
+        "transformer.h.4.ln_1.weight",  # another number of layers than the config says
+        "h.0.attn.c_attn.lora_A.weight",  # an adapter
+        "transformer.h.1.crossattention.bias",  # another kind of block
+        "lm_head.bias",
+        "transformer.wte.lora_B",
+    ],
 )
-def test_a_tensor_inside_a_block_is_not_left_out(folder, name):
-    """Another number of layers than the config says, an adapter, another kind of block."""
+def test_a_tensor_that_makes_another_model_is_not_left_out(folder, name):
     rewrite(folder, lambda tensors: tensors | {name: np.ones(16, np.float32)})
     with pytest.raises(UserError, match=rf"a tensor '{name}', which a gpt2 of 4 layers .* does not use"):
         load(str(folder))
