@@ -32,7 +32,7 @@ from sae_jax.saes.normalise import PER_VECTOR, Scale
 from sae_jax.training import checkpoint
 from sae_jax.training.quantise import WEIGHT, dequantise, zeros_like_moments
 from sae_jax.training.state import TrainState, placed
-from sae_jax.types import Code, UsageError, UserError, Widths
+from sae_jax.types import Code, UsageError, UserError, Widths, check_indices
 
 ARRAYS, RECORD = "dictionary.safetensors", "dictionary.json"
 UNIT_TOLERANCE = 1e-4  # of the norm of a decoder row
@@ -50,7 +50,8 @@ class Dictionary:
         return self.sae.encode(x)
 
     def decode(self, code: Code) -> jax.Array:
-        """See AbstractSae.decode."""
+        """See AbstractSae.decode. UserError for a latent that the dictionary does not have."""
+        check_indices(code.indices, self.sae.w_dec.shape[0], "latent", "give a code of this dictionary")
         return self.sae.decode(code)
 
     def __call__(self, x: Any) -> jax.Array:

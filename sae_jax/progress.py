@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from types import TracebackType
@@ -17,6 +18,12 @@ SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_UPDATES = 0.1  # of a live line
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """A line on stderr, however often it is said."""
+    console.print(line, markup=False)
 
 
 class Progress:

@@ -143,6 +143,17 @@ def test_a_dictionary_reads_well_and_hands_out_its_arrays() -> None:
         d.w_gate  # noqa: B018
 
 
+def test_a_code_of_a_wider_dictionary_is_refused() -> None:
+    """Else the last row would be taken for the latents that are not there."""
+    sae = trained("topk")
+    d = Dictionary(sae, artifact.record_of(sae))
+    code = d.encode(np.ones((3, D), np.float32))
+    for latent in (64, -1):
+        with pytest.raises(UserError, match=f"latent {latent} is outside 0 to 63"):
+            d.decode(code.replace(indices=code.indices.at[1, 2].set(latent)))
+    np.testing.assert_array_equal(jax.jit(d.decode)(code), d.decode(code))
+
+
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run, config\.json is missing"):
         sae_jax.load(tmp_path / "nowhere")

@@ -137,7 +137,7 @@ def _planned(name: str, member: SweepJob, source: RowSource, lr: Callable[[int],
         "seed": member.train.seed,
         "d_model": widths.x[0],
         "commit": program_version(),
-        "data": source.data.path or source.data.content,
+        "data": source.data.content,  # not where it lies: errors compare on the same rows
         "config": settings,
     }
     return Planned(

@@ -99,3 +99,21 @@ def test_what_cannot_be_run_is_refused(text_set: ActivationSet, small_set: Path,
         writer.write_shard(0, {"a": np.ones((4, model.spec.d_model))})
         with pytest.raises(error, match=message):
             model_at(open_activations(tmp_path / digest), "a", mesh, later=True)
+
+
+def test_ids_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
+    """A set may hold tokens of another tokenizer than that of the model it names."""
+    model = lm.load("bundled")
+    source = SourceSpec("resid_post.1", 4, "float32", "bundled", model.digest, "resid_post.1")
+    spec = SetSpec((source,), 1, 12, 4, context=CONTEXT, sequences_per_shard=3)
+    ids = np.full((3, CONTEXT), 2048, np.int32)
+    seq, pos = np.indices(ids.shape).reshape(2, -1)
+    writer = create(tmp_path / "set", spec)
+    writer.write_shard(0, {source.name: np.ones((12, 4))}, {"token": ids[seq, pos], "seq": seq, "pos": pos}, ids)
+    mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
+    activations = open_activations(tmp_path / "set")
+    with (
+        SequenceRows(activations, later=False).open(SITES, CONTEXT, 0, mesh) as batches,
+        pytest.raises(UserError, match="token id 2048 is outside 0 to 2047; the embedding has 2048 rows"),
+    ):
+        next(batches.batches())

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import mesh as meshes
-from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, place, run
-from sae_jax.types import UsageError
+from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, generate, place, run
+from sae_jax.types import UsageError, UserError
 from tests.lm.tiny import SPEC, jit_run, random_model
 from tests.oracles import gpt2
 
@@ -160,3 +160,13 @@ def test_a_sequence_longer_than_the_context_is_refused(model):
 def test_a_model_is_an_argument_of_jit():
     leaves = jax.tree.leaves(LanguageModel({"embed": jnp.zeros(3)}, SPEC, "name", "digest", "path"))
     assert len(leaves) == 1
+
+
+@pytest.mark.parametrize("outside", [-1, SPEC.n_vocab])
+def test_ids_beyond_the_embedding_are_refused(model, ids_BT, outside):
+    """Else the row of another token would be read for them."""
+    ids_BT = ids_BT.at[1, 2].set(outside)
+    with pytest.raises(UserError, match=f"token id {outside} is outside 0 to 22; the embedding has 23 rows"):
+        run(model, ids_BT)
+    with pytest.raises(UserError, match=f"token id {outside}"):
+        generate(model, ids_BT, 2, jax.random.key(0))
