@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sae_jax.errors import UsageError, UserError
+from sae_jax.errors import PartialError, UsageError, UserError
 
-__all__ = ["Code", "Sites", "UsageError", "UserError", "Widths"]
+__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths"]
 
 T = TypeVar("T")
 
