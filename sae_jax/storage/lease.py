@@ -50,15 +50,15 @@ class Lease:
     Leaving it after an error raises LostError instead if the lease is lost: what failed did so because of the other.
     """
 
-    def __init__(self, path: StrPath | None, what: StrPath, is_patient: bool = True, seconds: float = SECONDS) -> None:
+    def __init__(self, path: StrPath | None, what: StrPath, is_patient: bool = True, seconds: float = 0) -> None:
         """Args:
         path: beginning of the name of its files. None: there is nothing to own, and every call does nothing.
         what: is owned, for messages.
         is_patient: watch a holder on another host until it is known to live. Else it lives if its file looks new.
-        seconds: as SECONDS. The same for all who want the lease.
+        seconds: instead of SECONDS. The same for all who want the lease.
         """
         self._path, self._what = None if path is None else os.fspath(path), os.fspath(what)
-        self._is_patient, self._seconds = is_patient, seconds
+        self._is_patient, self._seconds = is_patient, seconds or SECONDS
         self._number, self._released, self._new_folders = 0, threading.Event(), []
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_jax.commands import gpu, runtime
+from sae_jax.commands import gpu, runtime, signals
 from sae_jax.commands import main as cli
 from sae_jax.types import UsageError
 from tests import runs
@@ -108,7 +108,7 @@ def test_ctrl_c_in_a_process_that_trains_is_no_crash(small_set, tmp_path):
     runs.wait_for(run.exists, process)  # it compiles
     process.send_signal(signal.SIGINT)
     code, said = runs.finish(process)
-    assert code == cli.INTERRUPTED, said
+    assert code == signals.INTERRUPTED, said
     assert "the same command resumes from what is on disk" in said
     assert "Traceback" not in said
 
@@ -136,5 +136,5 @@ main.main()
 def test_ctrl_c_is_not_lost_in_a_callback():
     """Python prints and forgets what is raised while the garbage collector calls back, as it does into JAX."""
     code, said = runs.finish(runs.start([sys.executable, "-c", CTRL_C_IN_A_CALLBACK]))
-    assert code == cli.INTERRUPTED, said
+    assert code == signals.INTERRUPTED, said
     assert "Traceback" not in said
