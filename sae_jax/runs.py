@@ -330,6 +330,13 @@ def fit(
         The laws, and the files that were written.
     """
     folder = Path(folder)
+    with storage.Lease(folder / "fit.owner", f"the fit of {folder}"):
+        return _fit(folder, variant, site, k, tokens_per_latent)
+
+
+def _fit(
+    folder: Path, variant: str | None, site: str | None, k: int | None, tokens_per_latent: float | None
+) -> tuple[laws.Study, list[Path]]:
     study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
     text = json.dumps(study.to_json(), indent=2).removesuffix("\n}")

@@ -37,7 +37,7 @@ def make_folder(path: StrPath) -> None:
 def write(path: Path, data: bytes, put: Callable[[Path, Path], bool | None]) -> bool:
     """Write a temporary and put it in place; what `put` answers, if it does."""
     make_folder(path.parent)
-    remove_leftovers(path)
+    remove_leftovers(path.parent, path.name[:200].__eq__)
     temporary = temporary_name(path)
     with naming(path):
         try:
@@ -90,11 +90,17 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
 
 
-def remove_leftovers(path: Path, seconds: float = LEFTOVER_SECONDS) -> None:
-    """Temporaries of `path` that a kill left behind: those that are older than `seconds`."""
-    pattern = re.compile(re.escape(f".{path.name[:200]}.") + r"[0-9a-f]{16}\.(tmp|old)")
-    for entry in os.scandir(path.parent):
-        if pattern.fullmatch(entry.name):
+def remove_leftovers(folder: Path, is_meant: Callable[[str], bool], seconds: float = LEFTOVER_SECONDS) -> None:
+    """Remove temporaries that a kill left behind.
+
+    Args:
+        folder: where they are.
+        is_meant: whether those of a file of this name (its first 200 characters) are.
+        seconds: their age. Only the owner of the files may say 0: those of others may be in use.
+    """
+    for entry in os.scandir(folder):
+        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)", entry.name)
+        if found and is_meant(found[1]):
             with contextlib.suppress(OSError):  # another process removed it first
                 if time.time() - entry.stat().st_mtime >= seconds:
                     shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)

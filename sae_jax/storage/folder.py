@@ -37,7 +37,9 @@ def new_folder(path: StrPath, replace: bool = False, lease: Lease | None = None)
     _refuse_occupied(final, path, replace)  # before anything is written
     with mine as held:
         disk.make_folder(final.parent)
-        disk.remove_leftovers(final, seconds=0)  # of processes that are dead: this one is the owner
+        disk.remove_leftovers(
+            final.parent, final.name[:200].__eq__, seconds=0
+        )  # of processes that are dead: this one is the owner
         building = disk.temporary_name(final)
         try:
             building.mkdir()

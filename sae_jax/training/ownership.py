@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sae_jax.storage import HeldError, Lease
+from sae_jax.storage import HeldError, Lease, disk
 from sae_jax.types import UserError
 
 
@@ -34,6 +34,10 @@ def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
             problem = error  # the others wait to hear of it
         if as_the_first_says(problem is not None):
             raise problem or HeldError(f"{run} cannot be used; the first process says why")
+        if run is not None and is_first:
+            for folder in (run, *run.glob("members/*/")):
+                # What waits for the lease has temporaries of its own.
+                disk.remove_leftovers(folder, lambda name: not name.startswith("owner."), seconds=0)
         yield lease
 
 
