@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from sae_jax import __version__
 from sae_jax.commands import signals
 from sae_jax.commands.startup import restart_with_huge_pages
-from sae_jax.commands.usage import COMMANDS, usage
+from sae_jax.commands.usage import COMMANDS, RESUMING, usage
 from sae_jax.errors import UsageError, UserError
 
-RESUMING = ("harvest", "train", "sweep", "demo")
 READER_LEFT = 141  # what shells give a command whose output nobody reads any more
 
 
@@ -37,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code:
         _leave_the_others(code)
     if is_process and code in (signals.INTERRUPTED, signals.TERMINATED):
-        # The usual way out takes Python down under JAX's threads, which may be compiling, and ends in a segfault.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        signals.leave(code)
     return code
 
 

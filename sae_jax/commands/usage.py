@@ -16,6 +16,9 @@ COMMANDS = {
 }
 
 
+RESUMING = ("harvest", "train", "sweep", "demo")
+
+
 def usage() -> str:
     """The commands, a line each."""
     lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
