@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     members = {name: {"variant": variant, "seed": seed} for name, (variant, seed) in names.items()}
     saes = sae_jax.train_members(data, members, out=run, order_seed=0, log_every=100, **settings)
 
-    fresh = BED.draw(16_384, np.random.default_rng(2))
+    fresh = BED.draw(2048 if config.smoke else 16_384, np.random.default_rng(2))
     results = []
     for name, (variant, seed) in names.items():
         sae = saes[name].sae

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 import sae_jax
+from sae_jax.activations.store import open_activations
+from sae_jax.evaluation.text import held_out
 from sae_jax.recipe import Recipe, parse
+from sae_jax.types import Sites
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -31,6 +36,13 @@ def harvested(settings: Recipe, data: Path | None, out: Path) -> Path:
     if not data.exists():
         sae_jax.harvest(data, settings=settings.harvest)
     return data
+
+
+def held_out_rows(settings: Recipe, data: Path, smoke: bool, n_tokens: int = 2**15) -> np.ndarray:
+    """Activations of text that no dictionary learns from, f32[N, d_model]; N is at most `n_tokens`."""
+    text = held_out(open_activations(data), Sites(settings.site, settings.site), 2**11 if smoke else n_tokens)
+    assert text is not None
+    return text.rows()
 
 
 def _recipe(name: str, smoke: bool) -> Recipe:

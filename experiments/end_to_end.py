@@ -87,21 +87,21 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all from one pass over the sequences, measure each, write OUT/results.json and OUT/end_to_end.png."""
-    steps, tokens = (8, 1024) if config.smoke else (config.steps, config.tokens)
+    steps, tokens, rates = (8, 1024, config.rates[:1]) if config.smoke else (config.steps, config.tokens, config.rates)
     recipe = demo_recipe(config.smoke)
     data = harvested(recipe, config.data, config.out)
     run = config.out / "run"
-    members = {name(kind, rate): {**KINDS[kind][0], "lr": rate} for kind in config.kinds for rate in config.rates}
+    members = {name(kind, rate): {**KINDS[kind][0], "lr": rate} for kind in config.kinds for rate in rates}
     settings = {"k": config.k, "n_latents": config.n_latents, "batch_size": config.batch_size, "ema": 0.0}
     settings |= {"dtype": "float32", "steps": steps, "decay_steps": steps // 5}
     settings |= {"train_config": recipe.train, "site": recipe.site, "out": run}
     sae_jax.train_members(data, members, variant="end_to_end", **settings)
     results: dict[str, dict[str, Any]] = {}
+    evaluations = sae_jax.evaluate(*(str(run / "members" / member) for member in members), tokens=tokens)
     for kind in config.kinds:
         found = []
-        for rate in config.rates:
-            member = str(run / "members" / name(kind, rate))
-            measured = sae_jax.evaluate(member, tokens=tokens)[member]
+        for rate in rates:
+            measured = evaluations[str(run / "members" / name(kind, rate))]
             found.append({"lr": rate, **{key: measured[key] for key in SHOWN}})
             console.print(f"{kind}: {json.dumps(found[-1])}", markup=False)
         results[kind] = {**min(found, key=lambda row: row[KINDS[kind][1]]), "all": found}

@@ -34,15 +34,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tyro
-from bundled import demo_recipe, harvested
+from bundled import demo_recipe, harvested, held_out_rows
 from rich.console import Console
 from rich.table import Table
 
 import sae_jax
-from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
-from sae_jax.evaluation.text import held_out
-from sae_jax.types import Sites
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -98,9 +95,7 @@ def main(config: Config) -> None:
     settings |= {"dead_after_tokens": 200_000, "input_norm": "dataset_rms", "out": config.out / "run"}
     saes = sae_jax.train_members(data, members, **settings)
 
-    text = held_out(open_activations(str(data)), Sites(recipe.site, recipe.site), 2**15)
-    assert text is not None
-    rows_ND = text.rows()
+    rows_ND = held_out_rows(recipe, data, config.smoke)
     results = []
     for name, changed in members.items():
         found = on_rows(saes[name].sae, rows_ND)

@@ -33,15 +33,12 @@ from typing import Any
 
 import numpy as np
 import tyro
-from bundled import demo_recipe, harvested
+from bundled import demo_recipe, harvested, held_out_rows
 
 import sae_jax
-from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
-from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.training import logs
-from sae_jax.types import Sites
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "demo.yaml"
@@ -80,9 +77,7 @@ def main(config: Config) -> None:
     ):
         seconds, peak = train(data, config.out / name, n_latents, n_steps, n_processes)
         results[name] = {**curve(config.out / name), "seconds": seconds, "gib_of_largest_process": peak}
-    text = held_out(open_activations(str(data)), Sites(settings.site, settings.site), 2**31)
-    assert text is not None
-    heldout_ND = text.rows()[: 512 if config.smoke else 8192]
+    heldout_ND = held_out_rows(settings, data, config.smoke, 2**31)[: 512 if config.smoke else 8192]
     for n_latents in (wide, narrow):
         results[str(n_latents)] |= held_out_figures(config.out / str(n_latents), heldout_ND)
     for name, found in results.items():

@@ -71,25 +71,26 @@ class Config:
     seeds: int = 2
     """Runs of each kind."""
     smoke: bool = False
-    """Forty steps on a tenth of the rows: does it run?"""
+    """Eight small steps on a hundredth of the rows: does it run?"""
 
 
 def main(config: Config) -> None:
     """Train both crosscoders, split their latents, draw."""
-    steps, seeds = (40, 1) if config.smoke else (config.steps, config.seeds)
-    text = HarvestConfig(("a=bundled", "b=bundled"), tokens=25_600 if config.smoke else 256_000)
+    steps, seeds = (8, 1) if config.smoke else (config.steps, config.seeds)
+    text = HarvestConfig(("a=bundled", "b=bundled"), tokens=2_560 if config.smoke else 256_000)
     itself, planted = config.out / "itself", config.out / "planted"
     if not itself.exists():
         harvest(text, str(itself))
     if not planted.exists():
-        testbeds.write(BED, planted, 40_000 if config.smoke else 400_000)
+        testbeds.write(BED, planted, 4_000 if config.smoke else 400_000)
     results: dict[str, Any] = {}
-    wide = {"n_latents": 1024, "sparsity_warmup_steps": 50}
+    size = {"batch_size": 256 if config.smoke else 1024}
+    wide = {"n_latents": 128 if config.smoke else 1024, "sparsity_warmup_steps": 50, **size}
     for name, own in members(itself, ["a.resid_post.2", "b.resid_post.2"], steps // 2, {"itself": {}}, wide).items():
         results[name] = {"r": quantiles(own["r"]), **own["facts"]}
         plot(own["r"], "the bundled model and itself", 1)
     runs = {f"{kind}-{seed}": {**changes, "seed": seed} for kind, changes in KINDS.items() for seed in range(seeds)}
-    for name, own in members(planted, ["a", "b"], steps, runs, {"n_latents": 128}).items():
+    for name, own in members(planted, ["a", "b"], steps, runs, {"n_latents": 128, **size}).items():
         results[name] = {**recovered(own), **own["facts"]}
         if name.endswith("-0"):
             plot(own["r"], f"planted, {name.removesuffix('-0')}", 2 + list(KINDS).index(name.removesuffix("-0")))
@@ -107,7 +108,7 @@ def members(
     """{name: what is known of the latents that are alive} after a training of these runs on one pass over the rows."""
     out = data.with_name(f"{data.name}-run")
     settings = {"variant": "crosscoder", "dtype": "float32", "steps": steps, "decay_steps": steps // 5, **settings}
-    settings |= {"batch_size": 1024, "lr": 1e-3, "ema": 0.0, "dead_after_tokens": 100_000}
+    settings |= {"lr": 1e-3, "ema": 0.0, "dead_after_tokens": 100_000}
     saes = sae_jax.train_members(data, runs, out=out, site=tuple(sites), **settings)
     activations, both = open_activations(data), Sites(tuple(sites), tuple(sites))
     a, b = (diffing.side(activations, both, name) for name in sites)

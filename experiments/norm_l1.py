@@ -32,14 +32,11 @@ from pathlib import Path
 
 import matplotlib
 import tyro
-from bundled import demo_recipe, harvested
+from bundled import demo_recipe, harvested, held_out_rows
 
 import sae_jax
-from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
-from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
-from sae_jax.types import Sites
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -83,9 +80,7 @@ def main(config: Config) -> None:
     members = {f"{c:g}-{lr:g}": {"l1_coefficient": c, "lr": lr} for lr in config.rates for c in config.coefficients}
     saes = sae_jax.train_members(data, members, **settings)
 
-    text = held_out(open_activations(str(data)), Sites(recipe.site, recipe.site), 2**15)
-    assert text is not None
-    rows_ND = text.rows()
+    rows_ND = held_out_rows(recipe, data, config.smoke)
     results = []
     for name, changed in members.items():
         found = on_rows(saes[name].sae, rows_ND)

@@ -29,16 +29,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from bundled import harvested, laptop_recipe
+from bundled import harvested, held_out_rows, laptop_recipe
 from rich.console import Console
 from rich.table import Table
 
 import sae_jax
-from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
-from sae_jax.evaluation.text import held_out
 from sae_jax.saes.base import AbstractSae
-from sae_jax.types import Sites
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,10 +73,7 @@ def main(config: Config) -> None:
     start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site, "out": config.out / "run"}
     trained = sae_jax.train_members(data, members, **start, **settings)
 
-    site = Sites.one("resid_post.2")
-    text = held_out(open_activations(str(data)), site, 2**12 if config.smoke else 2**15)
-    assert text is not None
-    rows_ND = text.rows()
+    rows_ND = held_out_rows(recipe, data, config.smoke)
 
     def fvu(name: str, k: int) -> float:
         return on_rows(at_length(trained[name].sae, k), rows_ND)["fvu"]

@@ -55,17 +55,17 @@ class Config:
     tokens: float = 2e6
     """That every autoencoder learns from."""
     smoke: bool = False
-    """One untrained model, two widths, five steps: does it run?"""
+    """The bundled model alone, two widths, five steps: does it run?"""
 
 
 def main(config: Config) -> None:
     """Train the models, harvest, sweep and fit each; write OUT/results.json and OUT/scaling_subject_model.png."""
     results = {}
-    for d_model in WIDTHS[:1] if config.smoke else WIDTHS:
+    for d_model in WIDTHS[-1:] if config.smoke else WIDTHS:
         folder = config.out / f"d{d_model}"
         recipe = laptop_recipe(config.smoke)
         recipe = dataclasses.replace(
-            recipe, harvest=dataclasses.replace(recipe.harvest, model=str(trained(d_model, config)))
+            recipe, harvest=dataclasses.replace(recipe.harvest, model=(str(trained(d_model, config)),))
         )
         data = harvested(recipe, None, folder)
         n, tokens = ((64, 128), 1280) if config.smoke else (LATENTS, config.tokens)
@@ -84,8 +84,7 @@ def trained(d_model: int, config: Config) -> Path | str:
         return "bundled"
     model = config.out / f"lm{d_model}"
     if not (model / "heldout.jsonl").exists():
-        settings = {"steps": config.lm_steps, "d_model": d_model, "smoke": config.smoke}
-        train_bundled_lm.main(train_bundled_lm.Config(out=model, **settings))
+        train_bundled_lm.main(train_bundled_lm.Config(out=model, steps=config.lm_steps, d_model=d_model))
     return model
 
 

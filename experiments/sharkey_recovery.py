@@ -79,6 +79,7 @@ class Config:
 def main(config: Config) -> None:
     """Write the set, train all members in one pass, measure them beside the baselines."""
     rows, steps = (8192, 20) if config.smoke else (config.rows, config.steps)
+    bed = testbeds.SparseFeatures(d_model=16, n_features=32) if config.smoke else BED
     members = {f"topk, k={k}": {"variant": "topk", "k": k, "lr": 3e-3} for k in K}
     for coefficient in COEFFICIENTS:
         for rate in RATES:
@@ -88,42 +89,46 @@ def main(config: Config) -> None:
         members = {name: members[name] for name in list(members)[:1] + list(members)[-2:]}
     data, run = config.out / "set", config.out / "run"
     if not data.exists():
-        testbeds.write(BED, data, rows)
-    settings = {"n_latents": BED.n_features, "dtype": "float32", "steps": steps, "decay_steps": steps // 2}
+        testbeds.write(bed, data, rows)
+    settings = {"n_latents": bed.n_features, "dtype": "float32", "steps": steps, "decay_steps": steps // 2}
     settings |= {"batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000, "log_every": 100}
     numbered = {f"m{i}": changed for i, changed in enumerate(members.values())}
     trained = sae_jax.train_members(data, numbered, out=run, **settings)
 
-    fresh_ND = BED.draw(16_384, np.random.default_rng(1)).rows
+    fresh_ND = bed.draw(2048 if config.smoke else 16_384, np.random.default_rng(1)).rows
     saes = {name: d.sae for name, d in zip(members, trained.values(), strict=True)}
     saes |= {
-        "random": baselines.random(fresh_ND, BED.n_features),
+        "random": baselines.random(fresh_ND, bed.n_features),
         "identity": baselines.identity(fresh_ND),
         "PCA": baselines.pca(fresh_ND),
-        "ICA": baselines.ica(fresh_ND[:2048] if config.smoke else fresh_ND),
+        "ICA": baselines.ica(fresh_ND),
     }
-    results = {name: measured(sae, fresh_ND) for name, sae in saes.items()}
+    results = {name: measured(bed, sae, fresh_ND) for name, sae in saes.items()}
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, found in results.items():
         console.print(f"{name:24} " + "  ".join(f"{key} {value:.3f}" for key, value in found.items()))
     best = max((name for name in members if name.startswith("relu")), key=lambda name: results[name]["mmcs"])
-    plot({name: saes[name] for name in (next(iter(members)), best, "ICA", "PCA")}, config.out / "sharkey_recovery.png")
+    plot(
+        bed,
+        {name: saes[name] for name in (next(iter(members)), best, "ICA", "PCA")},
+        config.out / "sharkey_recovery.png",
+    )
 
 
-def measured(sae: AbstractSae, rows_ND: np.ndarray) -> dict[str, float]:
+def measured(bed: testbeds.SparseFeatures, sae: AbstractSae, rows_ND: np.ndarray) -> dict[str, float]:
     """What was found, how much of the decoder is that, and what it leaves of rows it did not learn from."""
-    found, back = mmcs(BED.directions, sae.w_dec)
-    share = float((closest(BED.directions, sae.w_dec)[1] > FOUND).mean())
+    found, back = mmcs(bed.directions, sae.w_dec)
+    share = float((closest(bed.directions, sae.w_dec)[1] > FOUND).mean())
     metrics: dict[str, Any] = on_rows(sae, rows_ND)
     kept = {name: metrics[name] for name in ("fvu", "l0", "silent_fraction")}
     return {"mmcs": found, "mmcs_back": back, "found": share, "duplicates": float(len(duplicates(sae.w_dec))), **kept}
 
 
-def plot(saes: dict[str, AbstractSae], path: Path) -> None:
+def plot(bed: testbeds.SparseFeatures, saes: dict[str, AbstractSae], path: Path) -> None:
     """The cosine of each feature with the nearest latent, against how often the feature fires."""
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for name, sae in saes.items():
-        axis.plot(BED.rates, closest(BED.directions, sae.w_dec)[1], ".", markersize=3, label=name)
+        axis.plot(bed.rates, closest(bed.directions, sae.w_dec)[1], ".", markersize=3, label=name)
     axis.set(xscale="log", xlabel="share of rows on which a feature fires", ylabel="greatest cosine with a latent")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -41,18 +41,15 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import tyro
-from bundled import demo_recipe, harvested
+from bundled import demo_recipe, harvested, held_out_rows
 
 import sae_jax
 from sae_jax import config as configs
-from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
-from sae_jax.evaluation.text import held_out
 from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.training import checkpoint, optim, quantise, state
 from sae_jax.training.settings import TrainConfig
-from sae_jax.types import Sites
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # name: moments, ema_dtype, seed, what is bent
@@ -90,10 +87,7 @@ def main(config: Config) -> None:
     settings = demo_recipe(config.smoke)
     data = harvested(settings, config.data, config.out)
     small = {"n_latents": 256} if config.smoke else {}
-    activations = open_activations(str(data))
-    text = held_out(activations, Sites(settings.site, settings.site), 2**31)
-    assert text is not None
-    heldout_ND = text.rows()
+    heldout_ND = held_out_rows(settings, data, config.smoke, 2**31)
     results = []
     for name in runs:
         moments, ema_dtype, seed, bent = RUNS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -200,7 +201,8 @@ def test_a_variant_and_a_row_source_are_one_new_file_each(tmp_path: Path, monkey
 def test_the_tutorials_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in sorted((runs.ROOT / "docs" / "tutorials").glob("*.py")):
-        runpy.run_path(str(path))
+        few = re.sub(r"\bsteps=\d+", "steps=8", path.read_text())
+        exec(compile(few, str(path), "exec"), {"__name__": "__main__"})
 
 
 OF_SOMEONE_ELSE = """

@@ -16,6 +16,11 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text())
 
 
+def together(path):
+    """Experiments on one sweep go to one worker."""
+    return [pytest.mark.xdist_group("sweep")] if "until_converged" in path.read_text() else []
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_is_valid_and_tells_its_story(path):
     train = recipe.parse(TrainJob, [str(path), "--data=set", "--out=run"], "sae-jax train")
@@ -57,15 +62,37 @@ def demo_set(tmp_path_factory):
     return data
 
 
+@pytest.fixture(scope="module")
+def sweep(demo_set, tmp_path_factory):
+    """The sweep of scaling_joint.py, from which other experiments take their points."""
+    return (
+        smoked(ROOT / "experiments" / "scaling_joint.py", tmp_path_factory.mktemp("joint"), "--data", demo_set)
+        / "sweep"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=together(path)) for path in EXPERIMENTS], ids=lambda p: p.stem
+)
 def test_experiment_runs(path, tmp_path, request):
     text = path.read_text()
-    takes_it = "demo.yaml" in text or "scaling_laptop.yaml" in text
-    data = ["--data", str(request.getfixturevalue("demo_set"))] if takes_it and "data: Path | None" in text else []
+    flags = []
+    if path.stem == "scaling_joint":
+        assert (request.getfixturevalue("sweep") / "fit.json").exists()
+        return
+    if "sweep: Path | None" in text:
+        flags = ["--sweep", request.getfixturevalue("sweep")]
+    elif "data: Path | None" in text and ("demo_recipe" in text or "laptop_recipe" in text):
+        flags = ["--data", request.getfixturevalue("demo_set")]
+    smoked(path, tmp_path, *flags)
+
+
+def smoked(path, folder, *flags):
+    """Run an experiment's --smoke; the folder that it writes."""
     done = subprocess.run(
-        [sys.executable, str(path), "--smoke", "--out", str(tmp_path / "out"), *data],
+        [sys.executable, str(path), "--smoke", "--out", folder / "out", *flags],
         cwd=ROOT,
         env=runs.environment(optimised=False),
         capture_output=True,
@@ -73,6 +100,7 @@ def test_experiment_runs(path, tmp_path, request):
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "out"
 
 
 def test_every_experiment_can_be_smoked():

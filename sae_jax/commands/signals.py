@@ -73,4 +73,6 @@ def _not_lost(unraisable: sys.UnraisableHookArgs) -> None:
         return
     number = signal.SIGINT if issubclass(unraisable.exc_type, KeyboardInterrupt) else signal.SIGTERM
     _heard.clear()
-    threading.Timer(SECONDS_UNTIL_AGAIN, signal.raise_signal, [number]).start()
+    # To the main thread, or a system call in which it waits would go on to its end.
+    to_main = [threading.main_thread().ident, number]
+    threading.Timer(SECONDS_UNTIL_AGAIN, signal.pthread_kill, to_main).start()

@@ -4,6 +4,7 @@ import fnmatch
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,8 @@ main.main()
 
 def test_ctrl_c_is_not_lost_in_a_callback():
     """Python prints and forgets what is raised while the garbage collector calls back, as it does into JAX."""
+    began = time.monotonic()
     code, said = runs.finish(runs.start([sys.executable, "-c", CTRL_C_IN_A_CALLBACK]))
     assert code == signals.INTERRUPTED, said
+    assert time.monotonic() - began < 50, "it slept to its end"
     assert "Traceback" not in said
