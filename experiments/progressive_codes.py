@@ -30,13 +30,13 @@ import matplotlib
 import numpy as np
 import tyro
 from bundled import harvested, laptop_recipe
-from rich.console import Console
 from rich.table import Table
 
 import sae_jax
 from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
+from sae_jax.progress import plain_console
 from sae_jax.saes.base import AbstractSae
 from sae_jax.types import Sites
 
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     shown = Table("trained", *map(str, lengths), title="FVU on held-out rows, decoded from the k' largest latents")
     for name, row in results.items():
         shown.add_row(name, *(f"{value:.4f}" for value in row))
-    Console(width=120).print(shown)
+    plain_console(width=120).print(shown)
     plot(lengths, results, config.out / "progressive_codes.png")
 
 

@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    console.print(f"sae-jax: {line}", markup=False)
+    console.print(f"sae-jax: {line}")
     return code
 
 

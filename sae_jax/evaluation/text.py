@@ -84,9 +84,7 @@ def held_out(
         return replace(another, encoded=encoded, reconstructed=reconstructed)
     loaded, tokenizer = lm.load(reference), lm.tokenizer(reference)
     if loaded.digest != sources[0].model_digest:
-        console.print(
-            f"warning: the weights of {reference} are not those that {activations.path} was made with", markup=False
-        )
+        console.print(f"warning: the weights of {reference} are not those that {activations.path} was made with")
     n_sequences = max(n_tokens // spec.context, 1)
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(

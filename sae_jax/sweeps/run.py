@@ -50,7 +50,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
             if not is_held:
                 raise UserError(f"{path}: another worker is at it; give each --shard=i/n, or all of them --claim")
             if is_first:
-                console.print(f"pass {i + 1} of {len(passes)}: {len(names)} members", markup=False)
+                console.print(f"pass {i + 1} of {len(passes)}: {len(names)} members")
             try:
                 _train_pass(job, out, path, names, planned, source)
             except UserError as error:
@@ -62,7 +62,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
             points.collect(out)
     if is_first:
         n, total = points.collect(out), sum(len(m.requested.marks) for m in planned.values())
-        console.print(f"{out / 'results.jsonl'}: {n} points of {total}", markup=False)
+        console.print(f"{out / 'results.jsonl'}: {n} points of {total}")
     return problems
 
 
