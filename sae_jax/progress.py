@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from types import TracebackType
@@ -23,6 +24,12 @@ def plain_console(**options: Any) -> Console:
 
 
 console = plain_console(stderr=True, soft_wrap=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """A line on stderr, however often it is said."""
+    console.print(line)
 
 
 class Progress:
