@@ -155,14 +155,14 @@ def sweep(
 
     Raises:
         UsageError: nothing can be trained, or another sweep is at `out`.
-        UserError: some members could not be trained; the others are done.
+        PartialError: some members could not be trained; the others are done. UserError if there are no others.
     """
     of_sweep = {n: settings.pop(n) for n in {f.name for f in dataclasses.fields(SweepConfig)} & settings.keys()}
     job, source = _new_job(SweepJob, data, {"out": out, **settings})
     plan = dataclasses.replace(config.replaced(sweep or SweepConfig(), of_sweep, "sweep"), grid=_dotted_grid(job, grid))
     job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard="{}/{}".format(*shard), claim=claim)
     if problems := run_sweep(job, source):
-        raise UserError(f"{out}: {'; '.join(problems)}")
+        raise sweep_run.failure(os.fspath(out), problems)
     return table.read(Path(out))
 
 

@@ -131,8 +131,7 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
         n = len(scanned.files)
         console.print(
             f"{n - len(unread)} of {n} files were read, in order of name; harvest.tokens={config.tokens} ended before "
-            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all",
-            markup=False,
+            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all"
         )
     return spec
 
@@ -377,9 +376,6 @@ def _shards(
             yield shard, np.stack([ids_T for _, ids_T in group])
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
-        console.print(
-            f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty",
-            markup=False,
-        )
+        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32)

@@ -12,8 +12,8 @@ from sae_jax.progress import console, plain_console
 from sae_jax.storage import is_url
 from sae_jax.sweeps.plan import SweepJob, in_passes, plan
 from sae_jax.sweeps.preview import preview
-from sae_jax.sweeps.run import sweep
-from sae_jax.types import UsageError, UserError
+from sae_jax.sweeps.run import failure, sweep
+from sae_jax.types import UsageError
 
 
 def run(argv: Sequence[str]) -> None:
@@ -39,5 +39,4 @@ def run(argv: Sequence[str]) -> None:
             console.print(f"left out: {line}")
     problems = [] if job.dry_run else sweep(job, planned, source)
     if refused or problems:
-        what = [f"{len(refused)} left out"] * bool(refused) + problems
-        raise UserError(f"{job.out}: {'; '.join(what)}")
+        raise failure(job.out, [f"{len(refused)} left out"] * bool(refused) + problems)
