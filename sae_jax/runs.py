@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_jax import artifact, config, planning, storage
+from sae_jax import artifact, config, lm, planning, storage
+from sae_jax.activations import text as texts
 from sae_jax.activations.commits import committed_shards
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.harvest import harvest as make_set
@@ -253,6 +254,7 @@ def evaluate(
     *dictionaries: Dictionary | StrPath,
     data: StrPath | None = None,
     model: str | None = None,
+    heldout: str | None = None,
     tokens: int = 100_000,
     batch_tokens: int = 4096,
     ema: bool = False,
@@ -264,6 +266,7 @@ def evaluate(
         dictionaries: as `sae_jax.load` gives them, or their folders, where evaluation.json is written.
         data: another activation set to take rows, text and language model from.
         model: another reference for the language model, if it moved.
+        heldout: another reference for the held-out text, if it moved or the set names none.
         tokens: tokens (or rows) to measure on, at most.
         batch_tokens: tokens of one forward pass.
         ema: of runs, the averaged weights instead of the live ones.
@@ -274,7 +277,8 @@ def evaluate(
     loaded = {name: d if isinstance(d, Dictionary) else artifact.load(d, ema) for name, d in given.items()}
     path = None if data is None else os.fspath(data)
     candidates = {name: Candidate.of(d, open_set(d.record, path)) for name, d in loaded.items()}
-    settings = evaluation.Settings(tokens, batch_tokens, model)
+    model, heldout = model and lm.resolve(model), heldout and texts.resolve(heldout)
+    settings = evaluation.Settings(tokens, batch_tokens, model, heldout)
     documents: dict[str, Any] = {}
     for name, measured in evaluation.evaluate(candidates, settings, shard).items():
         if isinstance(given[name], Dictionary):
@@ -305,6 +309,7 @@ def dashboard(
     """
     is_path = not isinstance(dictionary, Dictionary)
     d = artifact.load(dictionary, ema) if is_path else dictionary
+    model = model and lm.resolve(model)
     write_site(d, out, Path(dictionary).resolve().name if is_path else d.record.variant, data, model, tokens)
     return Path(out) / "index.html"
 

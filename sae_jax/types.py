@@ -20,11 +20,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from sae_jax.errors import PartialError, UsageError, UserError
 
-__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths"]
+__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths", "check_indices"]
 
 T = TypeVar("T")
 
@@ -78,3 +79,20 @@ class Code:
         dense = jnp.zeros((math.prod(lead), n_latents), self.values.dtype)
         dense = dense.at[rows, self.indices.reshape(-1, n_slots)].add(self.values.reshape(-1, n_slots))
         return dense.reshape(*lead, n_latents)
+
+
+def check_indices(indices: Any, n: int, what: str, cure: str) -> None:
+    """UserError naming an index outside 0 to n - 1, where JAX would read another row without a word.
+
+    Args:
+        indices: integers of any shape. Those that are being traced have no values yet, and pass: check them before.
+        n: rows of the table that they are for.
+        what: they are, as in "token id".
+        cure: what to do about it.
+    """
+    if isinstance(indices, jax.core.Tracer):
+        return
+    values = np.asarray(indices)
+    if values.size and (values.min() < 0 or values.max() >= n):
+        outside = values[(values < 0) | (values >= n)]
+        raise UserError(f"{what} {outside[0]} is outside 0 to {n - 1}; {cure}")

@@ -12,10 +12,8 @@ workers on any machines share it by `--shard i/n`; they need not know of each ot
 
 from __future__ import annotations
 
-import glob
 import itertools
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +31,7 @@ from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
-from sae_jax.progress import Progress, console
+from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError
 
@@ -120,8 +118,8 @@ def harvest(
 
 
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
-    models = {name: lm.load(reference) for name, reference in config.models().items()}
-    tokenizer = shared_tokenizer(config)
+    models = {name: lm.load(lm.resolve(reference), recorded=True) for name, reference in config.models().items()}
+    tokenizer = shared_tokenizer(models)
     spec, scanned = plan(config, models, tokenizer)
     writer = store.create(out, spec)
     done = writer.committed()
@@ -144,8 +142,7 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
         n = len(scanned.files)
         console.print(
             f"{n - len(unread)} of {n} files were read, in order of name; harvest.tokens={config.tokens} ended before "
-            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all",
-            markup=False,
+            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all"
         )
     return spec
 
@@ -200,16 +197,21 @@ def _write_shards(
             pending.result()
 
 
-def shared_tokenizer(config: HarvestConfig) -> lm.Tokenizer:
-    """The tokenizer of all models. Raises UsageError where one has another: the same ids would be other text to it."""
-    (name, reference), *others = config.models().items()
-    tokenizer = lm.tokenizer(reference)
-    for other, its_reference in others:
-        its = lm.tokenizer(its_reference)
+def shared_tokenizer(models: dict[str, lm.LanguageModel]) -> lm.Tokenizer:
+    """The tokenizer of all models.
+
+    Raises UsageError where one has another, to which the same ids would be other text, and UserError where the
+    embedding of one has too few rows.
+    """
+    specs = [model.spec for model in models.values()]
+    (name, first), *others = models.items()
+    tokenizer = lm.tokenizer(first.reference, *specs, recorded=True)
+    for other, model in others:
+        its = lm.tokenizer(model.reference, recorded=True)
         if (its.vocabulary, its.separator_id) != (tokenizer.vocabulary, tokenizer.separator_id):
             raise UsageError(
-                f"harvest.model: {other} ({its_reference}) has another tokenizer than {name} ({reference}); models of "
-                f"one set read the same tokens"
+                f"harvest.model: {other} ({model.reference}) has another tokenizer than {name} ({first.reference}); "
+                f"models of one set read the same tokens"
             )
     return tokenizer
 
@@ -219,11 +221,11 @@ def plan(
 ) -> tuple[SetSpec, texts.Scan]:
     """The set that these settings describe, the same on every machine, and what its text is made of."""
     hooks = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
-    references = {name: _from_anywhere(reference) for name, reference in config.models().items()}
-    text = _from_anywhere(config.text)
-    heldout = None if config.heldout is None else _from_anywhere(config.heldout)
+    text = texts.resolve(config.text)
+    heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config.text_column)
-    if heldout is not None and _scan(heldout, config.text_column).digest == scanned.digest:
+    heldout_digest = None if heldout is None else _scan(heldout, config.text_column).digest
+    if heldout_digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     n_sequences = config.tokens // config.context
     if not n_sequences:
@@ -237,18 +239,20 @@ def plan(
     )
     spec = SetSpec(
         sources=tuple(
-            SourceSpec(_source(name, hook), width, config.dtype, references[name], models[name].digest, str(hook))
+            SourceSpec(_source(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook))
             for (name, hook), width in zip(hooks, widths, strict=True)
         ),
         n_shards=n_shards,
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
         seed=config.seed,
-        tokenizer=next(iter(references.values())),
+        tokenizer=next(iter(models.values())).reference,
+        tokenizer_digest=tokenizer.digest,
         text=text,
         text_digest=scanned.digest,
         text_column=None if config.text_column == texts.COLUMN else config.text_column,
         heldout=heldout,
+        heldout_digest=heldout_digest,
         context=config.context,
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=config.max_norm_multiple,
@@ -261,13 +265,11 @@ def _scan(text: str, column: str) -> texts.Scan:
     n_bytes = texts.local_bytes(text)
     with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
         scanned = texts.scan(text, column, progress.update)
-    if scanned.not_utf8:
-        n, shown = len(scanned.not_utf8), scanned.not_utf8[:N_FILES_NAMED]
-        more = f" and {n - len(shown)} more" if n > len(shown) else ""
-        console.print(
-            f"{n} of {n + len(scanned.files)} files are not UTF-8 and are left out: {', '.join(shown)}{more}",
-            markup=False,
-        )
+    n_files = len(scanned.files) + sum(map(len, scanned.left_out.values()))
+    for reason, paths in scanned.left_out.items():
+        named = ", ".join(map(str, paths[:N_FILES_NAMED]))
+        more = f" and {len(paths) - N_FILES_NAMED} more" if len(paths) > N_FILES_NAMED else ""
+        say_once(f"{len(paths)} of {n_files} files are left out, {reason}: {named}{more}")
     return scanned
 
 
@@ -319,11 +321,6 @@ def _hooks(config: HarvestConfig, model: lm.LanguageModel) -> tuple[lm.Hook, ...
 def _source(model: str, hook: lm.Hook | str) -> str:
     """Name of a source: of a set of one model that of the hook."""
     return f"{model}.{hook}" if model else str(hook)
-
-
-def _from_anywhere(reference: str) -> str:
-    """A reference that means the same in another working directory: local paths become absolute."""
-    return os.path.abspath(reference) if os.path.exists(reference) or glob.has_magic(reference) else reference
 
 
 class _Forward:
@@ -390,9 +387,6 @@ def _shards(
             yield shard, np.stack([ids_T for _, ids_T in group])
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
-        console.print(
-            f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty",
-            markup=False,
-        )
+        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32)

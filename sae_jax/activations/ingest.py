@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_jax import lm
+from sae_jax.activations import text as texts
+from sae_jax.activations.arrays import as_floats, as_numpy
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, array_specs, layout
 from sae_jax.activations.store import ActivationSet, Writer, open_activations, open_array
 from sae_jax.storage import Files, Lease
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import UsageError, UserError, check_indices
 
 BUFFER_BYTES = 256 << 20
 SLICE_BYTES = 64 << 20  # an array in memory is converted in slices of this size
@@ -56,16 +59,18 @@ def write_activations(
         tokenizer: reference of the tokenizer that made the tokens.
         text: reference of the text.
         model: reference of the model that made the rows; with `hook`, lets evaluation splice into it.
-        model_digest: of the model's weights.
+        model_digest: of the model's weights; by default computed, if the model is a folder.
         hook: where in the model the rows come from.
 
     Raises:
-        UsageError: there is a set already, or shapes do not fit.
+        UsageError: there is a set already, shapes do not fit, or a reference names nothing, or two things.
         HeldError: another process writes one there.
-        UserError: a row is not finite; the disk is full.
+        UserError: a row is not finite; a token is beyond the tokenizer or the model; the disk is full.
     """
     files = Files(path)
     n_rows, blocks = _blocks(rows, tokens, name, DTYPES[_known(dtype)])
+    tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
+    origin = _Origin.of(tokenizer, model, model_digest, None if text is None else texts.resolve(text))
     buffer = _Buffer()
     writer: Writer | None = None
     n_shards = 0
@@ -74,11 +79,11 @@ def write_activations(
         unit_rows = 1 if buffer.context is None else buffer.context
         row_bytes = [d * DTYPES[dtype].itemsize for d in buffer.widths.values()]
         n_shards, shard_rows, chunk_rows = layout(n_rows, row_bytes, unit_rows)
-        sources = tuple(SourceSpec(n, d, dtype, model, model_digest, hook) for n, d in buffer.widths.items())
+        sources = tuple(SourceSpec(n, d, dtype, model, origin.model_digest, hook) for n, d in buffer.widths.items())
         per_shard = None if buffer.context is None else shard_rows // unit_rows
         n_shards = min(n_shards, (2**31 - 1) // (per_shard or 1))
         spec = SetSpec(
-            sources, n_shards, shard_rows, chunk_rows, seed, tokenizer, text,
+            sources, n_shards, shard_rows, chunk_rows, seed, tokenizer, origin.tokenizer_digest, origin.text,
             context=buffer.context, sequences_per_shard=per_shard,
         )  # fmt: skip
         return Writer(files, spec)
@@ -98,6 +103,8 @@ def write_activations(
         if files.keys("commits/"):
             raise UserError(f"{files.path} has shards of a set whose writing was cut off; delete it first")
         for block, tokens_BT in blocks:
+            if tokens_BT is not None:
+                origin.check(tokens_BT)
             buffer.push(block, tokens_BT)
             if writer is None and (n_rows is not None or buffer.n_bytes > BUFFER_BYTES):
                 writer = start(ENDLESS_ROWS if n_rows is None else n_rows)
@@ -118,6 +125,44 @@ def write_activations(
         lease.check()
         files.write("dataset.json", spec.to_json().encode())
     return open_activations(path)
+
+
+class _Origin(NamedTuple):
+    """What rows come from, as far as it is on this machine: a hub model is not fetched to write rows."""
+
+    text: str | None
+    tokenizer_digest: str | None
+    model_digest: str | None
+    tokens_of: tuple[tuple[str, int], ...]  # who has rows or texts for so many ids
+    n_positions: int | None
+
+    @classmethod
+    def of(cls, tokenizer: str | None, model: str | None, digest: str | None, text: str | None) -> _Origin:
+        """From references that lm.resolve made."""
+        bounds, n_positions, tokenizer_digest = [], None, None
+        if tokenizer is not None and _is_here(tokenizer):
+            loaded = lm.tokenizer(tokenizer, recorded=True)
+            tokenizer_digest = loaded.digest
+            bounds.append((f"the tokenizer {tokenizer}", loaded.size))
+        if model is not None and _is_here(model):
+            spec = lm.read_spec(model, recorded=True)
+            bounds.append((f"the model {model}", spec.n_vocab))
+            n_positions = spec.n_context
+            digest = digest or lm.digest(lm.locate(model, recorded=True))
+        return cls(text, tokenizer_digest, digest, tuple(bounds), n_positions)
+
+    def check(self, tokens_BT: np.ndarray) -> None:
+        """Raises UserError for a token or a position that tokenizer or model do not have."""
+        for who, n in self.tokens_of:
+            check_indices(tokens_BT, n, "token id", f"{who} has {n} ids; give the one that the tokens were made with")
+        if self.n_positions is not None and tokens_BT.shape[1] > self.n_positions:
+            raise UserError(
+                f"tokens have {tokens_BT.shape[1]} positions, and the model {self.n_positions}; give shorter sequences"
+            )
+
+
+def _is_here(reference: str) -> bool:
+    return reference == "bundled" or os.path.isabs(reference)
 
 
 class _Buffer:
@@ -202,7 +247,7 @@ def _blocks(
         parts = [slice(low, low + step) for low in range(0, len(first), step)]
         stream = ({source: values[part] for source, values in named.items()} for part in parts)
         if tokens is not None:
-            tokens = _as_numpy(tokens)
+            tokens = as_numpy(tokens, "tokens")
             if tokens.shape != tuple(first.shape[:-1]):
                 raise UsageError(f"tokens are {tokens.shape}; rows [n, context, d] need {tuple(first.shape[:-1])}")
         token_stream = repeat(None) if tokens is None else (tokens[part] for part in parts)
@@ -230,16 +275,13 @@ def _paired(
 def _block(
     number: int, block: Mapping[str, Any], tokens: Any, dtype: np.dtype
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    arrays = {source: _as_numpy(values) for source, values in block.items()}
+    arrays = {source: as_floats(values, f"rows of {source} (block {number})") for source, values in block.items()}
     shapes = {source: values.shape for source, values in arrays.items()}
-    if any(len(shape) < 2 for shape in shapes.values()) or len({shape[:-1] for shape in shapes.values()}) != 1:
+    if len({shape[:-1] for shape in shapes.values()}) != 1:
         raise UsageError(f"block {number} has shapes {shapes}; rows are [..., d], alike in all but d")
-    for source, values in arrays.items():
-        if not np.can_cast(values.dtype, np.float32, "same_kind"):
-            raise UsageError(f"block {number} of source {source} is {values.dtype}; rows are real numbers")
     tokens_BT = None
     if tokens is not None:
-        tokens_BT = _as_numpy(tokens)
+        tokens_BT = as_numpy(tokens, f"tokens (block {number})")
         lead = next(iter(shapes.values()))[:-1]
         if tokens_BT.ndim != 2 or tokens_BT.shape != lead:
             raise UsageError(f"block {number}: tokens are {tokens_BT.shape}; rows [n, context, d] need {lead}")
@@ -248,10 +290,3 @@ def _block(
     with np.errstate(over="ignore"):  # a value too large for dtype is refused with its row when it is written
         # A copy: a generator may fill the same array again.
         return {s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()}, tokens_BT
-
-
-def _as_numpy(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a torch tensor, whose bfloat16 numpy does not take
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-    return np.asarray(values)

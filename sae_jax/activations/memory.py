@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from jax.sharding import Mesh
 
+from sae_jax.activations.arrays import as_floats
 from sae_jax.activations.order import EndlessShuffle
 from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows
 from sae_jax.record import DataRecord, SourceRecord
@@ -96,16 +97,9 @@ class _ArrayBatches(Batches):
 
 
 def _as_matrix(source: str, values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a torch tensor, whose bfloat16 numpy does not take
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-    if isinstance(values, np.ma.MaskedArray):
-        raise UsageError(f"rows of {source} are a masked array; leave out the masked rows and give a plain array")
-    rows = np.asarray(values)
-    if rows.ndim < 2 or not np.can_cast(rows.dtype, np.float32, "same_kind"):
-        raise UsageError(f"rows of {source} are {rows.dtype.name}{list(rows.shape)}; give real numbers [..., d_model]")
+    rows = as_floats(values, f"rows of {source}")
     rows = rows.reshape(-1, rows.shape[-1])
-    if rows.dtype == np.float64 or rows.dtype.kind in "iub":
+    if rows.dtype == np.float64:
         rows = rows.astype(np.float32)
     for first in range(0, len(rows), 1 << 16):
         finite = np.isfinite(rows[first : first + (1 << 16)].astype(np.float32)).all(axis=1)

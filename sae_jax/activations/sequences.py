@@ -78,6 +78,7 @@ class Sequences(Batches):
             )
         self.activations = activations
         self._rows: Any = None  # (ids, keep) -> Batch
+        self._model: lm.Spec | None = None
         self._n_sequences = batch_tokens // spec.context
         index, n_processes = process or (jax.process_index(), jax.process_count())
         share = self._n_sequences // n_processes
@@ -113,7 +114,7 @@ class Sequences(Batches):
 
     def through(self, model: lm.LanguageModel, hook: lm.Hook, later: bool) -> Sequences:
         """These batches, placed as rows at a hook of a model (whole on each device) that is cut open there."""
-        self._rows = partial(model_rows, model, hook=hook, later=later)
+        self._rows, self._model = partial(model_rows, model, hook=hook, later=later), model.spec
         return self
 
     def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -124,6 +125,8 @@ class Sequences(Batches):
         """Its sequences i32[n, T], and which of their positions have a row."""
         first = shard * self._per_shard
         ids_ST = self.activations.read_sequences(first + np.arange(self.activations.commits[shard].n_sequences))
+        if self._model is not None:
+            lm.check_ids(ids_ST, self._model)
         keep_ST = np.zeros(ids_ST.shape, bool)
         for chunk in np.flatnonzero(self.activations.chunk_shard == shard):
             index = self.activations.read_index(int(chunk))
@@ -139,7 +142,7 @@ def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -
     spec = activations.source(source)
     if spec.model is None or spec.hook is None:
         raise UsageError(f"{source} of {activations.path} names no language model; use a set of sae-jax harvest")
-    model = lm.load(spec.model)
+    model = lm.load(spec.model, recorded=True)
     if model.digest != spec.model_digest:
         raise UserError(
             f"the weights of {spec.model} are not those that {activations.path} was made with; harvest again"

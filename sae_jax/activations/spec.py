@@ -3,6 +3,9 @@
 The spec is fixed before the first row is written and its SHA-256 stands beside it in dataset.json. The
 content of shard s is a function of (spec, s), so any host may make any shard, and two hosts that start the
 same harvest agree.
+
+Text, language models and tokenizer are known by their content. Where they lie is recorded beside their digests, but is
+no part of the SHA-256, and may change.
 """
 
 from __future__ import annotations
@@ -12,14 +15,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import ml_dtypes
 import numpy as np
 
 from sae_jax.types import UsageError
 
-FORMAT = 2
+FORMAT = 3
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -27,6 +30,8 @@ DTYPES = {
     "float32": np.dtype(np.float32),
 }
 INDEX_NAMES = ("token", "seq", "pos")
+# Fields that say where something lies, by the field with the digest that says what it is.
+PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -80,10 +85,12 @@ class SetSpec:
     chunk_rows: int
     seed: int = 0
     tokenizer: str | None = None
+    tokenizer_digest: str | None = None
     text: str | None = None
     text_digest: str | None = None
-    text_column: str | None = None  # of .jsonl files and hub datasets; None: "text"
+    text_column: str | None = None  # of JSON records and hub datasets; None: "text"
     heldout: str | None = None  # text for evaluation, in the same notation as `text`
+    heldout_digest: str | None = None
     context: int | None = None  # tokens
     sequences_per_shard: int | None = None
     max_norm_multiple: float | None = None  # rows above this multiple of the median norm were left out
@@ -126,20 +133,21 @@ class SetSpec:
 
     @property
     def sha256(self) -> str:
-        """SHA-256, hex, of the canonical JSON (sorted keys, no spaces)."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """SHA-256, hex, of the canonical JSON (sorted keys, no spaces) of all but the places of what has a digest."""
+        return _sha256(_without_places(asdict(self)))
 
     def to_json(self) -> str:
         """The text of dataset.json."""
-        return json.dumps({"format": FORMAT, "sha256": self.sha256, "spec": asdict(self)}, indent=1)
+        digests = {"sha256": self.sha256, "sha256_with_places": _sha256(asdict(self))}
+        return json.dumps({"format": FORMAT, **digests, "spec": asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> SetSpec:
         """Parses dataset.json. ValueError saying what is wrong with it."""
         try:
             record = json.loads(text)
-            version, digest, values = record["format"], record["sha256"], record["spec"]
+            version, values = record["format"], record["spec"]
+            digests = [record[name] for name in ("sha256", "sha256_with_places")] if version == FORMAT else []
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError("it is not the JSON that sae_jax writes") from error
         if version != FORMAT:
@@ -150,24 +158,42 @@ class SetSpec:
             spec = cls(sources=sources, **values)
         except (TypeError, KeyError, UsageError) as error:
             raise ValueError(f"{error}") from error
-        if spec.sha256 != digest:
+        if digests != [spec.sha256, _sha256(asdict(spec))]:
             raise ValueError("its spec does not match its sha256; it was edited or cut")
         return spec
 
     def first_difference(self, other: SetSpec) -> str | None:
-        """The first field in which two specs differ, as "shard_rows is 64, not 128" (self first), or None."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine == theirs:
-                continue
-            if field.name != "sources" or [s.name for s in mine] != [s.name for s in theirs]:
-                if field.name == "sources":
-                    mine, theirs = ([source.name for source in sources] for sources in (mine, theirs))
-                return f"{field.name} is {mine!r}, not {theirs!r}"
-            a, b = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
-            part = next(f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name))
-            return f"{part} of source {a.name!r} is {getattr(a, part)!r}, not {getattr(b, part)!r}"
-        return None
+        """The first field in which two specs differ, as "shard_rows is 64, not 128" (self first), or None.
+
+        A text or model that lies elsewhere is the same.
+        """
+        a, b = (_without_places(asdict(spec)) for spec in (self, other))
+        names = [[source["name"] for source in spec["sources"]] for spec in (a, b)]
+        if names[0] != names[1]:
+            return f"sources is {names[0]!r}, not {names[1]!r}"
+        for mine, theirs in zip(a["sources"], b["sources"], strict=True):
+            if difference := _difference(mine, theirs):
+                return difference.replace(" is ", f" of source {mine['name']!r} is ", 1)
+        return _difference(a, b)
+
+
+def _sha256(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _without_places(values: dict) -> dict:
+    """A spec as JSON without the fields that only say where something lies."""
+    sources = {"sources": [_without_places(source) for source in values["sources"]]} if "sources" in values else {}
+    places = {place for digest, place in PLACES.items() if values.get(digest) is not None}
+    return {name: value for name, value in values.items() if name not in places} | sources
+
+
+def _difference(mine: dict, theirs: dict) -> str | None:
+    """The first field that differs, but for the sources."""
+    for name in {**mine, **theirs}:
+        if name != "sources" and mine.get(name) != theirs.get(name):
+            return f"{name} is {mine.get(name)!r}, not {theirs.get(name)!r}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,8 @@ class ActivationSet:
 def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
     """Creates a set, or joins it: any number of hosts may call it with the same spec, at any time.
 
+    Where text or models lie elsewhere now, the set names the new place from then on.
+
     Raises UsageError when another spec is there already, naming the first field that differs.
     """
     files = Files(path)
@@ -298,9 +300,14 @@ def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
         if files.keys("commits/"):
             raise UserError(f"{files.path} holds shards but no dataset.json: its writing was cut off; delete it")
         open_array(files, array, "create")
-    created = files.create("dataset.json", spec.to_json().encode())
-    if not created and (difference := read_spec(files).first_difference(spec)):
-        raise UsageError(f"{files.path} is already a set in which {difference}; use the same settings or another path")
+    if not files.create("dataset.json", spec.to_json().encode()):
+        stored = read_spec(files)
+        if difference := stored.first_difference(spec):
+            raise UsageError(
+                f"{files.path} is already a set in which {difference}; use the same settings or another path"
+            )
+        if stored != spec:
+            files.write("dataset.json", spec.to_json().encode())
     return Writer(files, spec)
 
 

@@ -2,13 +2,13 @@
 
     stdlib                      source and licence files of the running Python's standard library
     heldout                     the bundled text, which the bundled model was never trained on
-    a file, directory or glob   .jsonl: one document a line, in a field; any other file is one document; a
-                                directory gives its .txt, .py and .jsonl files, at any depth
+    a file, directory or glob   formats.py says what a file is; a directory gives those with usual names, at any depth
     hf:dataset[@revision][:split]
                                 a column of a hub dataset, streamed; the split is `train` by default
 
+What a user writes is made a reference that means the same in any folder (`resolve`), once: it is read and recorded.
 Files come in order of path, not shuffled, so that a set can be resumed and made again; `harvest` says which of them it
-did not reach. Of several files those that are not UTF-8 are left out, and named; a single one is refused.
+did not reach. Of several files those that are not text are left out, and named; a single one is refused.
 
 Files of the standard library are held out by a hash of their name. The same rule excludes them from `stdlib`
 and from the bundled model's training text, and chose `heldout`, so these never overlap, whatever the version
@@ -17,23 +17,23 @@ of Python.
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
-import json
 import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from sae_jax.activations.formats import IN_FOLDERS, TextFiles, choose, documents_of
+from sae_jax.progress import say_once
 from sae_jax.types import UsageError, UserError
 
 HELDOUT = Path(__file__).parent.parent / "assets" / "bundled_lm" / "heldout.jsonl"
-COLUMN = "text"  # of .jsonl files and hub datasets, unless another one is asked for
+COLUMN = "text"  # of JSON records and hub datasets, unless another one is asked for
+WORDS = ("stdlib", "heldout")
 
-_SUFFIXES = (".jsonl", ".py", ".txt")
 # Tests and codec tables repeat themselves; the others are not part of the library or mostly its tests.
 _STDLIB_SKIPPED = frozenset(
     {
@@ -50,7 +50,6 @@ _STDLIB_SKIPPED = frozenset(
 )
 _STDLIB_CHARACTERS = range(200, 900_001)  # stubs and generated tables left out
 _HUB = re.compile(r"hf:(?P<id>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
-_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,36 @@ class Scan:
     digest: str  # what identifies its content: sha256 (hex) over its documents, or a hub dataset's own name
     n_bytes: int  # of its documents, and one for each; 0 for a hub dataset, which is not read
     files: tuple[str, ...] = ()  # that have documents; none where it is not made of local files
-    not_utf8: tuple[str, ...] = ()  # files that were left out
+    left_out: dict[str, list[Path]] = field(default_factory=dict)  # files, by the reason
+
+
+def resolve(reference: str) -> str:
+    """A user's reference as one that means the same in any folder: a word, an absolute path or glob, or hf:...
+
+    Raises UsageError for one that could be a word and is a path too, and for one that names nothing.
+    """
+    hub = reference.startswith("hf:")
+    name = _hub(reference)["id"] if hub else reference
+    if reference in WORDS or (hub and not name.startswith((".", "/"))):
+        if os.path.exists(name):
+            raise UsageError(
+                f"text {reference!r} is a word and the name of what is here, too; write {'hf:' * hub}./{name} for the "
+                f"path, or run elsewhere for the word"
+            )
+        return reference
+    if hub:
+        return reference.replace(name, os.path.abspath(name), 1)
+    if not os.path.exists(reference) and glob.has_magic(reference):
+        # The folder that a pattern starts from may have brackets in its name.
+        return os.path.normpath(os.path.join(glob.escape(os.getcwd()), reference))
+    if not reference or not os.path.exists(reference):  # an empty name would be the current folder
+        raise _missing(reference)
+    return os.path.abspath(reference)
+
+
+def is_there(reference: str) -> bool:
+    """Whether a recorded text can be read from here, as far as can be seen without reading it."""
+    return not os.path.isabs(reference) or os.path.exists(reference) or bool(glob.glob(reference, recursive=True))
 
 
 def documents(reference: str, column: str = COLUMN) -> Iterator[str]:
@@ -73,17 +101,18 @@ def documents(reference: str, column: str = COLUMN) -> Iterator[str]:
 
 def named_documents(reference: str, column: str = COLUMN) -> Iterator[tuple[str, str]]:
     """(file, document), as `documents`. The file is "" where the text is not made of local files."""
+    return _named_documents(reference, column, None if _is_elsewhere(reference) else _local_files(reference, column))
+
+
+def _named_documents(reference: str, column: str, files: TextFiles | None) -> Iterator[tuple[str, str]]:
     if reference == "stdlib":
         pairs: Iterator[tuple[str, str]] = (("", text) for _, text in stdlib_files(held_out=False))
     elif reference == "heldout":
-        pairs = (("", text) for text in _from_file(HELDOUT, COLUMN))
-    elif reference.startswith("hf:"):
+        pairs = (("", text) for text in documents_of(HELDOUT, COLUMN))
+    elif files is None:
         pairs = (("", text) for text in _from_hub(reference, column))
     else:
-        paths = _local_files(reference)
-        if paths != [Path(reference)]:
-            paths = [path for path in paths if _is_utf8(path)]
-        pairs = ((str(path), text) for path in paths for text in _from_file(path, column))
+        pairs = ((str(path), text) for path in files.read for text in documents_of(path, column))
     empty = True
     for name, text in pairs:
         if text:
@@ -103,24 +132,21 @@ def scan(reference: str, column: str = COLUMN, progress: Callable[[int], None] =
     """
     if reference.startswith("hf:"):
         return Scan(reference if column == COLUMN else f"{reference} {column}", 0)
+    local = None if _is_elsewhere(reference) else _local_files(reference, column)
     sha, n_bytes, files = hashlib.sha256(), 0, {}
-    for name, text in named_documents(reference, column):
+    for name, text in _named_documents(reference, column, local):
         data = text.encode("utf-8")
         sha.update(len(data).to_bytes(8, "little"))  # so that moving a document boundary changes the digest
         sha.update(data)
         n_bytes += len(data) + 1
         files[name] = None
         progress(n_bytes)
-    local = reference not in ("stdlib", "heldout")
-    not_utf8 = [str(path) for path in _local_files(reference) if not _is_utf8(path)] if local else []
-    return Scan(sha.hexdigest(), n_bytes, tuple(files) if local else (), tuple(not_utf8))
+    return Scan(sha.hexdigest(), n_bytes, tuple(files) if local else (), local.left_out if local else {})
 
 
 def local_bytes(reference: str) -> int:
     """About how much `scan` has to read; 0 where that is not known."""
-    if reference in ("stdlib", "heldout") or reference.startswith("hf:"):
-        return 0
-    return sum(path.stat().st_size for path in _local_files(reference))
+    return 0 if _is_elsewhere(reference) else sum(path.stat().st_size for path in _paths(reference)[0])
 
 
 def stdlib_files(*, held_out: bool) -> Iterator[tuple[str, str]]:
@@ -152,88 +178,75 @@ def _is_held_out(file_name: str) -> bool:
     return hashlib.md5(file_name.encode(), usedforsecurity=False).digest()[0] < 10
 
 
-def _local_files(reference: str) -> list[Path]:
+def _is_elsewhere(reference: str) -> bool:
+    return reference in WORDS or reference.startswith("hf:")
+
+
+def _local_files(reference: str, column: str) -> TextFiles:
+    """The files of a reference. A single one is read whatever it is, and may be refused then."""
+    paths, others = _paths(reference)
+    if paths == [Path(reference)]:
+        if paths[0].suffix.lower() not in IN_FOLDERS:
+            say_once(f"{reference} is read as one document of plain text, if it is text")
+        return TextFiles(paths)
+    files = choose(paths, column)
+    if not files.read:
+        reasons = "; ".join(f"{len(left)} {why}" for why, left in files.left_out.items())
+        raise UserError(f"text {reference!r} has no file that can be read ({reasons}); name others")
+    if others:
+        files.left_out[f"not named {', '.join(IN_FOLDERS)}"] = others
+    return files
+
+
+def _paths(reference: str) -> tuple[list[Path], list[Path]]:
+    """Files that the reference names, in order of path; and those of a folder that do not look like text."""
     path = Path(reference)
     if path.is_file():
-        return [path]
-    if path.is_dir() and reference:  # an empty name would be the current folder
-        files = [file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file()]
+        return [path], []
+    others: list[Path] = []
+    if path.is_dir() and reference:
+        files = sorted((file for file in path.rglob("*") if file.is_file()), key=Path.as_posix)
+        others = [file for file in files if file.suffix.lower() not in IN_FOLDERS]
+        files = [file for file in files if file.suffix.lower() in IN_FOLDERS]
         if not files:
-            raise UserError(f"directory {reference!r} holds no text; it needs files in {', '.join(_SUFFIXES)}")
+            raise UserError(f"directory {reference!r} holds no text; it needs files in {', '.join(IN_FOLDERS)}")
     else:
         files = [Path(name) for name in glob.glob(reference, recursive=True) if Path(name).is_file()]
         if not files:
-            raise UsageError(
-                f"text {reference!r} does not exist; use stdlib, heldout, hf:dataset[@revision][:split], "
-                "a file, a directory or a glob"
-            )
-    return sorted(files, key=Path.as_posix)
+            raise _missing(reference)
+    return sorted(files, key=Path.as_posix), others
 
 
-def _is_utf8(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return True
+def _missing(reference: str) -> UsageError:
+    return UsageError(
+        f"text {reference!r} does not exist; use stdlib, heldout, hf:dataset[@revision][:split], a file, a directory "
+        f"or a glob"
+    )
 
 
-def _from_file(path: Path, column: str) -> Iterator[str]:
-    try:
-        if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text_field(line, column, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it, or name other files") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _text_field(line: str, column: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-        text = record.get(column)
-    except (ValueError, AttributeError):
-        record, text = {}, None
-    if not isinstance(text, str):
-        texts = [key for key, value in record.items() if isinstance(value, str)]
-        cure = f"it has {', '.join(texts)}; choose one with harvest.text_column" if texts else "every line must be one"
-        raise UserError(f'{place} is not a JSON object with a string "{column}"; {cure}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        escape = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(f"{place} has {escape}, half of a surrogate pair, which is no text; remove it") from None
-    return text
-
-
-def _from_hub(reference: str, column: str) -> Iterator[str]:
+def _hub(reference: str) -> re.Match[str]:
     match = _HUB.fullmatch(reference)
     if match is None:
         raise UsageError(f"text {reference!r} is no hub dataset; write hf:dataset[@revision][:split]")
+    return match
+
+
+def _from_hub(reference: str, column: str) -> Iterator[str]:
+    match = _hub(reference)
     import datasets
 
     try:
         rows = datasets.load_dataset(
             match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True
         )
-        for row in rows:
-            if not isinstance(row.get(column), str):
+        for number, row in enumerate(rows):
+            if not isinstance(text := row.get(column), str):
+                what = f"row {number} holds {type(text).__name__}" if column in row else "it is not there"
                 raise UserError(
-                    f'dataset {reference!r} has no column "{column}" of text, but {", ".join(row)}; choose one with '
-                    f"harvest.text_column"
+                    f'dataset {reference!r} has no column "{column}" of text ({what}), but {", ".join(row)}; choose '
+                    f"one with harvest.text_column"
                 )
-            yield row[column]
+            yield text
     except UserError:
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ BATCH = 64  # sequences
 
 def neuron_token_purity(model: lm.LanguageModel, layer: int, table: Activations, sequences: np.ndarray) -> float:
     """`token_purity` of the MLP neurons of a layer, on the rows of `table`, whose text is `sequences` i32[n, T]."""
+    lm.check_ids(sequences, model.spec)
     has_row = np.zeros(sequences.shape, bool)
     has_row[table.seq, table.pos] = True
     neurons = lm.Hook(layer, "mlp_act")

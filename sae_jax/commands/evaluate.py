@@ -26,6 +26,8 @@ class Evaluate:
     """another activation set to take rows, text and language model from; default: that of each dictionary's training"""
     model: str | None = None
     """another reference for the language model, if it moved"""
+    heldout: str | None = None
+    """another reference for the held-out text, if it moved or the set names none"""
     tokens: int = 100_000
     """tokens (or rows) to measure on, at most"""
     batch_tokens: int = 4096
@@ -48,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
     gpu.warn_of_idle_gpu()
-    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "batch_tokens", "ema")}
+    settings = {name: getattr(command, name) for name in ("data", "model", "heldout", "tokens", "batch_tokens", "ema")}
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.json:
         sys.stdout.write(json.dumps(results, indent=2) + "\n")

@@ -38,6 +38,7 @@ class Settings:
     n_tokens: int = 100_000  # or rows, at most
     batch_tokens: int = 4096  # of one forward pass of the language model
     model: str | None = None  # where the language model is now, if not where the set says
+    heldout: str | None = None  # and the held-out text
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +86,9 @@ def evaluate(
         path, sites = candidate.activations.path, candidate.sites
         if (path, sites) not in texts:
             another = next((text for (other, _), text in texts.items() if text and other == path), None)
-            texts[path, sites] = held_out(candidate.activations, sites, settings.n_tokens, settings.model, another)
+            texts[path, sites] = held_out(
+                candidate.activations, sites, settings.n_tokens, settings.model, settings.heldout, another
+            )
         text = texts[path, sites]
         passes.setdefault((path, None if text is None else text.model.reference), []).append(name)
     measured = {}
@@ -129,7 +132,7 @@ def finish(
         sums, missing = shards.merge(folder, n, about)
         if sums is None:
             names = ", ".join(f"{i}/{n}" for i in missing)
-            console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {names}", markup=False)
+            console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {names}")
             return None
         measured = replace(measured, sums=sums)
     document = measured.to_json()

@@ -8,13 +8,15 @@ import jax
 import numpy as np
 
 from sae_jax import lm
+from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep, read_hooks
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.text import COLUMN
-from sae_jax.progress import console
+from sae_jax.progress import console, say_once
 from sae_jax.record import Record
-from sae_jax.types import Sites, UsageError
+from sae_jax.storage import Files
+from sae_jax.types import Sites, UsageError, UserError
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,14 +57,29 @@ class HeldOut:
 
 def open_set(record: Record, data: str | None = None) -> ActivationSet:
     """The set at `data`, or else the one that a dictionary was trained on, which may be partial."""
-    path = data or (record.data.path if record.data else None)
-    if path is None:
+    if data is not None:
+        return open_activations(data)
+    if record.data is None or record.data.path is None:
         raise UsageError("the dictionary names no activation set that it was trained on; name one with --data")
-    return open_activations(path, allow_partial=data is None)
+    files = Files(record.data.path)
+    if files.read("dataset.json") is None and not files.keys("commits/"):
+        raise UserError(
+            f"the activation set {record.data.path}, which the dictionary was trained on, is not there; say where it "
+            f"is now with --data"
+        )
+    activations = open_activations(record.data.path, allow_partial=True)
+    if activations.content != record.data.content:
+        say_once(f"warning: {activations.path} holds other rows than when the dictionary was trained on it")
+    return activations
 
 
 def held_out(
-    activations: ActivationSet, sites: Sites, n_tokens: int, model: str | None = None, another: HeldOut | None = None
+    activations: ActivationSet,
+    sites: Sites,
+    n_tokens: int,
+    model: str | None = None,
+    text: str | None = None,
+    another: HeldOut | None = None,
 ) -> HeldOut | None:
     """Held-out text for sources of a set; None where the set names no text, no model or several.
 
@@ -70,36 +87,58 @@ def held_out(
         activations: the set.
         sites: its sources that are encoded and reconstructed.
         n_tokens: how much of the text, at most.
-        model: where the language model is now, if not where the set says.
+        model: where the language model is now, if not where the set says (a reference that lm.resolve made).
+        text: where the held-out text is now (one that activations.text.resolve made).
         another: the same text for another site, whose model is used again if it is the same.
+
+    Raises UserError where text or model is not there, or not what the set was made with; another one that is named here
+    is taken, with a warning.
     """
     spec, sources = activations.spec, [activations.source(name) for name in sites.all]
     reference = model or sources[0].model
     hooks = {source.name: source.hook for source in sources if source.hook is not None}
     several = len({source.model for source in sources}) > 1
-    if spec.heldout is None or spec.context is None or reference is None or len(hooks) < len(sources) or several:
+    heldout = text or spec.heldout
+    if heldout is None or spec.context is None or reference is None or len(hooks) < len(sources) or several:
         return None
     if another is not None and another.model.reference == reference:
         encoded, reconstructed = _hooks(hooks, sites, another.model)
         return replace(another, encoded=encoded, reconstructed=reconstructed)
-    loaded, tokenizer = lm.load(reference), lm.tokenizer(reference)
+    loaded = lm.load(reference, recorded=True)
+    tokenizer = lm.tokenizer(reference, loaded.spec, recorded=True)
     if loaded.digest != sources[0].model_digest:
-        console.print(
-            f"warning: the weights of {reference} are not those that {activations.path} was made with", markup=False
-        )
+        say_or_refuse(f"the weights of {reference} are not those that {activations.path} was made with", model, "model")
+    column = spec.text_column or COLUMN
+    _check_text(activations, heldout, text, column)
     n_sequences = max(n_tokens // spec.context, 1)
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(
-        name=spec.heldout,
+        name=heldout,
         model=loaded,
         encoded=encoded,
         reconstructed=reconstructed,
-        sequences=np.stack(
-            list(tokens.sequences(spec.heldout, tokenizer, spec.context, 0, n_sequences, spec.text_column or COLUMN))
-        ),
+        sequences=np.stack(list(tokens.sequences(heldout, tokenizer, spec.context, 0, n_sequences, column))),
         special=np.asarray(tokenizer.special_ids, np.int32),
         max_norm_multiple=spec.max_norm_multiple,
     )
+
+
+def _check_text(activations: ActivationSet, heldout: str, given: str | None, column: str) -> None:
+    """The held-out text has to be there, and to be what the set names."""
+    if not texts.is_there(heldout):
+        raise UserError(
+            f"the held-out text {heldout} is not there; say where it is now with --heldout, or harvest again with it"
+        )
+    expected = activations.spec.heldout_digest
+    if expected is not None and texts.scan(heldout, column).digest != expected:
+        say_or_refuse(f"{heldout} is not the held-out text that {activations.path} was made with", given, "heldout")
+
+
+def say_or_refuse(difference: str, given: str | None, flag: str) -> None:
+    """What differs from the record of a set is taken if the user names it, and refused else."""
+    if given is None:
+        raise UserError(f"{difference}; name it with --{flag} to use it all the same")
+    say_once(f"warning: {difference}")
 
 
 def _hooks(
@@ -118,8 +157,7 @@ def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[s
         return dict(zip(hooks, text.rows_of(tuple(hooks.values())), strict=True))
     if jax.process_index() == 0:
         console.print(
-            f"{activations.path} names no held-out text: members are measured on rows that they were trained on",
-            markup=False,
+            f"{activations.path} names no held-out text: members are measured on rows that they were trained on"
         )
     chunks = spread_chunks(activations, n_rows)
     return {

@@ -5,10 +5,11 @@ from sae_jax.lm.generate import generate
 from sae_jax.lm.hooks import POINTS, Hook, check_hook, hook_width, parse_hook
 from sae_jax.lm.intervene import ReplacedSite, later_hooks, replaced_site
 from sae_jax.lm.logits import logit_effect
-from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, tokenizer
-from sae_jax.lm.run import Cache, Output, empty_cache, run
+from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, resolve, tokenizer
+from sae_jax.lm.run import Cache, Output, check_ids, empty_cache, run
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer
+from sae_jax.lm.weights import digest
 from sae_jax.ops.predictions import cross_entropy, kl_divergence
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "Spec",
     "Tokenizer",
     "check_hook",
+    "check_ids",
     "cross_entropy",
+    "digest",
     "empty_cache",
     "generate",
     "hook_width",
@@ -35,6 +38,7 @@ __all__ = [
     "place",
     "read_spec",
     "replaced_site",
+    "resolve",
     "run",
     "tokenizer",
 ]

@@ -34,6 +34,7 @@ class Family:
     write_config: Callable[[Spec], dict[str, Any]]  # the inverse
     prefix: str  # that tensors of full checkpoints have and those of base checkpoints lack
     stored: Mapping[str, Stored]  # parameter (params.py) -> tensor
+    buffers: tuple[str, ...] = ()  # tensors of a block, without prefix, that hold no weight, such as the causal mask
 
 
 def families() -> list[str]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sae_jax.lm import intervene
 from sae_jax.lm.model import LanguageModel
-from sae_jax.lm.run import empty_cache, run
+from sae_jax.lm.run import check_ids, empty_cache, run
 from sae_jax.types import UsageError
 
 SteeringEdits = Mapping[tuple[int, str], Callable[[jax.Array, Any], jax.Array]]
@@ -47,6 +47,7 @@ def generate(
 
     Raises:
         UsageError: for lengths out of range, a negative temperature, or a hook that the model does not have.
+        UserError: for ids beyond the embedding.
     """
     longest = model.spec.n_context - ids_BT.shape[1]
     if not 1 <= n_new <= longest:
@@ -56,6 +57,7 @@ def generate(
         )
     if temperature < 0:
         raise UsageError(f"temperature={temperature} is negative; use 0 for the most likely token, or more")
+    check_ids(ids_BT, model.spec)
     fixed_edits = tuple(sorted((edits or {}).items(), key=lambda item: item[0]))
     return _generate(model, ids_BT, n_new, key, fixed_edits, edit_args, temperature > 0, jnp.float32(temperature))
 

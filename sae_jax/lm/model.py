@@ -1,8 +1,12 @@
-"""A language model and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`."""
+"""A language model and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`.
+
+What a user writes is made a reference that means the same in any folder (`resolve`), once: that one is recorded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +21,7 @@ from jax.typing import DTypeLike
 from sae_jax.lm import params, weights
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import UsageError, UserError, check_indices
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "bundled_lm"
 
@@ -43,13 +47,18 @@ class LanguageModel:
         )
 
 
-def load(reference: str, dtype: DTypeLike = jnp.float32) -> LanguageModel:
+def load(reference: str, dtype: DTypeLike = jnp.float32, *, recorded: bool = False) -> LanguageModel:
     """The language model that `reference` names, with parameters in `dtype` on the default device.
 
-    Raises UsageError for a reference that names nothing, and UserError for a model that cannot be fetched, is
-    damaged, or belongs to a family that is not supported.
+    Args:
+        reference: `bundled`, a folder, or hub-id[@revision].
+        dtype: of the parameters.
+        recorded: it is what `resolve` made of a reference.
+
+    Raises UsageError for a reference that names nothing, or two things, and UserError for a model that cannot be
+    fetched, is damaged, or belongs to a family that is not supported.
     """
-    folder = locate(reference)
+    folder = locate(reference, recorded=recorded)
     spec = weights.read_spec(folder)
     return LanguageModel(
         params=weights.read_params(folder, spec, dtype),
@@ -65,25 +74,61 @@ def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
     return dataclasses.replace(model, params=jax.device_put(model.params, params.shardings(model.spec, mesh)))
 
 
-def read_spec(reference: str) -> Spec:
+def read_spec(reference: str, *, recorded: bool = False) -> Spec:
     """The sizes and kinds of the model that `reference` names; of a hub model only config.json is fetched."""
-    return weights.read_spec(locate(reference, ["config.json"]))
+    return weights.read_spec(locate(reference, ["config.json"], recorded=recorded))
 
 
-def tokenizer(reference: str) -> Tokenizer:
-    """The tokenizer of the model that `reference` names; errors as `load`."""
-    return read_tokenizer(locate(reference))
+def tokenizer(reference: str, *models: Spec, recorded: bool = False) -> Tokenizer:
+    """The tokenizer of the model that `reference` names; errors as `load`.
+
+    `models`: those that read its tokens. Raises UserError if the embedding of one has too few rows for them.
+    """
+    loaded = read_tokenizer(locate(reference, recorded=recorded))
+    for spec in models:
+        check_indices(
+            loaded.n_used - 1,
+            spec.n_vocab,
+            f"the tokenizer of {reference} does not fit the model: token id",
+            f"the embedding has {spec.n_vocab} rows; use the tokenizer that the model was trained with",
+        )
+    return loaded
 
 
-def locate(reference: str, files: Sequence[str] = _FILES) -> Path:
+def resolve(reference: str) -> str:
+    """A user's reference as one that means the same in any folder: `bundled`, an absolute path, or a hub id.
+
+    Raises UsageError for a reference that names nothing, and for one that could be a word or a hub id and is a folder
+    too.
+    """
+    is_folder = bool(reference) and Path(reference).is_dir()  # an empty name would be the current folder
+    is_hub = _HUB.fullmatch(reference) is not None
+    if is_folder and is_hub:
+        other = (
+            "run elsewhere for the bundled model" if reference == "bundled" else f"{reference}@main for that of the hub"
+        )
+        raise UsageError(
+            f"model {reference!r} is a folder here and could be another; write ./{reference} for the folder, or {other}"
+        )
+    if not (is_folder or is_hub):
+        raise UsageError(f"model {reference!r} is no folder; use bundled, a folder, or hub-id[@revision]")
+    return os.path.abspath(reference) if is_folder else reference
+
+
+def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = False) -> Path:
     """The local folder of a model; a hub model is fetched, or found in the local cache when offline."""
+    reference = reference if recorded else resolve(reference)
     if reference == "bundled":
         return BUNDLED
-    if reference and Path(reference).is_dir():  # an empty name would be the current folder
+    if os.path.isabs(reference):
+        if not Path(reference).is_dir():
+            raise UserError(
+                f"the model {reference} is not there; say where it is now with --model, or harvest again with it"
+            )
         return Path(reference)
     match = _HUB.fullmatch(reference)
     if match is None:
-        raise UsageError(f"model {reference!r} is no folder; use bundled, a folder, or hub-id[@revision]")
+        raise UserError(f"model {reference!r} is no reference; say where the model is with --model")
     import huggingface_hub
 
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from sae_jax.lm.hooks import Hook, check_hook
 from sae_jax.lm.logits import unembed
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.spec import Spec
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, check_indices
 
 Edits = Mapping[tuple[int, str], Callable[[jax.Array], jax.Array]]
 
@@ -71,6 +72,7 @@ def run(
     Raises:
         UsageError: for a hook that the model does not have or that stop_at cuts off, an edit that changes shape or
             dtype, or more positions than the context.
+        UserError: for ids beyond the embedding. In a traced call they are not known: see `check_ids`.
     """
     spec = model.spec
     edit_at = {check_hook(hook, spec): edit for hook, edit in (edits or {}).items()}
@@ -80,6 +82,8 @@ def run(
     n_slots = n_new if cache is None else cache.keys.shape[2]
     if n_slots > spec.n_context:
         raise UsageError(f"{n_slots} positions exceed the model's context of {spec.n_context}; use shorter sequences")
+
+    check_ids(ids_BT, spec)
 
     first = jnp.int32(0) if cache is None else cache.length
     position_T = first + jnp.arange(n_new, dtype=jnp.int32)
@@ -105,6 +109,12 @@ def run(
         logits=unembed(model.params, spec, x_BTD) if logits and n_layers == spec.n_layers else None,
         cache=None if cache is None else Cache(cache.keys, cache.values, length=first + n_new),
     )
+
+
+def check_ids(ids: Any, spec: Spec) -> None:
+    """UserError naming a token id that the model has no row for, which a traced `run` cannot see."""
+    cure = f"the embedding has {spec.n_vocab} rows; use the model whose tokens these are"
+    check_indices(ids, spec.n_vocab, "token id", cure)
 
 
 def _run_layers(

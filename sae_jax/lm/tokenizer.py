@@ -2,61 +2,99 @@
 
 A folder with tokenizer.json is read by the `tokenizers` library alone: importing `transformers` takes
 seconds.
+
+What a call means does not depend on what was saved with the vocabulary: truncation, padding, post-processing and
+dropout of merges are off. Which tokens are special is asked of every file that says so. Only this program puts special
+tokens into a sequence: where a text has the characters of one, it gets the tokens of these characters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
+from sae_jax.lm.files import read_json
+from sae_jax.progress import say_once
 from sae_jax.types import UserError
 
 # How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others in order from U+0100.
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
-
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells the bytes of what it has no piece for
 
 PART = 2**18  # characters of a long text that are tokenised at a time
 AROUND = 256  # characters on each side of a place that tell whether a text may be cut there
 CUTS_TRIED = 64
+FRAMES_TRIED = 4096
 _WORD_END = re.compile(r"\S(?=\s)")
+
+# What is saved in tokenizer.json but belongs to one use of it, by the part of the file.
+_OF_ONE_USE = {None: ("truncation", "padding", "post_processor"), "model": ("dropout", "alpha", "nbest_size")}
 
 
 class Tokenizer:
     """A model's vocabulary: encodes documents, decodes ids, and knows the token between documents."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:
-        """Wrap `backend`; UserError without a beginning or end token to separate documents with."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int | None,
+        eos_id: int | None,
+        special: Iterable[int] = (),
+        digest: str = "",
+    ) -> None:
+        """Wrap `backend`; UserError without a beginning or end token to separate documents with.
+
+        Args:
+            backend: without truncation, padding and the like.
+            bos_id: of the token at the beginning of a document.
+            eos_id: of the token at its end.
+            special: ids that stand for no text, beside those two and what the backend calls special.
+            digest: what identifies how this tokenizer encodes, wherever it lies.
+        """
         separator_id = eos_id if bos_id is None else bos_id
         if separator_id is None:
             raise UserError("the tokenizer names no bos_token and no eos_token; add one to tokenizer_config.json")
+        backend.encode_special_tokens = True  # the characters of one in a text are text
         self._backend = backend
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.separator_id: int = separator_id
+        self.digest = digest
+        marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        named = {i for i in (bos_id, eos_id) if i is not None}
+        self.special_ids: tuple[int, ...] = tuple(sorted({*special, *marked, *named}))  # what a harvest leaves out
+        self._inside_markers = self._places_inside_markers()
 
     @property
     def size(self) -> int:
-        """Number of tokens; a model's embedding may have more rows, as padding."""
-        return self._backend.get_vocab_size()
+        """The largest id and one; there may be fewer tokens, and a model's embedding may have more rows."""
+        return max(self.vocabulary.values()) + 1
 
     @property
+    def n_used(self) -> int:
+        """How many rows an embedding needs: the largest id that comes of a text or separates two, and one.
+
+        Special tokens that were added to a vocabulary do not come of a text.
+        """
+        added = self._backend.get_added_tokens_decoder().keys() & {*self.special_ids}
+        own = self._backend.get_vocab(with_added_tokens=False).values()
+        return max({*self.vocabulary.values()} - (added - {*own}) | {self.separator_id}) + 1
+
+    @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Id of every token: where these are equal, ids are the same text."""
         return self._backend.get_vocab()
-
-    @property
-    def special_ids(self) -> tuple[int, ...]:
-        """Ids that stand for no text: what a harvest may leave out."""
-        return tuple(sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special))
 
     def parts(self, text: str) -> Iterator[str]:
         """A long text in parts of about PART characters whose ids, joined, are those of the whole.
@@ -89,52 +127,167 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without beginning or end tokens."""
+        if self._inside_markers is None:
+            return self._encode(texts)
+        pieces = [self._inside_markers.split(text) for text in texts]
+        ids = iter(self._encode([piece for of_text in pieces for piece in of_text]))
+        return [[i for _ in of_text for i in next(ids)] for of_text in pieces]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _places_inside_markers(self) -> re.Pattern[str] | None:
+        """Where to cut a text so that the model's vocabulary does not find a special token in it.
+
+        Unigram and whole-word vocabularies hold special tokens like any other piece; most others cannot spell them.
+        """
+        contents = {i: token for i in self.special_ids if (token := self._backend.id_to_token(i))}
+        encoded = self._encode(list(contents.values()))
+        found = [token for (i, token), ids in zip(contents.items(), encoded, strict=True) if i in ids]
+        inside = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in found if len(token) > 1]
+        return re.compile("|".join(inside)) if inside else None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; a special token is written out, bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The text of each id by itself; bytes that are no UTF-8 as the error handler "surrogateescape" has them."""
-        texts = self._backend.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
+        """What each id adds to the text of many; bytes that are no UTF-8 as the handler "surrogateescape" has them.
+
+        An id without a token adds nothing.
+        """
+        texts = self._between([int(i) for i in ids])
         for place, i in enumerate(ids):
+            if "\ufffd" not in texts[place]:
+                continue
             stored = self._backend.id_to_token(int(i)) or ""
-            if "\ufffd" in texts[place] and all(character in _BYTE_OF for character in stored):
+            if match := _BYTE_PIECE.fullmatch(stored):
+                texts[place] = bytes([int(match[1], 16)]).decode("utf-8", "surrogateescape")
+            elif all(character in _BYTE_OF for character in stored):
                 data = bytes(_BYTE_OF[character] for character in stored)
                 texts[place] = data.decode("utf-8", "surrogateescape")
         return texts
 
+    def _between(self, ids: list[int]) -> list[str]:
+        """The text of each id in the middle of a text: at its ends many decoders take spaces away."""
+        if self._frame is None:
+            return self._decode_each([[i] for i in ids])
+        frame, before, after = self._frame
+        texts = self._decode_each([[frame, i, frame] for i in ids])
+        return [
+            text[len(before) : len(text) - len(after)] if text.startswith(before) and text.endswith(after) else text
+            for text in texts
+        ]
+
+    @cached_property
+    def _frame(self) -> tuple[int, str, str] | None:
+        """A token to decode others between, with its text at the beginning and at the end."""
+        ids = sorted({*self.vocabulary.values()} - {*self.special_ids})[:FRAMES_TRIED]
+        once, twice = (self._decode_each([[i] * n for i in ids]) for n in (1, 2))
+        frames = [
+            (i, alone, both[len(alone) :])
+            for i, alone, both in zip(ids, once, twice, strict=True)
+            if alone.isascii() and alone.isalpha() and both.startswith(alone) and both[len(alone) :].endswith(alone)
+        ]
+        return min(frames, key=lambda frame: frame[1] != frame[2], default=None)  # best one that reads alike at both
+
+    def _decode_each(self, sequences: list[list[int]]) -> list[str]:
+        return self._backend.decode_batch(sequences, skip_special_tokens=False)
+
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; UserError if it has none that can be read."""
-    path = folder / "tokenizer.json"
+    stated = _stated(folder)
     try:
-        if path.exists():
-            backend = tokenizers.Tokenizer.from_file(str(path))
-            bos, eos = _special_tokens(folder)
+        if (folder / "tokenizer.json").exists():
+            backend, digest = _backend(read_json(folder / "tokenizer.json"), stated.special)
         else:
             from transformers import AutoTokenizer
 
             loaded: Any = AutoTokenizer.from_pretrained(folder)
-            backend, bos, eos = loaded.backend_tokenizer, loaded.bos_token, loaded.eos_token
+            stated = stated._replace(
+                bos=loaded.bos_token, eos=loaded.eos_token, special=stated.special | {*loaded.all_special_tokens}
+            )
+            backend, digest = _backend(json.loads(loaded.backend_tokenizer.to_str()), stated.special)
+    except UserError:
+        raise
     except Exception as error:
         # Both libraries raise bare Exceptions for a damaged or missing file.
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from error
     if backend.get_vocab_size(with_added_tokens=False) == 0:  # what transformers makes of a folder without one
         raise UserError(f"{folder} has no tokenizer; copy the tokenizer.json of the model into it")
-    bos_id, eos_id = (None if token is None else backend.token_to_id(token) for token in (bos, eos))
-    return Tokenizer(backend, bos_id, eos_id)
+    special = {i for token in stated.special if (i := backend.token_to_id(token)) is not None}
+    bos, eos = (None if token is None else backend.token_to_id(token) for token in (stated.bos, stated.eos))
+    if bos is None and eos is None:
+        bos, eos = stated.bos_id, stated.eos_id
+    special |= {i for i in (bos, eos) if i is not None}
+    in_config = {i for i in stated.ids if backend.id_to_token(i) is not None}
+    tokenizer = Tokenizer(backend, bos, eos, special | in_config, digest)
+    marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    for i in sorted(in_config - special - marked):
+        say_once(
+            f"{folder}: token {i} ({backend.id_to_token(i)!r}) is special by config.json alone, and counts as special"
+        )
+    return tokenizer
 
 
-def _special_tokens(folder: Path) -> list[str | None]:
-    stated = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            stated.update(json.loads((folder / name).read_text(encoding="utf-8")))
-    # Older files spell a token as {"content": "<s>", ...}.
-    return [
-        token["content"] if isinstance(token, dict) else token
-        for token in (stated.get("bos_token"), stated.get("eos_token"))
+def _backend(state: Mapping[str, Any], special: set[str]) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer that the content of a tokenizer.json describes, and its digest.
+
+    Args:
+        state: the content, of which what belongs to one use is left out.
+        special: tokens that other files call special.
+    """
+    plain = {**state, "model": {**state["model"]}}
+    for part, names in _OF_ONE_USE.items():
+        where = plain if part is None else plain[part]
+        where.update({name: None for name in names if name in where})
+    plain["added_tokens"] = [
+        {**token, "special": bool(token["special"]) or token["content"] in special}
+        for token in plain.get("added_tokens") or ()
     ]
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return tokenizers.Tokenizer.from_str(json.dumps(plain)), digest
+
+
+class _Stated(NamedTuple):
+    """What the files beside tokenizer.json say of special tokens: some name them, config.json gives ids."""
+
+    special: set[str]
+    bos: str | None
+    eos: str | None
+    ids: set[int]
+    bos_id: int | None
+    eos_id: int | None
+
+
+def _stated(folder: Path) -> _Stated:
+    named, numbered = (
+        {key: value for name in names if (folder / name).exists() for key, value in read_json(folder / name).items()}
+        for names in (
+            ("special_tokens_map.json", "tokenizer_config.json"),
+            ("generation_config.json", "config.json"),
+        )
+    )
+    decoder = named.get("added_tokens_decoder")
+    marked = [t for t in decoder.values() if isinstance(t, dict) and t.get("special")] if decoder else []
+    tokens = {key: _contents(value) for key, value in named.items() if key.endswith(("_token", "_special_tokens"))}
+    ids = {key: _ids(value) for key, value in numbered.items() if key.endswith("_token_id")}
+    bos, eos = (next(iter(tokens.get(key, ())), None) for key in ("bos_token", "eos_token"))
+    bos_id, eos_id = (next(iter(ids.get(key, ())), None) for key in ("bos_token_id", "eos_token_id"))
+    special = {content for contents in (*tokens.values(), _contents(marked)) for content in contents}
+    return _Stated(special, bos, eos, {i for of_key in ids.values() for i in of_key}, bos_id, eos_id)
+
+
+def _contents(value: Any) -> list[str]:
+    """The tokens in "<s>", in {"content": "<s>", ...} as older files spell it, and in a list or dict of these."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [value["content"]] if "content" in value else list(value.values())
+    return [content for part in value for content in _contents(part)] if isinstance(value, list) else []
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < 2**31]

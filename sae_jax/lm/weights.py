@@ -1,7 +1,8 @@
 """Reading and writing the parameters of a language model as a Hugging Face safetensors folder, without torch.
 
-Which tensor holds which parameter is said in params.py. Tensors that no parameter needs (attention mask buffers, a tied
-head) are ignored; every parameter must be there, in the shape that the config implies.
+Which tensor holds which parameter is said in params.py. Every parameter must be there, once, as floats and in the shape
+that the config implies. What no parameter needs is named, or refused where the model would be another one without it: a
+tensor inside a block, or a head that is not the embedding although they are tied.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sae_jax.lm.family import family, family_of
+from sae_jax.lm.files import read_json
 from sae_jax.lm.params import ArrayInfo, parameters
 from sae_jax.lm.spec import Spec
+from sae_jax.progress import say_once
 from sae_jax.types import UserError
 
 _INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+N_NAMED = 5  # tensors that a message names
 
 
 def read_spec(folder: Path) -> Spec:
@@ -32,7 +37,7 @@ def read_spec(folder: Path) -> Spec:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder")
-    config = _read_json(path)
+    config = read_json(path)
     try:
         return family_of(config, str(folder)).read_spec(config)
     except KeyError as error:
@@ -44,37 +49,102 @@ def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dic
 
     The host holds one parameter of all layers at a time (those that share a tensor together).
 
-    Raises UserError, naming the file, for a missing, damaged or incomplete set of weight files.
+    Raises UserError, naming the file, for a missing, damaged or incomplete set of weight files, and for tensors that
+    make another model than the config says.
     """
-    prefix = family(spec.family).prefix
     params: dict[str, Any] = {"layers": {}}
     with contextlib.ExitStack() as opened:
-        file_of: dict[str, Any] = {}  # tensor, without prefix -> the file that holds it
+        stored = _StoredTensors(folder, family(spec.family).prefix, opened)
+        for tensor in _tensors(spec):
+            if tensor.in_layers:
+                names = [tensor.name.format(layer=layer) for layer in range(spec.n_layers)]
+                values = np.stack([stored.read(name, tensor.shape) for name in names])
+            else:
+                values = stored.read(tensor.name, tensor.shape)
+            for name, part in zip(tensor.parts, np.split(values, len(tensor.parts), axis=-1), strict=True):
+                (params["layers"] if tensor.in_layers else params)[name] = jnp.asarray(part, dtype)
+        if spec.tied:
+            _check_head(stored, spec)
+        _check_ignored(stored, spec)
+    return params
+
+
+class _StoredTensors:
+    """The tensors of a folder, by their names without the prefix of full checkpoints."""
+
+    def __init__(self, folder: Path, prefix: str, opened: contextlib.ExitStack) -> None:
+        self.folder, self._prefix = folder, prefix
+        self._file_of: dict[str, tuple[Any, str]] = {}
+        self.unread: dict[str, str] = {}  # {name without prefix: name}
         for path in weight_files(folder):
             try:
                 file = opened.enter_context(safe_open(path, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read ({error}); get the file again") from None
-            file_of |= {key.removeprefix(prefix): (file, key) for key in file.keys()}  # noqa: SIM118, no dict
+            for key in file.keys():  # noqa: SIM118, no dict
+                if (name := self._bare(key)) in self._file_of:
+                    raise UserError(
+                        f"{folder} has {name!r} twice, the second time in {path.name}; leave one of the two"
+                    )
+                self._file_of[name], self.unread[name] = (file, key), key
 
-        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name.removeprefix(prefix) not in file_of:
-                raise UserError(f"{folder} has no tensor {name!r}; its safetensors and config.json do not match")
-            file, key = file_of[name.removeprefix(prefix)]
-            tensor = file.get_tensor(key)
-            if tensor.shape != shape:
-                raise UserError(f"{folder} has {name!r} in shape {tensor.shape}; its config.json implies {shape}")
-            return tensor
+    def __contains__(self, name: str) -> bool:
+        return self._bare(name) in self._file_of
 
-        for tensor in _tensors(spec):
-            if tensor.in_layers:
-                names = [tensor.name.format(layer=layer) for layer in range(spec.n_layers)]
-                values = np.stack([read(name, tensor.shape) for name in names])
-            else:
-                values = read(tensor.name, tensor.shape)
-            for name, part in zip(tensor.parts, np.split(values, len(tensor.parts), axis=-1), strict=True):
-                (params["layers"] if tensor.in_layers else params)[name] = jnp.asarray(part, dtype)
-    return params
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of floats. Raises UserError if it is not there, or not of this shape."""
+        if name not in self:
+            raise UserError(f"{self.folder} has no tensor {name!r}; its safetensors and config.json do not match")
+        file, key = self._file_of[self._bare(name)]
+        header = file.get_slice(key)
+        if (kind := header.get_dtype()) not in _FLOATS:
+            raise UserError(
+                f"{self.folder} has {name!r} as {kind}, which is no plain weight; get the model as {', '.join(_FLOATS)}"
+            )
+        if (stored_shape := tuple(header.get_shape())) != shape:
+            raise UserError(f"{self.folder} has {name!r} in shape {stored_shape}; its config.json implies {shape}")
+        if kind == "F64":
+            say_once(f"{self.folder}: weights in float64 are rounded to float32")
+        self.unread.pop(self._bare(name), None)
+        return file.get_tensor(key)
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(self._prefix)
+
+
+def _check_head(stored: _StoredTensors, spec: Spec) -> None:
+    """Raises UserError if a head is stored that is not the embedding, although they are tied."""
+    infos = family(spec.family).stored
+    head, embedding = (infos[name].name for name in ("unembed", "embed"))
+    shape = (spec.n_vocab, spec.d_model)
+    if head in stored and not np.array_equal(stored.read(head, shape), stored.read(embedding, shape)):
+        raise UserError(
+            f"{stored.folder} has {head!r} unlike {embedding!r}, though its config.json ties them, in words or by "
+            f"default; set tie_word_embeddings to false there if the model has a head of its own, or remove the tensor"
+        )
+
+
+def _check_ignored(stored: _StoredTensors, spec: Spec) -> None:
+    """Names the tensors that were not read. Raises UserError for one inside a block: the model would be another one."""
+    buffers = {
+        name.format(layer=layer) for name in family(spec.family).buffers for layer in range(spec.n_layers)
+    }  # what a block makes for itself
+    ignored = {bare: key for bare, key in stored.unread.items() if bare not in buffers}
+    blocks = {tensor.name.partition("{")[0].removeprefix(family(spec.family).prefix) for tensor in _in_layers(spec)}
+    for bare, key in ignored.items():
+        if bare.startswith(tuple(blocks)):
+            raise UserError(
+                f"{stored.folder} has a tensor {key!r}, which a {spec.family} of {spec.n_layers} layers by its "
+                f"config.json does not use; the model would be another one without it"
+            )
+    if ignored:
+        names = list(ignored.values())
+        more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
+        say_once(f"{stored.folder}: tensors that are not used: {', '.join(names[:N_NAMED])}{more}")
+
+
+def _in_layers(spec: Spec) -> Iterable[_Tensor]:
+    return (tensor for tensor in _tensors(spec) if tensor.in_layers)
 
 
 def save(
@@ -126,10 +196,15 @@ def digest(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index lists, else all there are; UserError if none."""
+    """The safetensors files of a folder: those its index lists, model.safetensors, or all there are; UserError if none.
+
+    A folder may hold the same weights a second time, under another name.
+    """
     index = folder / _INDEX
     if index.exists():
-        return [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no *.safetensors; convert the model's weights to safetensors first")
@@ -159,13 +234,3 @@ def _tensors(spec: Spec) -> list[_Tensor]:
         shape = infos[parts[0]].shape[in_layers:]
         tensors.append(_Tensor(stored_name, tuple(parts), (*shape[:-1], shape[-1] * len(parts)), in_layers))
     return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); get the file again") from None
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} is not a JSON object; get the file again")
-    return parsed

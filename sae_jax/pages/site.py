@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import jax
 import numpy as np
 
 from sae_jax import lm, storage
+from sae_jax.activations.spec import SourceSpec
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import base
-from sae_jax.evaluation.text import open_set
+from sae_jax.evaluation.text import open_set, say_or_refuse
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress
 from sae_jax.record import Record, SourceRecord
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, check_indices
+
+# The folders of an absolute path inside other text: "hf:/home/...", "base=/home/...".
+_FOLDERS = re.compile(r"(?<![^\s:=,])/(?!/)(?:[^/\s]+/)+")
 
 
 def write_site(
@@ -64,17 +69,20 @@ def _write_site(
     if tokenizer is None:
         activations.check_text()
         raise UsageError(f"{activations.path} names no tokenizer; give model=, one that has the tokenizer of the set")
+    vocabulary, reference = lm.tokenizer(tokenizer, recorded=True), model or target.model
+    effects = _logit_effects(reference, target, activations.path, model) if reference and target.hook else None
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)
-    reference = model or target.model
+    cure = f"{tokenizer} is not the tokenizer of {activations.path}; name the one that is with --model"
+    check_indices(sequences, vocabulary.size, "token id", cure)
     with Progress("dashboard", table.n_latents, "latents", first="") as progress:
         write_dashboard(
             Path(out),
             table=table,
             sequences=sequences,
-            token_strings=_token_strings(tokenizer),
+            token_strings=vocabulary.tokens(range(vocabulary.size)),
             w_dec=np.asarray(d.w_dec[:, -target.d :]),
-            logit_effects=_logit_effects(reference, target.hook) if reference and target.hook else None,
+            logit_effects=effects,
             title=title,
             about=about(record),
             metrics=[
@@ -111,16 +119,15 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part) for part in value]
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    if not isinstance(value, str):
+        return value
+    return Path(value).name if os.path.isabs(value) else _FOLDERS.sub("", value)
 
 
-def _token_strings(reference: str) -> list[str]:
-    tokenizer = lm.tokenizer(reference)
-    return tokenizer.tokens(range(tokenizer.size))
-
-
-def _logit_effects(reference: str, hook: str) -> Any:
-    model = lm.load(reference)
+def _logit_effects(reference: str, target: SourceSpec, where: str, given: str | None) -> Any:
+    model = lm.load(reference, recorded=True)
+    if target.model_digest not in (None, model.digest):
+        say_or_refuse(f"the weights of {reference} are not those that {where} was made with", given, "model")
     effect = jax.jit(lm.logit_effect, static_argnums=1)
-    site = lm.parse_hook(hook, model.spec)
+    site = lm.parse_hook(str(target.hook), model.spec)
     return lambda rows_ND: np.asarray(effect(model, site, rows_ND))

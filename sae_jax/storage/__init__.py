@@ -7,8 +7,10 @@ take plain system calls, URLs requests to a bucket.
 On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
 """
 
+from sae_jax.storage.digests import sealed, unsealed
 from sae_jax.storage.disk import StrPath, is_url, make_folder
 from sae_jax.storage.folder import lease_of_folder, new_folder
+from sae_jax.storage.guarded import DAMAGED, as_type, one_line, open_safetensors, parse_json, parse_yaml, read_limited
 from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
@@ -16,6 +18,7 @@ from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
 from sae_jax.storage.whole import create, delete, read_bytes, read_json, write_bytes, write_json, write_text
 
 __all__ = [
+    "DAMAGED",
     "STORAGE_ERRORS",
     "Files",
     "HeldError",
@@ -23,6 +26,7 @@ __all__ = [
     "Lines",
     "LostError",
     "StrPath",
+    "as_type",
     "context",
     "create",
     "delete",
@@ -30,10 +34,17 @@ __all__ = [
     "lease_of_folder",
     "make_folder",
     "new_folder",
+    "one_line",
+    "open_safetensors",
+    "parse_json",
+    "parse_yaml",
     "read_bytes",
     "read_json",
+    "read_limited",
     "read_lines",
     "reason",
+    "sealed",
+    "unsealed",
     "write_bytes",
     "write_error",
     "write_json",

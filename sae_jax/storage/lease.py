@@ -134,7 +134,7 @@ class Lease:
                 return False
         elif not self._is_patient and abs(time.time() - holder.touched) < self._seconds / 2:
             return True
-        console.print(f"{self._what}: waiting to see whether {_named(who)} is still at it", markup=False)
+        console.print(f"{self._what}: waiting to see whether {_named(who)} is still at it")
         end = time.monotonic() + self._seconds
         while time.monotonic() < end:
             time.sleep(self._seconds / LOOKS)

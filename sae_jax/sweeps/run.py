@@ -50,7 +50,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
 
     def say(line: str) -> None:
         if is_first:
-            console.print(line, markup=False)
+            console.print(line)
 
     # Passes that others seem to be at are looked at again in the end: those workers may have died.
     for is_patient in (False, True) if job.claim else (True,):

@@ -84,5 +84,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     steps = [row for row in rows if type(row.get("step")) is int]
     if len(steps) < len(rows):
         n = len(rows) - len(steps)
-        console.print(f"{run / 'metrics.jsonl'}: {n} lines have no step and are passed over", markup=False)
+        console.print(f"{run / 'metrics.jsonl'}: {n} lines have no step and are passed over")
     return steps

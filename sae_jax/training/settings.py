@@ -15,7 +15,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
-    "data.path",  # where the set lies; its content is compared
+    *("data.path", "data.text", "data.tokenizer"),  # where the set and what it was made of lie; its content is compared
     "allow_partial",
     "train.steps",
     "train.log_every",

@@ -192,7 +192,7 @@ def test_it_is_said_which_files_were_left_out_and_which_never_reached(tmp_path, 
         (tmp_path / f"{name}.txt").write_bytes(content)
     harvest(small(f"{tmp_path}/*.txt", tokens=160), str(tmp_path / "set"))
     said = capsys.readouterr().err
-    assert f"1 of 4 files are not UTF-8 and are left out: {tmp_path}/old.txt\n" in said
+    assert f"1 of 4 files are left out, not UTF-8: {tmp_path}/old.txt\n" in said
     assert (
         f"1 of 3 files were read, in order of name; harvest.tokens=160 ended before {tmp_path}/b.txt and 1 more. "
         f"harvest.tokens=0 reads all\n" in said
@@ -213,3 +213,56 @@ def test_help_lists_the_points():
     help_of_hooks = re.search(r'hooks: .*?"""(.*?)"""', inspect.getsource(HarvestConfig), re.DOTALL)
     assert help_of_hooks is not None
     assert re.findall("[a-z]+_[a-z]+(?=[,. ])", " ".join(help_of_hooks[1].split()))[: len(lm.POINTS)] == [*lm.POINTS]
+
+
+def test_a_harvest_goes_on_where_its_text_and_models_lie_now(tmp_path, tuned, monkeypatch):
+    """They are known by their content; the set names the new place from then on, and stays the same set."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tuned, old / "lm")
+    (old / "t.txt").write_text("def f(self): return self.x\n" * 300)
+    (old / "h.txt").write_text("import os, sys\n" * 100)
+    settings = small("t.txt", heldout="h.txt", model=("./lm",))
+    monkeypatch.chdir(old)
+    harvest(settings, "set", (0, 2))
+    before = open_activations("set", allow_partial=True)
+    old.rename(new)
+    monkeypatch.chdir(new)
+    harvest(settings, "set", (1, 2))
+    after = open_activations("set")
+    assert after.spec.sha256 == before.spec.sha256
+    assert (before.spec.text, after.spec.text) == (str(old / "t.txt"), str(new / "t.txt"))
+    assert (after.spec.heldout, after.spec.tokenizer) == (str(new / "h.txt"), str(new / "lm"))
+    assert after.spec.sources[0].model == str(new / "lm")
+    (new / "t.txt").write_text("def g(self): return self.x\n" * 300)
+    with pytest.raises(UsageError, match="already a set in which text_digest is"):
+        harvest(settings, "set")
+    (new / "h.txt").write_text("import re\n" * 100)
+    (new / "t.txt").write_text("def f(self): return self.x\n" * 300)
+    with pytest.raises(UsageError, match="already a set in which heldout_digest is"):
+        harvest(settings, "set")
+
+
+def test_a_model_that_could_be_two_is_refused_until_it_is_said_which(text, tuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lm.resolve("bundled") == "bundled"
+    assert lm.resolve("owner/name@main") == "owner/name@main"
+    for name in ("bundled", "gpt2", "owner/name"):
+        shutil.copytree(tuned, tmp_path / name)
+        with pytest.raises(UsageError, match=rf"write \./{name} for the folder"):
+            harvest(small(text, model=(name,)), "set")
+        assert lm.resolve(f"./{name}") == str(tmp_path / name)
+    # What was recorded is the word, whatever is here now.
+    assert lm.locate("bundled", recorded=True) == lm.model.BUNDLED
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(text, tuned, tmp_path):
+    """Else a row would be taken from another token."""
+    other = tmp_path / "other"
+    shutil.copytree(tuned, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    token = {"id": 2048, "content": "<foo>", "special": False, "normalized": False}
+    content["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"token id 2048 is outside 0 to 2047; the embedding has 2048 rows"):
+        harvest(small(text, model=(str(other),)), str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()

@@ -18,6 +18,7 @@ import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sae_jax import lm
 from sae_jax.activations.ingest import write_activations
 from sae_jax.activations.spec import SetSpec, SourceSpec, layout
 from sae_jax.activations.store import ActivationSet, create, open_activations
@@ -197,14 +198,21 @@ def replacing(old: str, new: str) -> Callable[[Path], None]:
         ("index/seq/c/0", Path.unlink, "index/seq/c/0 is missing"),
         ("sequences/c/2/0", Path.unlink, "sequences/c/2/0 is missing"),
         ("commits/1.json", Path.unlink, "2 of 3 shards are committed"),
-        ("commits/0.json", cut, "commits/0.json is damaged"),
-        ("commits/0.json", lambda file: file.write_text(""), "commits/0.json is damaged"),
-        ("commits/2.json", lambda file: file.write_text('{"shard": 2}'), "commits/2.json is damaged"),
-        ("commits/2.json", lambda file: file.write_text("[]"), "commits/2.json is damaged"),
-        ("commits/2.json", lambda file: file.rename(file.with_name("7.json")), "7.json is damaged .*has 3 shards"),
+        ("commits/0.json", cut, "commits/0.json: .*it is damaged"),
+        ("commits/0.json", lambda file: file.write_text(""), "commits/0.json: .*it is damaged"),
+        ("commits/0.json", lambda file: file.write_text("[" * 100_000), "commits/0.json: .*it is damaged"),
+        ("commits/2.json", lambda file: file.write_text('{"shard": 2}'), "commits/2.json: .*it is damaged"),
+        ("commits/2.json", lambda file: file.write_text("[]"), "commits/2.json: .*it is damaged"),
+        (
+            "commits/2.json",
+            lambda file: file.rename(file.with_name("7.json")),
+            "7.json: the set has 3 shards; .*damaged",
+        ),
+        ("commits/1.json", replacing('"m2": [', '"m2": [1'), "commits/1.json: .* its digest differs"),
+        ("commits/1.json", replacing('"sum": [', '"sum": [1'), "commits/1.json: .* its digest differs"),
         ("dataset.json", cut, "dataset.json cannot be used"),
         ("dataset.json", replacing("40", "48"), "does not match its sha256"),
-        ("dataset.json", replacing('format": 2', 'format": 1'), "format 1, this version reads format 2;"),
+        ("dataset.json", replacing('format": 3', 'format": 1'), "format 1, this version reads format 3;"),
         ("dataset.json", Path.unlink, "writing was cut off"),
     ],
 )
@@ -462,8 +470,8 @@ def test_rows_that_cannot_be_written(tmp_path: Path) -> None:
     for shape in ((), (5,)):
         with pytest.raises(UsageError, match=r"rows are \[\.\.\., d\]"):
             write_activations(tmp_path / "shape", np.zeros(shape))
-    for dtype in (np.complex64, "M8[s]", "U4", object):
-        with pytest.raises(UsageError, match="rows are real numbers"):
+    for dtype in (np.complex64, "M8[s]", "U4", object, int, bool, np.uint8):
+        with pytest.raises(UsageError, match="give real numbers"):
             write_activations(tmp_path / "kind", np.zeros((5, 4)).astype(dtype))
     assert not list(tmp_path.glob("[tnsk]*/dataset.json"))
     with pytest.raises(UsageError, match="there are no rows"):
@@ -493,3 +501,42 @@ def test_existing_and_cut_off_sets_are_not_written_over(tmp_path: Path, monkeypa
         open_activations(tmp_path / "cut")
     with pytest.raises(UserError, match="delete it first"):
         write_activations(tmp_path / "cut", np.ones((9, 2)))
+
+
+def test_what_is_under_a_mask_is_not_stored(tmp_path: Path) -> None:
+    rows, tokens = np.ma.masked_array(np.ones((10, 4))), np.ma.masked_array(np.ones((2, 5), int))
+    rows[3, 2] = tokens[0, 0] = np.ma.masked
+    for arrays in ({"rows": rows}, {"rows": iter([rows])}, {"rows": np.ones((2, 5, 4)), "tokens": tokens}):
+        with pytest.raises(UsageError, match="are a masked array; leave out the masked rows"):
+            write_activations(tmp_path / "set", **arrays)
+    assert not (tmp_path / "set" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("rows", [iter([[[1.0], [1.0, 2.0]]]), np.array([{}])[:, None], iter([["a"]])], ids=str)
+def test_what_is_no_array_of_numbers_is_one_line(tmp_path: Path, rows) -> None:
+    with pytest.raises(UsageError) as caught:
+        write_activations(tmp_path / "set", rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_fit_the_tokenizer_and_the_model_that_are_named(tmp_path: Path) -> None:
+    """Else another token's row would be read for them."""
+    rows, tokens = np.ones((8, 32, 4)), np.full((8, 32), 2047)
+    activations = write_activations(
+        tmp_path / "set", rows, tokens=tokens, tokenizer="bundled", model="bundled", hook="resid_post.0"
+    )
+    assert activations.spec.sources[0].model_digest == lm.load("bundled").digest
+    tokens[5, 3] = 2048
+    for name in ("tokenizer", "model"):
+        with pytest.raises(UserError, match=f"token id 2048 is outside 0 to 2047; the {name} bundled has 2048 ids"):
+            write_activations(tmp_path / name, rows, tokens=tokens, **{name: "bundled"})
+        assert not (tmp_path / name / "dataset.json").exists()
+    with pytest.raises(UserError, match="tokens have 200 positions, and the model 128"):
+        write_activations(tmp_path / "long", np.ones((8, 200, 4)), tokens=np.ones((8, 200), int), model="bundled")
+
+
+def test_references_of_rows_are_good_from_any_folder(tmp_path: Path, tuned: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tuned.parent)
+    activations = write_activations(tmp_path / "set", np.ones((9, 2)), model=f"./{tuned.name}", text="./lm/config.json")
+    assert activations.spec.sources[0].model == str(tuned)
+    assert activations.spec.text == str(tuned / "config.json")

@@ -109,7 +109,7 @@ def test_a_text_that_does_not_exist_is_refused(reference):
 
 
 def test_a_directory_without_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"needs files in \.jsonl, \.py, \.txt"):
+    with pytest.raises(UserError, match=r"needs files in \.txt, \.py, \.json, \.jsonl"):
         next(documents(str(tmp_path)))
 
 
@@ -164,7 +164,7 @@ def test_a_dataset_streams_the_split_and_revision_it_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
     assert list(itertools.islice(documents("hf:owner/data@abc:validation"), 2)) == ["a", "b"]
-    with pytest.raises(UserError, match='no column "text" of text, but body; choose'):
+    with pytest.raises(UserError, match=r'no column "text" of text \(it is not there\), but body; choose'):
         list(documents("hf:owner/data"))
     assert asked == [("owner/data", "abc", "validation", True), ("owner/data", None, "train", True)]
 
@@ -177,7 +177,9 @@ def test_several_files_are_read_without_those_that_are_not_utf8(tmp_path):
         assert list(documents(reference)) == ["one", "three"]
         scanned = scan(reference)
         assert [Path(name).name for name in scanned.files] == ["a.txt", "c.txt"]
-        assert [Path(name).name for name in scanned.not_utf8] == ["b.txt", "d.txt"]
+        assert {why: [path.name for path in paths] for why, paths in scanned.left_out.items()} == {
+            "not UTF-8": ["b.txt", "d.txt"]
+        }
         assert scanned.n_bytes == len("one") + len("three") + 2
     with pytest.raises(UserError, match=r"b\.txt is not UTF-8 \(byte 3\)"):
         next(documents(str(tmp_path / "b.txt")))

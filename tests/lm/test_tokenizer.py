@@ -113,3 +113,176 @@ def test_a_text_without_spaces_is_one_part(monkeypatch, vocabulary):
     monkeypatch.setattr(MODULE, "PART", 40)
     assert [*vocabulary.parts("x" * 1000)] == ["x" * 1000]
     assert [*vocabulary.parts("")] == [""]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change, name="tokenizer.json"):
+    """Put what `change` makes of a JSON file in its place."""
+    content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    return tokenizer(str(folder))
+
+
+TWICE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {},
+}
+PADDED = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 5, "pad_type_id": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.update(truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
+        lambda v: v.update(truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 5}),
+        lambda v: v.update(padding=PADDED | {"pad_token": "!"}),
+        lambda v: v.update(post_processor=TWICE),
+        lambda v: v["model"].update(dropout=0.9),
+    ],
+    ids=["truncation", "a stride that does not fit", "padding", "a template", "dropout of merges"],
+)
+def test_what_was_saved_for_one_use_changes_no_ids(folder, vocabulary, change):
+    texts = ["def return self import\n" * 10, "x"]
+    loaded = rewrite(folder, change)
+    assert loaded.encode(texts) == vocabulary.encode(texts)
+    assert loaded.digest == vocabulary.digest
+
+
+def test_the_characters_of_a_special_token_are_text(vocabulary):
+    [ids] = vocabulary.encode(["the marker <|endoftext|> ends a text"])
+    assert vocabulary.separator_id not in ids
+    assert vocabulary.decode(ids) == "the marker <|endoftext|> ends a text"
+
+
+def test_a_vocabulary_that_holds_its_special_tokens_does_not_find_them_in_text():
+    """As Unigram: its special tokens are pieces, and the likeliest ones."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("a", -1.0), ("<", -2.0), ("s", -2.0), (">", -2.0)]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    loaded = Tokenizer(backend, 1, None)
+    assert loaded.encode(["a<s>a", "as", ""]) == [[2, 3, 4, 5, 2], [2, 4], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda v: v["added_tokens"][1].update(special=True)),
+        ("special_tokens_map.json", lambda v: v.update(pad_token={"content": "<foo>"})),
+        ("special_tokens_map.json", lambda v: v.update(additional_special_tokens=["<foo>"])),
+        ("tokenizer_config.json", lambda v: v.update(unk_token="<foo>")),
+        ("tokenizer_config.json", lambda v: v.update(extra_special_tokens={"image": "<foo>"})),
+        (
+            "tokenizer_config.json",
+            lambda v: v.update(added_tokens_decoder={"9": {"content": "<foo>", "special": True}}),
+        ),
+        ("config.json", lambda v: v.update(eos_token_id=[0, 2048])),
+        ("generation_config.json", lambda v: v.update(pad_token_id=2048)),
+    ],
+)
+def test_every_file_says_which_tokens_are_special(folder, name, change):
+    token = {"id": 2048, "content": "<foo>", "special": False, "normalized": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    assert rewrite(folder, lambda v: v["added_tokens"].append(token)).special_ids == (0,)
+    loaded = rewrite(folder, change, name)
+    assert loaded.special_ids == (0, 2048)
+    assert (loaded.size, loaded.separator_id) == (2049, 0)
+
+
+def test_config_says_what_separates_where_the_tokenizer_does_not(folder):
+    (folder / "tokenizer_config.json").write_text("{}")
+    loaded = rewrite(folder, lambda v: v.update(bos_token_id=17, eos_token_id=None), "config.json")
+    assert (loaded.bos_id, loaded.eos_id, loaded.separator_id) == (17, None, 17)
+    assert 17 in loaded.special_ids
+
+
+def test_a_token_that_config_alone_calls_special_is_named(folder, capsys):
+    rewrite(folder, lambda v: v.update(pad_token_id=1000, eos_token_id=-1), "config.json")
+    assert "token 1000 (" in capsys.readouterr().err
+
+
+def test_ids_may_have_gaps(folder, vocabulary):
+    word = next(token for token, i in vocabulary.vocabulary.items() if i == 1000)
+    loaded = rewrite(folder, lambda v: v["model"]["vocab"].update({word: 2060}))
+    assert loaded.size == loaded.n_used == 2061
+    texts = loaded.tokens(range(loaded.size))
+    assert texts[2060] == vocabulary.tokens([1000])[0]
+    assert texts[1000] == texts[2055] == ""
+
+
+def test_a_special_token_beyond_the_vocabulary_needs_no_row(folder):
+    token = {"id": 2048, "content": "<pad>", "special": True, "normalized": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    loaded = rewrite(folder, lambda v: v["added_tokens"].append(token))
+    assert (loaded.size, loaded.n_used) == (2049, 2048)
+    loaded = rewrite(folder, lambda v: v["added_tokens"][1].update(special=False))
+    assert loaded.n_used == 2049
+
+
+TEXT = "the cat in the hat, catalog inthe thehat"
+
+
+def trained(model, trainer, decoder, pre_tokenizer=None):
+    """A tokenizer of a few words."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer or pre_tokenizers.Whitespace(), decoder
+    backend.train_from_iterator([TEXT] * 50, trainer(vocab_size=80, special_tokens=["<s>"], show_progress=False))
+    return Tokenizer(backend, 0, None)
+
+
+KINDS = {
+    "spaces in front": lambda: trained(
+        tokenizers.models.BPE(),
+        tokenizers.trainers.BpeTrainer,
+        tokenizers.decoders.Metaspace(),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+    ),
+    "as Llama 2 has them": lambda: trained(
+        tokenizers.models.BPE(),
+        tokenizers.trainers.BpeTrainer,
+        tokenizers.decoders.Sequence(
+            [
+                tokenizers.decoders.Replace("▁", " "),
+                tokenizers.decoders.ByteFallback(),
+                tokenizers.decoders.Fuse(),
+                tokenizers.decoders.Strip(" ", 1, 0),
+            ]
+        ),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+    ),
+    "ends of words": lambda: trained(
+        tokenizers.models.BPE(end_of_word_suffix="</w>"),
+        lambda **settings: tokenizers.trainers.BpeTrainer(end_of_word_suffix="</w>", **settings),
+        tokenizers.decoders.BPEDecoder(),
+    ),
+    "parts of words": lambda: trained(
+        tokenizers.models.WordPiece(unk_token="<s>"),
+        tokenizers.trainers.WordPieceTrainer,
+        tokenizers.decoders.WordPiece(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_an_id_is_its_part_of_a_longer_text(kind):
+    loaded = KINDS[kind]()
+    [ids] = loaded.encode([TEXT])
+    assert "".join(loaded.tokens(ids)).strip() == loaded.decode(ids).strip()
+    texts = loaded.tokens(range(1, loaded.size))
+    assert len(set(texts)) == len(texts)
+
+
+def test_bytes_beside_a_vocabulary_of_pieces_join_to_their_character():
+    pieces = {"<s>": 0, "a": 1} | {f"<0x{byte:02X}>": byte + 2 for byte in range(256)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    loaded = Tokenizer(backend, 0, None)
+    [ids] = loaded.encode(["aé\na"])
+    assert "".join(loaded.tokens(ids)).encode("utf-8", "surrogateescape") == "aé\na".encode()

@@ -156,3 +156,88 @@ def test_a_tokenizer_without_a_separator_is_refused(tmp_path):
     shutil.copy(bundled, tmp_path)
     with pytest.raises(UserError, match="no bos_token and no eos_token"):
         tokenizer(str(tmp_path))
+
+
+def untied(tensors):
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"][::-1]}
+
+
+def drop_tie(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["tie_word_embeddings"]
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change_config", [lambda folder: None, drop_tie], ids=["tied in words", "tied by default"])
+def test_a_head_unlike_the_embedding_is_not_dropped(folder, model, change_config):
+    change_config(folder)
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"]})
+    assert_same(load(str(folder)), model)
+    rewrite(folder, untied)
+    with pytest.raises(UserError, match=r"'lm_head\.weight' unlike 'transformer\.wte\.weight'.*tie_word_embeddings"):
+        load(str(folder))
+
+
+def test_a_head_of_its_own_is_used_where_the_config_says_so(folder, model):
+    rewrite(folder, untied)
+    damage_config(tie_word_embeddings=False)(folder)
+    loaded = load(str(folder))
+    np.testing.assert_array_equal(loaded.params["unembed"], model.params["embed"][::-1])
+
+
+def test_tensors_that_are_not_used_are_named_once(folder, model, capsys):
+    rewrite(folder, lambda tensors: tensors | {"score.weight": np.ones((2, 16), np.float32)})
+    assert_same(load(str(folder)), model)
+    assert "tensors that are not used: score.weight\n" in capsys.readouterr().err
+    load(str(folder))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.h.4.ln_1.weight", "h.0.attn.c_attn.lora_A.weight", "transformer.h.1.crossattention.bias"]
+)
+def test_a_tensor_inside_a_block_is_not_left_out(folder, name):
+    """Another number of layers than the config says, an adapter, another kind of block."""
+    rewrite(folder, lambda tensors: tensors | {name: np.ones(16, np.float32)})
+    with pytest.raises(UserError, match=rf"a tensor '{name}', which a gpt2 of 4 layers .* does not use"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int8, "I8"), (np.uint8, "U8"), (bool, "BOOL"), (np.int64, "I64")])
+def test_weights_that_are_no_floats_are_refused(folder, dtype, kind):
+    """They stand for others, with scales that are somewhere else."""
+    name = "transformer.h.1.mlp.c_fc.weight"
+    rewrite(folder, lambda tensors: tensors | {name: tensors[name].astype(dtype)})
+    with pytest.raises(UserError, match=rf"'{name}' as {kind}.* as F16, BF16, F32, F64"):
+        load(str(folder))
+
+
+def test_weights_in_eight_bits_are_refused(folder):
+    """numpy has no such type."""
+    path = folder / "model.safetensors"
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    header["transformer.ln_f.bias"] |= {"dtype": "F8_E4M3", "shape": [64]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + path.read_bytes()[8 + size :])
+    with pytest.raises(UserError, match=r"'transformer\.ln_f\.bias' as F8_E4M3"):
+        load(str(folder))
+
+
+def test_weights_in_float64_are_rounded_and_it_is_said(folder, model, capsys):
+    rewrite(folder, lambda tensors: {name: array.astype(np.float64) for name, array in tensors.items()})
+    assert_same(load(str(folder)), model)
+    assert "weights in float64 are rounded to float32\n" in capsys.readouterr().err
+
+
+def test_weights_that_are_there_twice_are_not_chosen_from(folder, model):
+    """A copy under another name is no part of the model; of two parts that have a tensor neither is the right one."""
+    shutil.copy(folder / "model.safetensors", folder / "copy.safetensors")
+    digest = load(str(folder)).digest
+    (folder / "copy.safetensors").write_bytes(b"")
+    assert load(str(folder)).digest == digest
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "copy.safetensors")
+    with pytest.raises(UserError, match=r"twice, the second time in copy\.safetensors"):
+        load(str(folder))

@@ -82,4 +82,5 @@ FAMILY = Family(
         **_of_layer("up", "mlp.c_fc"),
         **_of_layer("down", "mlp.c_proj"),
     },
+    buffers=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
 )

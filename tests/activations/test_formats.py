@@ -1,0 +1,155 @@
+"""What a text is, by the name and the content of its files."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sae_jax.activations.harvest import HarvestConfig, harvest
+from sae_jax.activations.text import documents, resolve, scan
+from sae_jax.types import UsageError, UserError
+
+LINES = '{"id": 1, "text": "one"}\n{"id": 2, "text": "two"}\n'
+ARRAY = json.dumps([{"text": "one"}, {"text": "two"}], indent=1)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jsonlines", "a.JSONL", "a.Json"])
+def test_json_lines_are_known_by_any_of_their_names(tmp_path, name):
+    (tmp_path / name).write_text(LINES)
+    assert list(documents(str(tmp_path / name))) == list(documents(str(tmp_path))) == ["one", "two"]
+
+
+def test_an_array_of_objects_is_read_record_by_record(tmp_path):
+    (tmp_path / "a.json").write_text(ARRAY)
+    assert list(documents(str(tmp_path / "a.json"))) == ["one", "two"]
+    (tmp_path / "a.json").write_text('[{"text": "one"}, 3]')
+    with pytest.raises(UserError, match=r"a\.json, record 1, is not a JSON object"):
+        list(documents(str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", LINES, "JSON objects under a name"),
+        ("a.txt", ARRAY, "JSON objects under a name"),
+        ("a", LINES, "JSON objects under a name"),
+        ("a.json", '{"text": "one"', "neither JSON Lines nor an array"),
+        ("a.json", "[1, 2]", "neither JSON Lines nor an array"),
+        ("a.json", "[" * 100_000, "neither JSON Lines nor an array"),
+        ("a.json", '{\n"text": "one"\n}', r"a\.json:1 is not a JSON object"),
+        ("a.jsonl", ARRAY, r"a\.jsonl:1 is not a JSON object"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1 is not a JSON object"),
+        ("a.txt", "h\0e\0l\0l\0o\0", "zero bytes"),
+        *((f"a.{suffix}", "text", rf"\.{suffix} is not a format") for suffix in ("gz", "zst", "csv", "tsv", "parquet")),
+        ("a.jsonl.GZ", LINES, r"\.gz is not a format"),
+    ],
+)
+def test_what_is_not_known_is_refused_and_never_taken_as_plain_text(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(documents(str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_text_may_begin_like_json(tmp_path):
+    for content in ("[Chapter 1]", '{"quoted"} he said', "{}", '{"a": 1} and {"b": 2}'):
+        (tmp_path / "a.txt").write_text(content)
+        assert list(documents(str(tmp_path / "a.txt"))) == [content]
+
+
+def test_plain_text_under_another_name_is_said_to_be_taken_for_it(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("# head")
+    assert list(documents(str(tmp_path / "a.md"))) == ["# head"]
+    assert "a.md is read as one document of plain text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"one"), ("a.jsonl", b'{"text": "one"}\n'), ("a.json", b'[{"text": "one"}]')]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert list(documents(str(tmp_path / name))) == list(documents(str(tmp_path))) == ["one"]
+
+
+def test_files_that_are_left_out_are_counted_and_named(tmp_path, capsys):
+    contents = {"a.txt": b"import os\n" * 50, "b.txt": b"\xe9", "c.csv": b"x,y", "d.TXT": b"x\0"}
+    contents |= {"e.json": b'{"name": "settings"}', "f.gz": b"\x1f\x8b", "g.txt": LINES.encode()}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    left_out = {
+        "not UTF-8": ["b.txt", "d.TXT"],
+        'JSON without records that have a string "text"': ["e.json"],
+        "JSON objects under a name that does not end in .json or .jsonl": ["g.txt"],
+        "not named .txt, .py, .json, .jsonl, .ndjson, .jsonlines": ["c.csv", "f.gz"],
+    }
+    found = scan(str(tmp_path)).left_out
+    assert {why: [path.name for path in paths] for why, paths in found.items()} == left_out
+    in_glob = scan(f"{tmp_path}/*").left_out
+    assert [path.name for path in in_glob[".gz is not a format that is read"]] == ["f.gz"]
+    harvest(HarvestConfig(text=str(tmp_path), context=16, hooks=("resid_pre.0",)), str(tmp_path / "set"))
+    said = capsys.readouterr().err
+    assert f"2 of 7 files are left out, not UTF-8: {tmp_path}/b.txt, {tmp_path}/d.TXT\n" in said
+    assert f"{tmp_path}/c.csv, {tmp_path}/f.gz\n" in said
+
+
+def test_a_folder_without_a_readable_file_says_why(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match=r"no file that can be read \(1 not UTF-8\)"):
+        list(documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize("word", ["stdlib", "heldout"])
+def test_a_word_that_is_a_path_too_is_refused_until_it_is_said_which(tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(word) == word
+    (tmp_path / word).mkdir()
+    (tmp_path / word / "mine.txt").write_text("my own words")
+    with pytest.raises(UsageError, match=rf"{word}.*write \./{word} for the path"):
+        resolve(word)
+    assert resolve(f"./{word}") == str(tmp_path / word)
+    assert list(documents(resolve(f"./{word}"))) == ["my own words"]
+    with pytest.raises(UsageError, match=rf"\./{word}"):
+        harvest(HarvestConfig(text=word, context=16), "set")
+    # What was recorded is a word, whatever is here now.
+    assert next(documents(word)) != "my own words"
+
+
+def test_a_hub_dataset_that_is_a_folder_too_is_refused_until_it_is_said_which(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("hf:owner/data@abc:test") == "hf:owner/data@abc:test"
+    (tmp_path / "owner" / "data").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"write hf:\./owner/data for the path"):
+        resolve("hf:owner/data:test")
+    assert resolve("hf:./owner/data:test") == f"hf:{tmp_path}/owner/data:test"
+
+
+def test_a_reference_means_the_same_from_another_folder(tmp_path, monkeypatch):
+    """Also where the folder that a pattern starts from has brackets in its name."""
+    here = tmp_path / "runs[1]"
+    here.mkdir()
+    (here / "a.txt").write_text("one")
+    (here / "b.txt").write_text("two")
+    monkeypatch.chdir(here)
+    references = [resolve(reference) for reference in ("a.txt", "*.txt", "../runs[[]1]/b.txt")]
+    monkeypatch.chdir(tmp_path)
+    assert all(os.path.isabs(reference) for reference in references)
+    assert [list(documents(reference)) for reference in references] == [["one"], ["one", "two"], ["two"]]
+    assert ".." not in references[2]
+
+
+def test_a_column_that_is_not_text_is_one_line(tmp_path, monkeypatch):
+    """From a local dataset, as from the hub."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for number, values in enumerate(([1, 2], [["a"], ["b"]], [None, "a"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pq.write_table(pa.table({"text": values, "body": ["x", "y"]}), folder / "train.parquet")
+        with pytest.raises(UserError, match=r'no column "text" of text \(row 0 holds .*\), but text, body') as caught:
+            next(documents(f"hf:{folder}"))
+        assert "\n" not in str(caught.value)
+        assert list(itertools.islice(documents(f"hf:{folder}", "body"), 2)) == ["x", "y"]
+    assert Path(tmp_path / "0").exists()
