@@ -161,7 +161,11 @@ def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> b
     measured = points.read(out, name)
     if not measured or not (measured[-1].converged or measured[-1].steps == max(planned[name].requested.marks)):
         return False
-    return checkpoint.latest_step(path / checkpoint.MEMBERS / name) == measured[-1].steps
+    folder = path / checkpoint.MEMBERS / name
+    if checkpoint.latest_step(folder) != measured[-1].steps:
+        return False
+    # All bytes are read, but not by workers that only look for something to do, and not by one process of many.
+    return planned[name].job.claim or jax.process_count() > 1 or not checkpoint.problem(folder)
 
 
 def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: bool) -> None:

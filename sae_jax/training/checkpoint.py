@@ -55,10 +55,11 @@ class Checkpoints:
     without a folder has none: saving does nothing.
     """
 
-    def __init__(self, run: Path | None, writes: bool = True) -> None:
+    def __init__(self, run: Path | None, writes: bool = True, lease: storage.Lease | None = None) -> None:
+        """`lease`: of the run; a save that ends without it does not count."""
         self._orbax: Any = None
         self._saving: Future[None] | None = None
-        self._writes = writes
+        self._writes, self._lease = writes, lease or storage.Lease(None, "")
         if run is None:
             return
         self._folder = (run / "checkpoints").absolute()
@@ -90,7 +91,7 @@ class Checkpoints:
                 self._end_save()
                 self._mark(step)
                 response = self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
-                self._saving = self._thread.submit(_finish, response, self._folder / str(step))
+                self._saving = self._thread.submit(_finish, response, self._folder / str(step), self._lease)
 
     def wait(self) -> None:
         """Return when all saves, of all processes, are on the disk. Raises UserError if one cannot be written."""
@@ -172,6 +173,7 @@ class Checkpoints:
                 else:
                     self._end_save()
                 if self._writes:
+                    self._lease.check()
                     self._mark()
             finally:
                 self._thread.shutdown()
@@ -193,6 +195,25 @@ def latest_step(run: Path, name: str = "") -> int | None:
     """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
     paths = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and not _is_under_way(path)]
     return max((int(path.name) for path in paths if not name or (path / part_name(name, "sae")).exists()), default=None)
+
+
+def problem(run: Path) -> str:
+    """What is wrong with the newest checkpoint of a run, of which this process reads its share; "" if nothing."""
+    if (step := latest_step(run)) is None:
+        return "there is none"
+    checkpoint = run / "checkpoints" / str(step)
+    return _problem(checkpoint, [path.name for path in checkpoint.iterdir()])
+
+
+def set_aside_damaged(run: Path) -> None:
+    """Of a run that stands at its end, and would not be read: rename its newest checkpoints until one is whole."""
+    while (step := latest_step(run)) is not None:
+        what = problem(run)
+        if not multihost_utils.process_allgather(np.array(bool(what))).any():
+            return
+        if jax.process_index() == 0:
+            console.print(f"{run / 'checkpoints' / str(step)} cannot be read: {what or 'another process says why'}")
+        _set_aside(run / "checkpoints", [step])
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -277,9 +298,10 @@ def _set_aside(folder: Path, steps: Sequence[int]) -> None:
     multihost_utils.sync_global_devices("checkpoints set aside")
 
 
-def _finish(response: Any, checkpoint: Path) -> None:
+def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
     """The end of a save, in the thread of this process: wait for Orbax, then list the digests of what was written."""
     response.result()  # its thread and event loop end here, and nowhere else
+    lease.check()
     process, n = jax.process_index(), jax.process_count()
     names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
     writers = ((name, match) for name in names if not _LIST.fullmatch(name) for match in [_WRITER.match(name)])

@@ -89,7 +89,7 @@ def _train(
         for member in members:
             sample(member.sae.input_norm)
 
-    with jax.set_mesh(mesh), Checkpoints(run) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(run, lease=lease) as checkpoints:
         active = MemberSet(run, members, mesh, checkpoints, sample, source, lease)
         if is_first:
             write_records(run, members)

@@ -23,7 +23,7 @@ from sae_jax.record import MembersRecord
 from sae_jax.saes.base import Batch
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step
+from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step, set_aside_damaged
 from sae_jax.training.groups import Member, MemberGroup, group_members, initial_states
 from sae_jax.training.state import TrainState
 from sae_jax.training.step import Metrics
@@ -125,7 +125,7 @@ class MemberSet:
             if member.folder is None:
                 self.final[member.name] = states.pop(member.name)
             elif member.name:
-                with Checkpoints(member.folder) as of_member:
+                with Checkpoints(member.folder, lease=self._lease) as of_member:
                     of_member.save(step, {"": states.pop(member.name)})
         if states:
             self._checkpoints.save(step, states)
@@ -155,7 +155,7 @@ class MemberSet:
         last = latest_step(self._run, member.name)
         if member.name and last is not None:  # the set's checkpoints will be without it
             target = {member.name: member.abstract(self._mesh)}
-            with Checkpoints(member.folder) as of_member:
+            with Checkpoints(member.folder, lease=self._lease) as of_member:
                 of_member.save(last, {"": self._checkpoints.restore(target)[member.name]})
         path, rows = _failure(member, jax.process_index()), self._source.row_ids(step - 1).tolist()
         texts = {name: str(value) for name, value in metrics.items()}
@@ -217,6 +217,10 @@ def _take_up(
     """The members that are not at their end, their states, and the step they stand at."""
     if run is None:
         return list(members), initial_states(members, sample, mesh), 0
+    for member in members:
+        # The state of a member that has left is not read.
+        if member.name and (latest_step(_folder(member)) or 0) >= member.train.steps:
+            set_aside_damaged(_folder(member))
     stands = {m: max(latest_step(run, m.name) or 0, latest_step(_folder(m)) or 0) for m in members}
     for member, step in stands.items():
         if step > member.train.steps:

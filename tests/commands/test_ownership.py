@@ -112,7 +112,7 @@ def test_workers_of_a_sweep_go_by_passes_of_others(
 
 
 def test_a_sweep_is_not_done_without_the_weights_of_its_last_points(
-    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It ends between a member's last point and its last checkpoint."""
     save = Checkpoints.save
@@ -130,8 +130,25 @@ def test_a_sweep_is_not_done_without_the_weights_of_its_last_points(
     assert [point["steps"] for point in points] == [10, 20]
     assert sweep(small_set, out) == 0
     assert [checkpoint.latest_step(member) for member in out.glob("passes/*/members/*")] == [20, 20]
-    again = [json.loads(path.read_text())["points"] for path in (out / "points").glob(f"{points[0]['name']}.json")]
-    assert [point["fvu"] for point in again[0]] == [point["fvu"] for point in points]
+    after = {path: path.read_bytes() for path in (out / "points").glob("*.json")}
+    again = json.loads(after[out / "points" / f"{points[0]['name']}.json"])["points"]
+    assert [point["fvu"] for point in again] == [point["fvu"] for point in points]
+
+    # Nor with weights that are damaged.
+    capsys.readouterr()
+    assert sweep(small_set, out) == 0
+    assert "pass" not in capsys.readouterr().err
+    member, file = out / "passes" / "0of1-1" / "members" / "n32", out / "points" / "n32.json"
+    largest = max((member / "checkpoints" / "20").rglob("*/d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert sweep(small_set, out) == 0
+    assert "checkpoints/20 cannot be read: " in (said := capsys.readouterr().err)
+    assert said.count("pass ") == 1
+    assert checkpoint.problem(member) == ""
+    fvus = [[p["fvu"] for p in json.loads(data)["points"]] for data in (after[file], file.read_bytes())]
+    assert fvus[0] == fvus[1]
 
 
 def test_what_a_sweep_is_of_must_be_known(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
