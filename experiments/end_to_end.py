@@ -103,7 +103,7 @@ def main(config: Config) -> None:
         for rate in rates:
             measured = evaluations[str(run / "members" / name(kind, rate))]
             found.append({"lr": rate, **{key: measured[key] for key in SHOWN}})
-            console.print(f"{kind}: {json.dumps(found[-1])}", markup=False)
+            console.print(f"{kind}: {json.dumps(found[-1])}")
         results[kind] = {**min(found, key=lambda row: row[KINDS[kind][1]]), "all": found}
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(results, config.out / "end_to_end.png")

@@ -35,11 +35,11 @@ import matplotlib
 import numpy as np
 import tyro
 from bundled import demo_recipe, harvested, held_out_rows
-from rich.console import Console
 from rich.table import Table
 
 import sae_jax
 from sae_jax.evaluation.evaluate import on_rows
+from sae_jax.progress import plain_console
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -131,7 +131,7 @@ def show(results: list[dict[str, Any]]) -> None:
     matched = Table("variant", *map(str, K), title="FVU at L0, between members")
     for variant in dict.fromkeys(found["variant"] for found in results):
         matched.add_row(variant, *(f"{fvu_at(front(results, variant), k):.4f}" for k in K))
-    console = Console(width=140)
+    console = plain_console(width=140)
     console.print(every)
     console.print(matched)
 

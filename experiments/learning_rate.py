@@ -44,10 +44,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 from bundled import harvested, laptop_recipe
-from rich.console import Console
 from rich.table import Table
 from scaling_steps import swept
 
+from sae_jax.progress import plain_console
 from sae_jax.scaling import fit, table
 
 WIDTHS = (256, 1024, 4096, 8192)
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
     show(points)
     result = predicted(points)
     (config.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print(result)
+    plain_console().print(result)
 
 
 def predicted(points: list[table.Point]) -> dict[str, float | None]:
@@ -109,7 +109,7 @@ def show(points: list[table.Point]) -> None:
     for lr in sorted({point.lr for point in points}):
         own = {point.n_latents: point.fvu for point in points if point.lr == lr}
         shown.add_row(f"{lr:g}", *(f"{own[n]:.4f}" for n in widths))
-    Console().print(shown)
+    plain_console().print(shown)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     for n_latents in (wide, narrow):
         results[str(n_latents)] |= held_out_figures(config.out / str(n_latents), heldout_ND)
     for name, found in results.items():
-        console.print(f"{name}: {json.dumps(found)}", markup=False)
+        console.print(f"{name}: {json.dumps(found)}")
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -30,11 +30,11 @@ import matplotlib
 import numpy as np
 import tyro
 from bundled import harvested, held_out_rows, laptop_recipe
-from rich.console import Console
 from rich.table import Table
 
 import sae_jax
 from sae_jax.evaluation.evaluate import on_rows
+from sae_jax.progress import plain_console
 from sae_jax.saes.base import AbstractSae
 
 matplotlib.use("Agg")
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     shown = Table("trained", *map(str, lengths), title="FVU on held-out rows, decoded from the k' largest latents")
     for name, row in results.items():
         shown.add_row(name, *(f"{value:.4f}" for value in row))
-    Console(width=120).print(shown)
+    plain_console(width=120).print(shown)
     plot(lengths, results, config.out / "progressive_codes.png")
 
 

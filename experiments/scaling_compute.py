@@ -20,11 +20,11 @@ import json
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from scaling_steps import laws_of, until_converged
 
 import sae_jax
+from sae_jax.progress import plain_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ def main(config: Config) -> None:
         own = {n: at[budget, n] for n in widths if (budget, n) in at}
         best = min(own, key=own.__getitem__)
         shown.add_row(f"{budget:.3g}", *(f"{own[n]:.4f}{' *' * (n == best)}" if n in own else "" for n in widths))
-    Console().print(shown)
+    plain_console().print(shown)
     laws = json.loads((config.out / "laws" / "fit.json").read_text())
     if laws["compute"] and laws["compute"]["best_latents"]:
         advice, _ = sae_jax.advise(10 * max(budgets), config.out / "laws" / "fit.json")
-        Console().print(f"for {10 * max(budgets):.3g} FLOP", advice)
+        plain_console().print(f"for {10 * max(budgets):.3g} FLOP", advice)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 from scaling_steps import laws_of, until_converged
 
+from sae_jax.progress import plain_console
 from sae_jax.scaling.table import Point
 
 K = (7, 10, 14, 20)  # far below d_model = 128, towards which the error falls to nothing
@@ -93,10 +93,10 @@ def compared(points: list[Point], laws: Path, where: str) -> dict:
     shown = Table("n", *map(str, k), title=f"FVU on held-out rows and million tokens {where}, by k")
     for n in widths:
         shown.add_row(str(n), *(f"{last[n, each].fvu:.4f} {last[n, each].tokens / 1e6:.2f}" for each in k))
-    Console().print(shown)
+    plain_console().print(shown)
     loss = np.array([[last[n, each].fvu for each in k] for n in widths])
     falls = {"with_n": bool((np.diff(loss, axis=0) < 0).all()), "with_k": bool((np.diff(loss, axis=1) < 0).all())}
-    Console().print("falls", falls)
+    plain_console().print("falls", falls)
     return {"falls": falls, "joint": json.loads((laws / "fit.json").read_text())["joint"]}
 
 

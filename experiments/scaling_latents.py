@@ -25,9 +25,10 @@ import dataclasses
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from scaling_steps import laws_of, until_converged
+
+from sae_jax.progress import plain_console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
     for n, end in sorted(last.items()):
         cells = (f"{end.tokens:,}", f"{end.fvu:.4f}", "yes" if end.converged else "no", f"{end.dead_fraction:.1%}")
         shown.add_row(str(n), *cells)
-    Console().print(shown)
+    plain_console().print(shown)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bundled import harvested, laptop_recipe
-from rich.console import Console
 
 import sae_jax
+from sae_jax.progress import plain_console
 from sae_jax.recipe import Recipe
 from sae_jax.scaling import report, table
 
@@ -65,4 +65,4 @@ def laws_of(sweep: Path, out: Path, **chosen: Any) -> list[table.Point]:
 def fitted(folder: Path, **chosen: Any) -> None:
     """Fit the laws to the points of a folder, and show them."""
     study, _ = sae_jax.fit(folder, **chosen)
-    Console().print(report.render(study), markup=False, highlight=False)
+    plain_console().print(report.render(study))

@@ -29,11 +29,11 @@ import numpy as np
 import train_bundled_lm
 import tyro
 from bundled import harvested, laptop_recipe
-from rich.console import Console
 from rich.table import Table
 from scaling_steps import of_widths, swept
 
 from sae_jax import lm
+from sae_jax.progress import plain_console
 from sae_jax.scaling import fit, table
 
 matplotlib.use("Agg")
@@ -101,7 +101,7 @@ def show(results: dict[int, dict[str, float]]) -> None:
         ends = {name: f"{low:.3g} to {high:.3g}" for name, (low, high) in law.interval.items()}
         laws = (f"{law.coefficients[name]:.3f} ({ends.get(name, '')})" for name in ("constant", "exponent"))
         shown.add_row(str(d_model), *(f"{fvu:.4f}" for fvu in errors.values()), *laws)
-    Console(width=140).print(shown)
+    plain_console(width=140).print(shown)
 
 
 def plot(results: dict[int, dict[str, float]], path: Path) -> None:

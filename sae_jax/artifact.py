@@ -1,7 +1,7 @@
 """A dictionary on disk, and in the hand: `sae_jax.load`, `sae_jax.save`.
 
     DIR/dictionary.safetensors    the arrays, float32, under their names: w_enc, b_enc, w_dec, b_dec, ...
-    DIR/dictionary.json           the record: what it is, what it was trained on, how it measures
+    DIR/dictionary.json           the record: what it is, what it was trained on, how it measures; digest of the arrays
 
 A dictionary can be loaded from such a folder, from a run that `sae-jax train` made, or from a member of one. What users
 load takes rows as they are: the constants of a dataset's scaling are folded into the weights, and decoder rows have
@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sae_jax import config as configs
@@ -29,6 +29,8 @@ from sae_jax.record import Normalisation, Record, RunRecord, SourceRecord, progr
 from sae_jax.saes import base, init
 from sae_jax.saes.base import AbstractSae, Constants, Counters, SaeConfig
 from sae_jax.saes.normalise import PER_VECTOR, Scale
+from sae_jax.storage import digests
+from sae_jax.storage.digests import FileDigest
 from sae_jax.training import checkpoint
 from sae_jax.training.quantise import WEIGHT, dequantise, zeros_like_moments
 from sae_jax.training.state import TrainState, placed
@@ -97,11 +99,15 @@ def load(path: str | os.PathLike[str], ema: bool = False) -> Dictionary:
     content = storage.read_json(folder / RECORD)
     if content is None:
         return _from_run(folder, ema)
+    expected = storage.as_type(content.pop("arrays", None), FileDigest, f"{folder / RECORD}: arrays")
     record = Record.from_json(content, folder / RECORD)
     if ema and record.weights != "average":
         raise UsageError(f"{folder}: holds the live weights, no average; load it without ema")
     sae_config = _config_of(record, folder / RECORD)
-    return Dictionary(_read_arrays(folder / ARRAYS, _abstract(sae_config, record.widths)), record)
+    with storage.open_safetensors(folder / ARRAYS) as file:
+        sae = _read_arrays(file, folder / ARRAYS, _abstract(sae_config, record.widths))
+    digests.check_file(folder / ARRAYS, expected)
+    return Dictionary(sae, record)
 
 
 def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None = None) -> None:
@@ -131,7 +137,8 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
     with storage.new_folder(path) as folder:
         save_file(arrays, folder / ARRAYS)
         (folder / ARRAYS).chmod(0o644)  # save_file leaves it readable by its owner alone
-        storage.write_json(folder / RECORD, record.to_json())
+        arrays_digest = msgspec.to_builtins(digests.of_file(folder / ARRAYS))
+        storage.write_json(folder / RECORD, {**record.to_json(), "arrays": arrays_digest})
 
 
 def record_of(sae: AbstractSae) -> Record:
@@ -253,26 +260,21 @@ def _arrays(sae: AbstractSae) -> dict[str, jax.Array]:
     return {name: array for name in names if (array := getattr(sae, name)) is not None}
 
 
-def _read_arrays(path: Path, target: AbstractSae) -> AbstractSae:
+def _read_arrays(file: Any, path: Path, target: AbstractSae) -> AbstractSae:
     """A dictionary of the shapes of `target`. Raises UserError, naming the file, for anything else."""
-    expected = _arrays(target)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = set(file.keys())
-            if difference := names ^ expected.keys():
-                what = "has" if (name := min(difference)) in names else "lacks"
-                raise UserError(f"{path}: {what} an array {name}, unlike the record beside it; restore both")
-            arrays = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore the file, or write the dictionary again") from None
-    for name, array in arrays.items():
-        if array.shape != expected[name].shape or array.dtype != np.float32:
-            shape = list(expected[name].shape)
+    expected, names = _arrays(target), set(file.keys())
+    if difference := names ^ expected.keys():
+        what = "has" if (name := min(difference)) in names else "lacks"
+        raise UserError(f"{path}: {what} an array {name}, unlike the record beside it; restore both")
+    for name in names:  # before anything of that size is allocated
+        part, shape = file.get_slice(name), list(expected[name].shape)
+        if part.get_shape() != shape or part.get_dtype() != "F32":
             raise UserError(
-                f"{path}: {name} is {array.dtype.name}{list(array.shape)}, the record beside it says float32{shape}; "
+                f"{path}: {name} is {part.get_dtype()}{part.get_shape()}, the record beside it says F32{shape}; "
                 f"restore both"
             )
-    return dataclasses.replace(target, **{name: jnp.asarray(array) for name, array in arrays.items()})  # type: ignore[type-var]
+    arrays = {name: jnp.asarray(file.get_tensor(name)) for name in names}
+    return dataclasses.replace(target, **arrays)  # type: ignore[type-var]
 
 
 def _by_source(scale_X: jax.Array, widths: tuple[int, ...]) -> tuple[float, ...]:

@@ -16,3 +16,9 @@ class UsageError(UserError):
     """A wrong argument: a misspelt key, a value out of range, a name that does not exist."""
 
     exit_code = 2
+
+
+class PartialError(UserError):
+    """Some of what was asked for is done, and the rest is not: the message names it."""
+
+    exit_code = 3

@@ -17,13 +17,19 @@ from sae_jax.units import duration
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_UPDATES = 0.1  # of a live line
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is: `[x]` and `:x:` in a path or a token are no markup."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+console = plain_console(stderr=True, soft_wrap=True)
 
 
 @functools.cache
 def say_once(line: str) -> None:
     """A line on stderr, however often it is said."""
-    console.print(line, markup=False)
+    console.print(line)
 
 
 class Progress:
@@ -57,10 +63,10 @@ class Progress:
             self._notebook = display({"text/plain": ""}, raw=True, display_id=True)
         elif console.is_terminal:
             self._bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[count]} " + unit),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[count]} " + unit, markup=False),
+                TextColumn("{task.fields[figures]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,
@@ -78,7 +84,7 @@ class Progress:
             if self._notebook:
                 self._show(f"{self._title}: {said}")
             elif resumes or not self._bar:
-                console.print(f"{self._title}: {said}", markup=False)
+                console.print(f"{self._title}: {said}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -128,7 +134,7 @@ class Progress:
         if self._notebook:
             self._notebook.update({"text/plain": line}, raw=True)
         else:
-            console.print(line, markup=False)
+            console.print(line)
 
 
 def _notebook_display() -> Any:

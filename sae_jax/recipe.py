@@ -137,5 +137,5 @@ def _for_variant(path: str, content: dict[str, Any], variant: str) -> dict[str, 
     known = config.known_keys(base.config_class(variant))
     dropped = [key for key in sae if key in keys_of_file - known]
     if dropped:
-        console.print(f"{path}: {variant} has no {', '.join(dropped)}; left out", markup=False)
+        console.print(f"{path}: {variant} has no {', '.join(dropped)}; left out")
     return {**content, "sae": {**{k: v for k, v in sae.items() if k not in dropped}, "variant": variant}}

@@ -3,8 +3,8 @@
     DIR/dictionary.json    a `Record`, beside the arrays (artifact.py)
     RUN/config.json        a `RunRecord`: the same record, with the settings of training; or the members of a set
 
-Every file states its kind and the version of its schema. A file of another version, or with a field too many or too
-few, is refused in one line.
+Every file states its kind, the version of its schema and the digest of all else in it. A file of another version, with
+a field too many or too few, or that has changed since it was written, is refused in one line.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import msgspec
 
+from sae_jax.storage.digests import SEAL, sealed, unsealed
 from sae_jax.types import Sites, UserError, Widths
 
 SCHEMA = 1
@@ -32,7 +33,7 @@ class Versioned:
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
         fields = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
-        return {"kind": self.KIND, "schema": SCHEMA, **fields}
+        return sealed({"kind": self.KIND, "schema": SCHEMA, **fields})
 
     @classmethod
     def from_json(cls, content: Any, path: str | Path) -> Self:
@@ -44,13 +45,14 @@ class Versioned:
             newer = isinstance(schema, int) and schema > SCHEMA
             cure = "update sae_jax" if newer else "write it again with this version"
             raise UserError(f"{path}: a {cls.KIND} record of schema {schema}, and this program reads {SCHEMA}; {cure}")
-        fields = {name: value for name, value in content.items() if name not in ("kind", "schema")}
+        fields = {name: value for name, value in content.items() if name not in ("kind", "schema", SEAL)}
         try:
             record = msgspec.convert(fields, cls, strict=True)
         except msgspec.ValidationError as error:
             raise UserError(f"{path}: {error}; the record is damaged, restore it or write it again") from None
         if difference := _difference(fields, json.loads(json.dumps(asdict(record)))):  # type: ignore[call-overload]
             raise UserError(f"{path}: {difference}; restore the file, or write it again with this version")
+        unsealed(content, path)
         return record
 
 

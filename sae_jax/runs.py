@@ -155,14 +155,14 @@ def sweep(
 
     Raises:
         UsageError: nothing can be trained, or another sweep is at `out`.
-        UserError: some members could not be trained; the others are done.
+        PartialError: some members could not be trained; the others are done. UserError if there are no others.
     """
     of_sweep = {n: settings.pop(n) for n in {f.name for f in dataclasses.fields(SweepConfig)} & settings.keys()}
     job, source = _new_job(SweepJob, data, {"out": out, **settings})
     plan = dataclasses.replace(config.replaced(sweep or SweepConfig(), of_sweep, "sweep"), grid=_dotted_grid(job, grid))
     job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard="{}/{}".format(*shard), claim=claim)
     if problems := run_sweep(job, source):
-        raise UserError(f"{out}: {'; '.join(problems)}")
+        raise sweep_run.failure(os.fspath(out), problems)
     return table.read(Path(out))
 
 
@@ -335,6 +335,13 @@ def fit(
         The laws, and the files that were written.
     """
     folder = Path(folder)
+    with storage.Lease(folder / "fit.owner", f"the fit of {folder}"):
+        return _fit(folder, variant, site, k, tokens_per_latent)
+
+
+def _fit(
+    folder: Path, variant: str | None, site: str | None, k: int | None, tokens_per_latent: float | None
+) -> tuple[laws.Study, list[Path]]:
     study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
     text = json.dumps(study.to_json(), indent=2).removesuffix("\n}")

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sae_jax.errors import UsageError, UserError
+from sae_jax.errors import PartialError, UsageError, UserError
 
-__all__ = ["Code", "Sites", "UsageError", "UserError", "Widths", "check_indices"]
+__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths", "check_indices"]
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from sae_jax import UsageError, UserError, artifact
 from sae_jax.artifact import Dictionary
 from sae_jax.saes import base, init
 from sae_jax.saes.base import AbstractSae
+from sae_jax.storage import digests
 from sae_jax.types import Widths
 from tests.saes.test_contract import configured
 
@@ -73,7 +74,8 @@ def edited(path: Path, **changes) -> None:
             del content[key]
         else:
             content[key] = value
-    path.write_text(json.dumps(content))
+    unsealed = {key: value for key, value in content.items() if key not in (digests.SEAL, "arrays")}
+    path.write_text(json.dumps({**digests.sealed(unsealed), "arrays": content["arrays"]}))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def edited(path: Path, **changes) -> None:
         ({"sae": {"variant": "topk", "kk": 3}}, "unknown key 'kk'; did you mean k?"),
         (
             {"sae": {"variant": "topk", "n_latents": 17, "k": 4}},
-            r"is float32\[64.*, the record beside it says float32\[17",
+            r"is F32\[64.*, the record beside it says F32\[17",
         ),
     ],
     ids=str,
@@ -157,3 +159,17 @@ def test_a_code_of_a_wider_dictionary_is_refused() -> None:
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run, config\.json is missing"):
         sae_jax.load(tmp_path / "nowhere")
+
+
+def test_any_flipped_bit_of_a_dictionary_is_refused_by_name(saved: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in (artifact.ARRAYS, artifact.RECORD):
+        kept = (saved / name).read_bytes()
+        for bit in rng.integers(8 * len(kept), size=60):
+            changed = bytearray(kept)
+            changed[bit // 8] ^= 1 << bit % 8
+            (saved / name).write_bytes(changed)
+            with pytest.raises((UserError, UsageError), match=r"d/dictionary\.(json|safetensors)"):
+                sae_jax.load(saved)
+        (saved / name).write_bytes(kept)
+    sae_jax.load(saved)

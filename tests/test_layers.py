@@ -25,7 +25,13 @@ ORDER = [
 # Within a level only these know each other; saes and lm do not.
 PEERS = {
     *(("config", "types"), ("mesh", "types"), ("progress", "types"), ("record", "types")),
-    *(("storage", "progress"), ("figures", "storage"), ("config", "storage"), ("planning", "scaling")),
+    *(
+        ("storage", "progress"),
+        ("figures", "storage"),
+        ("config", "storage"),
+        ("record", "storage"),
+        ("planning", "scaling"),
+    ),
 }
 # training is handed a row source, evaluators and a model: it knows the interface of the first, and nothing behind it.
 FORBIDDEN = {("training", "lm"), ("training", "activations")}

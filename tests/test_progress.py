@@ -1,12 +1,16 @@
 """What is shown of long work: on a terminal's pipe, and in a notebook."""
 
+import io
+import re
 import sys
 import types
 
 import pytest
 
 from sae_jax import progress
+from sae_jax.commands import show
 from sae_jax.progress import Progress
+from tests import runs
 
 
 @pytest.fixture
@@ -85,3 +89,30 @@ def test_a_notebook_changes_its_line(clock, capsys, monkeypatch):
     assert shown[-1] == "train: 1,000/1,000 steps  fvu 0.5  20 s, done"
     assert len(shown) == 4
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("text", ["runs[/old]/s", "set[k=3]", "[bold]x", ":smile:.txt", "[/x]"])
+def test_text_of_users_is_never_markup(clock, text, capsys):
+    progress.console.print(f"{text}: done")
+    with Progress(text, 1, "steps") as shown:
+        shown.update(1, text)
+    show.print_table([text], [[text]])
+    said = capsys.readouterr()
+    assert said.err.splitlines()[0] == f"{text}: done"
+    assert all(text in line for line in said.err.splitlines())
+    assert said.out.split() == [text, text]
+
+
+def test_text_of_users_is_never_markup_on_a_terminal(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "console", progress.plain_console(file=file, force_terminal=True, width=120))
+    with Progress("runs[/old]", 2, "[/x]") as shown:
+        shown.update(2, "[k=3]")
+    assert all(text in file.getvalue() for text in ("runs[/old]", "[/x]", "[k=3]"))
+
+
+def test_there_is_no_other_console():
+    ours = (path for path in (runs.ROOT / "sae_jax").rglob("*.py") if path.name != "progress.py")
+    assert [
+        path for path in ours if re.search(r"(?<!plain_)\bConsole\(|Text\.from_markup|rprint", path.read_text())
+    ] == []

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from sae_jax import mesh as meshes
+from sae_jax.progress import plain_console
 from sae_jax.saes.base import Batch, SaeConfig
 from sae_jax.training import step as training
 from sae_jax.training.settings import TrainConfig, hyperparameters
@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
 def report(tables: Table | list[Table], record: dict[str, Any], out: Path | None) -> None:
     """Show the tables; write the record, with the machine, as JSON."""
     for table in tables if isinstance(tables, list) else [tables]:
-        Console(width=None if Console().is_terminal else 160).print(table)
+        plain_console(width=None if plain_console().is_terminal else 160).print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"machine": machine(), **record}, default=str, indent=1))

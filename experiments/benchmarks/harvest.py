@@ -25,7 +25,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from sae_jax import lm
@@ -33,6 +32,7 @@ from sae_jax.activations import tokens
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.lm import weights
 from sae_jax.lm.params import init
+from sae_jax.progress import plain_console
 
 CONTEXT = 128
 
@@ -59,7 +59,7 @@ def main(config: Benchmark) -> None:
     for row in rows:
         ratio = " ".join(f"{r:.2f}" for r in row["ratio"]) or "torch is not installed"
         table.add_row(Path(row["model"]).name, row["hook"], f"{row['ours']:,.0f}", f"{row['torch']:,.0f}", ratio)
-    Console().print(table)
+    plain_console().print(table)
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(rows, indent=1))

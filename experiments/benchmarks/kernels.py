@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from sae_jax.ops import pallas_encode, pallas_sparse, sparse, topk
+from sae_jax.progress import plain_console
 
 BLOCK_BYTES = 256 * 2**20  # of pre-activations in one row block
 
@@ -65,7 +65,7 @@ def main(config: Benchmark) -> None:
     if config.smoke:
         for size in (Size(24, 1100, 3, 5, 6), Size(40, 8192, 2, 16, 9)):
             check(size, interpret=True)
-        Console().print("kernels and XLA agree")
+        plain_console().print("kernels and XLA agree")
         return
     if jax.default_backend() != "gpu":
         raise SystemExit(
@@ -205,7 +205,7 @@ def report(config: Benchmark, results: list[dict], flops: float, bandwidth: floa
         work = [f"{r['flop'] / 1e9:.1f}", f"{r['bytes'] / 1e6:.0f}"]
         times = [f"{v:.3f}" for v in (floor, kernel, by_xla)]
         table.add_row(*sizes, *work, *times, f"{kernel / floor:.2f}", f"{by_xla / kernel:.2f}")
-    Console().print(table)
+    plain_console().print(table)
     if config.out:
         record = {"device": device, "jax": jax.__version__, "flops": flops, "bandwidth": bandwidth, "results": results}
         config.out.write_text(json.dumps(record, indent=1))

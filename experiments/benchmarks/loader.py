@@ -27,12 +27,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from sae_jax.activations.loader import Loader
 from sae_jax.activations.spec import SetSpec, SourceSpec, as_bits, layout
 from sae_jax.activations.store import ActivationSet, create, open_activations
+from sae_jax.progress import plain_console
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def report(config: Benchmark, results: list[dict[str, float]], gigabytes: float,
     }
     for name, values in rows.items():
         table.add_row(name, *(f"{value:.2f}" for value in (min(values), float(np.median(values)), max(values))))
-    Console().print(table)
+    plain_console().print(table)
     if config.out is not None:
         record = {"config": asdict(config), "gigabytes": gigabytes, "order": order, "results": results}
         config.out.write_text(json.dumps({**record, "ratio_median": float(np.median(ratios))}, default=str, indent=1))

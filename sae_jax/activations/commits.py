@@ -10,14 +10,32 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import xxhash
 
 from sae_jax.activations.spec import ArraySpec, SetSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
-from sae_jax.storage import Files
+from sae_jax.storage import DAMAGED, Files, as_type, parse_json, sealed, unsealed
 from sae_jax.types import UserError
+
+
+class _Moments(msgspec.Struct, forbid_unknown_fields=True):
+    sum: list[float]  # of the valid rows, per dimension
+    m2: list[float]  # squared deviations from their mean
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    """A commit as JSON."""
+
+    shard: int
+    n_rows: int
+    chunk_n_rows: list[int]
+    n_sequences: int
+    xxh3_64: dict[str, list[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]]]
+    moments: dict[str, _Moments]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,45 +51,43 @@ class Commit:
     def to_json(self, chunk_rows: int) -> str:
         """The text of commits/<shard>.json."""
         n_chunks = -(-self.n_rows // chunk_rows)
-        return json.dumps(
-            {
-                "shard": self.shard,
-                "n_rows": self.n_rows,
-                "chunk_n_rows": [min(chunk_rows, self.n_rows - c * chunk_rows) for c in range(n_chunks)],
-                "n_sequences": self.n_sequences,
-                "xxh3_64": {path: [f"{d:016x}" for d in digests] for path, digests in self.digests.items()},
-                "moments": {
-                    name: {"sum": (stats.mean * stats.count).tolist(), "m2": stats.m2.tolist()}
-                    for name, stats in self.stats.items()
-                },
-            }
+        record = _Record(
+            shard=self.shard,
+            n_rows=self.n_rows,
+            chunk_n_rows=[min(chunk_rows, self.n_rows - c * chunk_rows) for c in range(n_chunks)],
+            n_sequences=self.n_sequences,
+            xxh3_64={path: [f"{d:016x}" for d in digests] for path, digests in self.digests.items()},
+            moments={
+                name: _Moments((stats.mean * stats.count).tolist(), stats.m2.tolist())
+                for name, stats in self.stats.items()
+            },
         )
+        return json.dumps(sealed(msgspec.to_builtins(record)), allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: bytes, shard: int, spec: SetSpec) -> Commit:
-        """Parses a commit and checks it against the spec. ValueError or KeyError where they do not agree."""
-        record = json.loads(text)
-        n_rows, n_sequences = int(record["n_rows"]), int(record["n_sequences"])
-        n_chunks = -(-n_rows // spec.chunk_rows)
-        digests = {
-            path: np.array([int(digest, 16) for digest in record["xxh3_64"][path]], np.uint64)
-            for path in array_specs(spec)
-        }
+    def from_json(cls, text: bytes, shard: int, spec: SetSpec, where: str) -> Commit:
+        """Parses a commit and checks it against the spec. UserError naming `where` if it is not what was written."""
+        content = parse_json(text, where, dict[str, Any])
+        record = as_type(unsealed(content, where), _Record, where)
+        n_chunks = -(-record.n_rows // spec.chunk_rows)
+        if record.shard != shard or not 0 <= record.n_rows <= spec.shard_rows:
+            raise UserError(f"{where}: it is of shard {record.shard} with {record.n_rows} rows; {DAMAGED}")
+        if record.xxh3_64.keys() != array_specs(spec).keys() or record.moments.keys() != {s.name for s in spec.sources}:
+            raise UserError(f"{where}: it is of other sources than the set's; {DAMAGED}")
+        if not 0 <= record.n_sequences <= (spec.sequences_per_shard or 0) or sum(record.chunk_n_rows) != record.n_rows:
+            raise UserError(f"{where}: its counts do not add up; {DAMAGED}")
+        for path, values in record.xxh3_64.items():
+            if len(values) != (n_chunks if path != "sequences" else record.n_sequences > 0):
+                raise UserError(f"{where}: {len(values)} digests of {path} for {record.n_rows} rows; {DAMAGED}")
+        digests = {path: np.array([int(digest, 16) for digest in ds], np.uint64) for path, ds in record.xxh3_64.items()}
         stats = {}
         for source in spec.sources:
-            moments = record["moments"][source.name]
-            total, m2 = (np.array(moments[key], np.float64) for key in ("sum", "m2"))
+            moments = record.moments[source.name]
+            total, m2 = (np.array(values, np.float64) for values in (moments.sum, moments.m2))
             if total.shape != (source.d,) or m2.shape != (source.d,):
-                raise ValueError(f"moments of {source.name} are not {source.d} wide")
-            stats[source.name] = Stats(n_rows, total / max(n_rows, 1), m2)
-        if record["shard"] != shard or not 0 <= n_rows <= spec.shard_rows:
-            raise ValueError(f"it is of shard {record['shard']} with {n_rows} rows")
-        if not 0 <= n_sequences <= (spec.sequences_per_shard or 0) or sum(record["chunk_n_rows"]) != n_rows:
-            raise ValueError("its counts do not add up")
-        for path, values in digests.items():
-            if len(values) != (n_chunks if path != "sequences" else n_sequences > 0):
-                raise ValueError(f"{len(values)} digests of {path} for {n_rows} rows")
-        return cls(shard, n_rows, n_sequences, digests, stats)
+                raise UserError(f"{where}: moments of {source.name} are not {source.d} wide; {DAMAGED}")
+            stats[source.name] = Stats(record.n_rows, total / max(record.n_rows, 1), m2)
+        return cls(shard, record.n_rows, record.n_sequences, digests, stats)
 
 
 def commit_key(shard: int) -> str:
@@ -93,10 +109,10 @@ def read_commits(files: Files, spec: SetSpec) -> tuple[list[Commit], list[str]]:
         name = files.name(commit_key(shard))
         try:
             if shard >= spec.n_shards:
-                raise ValueError(f"the set has {spec.n_shards} shards")
-            commits.append(Commit.from_json(text or b"", shard, spec))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{name} is damaged ({_first_line(error)}); delete it and run the harvest again")
+                raise UserError(f"{name}: the set has {spec.n_shards} shards; {DAMAGED}")
+            commits.append(Commit.from_json(text or b"", shard, spec, name))
+        except UserError as error:
+            problems.append(str(error))
     for array in array_specs(spec).values():
         keys = [array.shard_key(commit.shard) for commit in commits]
         tails = files.tails_equal(keys, array.shard_bytes - len(array.shard_index), array.shard_index)
@@ -127,7 +143,3 @@ def read_block(files: Files, array: ArraySpec, commit: Commit, place: int, out: 
 
 def _digest(values: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(as_bits(values).data)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")

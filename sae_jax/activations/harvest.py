@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console, say_once
+from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -97,17 +98,26 @@ class HarvestConfig:
         return models
 
 
-def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) -> SetSpec:
+def harvest(
+    config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1), stop: Callable[[], bool] = lambda: False
+) -> SetSpec:
     """Make the shards i, i + n, i + 2n, ... of an activation set that are not there yet.
 
     Args:
         config: what to store.
         out: directory or URL of the set.
         shard: (i, n), this worker's number and the number of workers.
+        stop: asked before each shard: whether to leave it and those that follow to another time.
 
     Raises:
+        HeldError: another process is at one of these shards.
         UsageError: a model, hook or text that does not exist, or a set of other settings at `out`.
     """
+    with Lease(Files(out).at(f"owner-{shard[0]}-of-{shard[1]}"), out):
+        return _harvest(config, out, shard, stop)
+
+
+def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
     models = {name: lm.load(lm.resolve(reference), recorded=True) for name, reference in config.models().items()}
     tokenizer = shared_tokenizer(models)
     spec, scanned = plan(config, models, tokenizer)
@@ -121,18 +131,18 @@ def harvest(config: HarvestConfig, out: str, shard: tuple[int, int] = (0, 1)) ->
     first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
-        stream = _shards(config, tokenizer, todo, spec, unread)
+        stream = () if stop() else _shards(config, tokenizer, todo, spec, unread)
+        stream = itertools.takewhile(lambda _: not stop(), stream)
         _write_shards(config, models, tokenizer, spec, writer, stream, progress, start)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
-    else:
+    elif not stop():
         console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
-    if unread and spec.n_shards - 1 in todo:
+    if unread and spec.n_shards - 1 in todo and not stop():
         n = len(scanned.files)
         console.print(
             f"{n - len(unread)} of {n} files were read, in order of name; harvest.tokens={config.tokens} ended before "
-            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all",
-            markup=False,
+            f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all"
         )
     return spec
 
@@ -377,9 +387,6 @@ def _shards(
             yield shard, np.stack([ids_T for _, ids_T in group])
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
-        console.print(
-            f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty",
-            markup=False,
-        )
+        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32)

@@ -23,7 +23,7 @@ from sae_jax.activations import text as texts
 from sae_jax.activations.arrays import as_floats, as_numpy
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, array_specs, layout
 from sae_jax.activations.store import ActivationSet, Writer, open_activations, open_array
-from sae_jax.storage import Files
+from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError, UserError, check_indices
 
 BUFFER_BYTES = 256 << 20
@@ -64,14 +64,10 @@ def write_activations(
 
     Raises:
         UsageError: there is a set already, shapes do not fit, or a reference names nothing, or two things.
+        HeldError: another process writes one there.
         UserError: a row is not finite; a token is beyond the tokenizer or the model; the disk is full.
     """
     files = Files(path)
-    if files.read("dataset.json") is not None:
-        raise UsageError(f"{files.path} is an activation set already; write to another path or delete it")
-    if files.keys("commits/"):
-        raise UserError(f"{files.path} has shards of a set whose writing was cut off; delete it first")
-
     n_rows, blocks = _blocks(rows, tokens, name, DTYPES[_known(dtype)])
     tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
     origin = _Origin.of(tokenizer, model, model_digest, None if text is None else texts.resolve(text))
@@ -101,27 +97,33 @@ def write_activations(
             index = {"token": tokens_MT.reshape(-1), "seq": seq + first, "pos": pos}
         writer.write_shard(n_shards, sources, index, tokens_MT, first_row=n_shards * _full(writer.spec))
 
-    for block, tokens_BT in blocks:
-        if tokens_BT is not None:
-            origin.check(tokens_BT)
-        buffer.push(block, tokens_BT)
-        if writer is None and (n_rows is not None or buffer.n_bytes > BUFFER_BYTES):
-            writer = start(ENDLESS_ROWS if n_rows is None else n_rows)
-        while writer is not None and buffer.n_rows >= _full(writer.spec):
-            write(writer, _full(writer.spec))
+    with Lease(files.at("owner"), path) as lease:
+        if files.read("dataset.json") is not None:
+            raise UsageError(f"{files.path} is an activation set already; write to another path or delete it")
+        if files.keys("commits/"):
+            raise UserError(f"{files.path} has shards of a set whose writing was cut off; delete it first")
+        for block, tokens_BT in blocks:
+            if tokens_BT is not None:
+                origin.check(tokens_BT)
+            buffer.push(block, tokens_BT)
+            if writer is None and (n_rows is not None or buffer.n_bytes > BUFFER_BYTES):
+                writer = start(ENDLESS_ROWS if n_rows is None else n_rows)
+            while writer is not None and buffer.n_rows >= _full(writer.spec):
+                write(writer, _full(writer.spec))
+                n_shards += 1
+        if buffer.n_rows + n_shards == 0:
+            raise UsageError("there are no rows to write")
+        writer = writer or start(buffer.n_rows)
+        while buffer.n_rows:
+            write(writer, min(buffer.n_rows, _full(writer.spec)))
             n_shards += 1
-    if buffer.n_rows + n_shards == 0:
-        raise UsageError("there are no rows to write")
-    writer = writer or start(buffer.n_rows)
-    while buffer.n_rows:
-        write(writer, min(buffer.n_rows, _full(writer.spec)))
-        n_shards += 1
 
-    spec = replace(writer.spec, n_shards=n_shards)
-    for array in array_specs(spec).values():
-        open_array(files, array, "create")
-    Writer(files, spec).finish()
-    files.write("dataset.json", spec.to_json().encode())
+        spec = replace(writer.spec, n_shards=n_shards)
+        for array in array_specs(spec).values():
+            open_array(files, array, "create")
+        Writer(files, spec).finish()
+        lease.check()
+        files.write("dataset.json", spec.to_json().encode())
     return open_activations(path)
 
 

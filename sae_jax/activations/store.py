@@ -12,7 +12,8 @@ killed at any moment costs one shard. Valid rows stand first in their shard, shu
 shard is zeros. Each chunk's xxh3_64 digest is in the commit and is compared on every read, over the valid
 rows only.
 
-Only one host at a time should write a shard. Rows are little-endian on disk and hosts are taken to be so too.
+A shard has one writer at a time, which holds its lease (storage/lease.py).
+Rows are little-endian on disk and hosts are taken to be so too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sae_jax.activations.commits import (
 )
 from sae_jax.activations.spec import INDEX_NAMES, ArraySpec, SetSpec, SourceSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
-from sae_jax.storage import STORAGE_ERRORS, Files, context, reason, write_error
+from sae_jax.storage import STORAGE_ERRORS, Files, Lease, context, reason, write_error
 from sae_jax.types import UsageError, UserError
 
 WRITE_ORDER = 1  # Philox domain of the row order inside a shard; the loader has its own
@@ -76,8 +77,20 @@ class Writer:
           first_row: number of the first row, for the message about a row that is not finite.
 
         Raises UserError when a row is not finite or the disk is full, UsageError when the shapes do not fit
-        the spec.
+        the spec, HeldError while another process writes this shard.
         """
+        with Lease(self.files.at(f"commits/{shard}.owner"), f"shard {shard} of {self.path}") as lease:
+            return self._write_shard(lease, shard, sources, index, sequences, first_row)
+
+    def _write_shard(
+        self,
+        lease: Lease,
+        shard: int,
+        sources: Mapping[str, np.ndarray],
+        index: Mapping[str, np.ndarray] | None,
+        sequences: np.ndarray | None,
+        first_row: int,
+    ) -> Commit:
         blocks, stats = self._checked(shard, sources, index, sequences, first_row)
         n_rows = len(blocks[f"acts/{self.spec.sources[0].name}"])
         order = np.argsort(
@@ -110,6 +123,7 @@ class Writer:
                 write.result()
         except STORAGE_ERRORS as error:
             raise write_error(f"shard {shard} of {self.path}", error) from error
+        lease.check()
         self.files.write(key, text)
         return commit
 

@@ -111,8 +111,7 @@ def _parts(reference: str, column: str, tokenizer: Encoder) -> Iterator[_Part]:
             if len(text) > _LONG:
                 console.print(
                     f"{file or reference}: {len(text):,} characters are tokenised at once, since this tokenizer does "
-                    f"not part them at white space",
-                    markup=False,
+                    f"not part them at white space"
                 )
             yield _Part(file, text, number == 0)
 

@@ -42,4 +42,4 @@ def run(argv: Sequence[str]) -> None:
     gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema")}
     runs.dashboard(command.run, command.out, **settings)
-    console.print(f"{Path(command.out) / 'index.html'}", markup=False)
+    console.print(f"{Path(command.out) / 'index.html'}")

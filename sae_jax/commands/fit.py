@@ -41,4 +41,4 @@ def run(argv: Sequence[str]) -> None:
     command = config.parse(Fit, argv, "sae-jax fit")
     study, written = runs.fit(command.dir, command.variant, command.site, command.k, command.tokens_per_latent)
     sys.stdout.write(report.render(study))
-    console.print(f"{command.dir}: {', '.join(path.name for path in written)}", markup=False)
+    console.print(f"{command.dir}: {', '.join(path.name for path in written)}")

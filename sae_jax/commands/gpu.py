@@ -22,6 +22,4 @@ def set_gpu_flags() -> None:
 def warn_of_idle_gpu() -> None:
     """One line if there is a GPU that JAX does not use."""
     if jax.default_backend() == "cpu" and Path("/dev/nvidia0").exists() and not os.environ.get("JAX_PLATFORMS"):
-        console.print(
-            "warning: this machine has a GPU but JAX runs on the CPU; pip install 'sae_jax[cuda13]'", markup=False
-        )
+        console.print("warning: this machine has a GPU but JAX runs on the CPU; pip install 'sae_jax[cuda13]'")

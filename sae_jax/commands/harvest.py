@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sae_jax import config, recipe
 from sae_jax.activations.harvest import HarvestConfig, harvest
-from sae_jax.commands import gpu
+from sae_jax.commands import gpu, signals
 from sae_jax.progress import console
 
 
@@ -27,6 +27,8 @@ def run(argv: Sequence[str]) -> None:
     command = recipe.parse(Harvest, argv, "sae-jax harvest")
     worker = config.share(command.shard)
     gpu.warn_of_idle_gpu()
-    spec = harvest(command.harvest, command.out, worker)
+    spec = harvest(command.harvest, command.out, worker, signals.defer_sigterm)
+    if signals.defer_sigterm():
+        raise signals.Terminated
     sites = ", ".join(source.name for source in spec.sources)
     console.print(f"{command.out}: {spec.n_shards} shards of {sites}")

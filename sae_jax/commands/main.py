@@ -8,32 +8,35 @@ import sys
 from collections.abc import Sequence
 
 from sae_jax import __version__
-from sae_jax.commands.failures import one_line
+from sae_jax.commands import signals
 from sae_jax.commands.startup import restart_with_huge_pages
-from sae_jax.commands.usage import COMMANDS, usage
+from sae_jax.commands.usage import COMMANDS, RESUMING, usage
 from sae_jax.errors import UsageError, UserError
-from sae_jax.progress import console
 
-RESUMING = ("harvest", "train", "sweep", "demo")
-INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+READER_LEFT = 141  # what shells give a command whose output nobody reads any more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of this process. Exit codes: 0 done, 1 failure, 2 usage, 130 interrupted."""
-    if argv is None:
-        restart_with_huge_pages(sys.argv[1:])
+    """Run one command, by default that of this process. The exit codes are those of `usage`."""
+    is_process, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        if is_process:
+            signals.catch()
+            restart_with_huge_pages(argv)
+        code = _run(argv)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, signals.Terminated) as error:
+        code = _say(*signals.outcome(error, bool(argv) and argv[0] in RESUMING))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes in the end
+        code = READER_LEFT
     except Exception:
         _leave_the_others(1)
         raise
     if code:
         _leave_the_others(code)
-    if code == INTERRUPTED and argv is None:
-        # The usual way out takes Python down under JAX's threads, which may be compiling, and ends in a segfault.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if is_process and code in (signals.INTERRUPTED, signals.TERMINATED):
+        signals.leave(code)
     return code
 
 
@@ -53,10 +56,11 @@ def _run(argv: list[str]) -> int:
         command.run(argv[1:])
     except UserError as error:
         return _say(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        again = "resumes from what is on disk" if argv[0] in RESUMING else "starts over"
-        return _say(f"interrupted; the same command {again}", INTERRUPTED)
+    except SystemExit as stop:  # of --help
+        return int(stop.code or 0)
     except Exception as error:
+        from sae_jax.commands.failures import one_line
+
         if (said := one_line(error)) is None:
             raise
         return _say(*said)
@@ -64,7 +68,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    console.print(f"sae-jax: {line}", markup=False)
+    sys.stderr.write(f"sae-jax: {line}\n")
     return code
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
+
+from sae_jax.progress import plain_console
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """One table."""
-    console = Console()
+    console = plain_console()
     if console.is_terminal:
         table = Table(*header)
         for row in rows:

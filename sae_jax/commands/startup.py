@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def restart_with_huge_pages(argv: list[str]) -> None:
         asks = "[madvise]" in pages.read_text()
     except OSError:  # not Linux
         return
-    if asks:
+    if asks and sys.executable:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (set_already, "glibc.malloc.hugetlb=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # then it goes on, more slowly
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

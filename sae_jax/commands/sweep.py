@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-from rich.console import Console
 
 from sae_jax import config, recipe, runs
 from sae_jax.commands import gpu, runtime
-from sae_jax.progress import console
+from sae_jax.progress import console, plain_console
 from sae_jax.storage import is_url
 from sae_jax.sweeps.plan import SweepJob, in_passes, plan
 from sae_jax.sweeps.preview import preview
-from sae_jax.sweeps.run import sweep
-from sae_jax.types import UsageError, UserError
+from sae_jax.sweeps.run import failure, sweep
+from sae_jax.types import UsageError
 
 
 def run(argv: Sequence[str]) -> None:
@@ -31,14 +30,13 @@ def run(argv: Sequence[str]) -> None:
     passes = in_passes(job, planned, shard)
     if job.dry_run:
         table, lines = preview(job, planned, passes)
-        output = Console()
+        output = plain_console()
         output.print(table)
         for line in lines:
             output.print(line)
     if jax.process_index() == 0:
         for line in refused:
-            console.print(f"left out: {line}", markup=False)
+            console.print(f"left out: {line}")
     problems = [] if job.dry_run else sweep(job, planned, source)
     if refused or problems:
-        what = [f"{len(refused)} left out"] * bool(refused) + problems
-        raise UserError(f"{job.out}: {'; '.join(what)}")
+        raise failure(job.out, [f"{len(refused)} left out"] * bool(refused) + problems)

@@ -25,4 +25,4 @@ def run(argv: Sequence[str]) -> None:
     step = runs.run_train(job)
     if jax.process_index() == 0:
         n_steps = max(member.train.steps for member in jobs.values())
-        console.print(f"{job.out}: step {step} of {n_steps}", markup=False)
+        console.print(f"{job.out}: step {step} of {n_steps}")

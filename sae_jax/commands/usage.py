@@ -16,11 +16,16 @@ COMMANDS = {
 }
 
 
+RESUMING = ("harvest", "train", "sweep", "demo")
+
+
 def usage() -> str:
     """The commands, a line each."""
     lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
     return (
         "usage: sae-jax COMMAND [RECIPE.yaml] [--key=value ...]\n\n"
         f"Sparse autoencoders on language-model activations, from text to a page to look at.\n\n{lines}\n\n"
+        "Exit codes: 0 done, or saved and stopped by SIGTERM (train, sweep); 1 failed; 2 wrong argument; 3 done in\n"
+        "part, as a sweep of which some members failed; 130 ended by Ctrl-C; 143 ended by SIGTERM.\n\n"
         "`sae-jax COMMAND --help` lists a command's options, `sae-jax --version` says which version this is."
     )

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     with Progress("verify", spec.n_shards, "shards", first="") as progress:
         report = verify(command.data, lambda done, _: progress.update(done))
     for line in report.damage:
-        console.print(line, markup=False)
+        console.print(line)
     if report.damage:
         raise UserError(f"{command.data}: {len(report.damage)} damaged; delete these shards and harvest again")
     if report.n_shards < spec.n_shards and not command.allow_partial:

@@ -48,8 +48,7 @@ def of_set(
     if jax.process_index() == 0:
         console.print(
             f"{activations.path} names no held-out text, or not one language model: metrics are on rows of the set, "
-            "without effects on a model",
-            markup=False,
+            "without effects on a model"
         )
     chunks = spread_chunks(activations, n_rows)[shard[0] :: shard[1]]
 

@@ -132,7 +132,7 @@ def finish(
         sums, missing = shards.merge(folder, n, about)
         if sums is None:
             names = ", ".join(f"{i}/{n}" for i in missing)
-            console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {names}", markup=False)
+            console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {names}")
             return None
         measured = replace(measured, sums=sums)
     document = measured.to_json()

@@ -60,7 +60,7 @@ def merge(folder: Path, n: int, about: dict[str, Any]) -> tuple[dict[str, Sums] 
         except Exception as error:  # whatever numpy, zipfile and json say of damaged bytes
             raise UserError(f"{path} is damaged; delete it and evaluate --shard {i}/{n} again") from error
         if different := [key for key in about if its_about.get(key) != json.loads(json.dumps(about[key]))]:
-            console.print(f"{path} was measured with another {', '.join(different)} and does not count", markup=False)
+            console.print(f"{path} was measured with another {', '.join(different)} and does not count")
             missing.append(i)
         parts.append(sums)
     return (None if missing else _added(parts)), missing

@@ -162,8 +162,7 @@ def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[s
         return dict(zip(hooks, text.rows_of(tuple(hooks.values())), strict=True))
     if jax.process_index() == 0:
         console.print(
-            f"{activations.path} names no held-out text: members are measured on rows that they were trained on",
-            markup=False,
+            f"{activations.path} names no held-out text: members are measured on rows that they were trained on"
         )
     chunks = spread_chunks(activations, n_rows)
     return {

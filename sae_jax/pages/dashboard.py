@@ -56,6 +56,7 @@ def write_dashboard(
     config: Mapping[str, object],
     latents: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
+    lease: storage.Lease | None = None,
 ) -> None:
     """Write the site, in a temporary folder beside `out_dir` that takes its place when it is complete.
 
@@ -75,6 +76,7 @@ def write_dashboard(
         config: how the dictionary was made; may be nested. It is published: it should name no private paths.
         latents: numbers of the latents that get a page, since a page takes about 6 kB; None for all.
         progress: called with (latents written, latents).
+        lease: `storage.lease_of_folder(out_dir)`, if the caller holds it already.
 
     Raises:
         UsageError: `out_dir` holds something that is not a dashboard.
@@ -85,7 +87,7 @@ def write_dashboard(
     refuse_to_overwrite(out_dir)
     _check(table, sequences, len(token_strings), w_dec, latents)
 
-    with storage.new_folder(out_dir, replace=True) as building:
+    with storage.new_folder(out_dir, replace=True, lease=lease) as building:
         data = building / "data"
         data.mkdir()
         shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sae_jax import lm
+from sae_jax import lm, storage
 from sae_jax.activations.spec import SourceSpec
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
@@ -47,8 +47,22 @@ def write_site(
 
     Raises:
         UsageError: a set without text, or something at `out` that is not a dashboard.
+        HeldError: another process writes a dashboard there.
     """
     refuse_to_overwrite(Path(out))
+    with storage.lease_of_folder(out) as lease:
+        return _write_site(d, out, title, data, model, n_tokens, lease)
+
+
+def _write_site(
+    d: Dictionary,
+    out: str | os.PathLike[str],
+    title: str,
+    data: str | None,
+    model: str | None,
+    n_tokens: int,
+    lease: storage.Lease,
+) -> tuple[Activations, np.ndarray]:
     record, activations = d.record, open_set(d.record, data)
     tokenizer = model or activations.spec.tokenizer
     target = activations.source(record.sites.y[-1])  # what latents write to, nearest to the logits
@@ -80,6 +94,7 @@ def write_site(
             ],
             config=_without_folders(record.to_json()),
             progress=lambda done, _: progress.update(done),
+            lease=lease,
         )
     return table, sequences
 

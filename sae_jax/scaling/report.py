@@ -7,6 +7,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
+from sae_jax.progress import plain_console
 from sae_jax.scaling import fit
 from sae_jax.scaling.laws import Fitted, Study
 
@@ -24,12 +25,10 @@ WIDTH = 120
 def render(study: Study) -> str:
     """The laws with their intervals and how well they predict, the best width of each budget, and all warnings."""
     text = io.StringIO()
-    console = Console(file=text, width=WIDTH, highlight=False)
+    console = plain_console(file=text, width=WIDTH)
     k = "" if study.k is None else f" at k={study.k}"
     site = f" of {study.site}" if study.site else ""
-    console.print(
-        f"{study.variant}{site}{k}: {len(study.at_k)} points, of {len(study.points)} at any k\n", markup=False
-    )
+    console.print(f"{study.variant}{site}{k}: {len(study.at_k)} points, of {len(study.points)} at any k\n")
     for name, formula in FORMULAS.items():
         if name in study.laws:
             _law(console, formula, study.laws[name])
@@ -47,7 +46,7 @@ def render(study: Study) -> str:
         within = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
         console.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
     for warning in study.warnings:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
     return text.getvalue()
 
 
@@ -60,9 +59,9 @@ def _law(console: Console, formula: str, fitted: Fitted) -> None:
             ends = law.interval.get(name)
             table.add_row(prefix + name, f"{value:.5g}", f"{ends[0]:.5g} to {ends[1]:.5g}" if ends else "none")
     console.print(table)
-    console.print(fitted.note, markup=False)
+    console.print(fitted.note)
     if fitted.verdict:
-        console.print(fitted.verdict, markup=False)
+        console.print(fitted.verdict)
     law = fitted.better
     quality = f"R2 of ln {law.r2:.5f}, residuals {law.rmse_log:.2%}"
     if law.largest_out is not None:

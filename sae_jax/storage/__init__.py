@@ -1,4 +1,4 @@
-"""Files at a path or a URL (gs://, s3://): read, write whole, create if absent, append lines.
+"""Files at a path or a URL (gs://, s3://): read, write whole, create if absent, append lines; and who owns what.
 
 Everything that outlives a process is written here: sets, runs, sweeps, claims, pages. A reader sees the old content or
 the new, never half of it, and what a function has written is on the disk when the function returns. Paths on a disk
@@ -7,27 +7,44 @@ take plain system calls, URLs requests to a bucket.
 On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
 """
 
-from sae_jax.storage.disk import StrPath, is_url, make_folder, new_folder
+from sae_jax.storage.digests import sealed, unsealed
+from sae_jax.storage.disk import StrPath, is_url, make_folder
+from sae_jax.storage.folder import lease_of_folder, new_folder
+from sae_jax.storage.guarded import DAMAGED, as_type, one_line, open_safetensors, parse_json, parse_yaml, read_limited
+from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
 from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
 from sae_jax.storage.whole import create, delete, read_bytes, read_json, write_bytes, write_json, write_text
 
 __all__ = [
+    "DAMAGED",
     "STORAGE_ERRORS",
     "Files",
+    "HeldError",
+    "Lease",
     "Lines",
+    "LostError",
     "StrPath",
+    "as_type",
     "context",
     "create",
     "delete",
     "is_url",
+    "lease_of_folder",
     "make_folder",
     "new_folder",
+    "one_line",
+    "open_safetensors",
+    "parse_json",
+    "parse_yaml",
     "read_bytes",
     "read_json",
+    "read_limited",
     "read_lines",
     "reason",
+    "sealed",
+    "unsealed",
     "write_bytes",
     "write_error",
     "write_json",

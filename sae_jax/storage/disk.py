@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sae_jax.errors import UsageError
-
 StrPath = str | os.PathLike[str]
 
 LEFTOVER_SECONDS = 24 * 3600  # no write takes this long, so an older temporary belongs to a process that was killed
@@ -24,44 +22,6 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 def is_url(path: StrPath) -> bool:
     """Whether it is a URL, else a path on a disk."""
     return "://" in os.fspath(path)
-
-
-@contextlib.contextmanager
-def new_folder(path: StrPath, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path`, durable, when the block ends; on an error nothing is left.
-
-    Args:
-      path: on a disk.
-      replace: an existing folder stays until the new one is complete, and then makes way for it. Without this, raises
-        UsageError if `path` exists and is not empty.
-    """
-    if is_url(path):
-        raise UsageError(f"{path}: a URL cannot take a folder that appears whole; give a path on a disk")
-    final = Path(path).resolve()
-    _refuse_occupied(final, path, replace)
-    make_folder(final.parent)
-    _remove_leftovers(final)
-    building = temporary_name(final)
-    try:
-        building.mkdir()
-        yield building
-        for folder, _, names in os.walk(building, topdown=False):
-            for name in names:
-                sync(Path(folder) / name)
-            sync(Path(folder))
-        _refuse_occupied(final, path, replace)
-        old = building.with_suffix(".old")
-        if replace and final.exists():
-            final.rename(old)
-        building.rename(final)  # takes the place of an empty folder
-        sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.filename is None:  # as of a write to a full disk
-            error.filename = os.fspath(path)
-        raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def make_folder(path: StrPath) -> None:
@@ -77,7 +37,7 @@ def make_folder(path: StrPath) -> None:
 def write(path: Path, data: bytes, put: Callable[[Path, Path], bool | None]) -> bool:
     """Write a temporary and put it in place; what `put` answers, if it does."""
     make_folder(path.parent)
-    _remove_leftovers(path)
+    remove_leftovers(path.parent, path.name[:200].__eq__)
     temporary = temporary_name(path)
     with naming(path):
         try:
@@ -130,19 +90,17 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Temporaries of `path` that a kill left behind."""
-    pattern = re.compile(re.escape(f".{path.name[:200]}.") + r"[0-9a-f]{16}\.tmp")
-    for entry in os.scandir(path.parent):
-        if pattern.fullmatch(entry.name):
+def remove_leftovers(folder: Path, is_meant: Callable[[str], bool], seconds: float = LEFTOVER_SECONDS) -> None:
+    """Remove temporaries that a kill left behind.
+
+    Args:
+        folder: where they are.
+        is_meant: whether those of a file of this name (its first 200 characters) are.
+        seconds: their age. Only the owner of the files may say 0: those of others may be in use.
+    """
+    for entry in os.scandir(folder):
+        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)", entry.name)
+        if found and is_meant(found[1]):
             with contextlib.suppress(OSError):  # another process removed it first
-                if time.time() - entry.stat().st_mtime > LEFTOVER_SECONDS:
+                if time.time() - entry.stat().st_mtime >= seconds:
                     shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)
-
-
-def _refuse_occupied(final: Path, given: StrPath, replace: bool) -> None:
-    if final.is_dir():
-        if not replace and any(final.iterdir()):
-            raise UsageError(f"{given} exists and is not empty; delete it or choose another path")
-    elif final.exists():
-        raise UsageError(f"{given} is a file; choose another path for a folder")

@@ -93,9 +93,9 @@ def read_lines(path: StrPath) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
         elif number == len(lines):
-            console.print(f"{path}: the last line was cut off and is dropped", markup=False)
+            console.print(f"{path}: the last line was cut off and is dropped")
         else:
-            console.print(f"{path}, line {number}: not a JSON object; passed over", markup=False)
+            console.print(f"{path}, line {number}: not a JSON object; passed over")
     return rows
 
 
@@ -133,7 +133,7 @@ def _cut_torn_line(path: Path) -> None:
         try:
             json.loads(data[end:])
         except ValueError:
-            console.print(f"{path}: the last line was cut off and is dropped", markup=False)
+            console.print(f"{path}: the last line was cut off and is dropped")
             file.truncate(end)
         else:  # it lacks nothing but its end
             file.seek(0, os.SEEK_END)

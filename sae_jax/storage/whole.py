@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax.errors import UserError
-from sae_jax.storage import disk
+from sae_jax.storage import disk, guarded
 from sae_jax.storage.disk import StrPath, is_url
 from sae_jax.storage.objects import STORAGE_ERRORS, create_object, open_object, reason, write_error
 
@@ -19,8 +19,8 @@ from sae_jax.storage.objects import STORAGE_ERRORS, create_object, open_object, 
 def read_bytes(path: StrPath) -> bytes | None:
     """The content of a file; None if there is none."""
     if not is_url(path):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return Path(path).read_bytes()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), guarded.open_file(path) as file:
+            return file.read()
         return None
     try:
         found = open_object(path).read("").result()
@@ -31,16 +31,13 @@ def read_bytes(path: StrPath) -> bytes | None:
 
 def read_json(path: StrPath) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no file. Raises UserError if it holds something else."""
-    data = read_bytes(path)
-    if data is None:
-        return None
-    try:
-        content = json.loads(data)
-    except ValueError:  # not JSON, or not even text
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object, so it is damaged; delete it and run the command that wrote it")
-    return content
+    if is_url(path):
+        data = read_bytes(path)
+    else:
+        data = None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            data = guarded.read_limited(path)
+    return None if data is None else guarded.parse_json(data, path, dict[str, Any])
 
 
 def write_bytes(path: StrPath, data: bytes) -> None:

@@ -8,80 +8,126 @@ DIR/results.jsonl    all of it, a point a line: for `sae-jax fit`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sae_jax import config, storage
 from sae_jax.activations.source import RowSource
 from sae_jax.activations.stored import StoredRows
 from sae_jax.evaluation.text import unseen_rows
 from sae_jax.progress import console
+from sae_jax.storage import HeldError, Lease, LostError
 from sae_jax.sweeps import points
 from sae_jax.sweeps.plan import Planned, SweepJob, in_passes
 from sae_jax.sweeps.points import SweepMeasurements
 from sae_jax.training import checkpoint, run
-from sae_jax.types import Sites, UsageError, UserError
+from sae_jax.training.ownership import as_the_first_says, owned
+from sae_jax.training.preemption import is_preempted
+from sae_jax.training.run import TrainJob
+from sae_jax.types import PartialError, Sites, UsageError, UserError
 
 MAY_CHANGE = ("memory_gib", "per_pass", "log_every", "checkpoint_every", "tensorboard")  # of the plan
 
 
 def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list[str]:
-    """Train what is not there yet, pass after pass; a line for each pass that something is wrong with."""
-    out, is_first = Path(job.out), jax.process_index() == 0
+    """Train what is not there yet, pass after pass; a line for each pass that something is wrong with.
+
+    Raises:
+        UsageError: another sweep is at `job.out`.
+        HeldError: another worker is at a pass, and the job does not say to go by such passes (`claim`).
+        PartialError: so it does, and other workers are at all that is left.
+    """
+    out, is_first, worker = Path(job.out), jax.process_index() == 0, config.share(job.shard)
     _keep_plan(out, job, planned, is_first)
-    passes = _kept_passes(out, in_passes(job, planned, config.share(job.shard)), config.share(job.shard), is_first)
-    problems: list[str] = []
-    for i, (folder, names) in enumerate(passes.items()):
-        path = out / "passes" / folder
-        names = checkpoint.members(path) or [name for name in names if not _is_done(out, name, planned)]
-        if all(_is_done(out, name, planned) for name in names):
-            continue
-        with _held(path, is_first) as is_held:
-            if not is_held and job.claim:
-                continue
-            if not is_held:
-                raise UserError(f"{path}: another worker is at it; give each --shard=i/n, or all of them --claim")
-            if is_first:
-                console.print(f"pass {i + 1} of {len(passes)}: {len(names)} members", markup=False)
-            try:
-                _train_pass(job, out, path, names, planned, source)
-            except UserError as error:
-                problems.append(str(error))
-            else:
-                if not _as_the_first(all(_is_done(out, name, planned) for name in names)):
-                    break  # the machine is to be taken away; the loop has said so
+    passes = _kept_passes(out, in_passes(job, planned, worker), worker, is_first)
+    problems: dict[str, str] = {}
+    held: list[str] = []
+    n_trained, is_stopped = 0, False
+
+    def say(line: str) -> None:
         if is_first:
-            points.collect(out)
+            console.print(line)
+
+    # Passes that others seem to be at are looked at again in the end: those workers may have died.
+    for is_patient in (False, True) if job.claim else (True,):
+        held = []
+        for i, (folder, names) in enumerate(passes.items()):
+            path = out / "passes" / folder
+            if folder in problems or as_the_first_says(not _to_train(out, path, names, planned)):
+                continue
+            if is_stopped:
+                break
+            if is_stopped := is_preempted():
+                say("stopped by SIGTERM between two passes; the same command resumes there")
+                break
+            try:
+                with owned(path, is_patient) as lease:
+                    say(f"pass {i + 1} of {len(passes)}: {len(names)} members")
+                    problem, is_stopped = _train_pass(job, out, path, names, planned, source, lease)
+            except HeldError as error:
+                if not job.claim:
+                    raise HeldError(f"{error}; or give each worker its --shard=i/n, or all of them --claim") from None
+                held.append(str(error))
+                continue
+            n_trained += 1
+            if problem:
+                problems[folder] = problem
+            if is_first:
+                points.collect(out)
     if is_first:
         n, total = points.collect(out), sum(len(m.requested.marks) for m in planned.values())
-        console.print(f"{out / 'results.jsonl'}: {n} points of {total}", markup=False)
-    return problems
+        say(f"{out / 'results.jsonl'}: {n} points of {total}")
+    if held and not n_trained and not is_stopped:
+        raise PartialError(f"{out}: other workers are at all passes that are left, {len(held)}; {held[0]}")
+    return list(problems.values())
+
+
+def failure(out: str, problems: list[str]) -> UserError:
+    """What to raise for a sweep with problems."""
+    has_points = any((Path(out) / points.POINTS).glob("*.json"))
+    return (PartialError if has_points else UserError)(f"{out}: {'; '.join(problems)}")
 
 
 def _train_pass(
-    job: SweepJob, out: Path, path: Path, names: list[str], planned: dict[str, Planned], source: RowSource
-) -> None:
-    """Train the members of a pass, measuring each at its marks."""
+    job: SweepJob,
+    out: Path,
+    path: Path,
+    names: list[str],
+    planned: dict[str, Planned],
+    source: RowSource,
+    lease: Lease,
+) -> tuple[str, bool]:
+    """Train the members of a pass, measuring each at its marks. (What is wrong, whether SIGTERM stopped it)."""
+    names = _to_train(out, path, names, planned)
+    if as_the_first_says(not names):
+        return "", False  # another worker has trained it in the meantime
     settings, batch_size = job.sweep, job.train.batch_size
     sites = planned[names[0]].sites
-    measurements = SweepMeasurements(
-        out,
-        _rows_to_measure(source, sites, settings.held_out),
-        sites,
-        batch_size,
-        {name: planned[name].requested for name in names},
-        settings.tolerance,
-        window=max(round(settings.window / batch_size), 1),
-    )
-    run.run({name: _as_run(out, path, name, planned) for name in names}, source, measurements)
+    try:
+        measurements = SweepMeasurements(
+            out,
+            _rows_to_measure(source, sites, settings.held_out),
+            sites,
+            batch_size,
+            {name: planned[name].requested for name in names},
+            settings.tolerance,
+            window=max(round(settings.window / batch_size), 1),
+        )
+        jobs: dict[str, TrainJob] = {name: _as_run(out, path, name, planned) for name in names}
+        is_stopped = run.run(jobs, source, measurements, lease).is_stopped
+    except LostError:
+        raise
+    except UserError as error:
+        return str(error), False
+    undone = [name for name in names if not _is_done(out, path, name, planned)]
+    if is_stopped or as_the_first_says(not undone):
+        return "", is_stopped
+    what = f"{', '.join(undone)}: trained to the end, but {out / points.POINTS} lacks points"
+    return f"{what}; restore them, or delete {path} to train again", False
 
 
 def _rows_to_measure(source: RowSource, sites: Sites, n_rows: int) -> dict[str, np.ndarray]:
@@ -103,10 +149,23 @@ def _as_run(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> Sw
     return dataclasses.replace(member.job, out=str(path), train=train, members=())
 
 
-def _is_done(out: Path, name: str, planned: dict[str, Planned]) -> bool:
+def _to_train(out: Path, path: Path, names: list[str], planned: dict[str, Planned]) -> list[str]:
+    """The members to train in a pass: none if it is done, all if it has begun."""
+    begun = checkpoint.members(path)
+    undone = [name for name in begun or names if not _is_done(out, path, name, planned)]
+    return begun if begun and undone else undone
+
+
+def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> bool:
+    """Whether a member has its last point, and the weights that the point is of."""
     measured = points.read(out, name)
-    last_mark = max(planned[name].requested.marks)
-    return bool(measured) and (measured[-1].converged or measured[-1].steps == last_mark)
+    if not measured or not (measured[-1].converged or measured[-1].steps == max(planned[name].requested.marks)):
+        return False
+    folder = path / checkpoint.MEMBERS / name
+    if checkpoint.latest_step(folder) != measured[-1].steps:
+        return False
+    # All bytes are read, but not by workers that only look for something to do, and not by one process of many.
+    return planned[name].job.claim or jax.process_count() > 1 or not checkpoint.problem(folder)
 
 
 def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: bool) -> None:
@@ -119,10 +178,14 @@ def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: 
         },
     }
     before = storage.read_json(out / "sweep.json")
+    if before is None and any((out / points.POINTS).glob("*.json")):
+        raise UserError(
+            f"{out} has points but no sweep.json, so nobody knows what they are of; restore it, or give another --out"
+        )
     if before is None:
-        if is_first:
-            storage.write_json(out / "sweep.json", plan)
-        return
+        if not is_first or storage.create(out / "sweep.json", (json.dumps(plan, indent=2) + "\n").encode()):
+            return
+        before = storage.read_json(out / "sweep.json") or {}  # another worker was faster
     old, new = (dict(config.flatten(content)) for content in (before, json.loads(json.dumps(plan))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.endswith(MAY_CHANGE):
@@ -138,25 +201,6 @@ def _kept_passes(
     """The passes as this worker's first attempt made them: another machine's memory may suggest others."""
     path = out / "passes" / f"{worker[0]}of{worker[1]}.json"
     before = storage.read_json(path)
-    if before is None and is_first:
-        storage.write_json(path, passes)
+    if before is None and is_first and not storage.create(path, (json.dumps(passes, indent=2) + "\n").encode()):
+        before = storage.read_json(path)  # another worker was faster
     return before or passes
-
-
-@contextlib.contextmanager
-def _held(path: Path, is_first: bool) -> Iterator[bool]:
-    """Whether this worker has a pass for itself, until it ends in whatever way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        is_held = True
-        if is_first:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_held = False
-        yield _as_the_first(is_held)
-
-
-def _as_the_first(answer: bool) -> bool:
-    """What the first process says: it has written the files, and others may see them later."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))

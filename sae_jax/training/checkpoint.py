@@ -1,7 +1,10 @@
 """Saving a run and taking it up again, on the same mesh or another; reading an SAE back.
 
-A checkpoint is one Orbax step directory, RUN/checkpoints/<step>/. A save that is cut off leaves none; one that is
-damaged afterwards is set aside as checkpoints/damaged-<step> and the run goes on from the one before.
+A checkpoint is one Orbax step directory, RUN/checkpoints/<step>/. Once Orbax has put it there, each process lists the
+files that it wrote with their digests, in digests-<process>-of-<n>.json; without all of these lists a save is not done,
+and as long as checkpoints/.saving-<step> is there, it is under way or was cut off. Before anything of a checkpoint is
+read, its files are compared with the lists. One that is damaged is set aside as checkpoints/damaged-<step> and the run
+goes on from the one before.
 
     sae          master weights            average      running average of the weights (train.ema above 0)
     optimiser    its moments               counters     dead counters and the like
@@ -15,8 +18,11 @@ has checkpoints of its own only once the member has left the set. Only this file
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,12 +36,16 @@ from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.progress import console
 from sae_jax.record import MembersRecord, RunRecord
+from sae_jax.storage.digests import SEAL, check_file, read_digests, write_digests
 from sae_jax.training.settings import MAY_CHANGE
 from sae_jax.training.state import TrainState
 from sae_jax.types import UsageError, UserError
 
 MEMBERS = "members"  # folder of a set's members
 KEPT = 2  # a save that is cut off must leave the one before it
+
+_LIST = re.compile(r"digests-\d+-of-(?P<n>\d+)\.json")
+_WRITER = re.compile(r"[^/]+/ocdbt\.process_(?P<process>\d+)/")  # process 0 writes all else
 
 
 class Checkpoints:
@@ -45,11 +55,17 @@ class Checkpoints:
     without a folder has none: saving does nothing.
     """
 
-    def __init__(self, run: Path | None, writes: bool = True) -> None:
+    def __init__(self, run: Path | None, writes: bool = True, lease: storage.Lease | None = None) -> None:
+        """`lease`: of the run; a save that ends without it does not count."""
         self._orbax: Any = None
+        self._saving: Future[None] | None = None
+        self._writes, self._lease = writes, lease or storage.Lease(None, "")
         if run is None:
             return
         self._folder = (run / "checkpoints").absolute()
+        if writes:
+            self._forget_cut_save()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
             str(self._folder), preservation_policy=policy, cleanup_tmp_directories=writes
@@ -62,8 +78,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint, which may still be on its way to the disk; None if there is none."""
-        latest = None if self._orbax is None else self._orbax.latest
-        return None if latest is None else latest.step
+        return next(iter(self._steps()), None)
 
     def save(self, step: int, states: dict[str, TrainState]) -> None:
         """Queue a save of {member: state}; returns once the arrays are copied, so that the states may be donated.
@@ -73,13 +88,16 @@ class Checkpoints:
         """
         if self._orbax is not None and self.latest != step:
             with self._reported():
-                self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
+                self._end_save()
+                self._mark(step)
+                response = self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
+                self._saving = self._thread.submit(_finish, response, self._folder / str(step), self._lease)
 
     def wait(self) -> None:
-        """Return when all saves are on the disk. Raises UserError if one cannot be written."""
+        """Return when all saves, of all processes, are on the disk. Raises UserError if one cannot be written."""
         with self._reported():
-            if self._orbax is not None:
-                self._orbax.wait()
+            self._end_save()
+        multihost_utils.sync_global_devices("saves are on the disk")
 
     def restore(self, targets: dict[str, TrainState]) -> dict[str, TrainState]:
         """The newest states that can be read, placed as `targets` (abstract, see training/state.py) say.
@@ -87,37 +105,78 @@ class Checkpoints:
         Checkpoints that cannot be read are set aside once an older one has been. UserError if none can be.
         """
         step, tree = self.read(_to_tree(targets))
-        damaged = [c.step for c in self._orbax.checkpoints if c.step > step]
-        if damaged:
-            if jax.process_index() == 0:
-                for newer in damaged:
-                    shutil.rmtree(self._folder / f"damaged-{newer}", ignore_errors=True)
-                    (self._folder / str(newer)).rename(self._folder / f"damaged-{newer}")
-            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        if damaged := [newer for newer in self._steps() if newer > step]:
+            _set_aside(self._folder, damaged)
             self._orbax.reload()
         return {name: _from_tree(tree, name) for name in targets}
 
     def read(self, target: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(step, the parts in `target`) of the newest checkpoint that all processes can read."""
-        problem = ""
-        for step in reversed([checkpoint.step for checkpoint in self._orbax.checkpoints]):
-            tree, problem = {}, ""
-            try:
-                tree = self._orbax.load_checkpointables(step, target)
-            except Exception as error:  # Orbax passes on whatever the layers below it raise
-                problem = _reason(error)
+        steps = self._steps()
+        problem = "there is none"
+        for step, before in itertools.zip_longest(steps, steps[1:]):
+            tree, problem = self._read_step(step, target)
             if not multihost_utils.process_allgather(np.array(bool(problem))).any():
                 return step, tree
-            if jax.process_index() == 0:
-                console.print(f"{self._folder / str(step)} cannot be read: {problem}", markup=False)
+            problem = problem or "another process says why"
+            if before is not None and jax.process_index() == 0:
+                console.print(f"{self._folder / str(step)} cannot be read: {problem}; taking step {before} instead")
         raise UserError(f"{self._folder}: no checkpoint can be read ({problem}); restore one, or give another --out")
+
+    def _steps(self) -> list[int]:
+        """Newest first. To a reader, the save that another process has under way is not there yet."""
+        steps = [] if self._orbax is None else [checkpoint.step for checkpoint in reversed(self._orbax.checkpoints)]
+        return [step for step in steps if self._writes or not _is_under_way(self._folder / str(step))]
+
+    def _read_step(self, step: int, target: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """The parts in `target`, and what is wrong with them if this process found something."""
+        problem = _problem(self._folder / str(step), target)
+        if multihost_utils.process_allgather(np.array(bool(problem))).any():
+            return {}, problem
+        try:
+            return self._orbax.load_checkpointables(step, target), ""
+        except Exception as error:  # Orbax passes on whatever the layers below it raise
+            return {}, _reason(error)
+
+    def _end_save(self) -> None:
+        """Wait for the save that is under way, of this process."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _mark(self, step: int | None = None) -> None:
+        """Say that the saves so far are done, and that this one is under way."""
+        if jax.process_index() == 0:
+            for mark in self._folder.glob(_mark_name("*")):
+                mark.unlink()
+            if step is not None:
+                (self._folder / _mark_name(step)).touch()
+
+    def _forget_cut_save(self) -> None:
+        if jax.process_index() == 0:
+            for checkpoint in self._folder.glob("*"):
+                if _is_under_way(checkpoint):
+                    shutil.rmtree(checkpoint)
+            self._mark()
+        multihost_utils.sync_global_devices("only whole checkpoints are left")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._orbax is None:
+            return
         with self._reported():
-            if self._orbax is not None:
+            try:
+                if self._writes and error is None:
+                    self.wait()
+                else:
+                    self._end_save()
+                if self._writes:
+                    self._lease.check()
+                    self._mark()
+            finally:
+                self._thread.shutdown()
                 self._orbax.close()
 
     @contextlib.contextmanager
@@ -134,9 +193,33 @@ class Checkpoints:
 
 def latest_step(run: Path, name: str = "") -> int | None:
     """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    held = [step for step in steps if not name or (run / "checkpoints" / str(step) / part_name(name, "sae")).exists()]
-    return max(held, default=None)
+    paths = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and not _is_under_way(path)]
+    return max((int(path.name) for path in paths if not name or (path / part_name(name, "sae")).exists()), default=None)
+
+
+def problem(run: Path) -> str:
+    """What is wrong with the newest checkpoint of a run, of which this process reads its share; "" if nothing."""
+    if (step := latest_step(run)) is None:
+        return "there is none"
+    checkpoint = run / "checkpoints" / str(step)
+    return _problem(checkpoint, [path.name for path in checkpoint.iterdir()])
+
+
+def set_aside_damaged(run: Path) -> None:
+    """Of a run that stands at its end, and would not be read: rename its newest checkpoints until one is whole."""
+    while (step := latest_step(run)) is not None:
+        what = problem(run)
+        if not multihost_utils.process_allgather(np.array(bool(what))).any():
+            return
+        if jax.process_index() == 0:
+            console.print(f"{run / 'checkpoints' / str(step)} cannot be read: {what or 'another process says why'}")
+        _set_aside(run / "checkpoints", [step])
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every process has listed the digests of what it wrote, which is the end of a save."""
+    lists = [match for path in checkpoint.glob("digests-*") if (match := _LIST.fullmatch(path.name))]
+    return any(len(lists) == int(match["n"]) for match in lists)
 
 
 def read_record(run: Path) -> RunRecord:
@@ -198,9 +281,55 @@ def part_name(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
+def _mark_name(step: object) -> str:
+    return f".saving-{step}"
+
+
+def _is_under_way(checkpoint: Path) -> bool:
+    return checkpoint.with_name(_mark_name(checkpoint.name)).exists() and not is_complete(checkpoint)
+
+
+def _set_aside(folder: Path, steps: Sequence[int]) -> None:
+    """Rename checkpoints that cannot be used, on all processes alike."""
+    if jax.process_index() == 0:
+        for step in steps:
+            shutil.rmtree(folder / f"damaged-{step}", ignore_errors=True)
+            (folder / str(step)).rename(folder / f"damaged-{step}")
+    multihost_utils.sync_global_devices("checkpoints set aside")
+
+
+def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
+    """The end of a save, in the thread of this process: wait for Orbax, then list the digests of what was written."""
+    response.result()  # its thread and event loop end here, and nowhere else
+    lease.check()
+    process, n = jax.process_index(), jax.process_count()
+    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+    writers = ((name, match) for name in names if not _LIST.fullmatch(name) for match in [_WRITER.match(name)])
+    written = [name for name, match in writers if (int(match["process"]) if match else 0) == process]
+    write_digests(checkpoint / f"digests-{process}-of-{n}.json", checkpoint, written)
+
+
+def _problem(checkpoint: Path, parts: Iterable[str]) -> str:
+    """What is wrong with the files that hold these parts, of which each process looks at its share; "" if nothing."""
+    try:
+        if not is_complete(checkpoint):
+            return "its lists of digests (digests-*.json) are not complete"
+        files = {}
+        for path in checkpoint.glob("digests-*"):
+            files |= read_digests(path)
+        needed = [name for name in files if "/" not in name or name.partition("/")[0] in parts]
+        needed.sort(key=lambda name: (-files[name].size, name))
+        for name in needed[jax.process_index() :: jax.process_count()]:
+            check_file(checkpoint / name, files[name])
+    except (UserError, OSError) as error:
+        return str(error).replace(f"{checkpoint}/", "")
+    return ""
+
+
 def _settings(record: RunRecord) -> dict[str, Any]:
     """A record's settings under the names that users give them."""
     content = record.to_json()
+    del content[SEAL]
     dictionary = content.pop("dictionary")
     sites = {"site": record.dictionary.sites.x, "reconstruct": record.dictionary.sites.y}
     content |= {name: dictionary[name] for name in ("variant", "sae", "data")} | sites

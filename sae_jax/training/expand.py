@@ -70,10 +70,10 @@ def with_variant(what: str, sae: SaeConfig, variant: str) -> SaeConfig:
     values = {name: getattr(sae, name) for name in defaults if name != "variant"}
     given = {name: value for name, value in values.items() if value != defaults[name]}
     if dropped := [name for name in given if name not in known]:
-        console.print(f"{what}: {variant} has no {', '.join(dropped)}; left out", markup=False)
+        console.print(f"{what}: {variant} has no {', '.join(dropped)}; left out")
     changed = [f"{n}={known[n]}" for n in values if n in known and n not in given and known[n] != values[n]]
     if changed:
-        console.print(f"{what}: {variant} has defaults of its own: {', '.join(changed)}", markup=False)
+        console.print(f"{what}: {variant} has defaults of its own: {', '.join(changed)}")
     return cls(**{name: value for name, value in given.items() if name in known})
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sae_jax import storage
+from sae_jax.progress import console
 
 WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that differ between two runs of the same steps
 
@@ -56,20 +57,32 @@ class Metrics:
 class Attempts:
     """Keeps the last line of RUN/attempts.jsonl true: where this attempt started and how far it is known to be."""
 
-    def __init__(self, run: Path | None, start_step: int, **facts: Any) -> None:
-        """`run` None: nothing is written."""
-        self._path = None if run is None else run / "attempts.jsonl"
+    def __init__(self, run: Path | None, lease: storage.Lease, start_step: int, **machine: Any) -> None:
+        """Args:
+        run: None: nothing is written.
+        lease: of the run; without it nothing is written, either.
+        start_step: where the attempt begins.
+        **machine: what it runs on.
+        """
+        self._path, self._lease = None if run is None else run / "attempts.jsonl", lease
         self._earlier = [] if self._path is None else storage.read_lines(self._path)
-        self._row = {"attempt": len(self._earlier), "start_step": start_step, "end_step": start_step, **facts}
+        number = 1 + max((row["attempt"] for row in self._earlier if isinstance(row.get("attempt"), int)), default=-1)
+        self._row = {"attempt": number, "start_step": start_step, "end_step": start_step, **machine}
         self.record(start_step, "running")
 
     def record(self, end_step: int, outcome: str) -> None:
         """`outcome` is running, finished, preempted or failed; an attempt left at running was killed."""
         self._row.update(end_step=end_step, outcome=outcome)
         if self._path is not None:
+            self._lease.check()
             storage.write_lines(self._path, [*self._earlier, self._row])
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All logged steps of a run, in order."""
-    return storage.read_lines(run / "metrics.jsonl")
+    """All logged steps of a run, in order. Says so where it passes over a line that is none."""
+    rows = storage.read_lines(run / "metrics.jsonl")
+    steps = [row for row in rows if type(row.get("step")) is int]
+    if len(steps) < len(rows):
+        n = len(rows) - len(steps)
+        console.print(f"{run / 'metrics.jsonl'}: {n} lines have no step and are passed over")
+    return steps

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sae_jax import mesh as meshes
@@ -24,10 +23,13 @@ from sae_jax.activations.source import Batches
 from sae_jax.progress import Progress, console
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
+from sae_jax.storage import Lease
 from sae_jax.training import logs
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.groups import Member, check_groups
 from sae_jax.training.members import Measurements, MemberSet, check_settings, is_save_due, write_records
+from sae_jax.training.ownership import owned
+from sae_jax.training.preemption import is_preempted
 from sae_jax.training.state import TrainState
 
 
@@ -35,6 +37,7 @@ class Trained(NamedTuple):
     """Where a run stands."""
 
     step: int
+    is_stopped: bool  # by SIGTERM, with members that have steps left
     states: dict[str, TrainState]  # of a run without a folder: the last state of each member; otherwise on the disk
 
 
@@ -45,6 +48,7 @@ def train(
     source: Batches,
     sample: Callable[[InputNorm], Sample],
     measurements: Measurements | None = None,
+    lease: Lease | None = None,
 ) -> Trained:
     """Train every member until its `train.steps`, or until the machine is to be taken away (SIGTERM).
 
@@ -58,11 +62,26 @@ def train(
         sample: called for a run without checkpoint, to learn what initialisation needs to know of the data.
         measurements: where members are measured on the way, and may end early. A run that is killed repeats those that
             come after its last checkpoint.
+        lease: of `run`, if the caller holds it already.
 
     Raises:
+        HeldError: another job is at `run`.
         UsageError: `run` was started with other settings.
         UserError: the loss of a member was not finite; failure-<process>.json in its folder names step and rows.
     """
+    with owned(run) if lease is None else contextlib.nullcontext(lease) as held:
+        return _train(run, members, mesh, source, sample, measurements, held)
+
+
+def _train(
+    run: Path | None,
+    members: Sequence[Member],
+    mesh: Mesh,
+    source: Batches,
+    sample: Callable[[InputNorm], Sample],
+    measurements: Measurements | None,
+    lease: Lease,
+) -> Trained:
     is_first = jax.process_index() == 0
     check_groups(members, mesh)
     # All of these may refuse, so before anything is written.
@@ -70,12 +89,12 @@ def train(
         for member in members:
             sample(member.sae.input_norm)
 
-    with jax.set_mesh(mesh), Checkpoints(run) as checkpoints:
-        active = MemberSet(run, members, mesh, checkpoints, sample, source)
+    with jax.set_mesh(mesh), Checkpoints(run, lease=lease) as checkpoints:
+        active = MemberSet(run, members, mesh, checkpoints, sample, source, lease)
         if is_first:
             write_records(run, members)
         machine = {"mesh": meshes.sizes(mesh), "n_processes": jax.process_count()}
-        attempt = logs.Attempts(run if is_first else None, active.start, **machine)
+        attempt = logs.Attempts(run if is_first else None, lease, active.start, **machine)
         with _Log(active, source, is_first) as log:
             done, pending = active.start, []
             for step, rows in source.batches(active.start):
@@ -88,8 +107,7 @@ def train(
                 if measurements and any(measurements.is_due(member, done) for member in active.active):
                     log.write(done, active.fetch(done, pending))
                     pending, ended = [], active.measure(done, measurements)
-                # JAX counts from 0: a SIGTERM from before the first question is agreed upon for step 1 of the attempt.
-                is_stopping = _is_preempted(done - active.start)
+                is_stopping = is_preempted()
                 if is_stopping or ended or is_save_due(done, active.active):
                     # The save before this one ends before this step is on record. With two saves an interval, a run
                     # is thus never further than one interval from its last complete checkpoint.
@@ -105,15 +123,7 @@ def train(
         active.end()
     elif is_first and run is not None:
         console.print(f"stopped by SIGTERM at step {done}; the same command resumes there")
-    return Trained(done, active.final)
-
-
-def _is_preempted(step: int) -> bool:
-    """Whether all processes stop at this step of the attempt, because one of them got SIGTERM."""
-    try:
-        return multihost_utils.reached_preemption_sync_point(step)
-    except RuntimeError:  # whoever initialised jax.distributed turned the preemption service off
-        return False
+    return Trained(done, bool(active.active), active.final)
 
 
 class _Log:

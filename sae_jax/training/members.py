@@ -23,11 +23,11 @@ from sae_jax.record import MembersRecord
 from sae_jax.saes.base import Batch
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step
+from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step, set_aside_damaged
 from sae_jax.training.groups import Member, MemberGroup, group_members, initial_states
 from sae_jax.training.state import TrainState
 from sae_jax.training.step import Metrics
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import PartialError, UsageError, UserError
 
 Queued = list[tuple[MemberGroup, Metrics]]
 
@@ -59,12 +59,13 @@ class MemberSet:
         checkpoints: Checkpoints,
         sample: Callable[[InputNorm], Sample],
         source: Batches,
+        lease: storage.Lease,
     ) -> None:
         """Take up the run: new states, or those of its last checkpoint. Raises UsageError where that cannot be.
 
         Args: as `loop.train`.
         """
-        self._run, self._members, self._mesh = run, members, mesh
+        self._run, self._members, self._mesh, self._lease = run, members, mesh, lease
         self._checkpoints, self._source = checkpoints, source
         self.failed = {m: f"see {_failure(m)}" for m in members if m.name and m.folder and _failure(m).exists()}
         waiting = [member for member in members if member not in self.failed]
@@ -103,6 +104,7 @@ class MemberSet:
             if any(member in due for member in group.members):
                 metrics |= group.measure(self._unseen)
         ended = []
+        self._lease.check()
         for member in due:
             # The last update may have spoilt weights that no batch has met since.
             if not np.isfinite(metrics[member]["fvu"]):
@@ -113,6 +115,7 @@ class MemberSet:
 
     def save(self, step: int, ended: Sequence[Member] = ()) -> None:
         """Save all active members. A member that leaves is saved before the set is saved without it."""
+        self._lease.check()
         leaving = [member for member in self.active if member.train.steps == step or member in ended]
         staying = [member for member in self.active if member not in leaving]
         states: dict[str, TrainState] = {}
@@ -122,7 +125,7 @@ class MemberSet:
             if member.folder is None:
                 self.final[member.name] = states.pop(member.name)
             elif member.name:
-                with Checkpoints(member.folder) as of_member:
+                with Checkpoints(member.folder, lease=self._lease) as of_member:
                     of_member.save(step, {"": states.pop(member.name)})
         if states:
             self._checkpoints.save(step, states)
@@ -130,13 +133,15 @@ class MemberSet:
         self._forget_empty_groups()
 
     def end(self) -> None:
-        """Every member has left. Raises UserError, in one line, if some failed."""
+        """Every member has left. Raises UserError, in one line, if some failed; PartialError if not all did."""
+        self._lease.check()
         if self._run is not None and self._members[0].name:
             _remove_checkpoints(self._run)  # of the set: every member has its own
         if self.failed:
             texts = [f"{m.name}: {what}" if m.name else what for m, what in self.failed.items()]
             summary = f"{len(self.failed)} of {len(self._members)} members failed: " if self._members[0].name else ""
-            raise UserError(summary + "; ".join(texts))
+            kind = UserError if len(self.failed) == len(self._members) else PartialError
+            raise kind(summary + "; ".join(texts))
 
     def _drop(self, member: Member, step: int, what: str, metrics: dict[str, float]) -> None:
         """Leave what is needed to replay the step: its number, its rows, the checkpoint before it."""
@@ -145,11 +150,12 @@ class MemberSet:
         if member.folder is None or self._run is None:
             self.failed[member] = f"{what} at step {step}; lower lr, or give out= to keep what shows the rows"
             return
+        self._lease.check()
         self._checkpoints.wait()
         last = latest_step(self._run, member.name)
         if member.name and last is not None:  # the set's checkpoints will be without it
             target = {member.name: member.abstract(self._mesh)}
-            with Checkpoints(member.folder) as of_member:
+            with Checkpoints(member.folder, lease=self._lease) as of_member:
                 of_member.save(last, {"": self._checkpoints.restore(target)[member.name]})
         path, rows = _failure(member, jax.process_index()), self._source.row_ids(step - 1).tolist()
         texts = {name: str(value) for name, value in metrics.items()}
@@ -171,12 +177,23 @@ def is_save_due(step: int, members: Sequence[Member]) -> bool:
 
 def check_settings(run: Path | None, members: Sequence[Member]) -> bool:
     """Whether there is a run already; refuses, with UsageError, to continue one with other members or settings."""
-    if run is None or not (run / "config.json").exists():
+    if run is None:
+        return False
+    # A kill at the start of a run may leave it without its last records. Once there are weights they are all there.
+    for member in members:
+        has_weights = latest_step(run, member.name) is not None or latest_step(_folder(member)) is not None
+        for folder in (run, _folder(member)) if has_weights else ():
+            if not (folder / "config.json").exists():
+                raise UserError(
+                    f"{folder} has checkpoints but no config.json, so nobody knows their settings; restore it, or give "
+                    f"another --out"
+                )
+    if not (run / "config.json").exists():
         return False
     check_members(run, [member.name for member in members if member.name])
     for member in members:
-        if member.folder is not None and (member.folder / "config.json").exists():
-            check_resumable(member.folder, member.record)
+        if (_folder(member) / "config.json").exists():
+            check_resumable(_folder(member), member.record)
     return True
 
 
@@ -200,6 +217,10 @@ def _take_up(
     """The members that are not at their end, their states, and the step they stand at."""
     if run is None:
         return list(members), initial_states(members, sample, mesh), 0
+    for member in members:
+        # The state of a member that has left is not read.
+        if member.name and (latest_step(_folder(member)) or 0) >= member.train.steps:
+            set_aside_damaged(_folder(member))
     stands = {m: max(latest_step(run, m.name) or 0, latest_step(_folder(m)) or 0) for m in members}
     for member, step in stands.items():
         if step > member.train.steps:

@@ -12,6 +12,7 @@ from sae_jax.activations.source import RowSource, choose_sites, sampler
 from sae_jax.ops import tuning
 from sae_jax.record import Normalisation, Record, RunRecord, program
 from sae_jax.saes.base import Learns
+from sae_jax.storage import Lease
 from sae_jax.training import checkpoint, loop
 from sae_jax.training.groups import Member
 from sae_jax.training.loop import Trained
@@ -46,7 +47,12 @@ class TrainJob(Generic[S]):
     """train several SAEs at once; each is 'NAME --sae.k=16 --train.lr=1e-3 ...': what it changes"""
 
 
-def run(jobs: dict[str, TrainJob], source: RowSource, measurements: Measurements | None = None) -> Trained:
+def run(
+    jobs: dict[str, TrainJob],
+    source: RowSource,
+    measurements: Measurements | None = None,
+    lease: Lease | None = None,
+) -> Trained:
     """Train the members {name: job}, or one SAE named "". The same call resumes a run that has a folder.
 
     Args:
@@ -54,6 +60,7 @@ def run(jobs: dict[str, TrainJob], source: RowSource, measurements: Measurements
             written.
         source: the rows; `data` of the jobs only says where they are.
         measurements: where members are measured on the way.
+        lease: of the run, if the caller holds it already.
     """
     job = next(iter(jobs.values()))
     mesh = meshes.make_mesh(job.mesh)
@@ -67,7 +74,7 @@ def run(jobs: dict[str, TrainJob], source: RowSource, measurements: Measurements
         tuning.using(job.engine.on(mesh.devices.flat[0].platform)),
         rows.open(sites, job.train.batch_size, job.train.order, mesh) as batches,
     ):
-        return loop.train(folder, members, mesh, batches, sampler(source, sites, widths), measurements)
+        return loop.train(folder, members, mesh, batches, sampler(source, sites, widths), measurements, lease)
 
 
 def learning(jobs: dict[str, TrainJob]) -> Learns:

@@ -10,8 +10,10 @@ import pytest
 
 from sae_jax import lm
 from sae_jax.activations import harvest as module
+from sae_jax.activations.commits import committed_shards
 from sae_jax.activations.harvest import HarvestConfig, harvest, keep
 from sae_jax.activations.store import open_activations
+from sae_jax.storage import Files
 from sae_jax.types import UsageError, UserError
 
 
@@ -70,6 +72,16 @@ def test_references_are_good_from_any_folder(text, tmp_path, monkeypatch):
     (tmp_path / "other.txt").write_text("def other():\n    return 1\n" * 40)
     spec = harvest(small("text.txt", heldout="other.txt"), str(tmp_path / "set"))
     assert (spec.text, spec.heldout, spec.tokenizer) == (text, str(tmp_path / "other.txt"), "bundled")
+
+
+def test_a_harvest_that_is_to_stop_ends_after_the_shard_it_is_at(text, tmp_path):
+    answers = iter([False, False])  # before all, before the first shard
+    spec = harvest(small(text), str(tmp_path / "set"), stop=lambda: next(answers, True))
+    assert committed_shards(Files(tmp_path / "set")) == {0}
+    assert spec.n_shards > 1
+    harvest(small(text), str(tmp_path / "set"))
+    assert len(committed_shards(Files(tmp_path / "set"))) == spec.n_shards
+    assert list((tmp_path / "set").rglob("*owner*")) == []
 
 
 @pytest.mark.parametrize("heldout", ["text.txt", "missing.txt"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_jax.commands import gpu, runtime
+from sae_jax.commands import gpu, runtime, signals
 from sae_jax.commands import main as cli
 from sae_jax.types import UsageError
 from tests import runs
@@ -109,7 +109,7 @@ def test_ctrl_c_in_a_process_that_trains_is_no_crash(small_set, tmp_path):
     runs.wait_for(run.exists, process)  # it compiles
     process.send_signal(signal.SIGINT)
     code, said = runs.finish(process)
-    assert code == cli.INTERRUPTED, said
+    assert code == signals.INTERRUPTED, said
     assert "the same command resumes from what is on disk" in said
     assert "Traceback" not in said
 
@@ -138,6 +138,6 @@ def test_ctrl_c_is_not_lost_in_a_callback():
     """Python prints and forgets what is raised while the garbage collector calls back, as it does into JAX."""
     began = time.monotonic()
     code, said = runs.finish(runs.start([sys.executable, "-c", CTRL_C_IN_A_CALLBACK]))
-    assert code == cli.INTERRUPTED, said
+    assert code == signals.INTERRUPTED, said
     assert time.monotonic() - began < 50, "it slept to its end"
     assert "Traceback" not in said

@@ -42,7 +42,7 @@ def work(tmp_path_factory) -> Path:
     runs.write_set(work / "set")
     write(work / "recipe.yaml", RECIPE)
     code, said = runs.finish(runs.start(words(work, "whole")))
-    assert code == 1  # of the first budget
+    assert code == 3  # of the first budget
     assert "left out: sweep.compute=100: buys 0.0163 to 0.0326 tokens" in said
     return work
 
@@ -104,7 +104,7 @@ def test_killed_at_any_moment_it_goes_on(work: Path) -> None:
             time.sleep(0.05)
         runs.finish(process)
     code, said = runs.finish(runs.start(words(work, "killed")))
-    assert code == 1, said
+    assert code == 3, said
     assert times
     assert found(work / "killed") == found(work / "whole")
 
@@ -112,11 +112,11 @@ def test_killed_at_any_moment_it_goes_on(work: Path) -> None:
 def test_shares_and_claims_give_the_same_table(work: Path) -> None:
     for i in range(2):
         code, said = runs.finish(runs.start(words(work, "shared", f"--shard={i}/2")))
-        assert code == 1, said
+        assert code == 3, said
     assert found(work / "shared") == found(work / "whole")
     for process in [runs.start(words(work, "claimed", "--claim", "--sweep.per-pass=2")) for _ in range(2)]:
         code, said = runs.finish(process)
-        assert code == 1, said
+        assert code == 3, said
     assert found(work / "claimed") == found(work / "whole")
 
 
@@ -124,7 +124,7 @@ def test_two_processes_write_one_table(work: Path) -> None:
     """Each has half of every batch and of every dictionary: to rounding what one has."""
     process = runs.start(runs.local(2, words(work, "two", "--sweep.grid", "sae.n_latents=32", "sae.k=2 4")))
     code, said = runs.finish(process)
-    assert code == 1, said  # of the first budget
+    assert code == 3, said  # of the first budget
     one, two = (table.read(work / out) for out in ("whole", "two"))
     one = [p for p in one if p.n_latents == 32]
     assert [p.key for p in two] == [p.key for p in one]
@@ -163,7 +163,7 @@ def test_until_it_converges(work: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_cannot_be_trained_is_named_and_the_rest_goes_on(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = {**RECIPE, "sweep": {"grid": {"sae": {"n_latents": [32], "k": [4, 64]}}, "tokens": 64, "held_out": 64}}
     path = write(work / "invalid.yaml", recipe)
-    assert sweep(work, path, "invalid") == 1
+    assert sweep(work, path, "invalid") == 3
     assert [p.name for p in table.read(work / "invalid")] == ["n32-k4"]
     said = capsys.readouterr().err
     assert "left out: member n32-k64: sae.k=64 must be between 1 and sae.n_latents=32" in said
@@ -174,7 +174,7 @@ def test_a_member_that_diverges_is_named_and_the_rest_goes_on(work: Path, capsys
     """At a rate of 1e30 the first update already spoils what the first mark measures, before any loss shows it."""
     settings = {"grid": {"sae.n_latents": 32, "sae.k": 4, "train.lr": [1e-2, 1e30]}, "tokens": [64, 640]}
     path = write(work / "diverges.yaml", {**RECIPE, "sweep": {**settings, "held_out": 512}})
-    assert sweep(work, path, "diverges") == 1
+    assert sweep(work, path, "diverges") == 3
     said = capsys.readouterr().err
     assert "1 of 2 members failed: n32-k4-lr1e30: " in said
     assert "Traceback" not in said

@@ -1,0 +1,151 @@
+"""Reading files that may be damaged or hostile: JSON, YAML and the headers of safetensors files.
+
+Whatever is wrong with a file is one UserError that names it. Only regular files are opened, so that a pipe or a device
+cannot block; a file is not read before its size has been compared with a limit; JSON is strict (UTF-8, no NaN, no
+number beyond float64), neither deep nor ambiguous; and values get their types from the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from io import FileIO
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from sae_jax.errors import UsageError, UserError
+from sae_jax.storage.disk import StrPath
+
+T = TypeVar("T")
+
+MAX_BYTES = 256 << 20  # of JSON; the largest we know are tokenizers, of some 30 MiB
+MAX_DEPTH = 64  # of nested lists and objects
+MAX_YAML_CHARACTERS = 1 << 17  # a second or so of PyYAML
+MAX_YAML_VALUES = 100_000  # an alias counts each time it is used
+
+DAMAGED = "it is damaged: restore it, or delete it and run the command that wrote it"
+
+
+def open_file(path: StrPath) -> FileIO:
+    """A regular file, opened for reading. Raises UserError for anything else, FileNotFoundError if there is none."""
+    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file; give the path of one")
+    return FileIO(descriptor, "rb")
+
+
+def read_limited(path: StrPath, limit: int = MAX_BYTES) -> bytes:
+    """The content of a regular file on a disk. Raises UserError if it is longer than `limit` bytes."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise UserError(f"{path}: {size:,} bytes, more than the {limit:,} that such a file can have; restore it")
+        data = file.read(limit + 1) or b""
+        while len(data) < size and (more := file.read(size - len(data))):
+            data += more
+    return data
+
+
+def parse_json(data: bytes, where: object, kind: Any = Any) -> Any:
+    """The value of JSON text as a `kind`, without silent casts.
+
+    Raises UserError, naming `where`, if the text is not JSON or the value is of another type.
+    """
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise UserError(f"{where}: not valid JSON ({one_line(error)}); {DAMAGED}") from None
+    _refuse_deep(value, where)
+    return value if kind is Any else as_type(value, kind, where)
+
+
+def as_type(value: Any, kind: type[T], where: object) -> T:
+    """A value of parsed JSON as a `kind`, without silent casts. Raises UserError, naming `where`."""
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {error}; {DAMAGED}") from None
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """The value of YAML text, which must not repeat a key. Raises UsageError, naming `where`, if it is not valid."""
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise UsageError(f"{where}: {len(text):,} characters; a recipe has at most {MAX_YAML_CHARACTERS:,}")
+    loader = None
+    try:
+        loader = _UniqueKeys(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _n_values(node, {}) > MAX_YAML_VALUES:
+            raise UsageError(f"{where}: its aliases (*name) stand for over {MAX_YAML_VALUES:,} values; write fewer")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deep, or an alias (*name) stands inside what it repeats") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # Not only YAMLError: of a date that does not exist, for one, or of an empty !!int.
+        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+@contextlib.contextmanager
+def open_safetensors(path: StrPath) -> Iterator[Any]:
+    """A safetensors file, opened by its own library, which compares all sizes with the file's before it reads.
+
+    Any error of it within the block is a UserError that names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        open_file(path).close()
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore the file, or write it again") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; a recipe that says two things is refused instead."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            counts = Counter(key for key in keys if isinstance(key, Hashable))
+            for key, count in counts.items():
+                if count > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _n_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for when its aliases are written out."""
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_n_values(part, known) for part in flat)
+    return known[id(node)]
+
+
+def _refuse_deep(value: Any, where: object) -> None:
+    """Deep values end in a RecursionError wherever they are walked."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        values = (parent.values() if isinstance(parent, dict) else parent for parent in level)
+        level = [child for children in values for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise UserError(f"{where}: nested more than {MAX_DEPTH} deep; {DAMAGED}")
