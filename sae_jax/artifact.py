@@ -222,7 +222,9 @@ def _folded(
 
 def _evaluation(run: Path, step: int, ema: bool) -> dict[str, float]:
     """What `sae-jax evaluate` found of these weights, if it has been there."""
-    content = storage.read_json(run / "evaluation.json") or {}
+    path = run / "evaluation.json"
+    content = storage.read_json(path)
+    content = storage.unsealed(content, path) if content else {}
     if (content.get("step"), content.get("weights")) != (step, "average" if ema else "live"):
         return {}
     return {n: float(v) for n, v in content.items() if isinstance(v, int | float) and n != "step" and np.isfinite(v)}

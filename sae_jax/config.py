@@ -23,31 +23,28 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import tyro
-import yaml
 
-from sae_jax.errors import UsageError
+from sae_jax import storage
+from sae_jax.errors import UsageError, UserError
 
 C = TypeVar("C")
+
+MAX_RECIPE_BYTES = 1 << 20
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageError if it is missing, is not a mapping or repeats a key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = storage.read_limited(path, MAX_RECIPE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+    except UserError as error:
+        raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the path of a recipe such as configs/demo.yaml") from None
-    try:
-        content = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that does not exist, for one
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = storage.parse_yaml(text, path)
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds {type(content).__name__}, not `key: value` pairs")
-    try:
-        list(flatten(content))
-    except RecursionError:
-        raise UsageError(f"{path}: an alias (*name) stands inside what it repeats; write the values out") from None
     return content
 
 
@@ -177,17 +174,6 @@ def share(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise UsageError(f"--shard={text!r} must be i/n with 0 <= i < n, such as 0/4")
     return int(match[1]), int(match[2])
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a recipe that says two things is refused instead."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _field_types(cls: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ UsageError, never exit, and leave logging, signal handlers, the environment and 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -343,9 +342,11 @@ def _fit(
     folder: Path, variant: str | None, site: str | None, k: int | None, tokens_per_latent: float | None
 ) -> tuple[laws.Study, list[Path]]:
     study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
+    path, content = folder / "fit.json", storage.sealed({**study.to_json(), "draws": study.draws()})
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
-    text = json.dumps(study.to_json(), indent=2).removesuffix("\n}")
-    storage.write_text(folder / "fit.json", f'{text},\n  "draws": {json.dumps(study.draws())}\n}}\n')
+    draws = storage.json_text(content.pop("draws"), path, indent=None).rstrip()
+    text = storage.json_text(content, path).rstrip().removesuffix("\n}")
+    storage.write_text(path, f'{text},\n  "draws": {draws}\n}}\n')
     storage.write_text(folder / "fit.txt", report.render(study))
     return study, [folder / "fit.json", folder / "fit.txt", *plots.draw(study, folder)]
 

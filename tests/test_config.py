@@ -68,7 +68,7 @@ def test_later_files_win(write):
         ("sae: [1, 2]\n", [], r"recipe.yaml: sae is \[1, 2\]"),
         ("train:\n", [], "recipe.yaml: train is None"),
         ("sae: {variant: [topk]}\n", [], "recipe.yaml: sae.variant is"),
-        ("sae: &a {b: *a}\n", [], "recipe.yaml: an alias"),
+        ("sae: &a {b: *a}\n", [], "recipe.yaml: nested too deep, or an alias"),
         (YAML, ["--train.lr=nan"], "train.lr=nan must be above 0 and finite"),
         (YAML, ["--train.lr=inf"], "train.lr=inf"),
         (YAML, ["--train.clip=nan"], "train.clip=nan"),

@@ -29,4 +29,6 @@ def as_floats(values: Any, what: str) -> np.ndarray:
     if array.ndim < 2 or not jnp.issubdtype(array.dtype, jnp.floating):
         whole = ", and floats: rows.astype(np.float32) if these are activations" if array.dtype.kind in "iub" else ""
         raise UsageError(f"{what} are {array.dtype.name}{list(array.shape)}; give real numbers [..., d_model]{whole}")
+    if not array.shape[-1]:
+        raise UsageError(f"{what} are {list(array.shape)}: rows need at least 1 value")
     return array

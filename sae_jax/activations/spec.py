@@ -16,11 +16,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from sae_jax.types import UsageError
+from sae_jax.storage import as_type, parse_json
+from sae_jax.types import UsageError, UserError
 
 FORMAT = 3
 
@@ -38,6 +40,7 @@ SHARD_BYTES = 256 << 20  # one write of the widest source
 SHARD_BYTES_ALL_SOURCES = 1 << 30  # the writer holds one shard of every source in memory
 MIN_CHUNKS = 128  # chunks are what is shuffled: a small set gets small ones
 MIN_SHARDS = 4
+MAX_WIDTH, MAX_ROWS, MAX_CHUNKS = 1 << 24, 1 << 40, 1 << 22  # above all that is real, and small enough to allocate
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -66,8 +69,8 @@ class SourceSpec:
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"source {self.name!r}: dtype={self.dtype!r}; use one of {', '.join(DTYPES)}")
-        if self.d < 1:
-            raise UsageError(f"source {self.name!r}: d={self.d}; rows need at least 1 value")
+        if not 1 <= self.d <= MAX_WIDTH:
+            raise UsageError(f"source {self.name!r}: d={self.d}; rows need at least 1 value, and {MAX_WIDTH:,} at most")
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,14 @@ class SetSpec:
         if len(set(names)) < len(names):
             raise UsageError(f"source names must differ, got {', '.join(names)}")
         for field in ("n_shards", "shard_rows", "chunk_rows"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"{field}={getattr(self, field)}; it must be at least 1")
+            if not 1 <= getattr(self, field) <= MAX_ROWS:
+                raise UsageError(f"{field}={getattr(self, field)}; it must be at least 1, and {MAX_ROWS:,} at most")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed={self.seed}; it must be 0 or more and below 2^64")
         if self.shard_rows % self.chunk_rows:
             raise UsageError(f"shard_rows={self.shard_rows} is not a multiple of chunk_rows={self.chunk_rows}")
+        if self.shard_rows // self.chunk_rows > MAX_CHUNKS:
+            raise UsageError(f"a shard has {self.shard_rows // self.chunk_rows:,} chunks; at most {MAX_CHUNKS:,}")
         if (self.context is None) != (self.sequences_per_shard is None):
             raise UsageError("give both context and sequences_per_shard (a set with text) or neither")
         if self.context is not None and self.sequences_per_shard is not None:
@@ -142,21 +147,20 @@ class SetSpec:
         return json.dumps({"format": FORMAT, **digests, "spec": asdict(self)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> SetSpec:
+    def from_json(cls, text: bytes) -> SetSpec:
         """Parses dataset.json. ValueError saying what is wrong with it."""
         try:
-            record = json.loads(text)
-            version, values = record["format"], record["spec"]
+            record = parse_json(text, "dataset.json", dict[str, Any])
+            version, values = as_type(record["format"], int, "format"), record["spec"]
             digests = [record[name] for name in ("sha256", "sha256_with_places")] if version == FORMAT else []
-        except (ValueError, KeyError, TypeError) as error:
+        except (UserError, KeyError) as error:
             raise ValueError("it is not the JSON that sae_jax writes") from error
         if version != FORMAT:
             cure = "update sae_jax" if version > FORMAT else "harvest or write the set again"
             raise ValueError(f"format {version}, this version reads format {FORMAT}; {cure}")
         try:
-            sources = tuple(SourceSpec(**source) for source in values.pop("sources"))
-            spec = cls(sources=sources, **values)
-        except (TypeError, KeyError, UsageError) as error:
+            spec = as_type(values, cls, "spec")
+        except UserError as error:
             raise ValueError(f"{error}") from error
         if digests != [spec.sha256, _sha256(asdict(spec))]:
             raise ValueError("its spec does not match its sha256; it was edited or cut")

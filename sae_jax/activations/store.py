@@ -365,7 +365,7 @@ def reduce_stats(spec: SetSpec, commits: Iterable[Commit]) -> dict[str, Stats]:
 
 def stats_json(stats: Mapping[str, Stats]) -> str:
     """The text of stats.json."""
-    return json.dumps({name: part.to_json() for name, part in stats.items()})
+    return json.dumps({name: part.to_json() for name, part in stats.items()}, allow_nan=False)
 
 
 def _parse(files: Files, text: bytes) -> SetSpec:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
 
-from sae_jax import config, runs
+from sae_jax import config, runs, storage
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation.evaluate import table_rows
@@ -53,6 +52,6 @@ def run(argv: Sequence[str]) -> None:
     settings = {name: getattr(command, name) for name in ("data", "model", "heldout", "tokens", "batch_tokens", "ema")}
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.json:
-        sys.stdout.write(json.dumps(results, indent=2) + "\n")
+        sys.stdout.write(storage.json_text(results, "--json"))
     elif results:
         print_table(("metric", *results, "meaning"), table_rows(list(results.values())))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Generic, TypeVar
 
 import jax
 
-from sae_jax import planning, recipe
+from sae_jax import planning, recipe, storage
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
@@ -57,5 +56,5 @@ def run(argv: Sequence[str]) -> None:
     parts = {name: getattr(command, name) for name in PARTS}
     job = planning.from_recipe(members={name: (each.sae, each.train) for name, each in members.items()}, **parts)
     content = planning.plan(job)
-    lines = [json.dumps(content, indent=2)] if command.json else report.lines(content)
+    lines = [storage.json_text(content, "--json").rstrip()] if command.json else report.lines(content)
     sys.stdout.write("\n".join(lines) + "\n")

@@ -137,7 +137,7 @@ def finish(
         measured = replace(measured, sums=sums)
     document = measured.to_json()
     if jax.process_index() == 0:
-        storage.write_json(folder / "evaluation.json", document)
+        storage.write_json(folder / "evaluation.json", storage.sealed(document))
     return document
 
 

@@ -10,10 +10,13 @@ tokens into a sequence: where a text has the characters of one, it gets the toke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +40,18 @@ AROUND = 256  # characters on each side of a place that tell whether a text may 
 CUTS_TRIED = 64
 FRAMES_TRIED = 4096
 _WORD_END = re.compile(r"\S(?=\s)")
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+TRIAL_SECONDS = 60
+_TRIAL = """
+import sys, tokenizers
+tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
+tokenizer.encode_special_tokens = True
+texts = ["", "a", "def f(x):\\n    return x + 1\\n", "Größe \\u4e2d\\u6587 \\U0001f600", " " * 300, "x" * 300]
+for ids in [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]:
+    tokenizer.decode(ids, skip_special_tokens=False)
+tokenizer.decode_batch([[i] for i in list(tokenizer.get_vocab().values())[:10000]], skip_special_tokens=False)
+"""
 
 # What is saved in tokenizer.json but belongs to one use of it, by the part of the file.
 _OF_ONE_USE = {None: ("truncation", "padding", "post_processor"), "model": ("dropout", "alpha", "nbest_size")}
@@ -200,7 +215,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     stated = _stated(folder)
     try:
         if (folder / "tokenizer.json").exists():
-            backend, digest = _backend(read_json(folder / "tokenizer.json"), stated.special)
+            state = read_json(folder / "tokenizer.json")
+            backend, digest = _backend(state, stated.special, is_ours=folder.resolve().is_relative_to(_ASSETS))
         else:
             from transformers import AutoTokenizer
 
@@ -209,8 +225,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                 bos=loaded.bos_token, eos=loaded.eos_token, special=stated.special | {*loaded.all_special_tokens}
             )
             backend, digest = _backend(json.loads(loaded.backend_tokenizer.to_str()), stated.special)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error).replace("its tokenizer.json", str(folder / "tokenizer.json"))) from None
     except Exception as error:
         # Both libraries raise bare Exceptions for a damaged or missing file.
         reason = str(error).partition("\n")[0]
@@ -232,12 +248,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _backend(state: Mapping[str, Any], special: set[str]) -> tuple[tokenizers.Tokenizer, str]:
+def _backend(state: Mapping[str, Any], special: set[str], is_ours: bool = False) -> tuple[tokenizers.Tokenizer, str]:
     """The tokenizer that the content of a tokenizer.json describes, and its digest.
 
     Args:
         state: the content, of which what belongs to one use is left out.
         special: tokens that other files call special.
+        is_ours: it came with the package, so that it need not be tried first.
     """
     plain = {**state, "model": {**state["model"]}}
     for part, names in _OF_ONE_USE.items():
@@ -247,8 +264,31 @@ def _backend(state: Mapping[str, Any], special: set[str]) -> tuple[tokenizers.To
         {**token, "special": bool(token.get("special")) or token["content"] in special}
         for token in plain.get("added_tokens") or ()
     ]
+    text = json.dumps(plain)
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return tokenizers.Tokenizer.from_str(json.dumps(plain)), digest
+    if not is_ours:
+        _try_out(text)
+    return tokenizers.Tokenizer.from_str(text), digest
+
+
+@functools.lru_cache(maxsize=8)
+def _try_out(text: str) -> None:
+    """Read a tokenizer.json, encode and decode in a process of its own: what is odd in it aborts the whole process.
+
+    Raises UserError saying what the library said.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _TRIAL], input=text.encode(), capture_output=True, timeout=TRIAL_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"its tokenizer.json keeps the tokenizer busy for over {TRIAL_SECONDS} s") from None
+    if done.returncode:
+        said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        # What follows a panic is a note on backtraces; what it is about stands below where it was.
+        panics = [after for line, after in itertools.pairwise(said) if "panicked at" in line]
+        reason = panics[0] if panics else said[-1] if said else f"exit code {done.returncode}"
+        raise UserError(f"its tokenizer.json cannot be used: {reason[:200]}")
 
 
 class _Stated(NamedTuple):
@@ -271,6 +311,7 @@ def _stated(folder: Path) -> _Stated:
         )
     )
     decoder = named.get("added_tokens_decoder")
+    decoder = decoder if isinstance(decoder, dict) else {}
     marked = [t for t in decoder.values() if isinstance(t, dict) and t.get("special")] if decoder else []
     tokens = {key: _contents(value) for key, value in named.items() if key.endswith(("_token", "_special_tokens"))}
     ids = {key: _ids(value) for key, value in numbered.items() if key.endswith("_token_id")}

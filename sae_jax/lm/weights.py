@@ -8,6 +8,7 @@ tensor inside a block, or a head that is not the embedding although they are tie
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sae_jax import storage
 from sae_jax.lm.family import family, family_of
 from sae_jax.lm.files import read_json
 from sae_jax.lm.params import ArrayInfo, parameters
@@ -29,6 +30,7 @@ from sae_jax.types import UserError
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+MAX_SIZE = 1 << 24  # of any axis of a model
 N_NAMED = 5  # tensors that a message names
 
 
@@ -39,9 +41,16 @@ def read_spec(folder: Path) -> Spec:
         raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder")
     config = read_json(path)
     try:
-        return family_of(config, str(folder)).read_spec(config)
+        spec = family_of(config, str(folder)).read_spec(config)
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; get the file again") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has a value of another kind ({error}); get the file again") from None
+    storage.as_type(dataclasses.asdict(spec), Spec, path)
+    for name, value in dataclasses.asdict(spec).items():
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < MAX_SIZE:
+            raise UserError(f"{path}: {name}={value} must be above 0 and below {MAX_SIZE:,}; get the file again")
+    return spec
 
 
 def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
@@ -77,10 +86,7 @@ class _StoredTensors:
         self._file_of: dict[str, tuple[Any, str]] = {}
         self.unread: dict[str, str] = {}  # {name without prefix: name}
         for path in weight_files(folder):
-            try:
-                file = opened.enter_context(safe_open(path, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} cannot be read ({error}); get the file again") from None
+            file = opened.enter_context(storage.open_safetensors(path))
             for key in file.keys():  # noqa: SIM118, no dict
                 if (name := self._bare(key)) in self._file_of:
                     raise UserError(
@@ -204,7 +210,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / _INDEX
     if index.exists():
-        return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        names = {*storage.as_type(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map").values()}
+        if elsewhere := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index} names {min(elsewhere)!r}, which is no file of this folder; get the file again")
+        return [folder / name for name in sorted(names)]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     paths = sorted(folder.glob("*.safetensors"))

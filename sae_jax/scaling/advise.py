@@ -59,6 +59,7 @@ def advise(compute: float, path: str, k: int | None = None) -> Advice:
     content = storage.read_json(path)
     if content is None:
         raise UsageError(f"{path}: there is no such file; write one with `sae-jax fit DIR`")
+    content = storage.unsealed(content, path)
     try:
         return _advise(compute, path, content, k)
     except (KeyError, TypeError, ValueError) as error:

@@ -7,12 +7,13 @@ it replaces the one before at once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
@@ -54,6 +55,10 @@ class Point:
                 raise UserError(f"{name}={value!r} is not {_WORDS[kind]}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name}={value} is not finite")
+        try:
+            msgspec.convert(self.config.get("sites", {}), dict[str, list[str]])
+        except msgspec.ValidationError as error:
+            raise UserError(f"config.sites={self.config['sites']!r} lists no sources by side ({error})") from None
         for name in ("n_latents", "lr", "d_model", "tokens", "steps", "flops", "fvu"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -113,7 +118,7 @@ def read(folder: str | Path) -> list[Point]:
     """
     path = Path(folder) / FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = storage.read_limited(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}), so it is damaged; repeat the sweep") from None
     except OSError as error:
@@ -121,12 +126,7 @@ def read(folder: str | Path) -> list[Point]:
     points, seen = [], {}
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: not a JSON object, so it is damaged; delete the line and repeat the sweep")
+        values = storage.parse_json(line.encode(), where, dict[str, Any])
         where += f" (member {values.get('name', '?')}, tokens {values.get('tokens', '?')})"
         try:
             point = Point.from_json(values)
@@ -144,5 +144,5 @@ def read(folder: str | Path) -> list[Point]:
 def write(folder: str | Path, points: Iterable[Point]) -> None:
     """Replace the table with these points, sorted; a reader sees the old one or the new one."""
     rows = sorted(points, key=lambda point: point.key)
-    text = "".join(json.dumps(point.to_json()) + "\n" for point in rows)
+    text = "".join(storage.json_text(point.to_json(), FILE, indent=None) for point in rows)
     storage.write_text(Path(folder) / FILE, text)

@@ -28,7 +28,7 @@ MAX_DEPTH = 64  # of nested lists and objects
 MAX_YAML_CHARACTERS = 1 << 17  # a second or so of PyYAML
 MAX_YAML_VALUES = 100_000  # an alias counts each time it is used
 
-DAMAGED = "it is damaged: restore it, or delete it and run the command that wrote it"
+DAMAGED = "it is damaged: restore it, or delete it and make it again"
 
 
 def open_file(path: StrPath) -> FileIO:
@@ -101,7 +101,7 @@ def parse_yaml(text: str, where: object) -> Any:
 def open_safetensors(path: StrPath) -> Iterator[Any]:
     """A safetensors file, opened by its own library, which compares all sizes with the file's before it reads.
 
-    Any error of it within the block is a UserError that names the file.
+    Its errors within the block, too, are UserErrors that name the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -109,7 +109,7 @@ def open_safetensors(path: StrPath) -> Iterator[Any]:
         open_file(path).close()
         with safe_open(path, framework="numpy") as file:
             yield file
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); restore the file, or write it again") from None
 
 

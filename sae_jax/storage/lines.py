@@ -13,9 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sae_jax.errors import UserError
 from sae_jax.progress import console
 from sae_jax.storage import disk
 from sae_jax.storage.disk import StrPath, is_url
+from sae_jax.storage.guarded import parse_json
 from sae_jax.storage.many import Files
 from sae_jax.storage.whole import create, read_bytes, write_text
 
@@ -86,11 +88,7 @@ def read_lines(path: StrPath) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
+        if (row := _object(line)) is not None:
             rows.append(row)
         elif number == len(lines):
             console.print(f"{path}: the last line was cut off and is dropped")
@@ -106,6 +104,12 @@ def write_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
         _put_segment(os.fspath(path), text, "-whole")
     else:
         write_text(path, text)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(UserError):
+        return parse_json(line, "", dict[str, Any])
+    return None
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -130,9 +134,7 @@ def _cut_torn_line(path: Path) -> None:
         return
     end = data.rfind(b"\n") + 1
     with open(path, "r+b") as file:
-        try:
-            json.loads(data[end:])
-        except ValueError:
+        if _object(data[end:]) is None:
             console.print(f"{path}: the last line was cut off and is dropped")
             file.truncate(end)
         else:  # it lacks nothing but its end

@@ -58,11 +58,20 @@ def write_text(path: StrPath, text: str) -> None:
 
 def write_json(path: StrPath, content: Any) -> None:
     """`write_text` of JSON. Raises UserError for a number that is not finite: JSON has no word for it."""
+    write_text(path, json_text(content, path))
+
+
+def json_text(content: Any, where: object, indent: int | None = 2) -> str:
+    """JSON as files of ours have it. Raises UserError, naming `where`, for what JSON cannot hold."""
     try:
-        text = json.dumps(content, indent=2, allow_nan=False)
+        text = json.dumps(content, indent=indent, allow_nan=False)
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        name = str(error.object[max(error.start - 40, 0) : error.end].encode("utf-8", "backslashreplace"))
+        raise UserError(f"{where}: {name} is not UTF-8; rename that file or folder") from None
     except ValueError:
-        raise UserError(f"{path}: {_not_finite(content)}, which JSON cannot hold; nothing was written") from None
-    write_text(path, text + "\n")
+        raise UserError(f"{where}: {_not_finite(content)}, which JSON cannot hold; nothing was written") from None
+    return text + "\n"
 
 
 def create(path: StrPath, data: bytes) -> bool:

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import yaml
-
+from sae_jax import storage
 from sae_jax.types import UsageError
 
 SHORT = {"n_latents": "n"}  # in names of members
@@ -104,8 +103,8 @@ def _from_words(grid: Sequence[str]) -> dict[str, list[Any]]:
     for words in grid:
         key, equals, rest = words.partition("=")
         try:
-            values_of_key = [yaml.safe_load(word) for word in shlex.split(rest)]
-        except (ValueError, yaml.YAMLError):
+            values_of_key = [storage.parse_yaml(word, words) for word in shlex.split(rest)]
+        except (ValueError, UsageError):
             values_of_key = []
         if not equals or not values_of_key:
             raise UsageError(f"sweep.grid {words!r}: give a setting and different values for it, as in 'sae.k=16 32'")

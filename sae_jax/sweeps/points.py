@@ -105,14 +105,21 @@ class SweepMeasurements:
         self._points[member.name] = [*earlier, point]
         if jax.process_index() == 0:
             points = [point.to_json() for point in self._points[member.name]]
-            storage.write_json(_path(self._out, member.name), {"points": points})
+            storage.write_json(_path(self._out, member.name), storage.sealed({"points": points}))
         return not converged
 
 
 def read(out: Path, name: str) -> list[Point]:
     """The points of a member so far. Raises UserError if the file is damaged."""
-    content = storage.read_json(_path(out, name)) or {}
-    return [Point.from_json(values) for values in content.get("points", [])]
+    path = _path(out, name)
+    content = storage.read_json(path)
+    if content is None:
+        return []
+    points = storage.as_type(storage.unsealed(content, path).get("points"), list[dict[str, Any]], path)
+    try:
+        return [Point.from_json(values) for values in points]
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {storage.DAMAGED}") from None
 
 
 def collect(out: Path) -> int:

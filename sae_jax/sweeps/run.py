@@ -183,7 +183,7 @@ def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: 
             f"{out} has points but no sweep.json, so nobody knows what they are of; restore it, or give another --out"
         )
     if before is None:
-        if not is_first or storage.create(out / "sweep.json", (json.dumps(plan, indent=2) + "\n").encode()):
+        if not is_first or storage.create(out / "sweep.json", storage.json_text(plan, out / "sweep.json").encode()):
             return
         before = storage.read_json(out / "sweep.json") or {}  # another worker was faster
     old, new = (dict(config.flatten(content)) for content in (before, json.loads(json.dumps(plan))))
@@ -201,6 +201,7 @@ def _kept_passes(
     """The passes as this worker's first attempt made them: another machine's memory may suggest others."""
     path = out / "passes" / f"{worker[0]}of{worker[1]}.json"
     before = storage.read_json(path)
-    if before is None and is_first and not storage.create(path, (json.dumps(passes, indent=2) + "\n").encode()):
+    made = storage.json_text(storage.sealed(passes), path).encode()
+    if before is None and is_first and not storage.create(path, made):
         before = storage.read_json(path)  # another worker was faster
-    return before or passes
+    return storage.as_type(storage.unsealed(before, path), dict[str, list[str]], path) if before else passes

@@ -10,6 +10,7 @@ import pytest
 
 from sae_jax.commands import main as cli
 from sae_jax.scaling import fit, laws, table
+from sae_jax.storage.digests import SEAL, sealed
 from sae_jax.sweeps.grid import SweepConfig
 from sae_jax.sweeps.plan import rates
 from tests.oracles import scaling as oracle
@@ -164,7 +165,8 @@ def test_another_k_goes_by_the_joint_law(fitted, capsys):
 
 def test_another_k_without_a_joint_law_is_refused(fitted, tmp_path, capsys):
     path = tmp_path / "fit.json"
-    path.write_text(json.dumps({**read(fitted), "joint": None}))
+    content = {name: value for name, value in read(fitted).items() if name != SEAL}
+    path.write_text(json.dumps(sealed({**content, "joint": None})))
     assert cli.main(["advise", "--compute=1e10", f"--fit={path}", "--k=16"]) == 2
     assert "fit with --k=16" in capsys.readouterr().err
 
@@ -274,6 +276,14 @@ def test_bad_questions_get_one_line(fitted, capsys, flags, code, said):
 
 def test_a_fit_that_is_none_is_refused(tmp_path, capsys):
     path = tmp_path / "fit.json"
-    path.write_text('{"compute": {"exponent": 1}}')
+    path.write_text(json.dumps(sealed({"compute": {"exponent": 1}})))
     assert cli.main(["advise", "--compute=1e12", f"--fit={path}"]) == 1
     assert "not what `sae-jax fit` writes" in capsys.readouterr().err
+
+
+def test_a_fit_with_another_digit_is_refused(fitted, tmp_path, capsys):
+    text = (fitted / "fit.json").read_text()
+    digit = text.index("exponent") + len('exponent": 0.')
+    (tmp_path / "fit.json").write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
+    assert cli.main(["advise", "--compute=1e12", f"--fit={tmp_path / 'fit.json'}"]) == 1
+    assert "fit.json: not what was written, its digest differs" in capsys.readouterr().err

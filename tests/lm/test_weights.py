@@ -89,7 +89,7 @@ def damage_config(**change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"model\.safetensors cannot be read"),
+        (damage_truncate, r"model\.safetensors: cannot be read"),
         (damage_config(model_type="opt"), r"'opt', which is not supported; supported: gpt2"),
         (damage_config(scale_attn_by_inverse_layer_idx=True), r"scale_attn_by_inverse_layer_idx=True"),
         (damage_config(activation_function="swish2"), r"'swish2' is not implemented.*gelu_new"),
@@ -97,13 +97,13 @@ def damage_config(**change):
         (damage_config(vocab_size=24), r"'transformer\.wte\.weight' in shape \(23, 16\)"),
         (damage_config(n_head=3), r"n_head=3 does not divide n_embd=16"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), r"lacks 'n_embd'"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: Expected `object`, got `array`"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
-            r"no tensor 'transformer\.wte\.weight'",
+            r"index\.json: weight_map: Expected `object`",
         ),
     ],
 )
