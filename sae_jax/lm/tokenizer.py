@@ -10,6 +10,7 @@ tokens into a sequence: where a text has the characters of one, it gets the toke
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -141,7 +142,7 @@ class Tokenizer:
         return None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without beginning or end tokens."""
+        """Token ids of each text, without beginning or end tokens. UserError for one that cannot be spelled."""
         if self._inside_markers is None:
             return self._encode(texts)
         pieces = [self._inside_markers.split(text) for text in texts]
@@ -149,16 +150,22 @@ class Tokenizer:
         return [[i for _ in of_text for i in next(ids)] for of_text in pieces]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library raises bare ones, as for a word that it has no token for
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the tokenizer cannot encode this text ({reason}); use another tokenizer") from error
 
     def _places_inside_markers(self) -> re.Pattern[str] | None:
         """Where to cut a text so that the model's vocabulary does not find a special token in it.
 
         Unigram and whole-word vocabularies hold special tokens like any other piece; most others cannot spell them.
         """
-        contents = {i: token for i in self.special_ids if (token := self._backend.id_to_token(i))}
-        encoded = self._encode(list(contents.values()))
-        found = [token for (i, token), ids in zip(contents.items(), encoded, strict=True) if i in ids]
+        found = []
+        for i in self.special_ids:
+            with contextlib.suppress(UserError):
+                token = self._backend.id_to_token(i)
+                found += [token] if token and i in self._encode([token])[0] else []
         inside = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in found if len(token) > 1]
         return re.compile("|".join(inside)) if inside else None
 
@@ -312,7 +319,7 @@ def _stated(folder: Path) -> _Stated:
     )
     decoder = named.get("added_tokens_decoder")
     decoder = decoder if isinstance(decoder, dict) else {}
-    marked = [t for t in decoder.values() if isinstance(t, dict) and t.get("special")] if decoder else []
+    marked = [token for token in decoder.values() if isinstance(token, dict) and token.get("special")]
     tokens = {key: _contents(value) for key, value in named.items() if key.endswith(("_token", "_special_tokens"))}
     ids = {key: _ids(value) for key, value in numbered.items() if key.endswith("_token_id")}
     bos, eos = (next(iter(tokens.get(key, ())), None) for key in ("bos_token", "eos_token"))

@@ -10,6 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 from sae_jax.lm import tokenizer
 from sae_jax.lm.model import BUNDLED
 from sae_jax.lm.tokenizer import Tokenizer
+from sae_jax.types import UserError
 
 MODULE = sys.modules[Tokenizer.__module__]  # the package has a function of this name
 
@@ -286,3 +287,14 @@ def test_bytes_beside_a_vocabulary_of_pieces_join_to_their_character():
     loaded = Tokenizer(backend, 0, None)
     [ids] = loaded.encode(["aé\na"])
     assert "".join(loaded.tokens(ids)).encode("utf-8", "surrogateescape") == "aé\na".encode()
+
+
+def test_a_word_that_has_no_token_is_one_line():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    loaded = Tokenizer(backend, 0, None)
+    assert loaded.encode(["a a"]) == [[1, 1]]
+    for text in ("b", "<s>"):
+        with pytest.raises(UserError, match="the tokenizer cannot encode this text") as caught:
+            loaded.encode([text])
+        assert "\n" not in str(caught.value)
