@@ -135,6 +135,13 @@ def kill(process: subprocess.Popen[str]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def stop(process: subprocess.Popen[str]) -> None:
+    """SIGSTOP, once it has taken effect."""
+    process.send_signal(signal.SIGSTOP)
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """(exit code, what it said), killing it if it does not end."""
     try:

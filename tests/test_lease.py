@@ -158,7 +158,7 @@ def test_its_number_may_be_another_processs(tmp_path: Path) -> None:
 
 def test_a_process_that_is_stopped_and_woken_finds_another_in_its_place(tmp_path: Path) -> None:
     process = holder(tmp_path / "x", SHORT)
-    process.send_signal(signal.SIGSTOP)
+    runs.stop(process)
     with Lease(tmp_path / "x", "it", seconds=SHORT) as lease:
         process.send_signal(signal.SIGCONT)
         said, error = process.communicate("\n")

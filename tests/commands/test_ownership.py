@@ -52,7 +52,7 @@ def test_a_second_train_is_refused_and_a_stopped_one_that_wakes_writes_nothing(
     assert f"{run} is in use: process {first.pid} on host" in said
     assert "wait until it has ended, stop it, or write elsewhere" in said
 
-    first.send_signal(signal.SIGSTOP)
+    runs.stop(first)
     monkeypatch.setattr(lease, "SECONDS", 0.5)
     steps = (checkpoint.latest_step(run) or 0) + 20
     assert train(small_set, run, "--train.checkpoint-every=10", f"--train.steps={steps}") == 0
