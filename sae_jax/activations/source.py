@@ -9,6 +9,7 @@ Training knows these two interfaces and nothing behind them. A new kind of rows 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import TracebackType
@@ -131,6 +132,12 @@ def sampler(source: RowSource, sites: Sites, widths: Widths):
     @cache
     def sample(norm: InputNorm) -> Sample:
         squares = [[source.mean_square(name) for name in names] for names in sites]
+        for name, square in zip(sites.x + sites.y, squares[0] + squares[1], strict=True):
+            if norm.startswith("dataset_") and not 0 < square < math.inf:
+                raise UsageError(
+                    f"source {name}: the mean square of its rows is {square:g}, so {norm} cannot scale them; "
+                    f"leave it out"
+                )
         y_ND = None if sites.y == sites.x else side_by_side(sites.y)
         return sample_statistics(side_by_side(sites.x), norm, y_ND, widths, (squares[0], squares[1]))
 

@@ -42,10 +42,13 @@ def squared_error(error_BD: jax.Array) -> jax.Array:
 
 
 def batch_fvu(x_BD: jax.Array, x_hat_BD: jax.Array) -> jax.Array:
-    """Fraction of variance unexplained on one batch: a ratio of sums, centred on the batch's mean (f32[])."""
+    """Fraction of variance unexplained on one batch: a ratio of sums, centred on the batch's mean (f32[]).
+
+    NaN for rows that do not vary or whose squares overflow: an error over infinity would read as a perfect fit.
+    """
     x_BD = x_BD.astype(jnp.float32)
     total = squared_error(x_BD - x_BD.mean(0, keepdims=True))
-    return squared_error(x_BD - x_hat_BD) / jnp.where(total > 0, total, 1.0)
+    return squared_error(x_BD - x_hat_BD) / jnp.where((total > 0) & jnp.isfinite(total), total, jnp.nan)
 
 
 def auxiliary_ratio(error_BD: jax.Array, unexplained: jax.Array) -> jax.Array:

@@ -20,6 +20,8 @@ import numpy as np
 from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Description, EvalBatch, Metric, Sums
 
+ROUNDING = 1e-6  # relative, of a sum in float32: a variance below it is none
+
 
 class Evaluator(base.Evaluator):
     """Errors of the reconstruction."""
@@ -42,6 +44,8 @@ class Evaluator(base.Evaluator):
         """See base.Evaluator."""
         n = float(sums["rows"])
         error_Y, variance_Y = sums["error2_Y"], sums["offset2_Y"] - sums["offset_Y"] ** 2 / n
+        is_constant_Y = np.isfinite(variance_Y) & (variance_Y <= ROUNDING * sums["offset2_Y"])
+        variance_Y = np.where(is_constant_Y, 0.0, variance_Y)
         yield Metric("n_rows", int(n))
         yield Metric("fvu", _divided(error_Y.sum(), variance_Y.sum()))
         if len(self.subject.sources) > 1:
@@ -56,7 +60,8 @@ class Evaluator(base.Evaluator):
 
 
 def _divided(numerator: np.ndarray, denominator: np.ndarray) -> float:
-    return float(numerator) / float(denominator) if denominator else math.nan
+    """NaN where it is not defined, and where squares have overflowed: an error over infinity would read as 0."""
+    return float(numerator) / float(denominator) if denominator and math.isfinite(denominator) else math.nan
 
 
 @jax.jit
@@ -65,7 +70,7 @@ def _sums(y_NY: jax.Array, y_hat_NY: jax.Array, keep_N: jax.Array, centre_Y: jax
     # Squares are summed around a centre: activations far from the origin would lose their variance to rounding.
     offset_NY = y_NY - centre_Y[None]
     weight_N = keep_N.astype(jnp.float32)
-    cosine_N = product_N / jnp.maximum(jnp.sqrt(y2_N * y_hat2_N), 1e-30)
+    cosine_N = product_N / jnp.maximum(jnp.sqrt(y2_N) * jnp.sqrt(y_hat2_N), 1e-30)
     return {
         "rows": keep_N.sum(),
         "y2": (weight_N * y2_N).sum(),
