@@ -24,13 +24,15 @@ import tyro
 from contents import content, digest
 from rich.console import Console
 from rich.table import Table
+from without import MECHANISMS
 
 import sae_jax
 from sae_jax import progress, storage
 from sae_jax.scaling import table
+from sae_jax.sweeps import points
 from sae_jax.types import UserError
 
-HARMLESS = ("the same", "refused", "said")
+HARMLESS = ("the same", "refused", "said", "a line for people")
 SMALL = {"n_latents": 32, "k": 4, "dtype": "float32", "batch_size": 64, "log_every": 1}
 
 
@@ -44,12 +46,15 @@ class Config:
     """Bits flipped, over all files, each file as often as any other."""
     seed: int = 0
     """Of the places."""
+    without: str = ""
+    """A mechanism of without.py that is switched off, such as "digests"."""
     smoke: bool = False
     """Two flips a thing: does it run?"""
 
 
 def main(config: Config) -> None:
     """Make the things, damage a copy of each file again and again; write OUT/damages.jsonl and OUT/table.json."""
+    MECHANISMS[config.without]()
     things = made(config.out / "things")
     rng = np.random.default_rng(config.seed)
     files = [(name, path) for name in things for path in sorted((config.out / "things" / name).rglob("*"))]
@@ -71,6 +76,8 @@ def main(config: Config) -> None:
             outcome, value, said = read(copy, things[name])
             if outcome == "read":
                 outcome = "the same" if value == whole[name] else "said" if said else "SILENT"
+            if outcome == "SILENT" and path.suffix == ".jsonl":
+                outcome = "a line for people"  # logs and tables to look at, which people may edit
             file = str(path.relative_to(config.out / "things"))
             rows.append({"thing": name, "file": file, "how": how, "bit": bit, "outcome": outcome, "said": said[-300:]})
             lines.write(rows[-1])
@@ -107,7 +114,8 @@ def _of_dictionary(path: Path) -> Any:
 
 
 def _of_sweep(path: Path) -> Any:
-    return table.read(path), content(path)
+    members = [_of_dictionary(member) for member in sorted(path.glob("passes/*/members/*"))]
+    return table.read(path), [points.read(path, name) for name in ("k2", "k4")], members
 
 
 def read(path: Path, reader: Callable[[Path], Any]) -> tuple[str, str, str]:

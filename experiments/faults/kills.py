@@ -79,6 +79,8 @@ class Config:
     """Further kills at calls drawn at random."""
     seed: int = 0
     """Of those."""
+    without: str = ""
+    """A mechanism of without.py that is switched off, such as "whole files"."""
     smoke: bool = False
     """Two kills of `save`: does it run?"""
 
@@ -100,7 +102,7 @@ def main(config: Config) -> None:
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "kill_at.c", "-ldl"], check=True)
     jobs = ("save",) if config.smoke else config.jobs
     prepare(out / "inputs", {name for job in jobs for name in JOBS[job].inputs})
-    references = {job: Reference(job, out, library) for job in jobs}
+    references = {job: Reference(job, out, library, config.without) for job in jobs}
     trials = [trial for job in jobs for trial in planned(references[job])]
     draw = random.Random(config.seed)
     for _ in range(0 if config.smoke else config.random):
@@ -121,8 +123,8 @@ def main(config: Config) -> None:
 class Reference:
     """A job that was left alone: what it made, and the calls that it took."""
 
-    def __init__(self, job: str, out: Path, library: Path) -> None:
-        self.job, self._out, self._library = job, out, library
+    def __init__(self, job: str, out: Path, library: Path, without: str) -> None:
+        self.job, self._out, self._library, self._without = job, out, library, without
         folder, log = self.folder("alone"), out / f"{job}.calls"
         log.unlink(missing_ok=True)
         code, said = self.run(folder, FAULT_LOG=str(log))
@@ -143,8 +145,7 @@ class Reference:
 
     def run(self, folder: Path, **fault: str) -> tuple[int, str]:
         """(exit code, stderr) of the command of the job."""
-        words = JOBS[self.job].words
-        command = ["-c", *words] if len(words) == 1 else ["-m", "sae_jax.commands.main", *words]
+        command = [HERE / "without.py", self._without, *JOBS[self.job].words]
         faults = {"FAULT_UNDER": str(folder), "LD_PRELOAD": str(self._library), **fault} if fault else {}
         done = subprocess.run(
             [sys.executable, *command],

@@ -36,8 +36,7 @@ from sae_jax.storage import lease
 lease.SECONDS = float(sys.argv[1])
 lease.Lease.__init__.__defaults__ = (*lease.Lease.__init__.__defaults__[:-1], lease.SECONDS)
 from sae_jax.commands import main
-sys.argv = ["sae-jax", *sys.argv[2:]]
-sys.exit(main.main())
+sys.exit(main.main(sys.argv[2:]))
 """
 WRITE = """
 import sys

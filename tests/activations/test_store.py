@@ -512,7 +512,9 @@ def test_what_is_under_a_mask_is_not_stored(tmp_path: Path) -> None:
     assert not (tmp_path / "set" / "dataset.json").exists()
 
 
-@pytest.mark.parametrize("rows", [iter([[[1.0], [1.0, 2.0]]]), np.array([{}])[:, None], iter([["a"]])], ids=str)
+@pytest.mark.parametrize(
+    "rows", [iter([[[1.0], [1.0, 2.0]]]), np.array([{}])[:, None], iter([["a"]])], ids=["ragged", "objects", "text"]
+)
 def test_what_is_no_array_of_numbers_is_one_line(tmp_path: Path, rows) -> None:
     with pytest.raises(UsageError) as caught:
         write_activations(tmp_path / "set", rows)

@@ -1,0 +1,61 @@
+"""The program with one of its mechanisms switched off, to see that a campaign finds what the mechanism prevents.
+
+python without.py MECHANISM WORDS...       `sae-jax WORDS`, or a text of Python, without it; "" switches off nothing
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sae_jax import artifact, record, storage
+from sae_jax.activations import commits
+from sae_jax.storage import digests, disk, lease
+from sae_jax.training import checkpoint
+
+
+def no_digests() -> None:
+    """What is read is taken for what was written."""
+
+    def unchecked(content: dict, path: object) -> dict:
+        return {key: value for key, value in content.items() if key != digests.SEAL}
+
+    for module in (storage, digests, record, commits):
+        module.unsealed = unchecked
+    for module in (digests, checkpoint):
+        module.check_file = lambda path, expected: None
+    artifact.digests.check_file = lambda path, expected: None
+
+
+def no_leases() -> None:
+    """Every writer takes itself for the only one."""
+    lease.Lease.__enter__ = lambda self: self
+    lease.Lease.__exit__ = lambda self, *error: None
+    lease.Lease.check = lambda self: None
+
+
+def no_whole_files() -> None:
+    """Files are written where they belong, instead of beside it and put in place when they are whole."""
+
+    def write(path: Path, data: bytes, put: Callable[[Path, Path], bool | None]) -> bool:
+        disk.make_folder(path.parent)
+        if put is disk.link and path.exists():
+            return False
+        path.write_bytes(data)
+        return True
+
+    disk.write = write
+
+
+MECHANISMS = {"": lambda: None, "digests": no_digests, "leases": no_leases, "whole files": no_whole_files}
+
+
+if __name__ == "__main__":
+    MECHANISMS[sys.argv[1]]()
+    if len(sys.argv) == 3:
+        exec(sys.argv[2])
+    else:
+        from sae_jax.commands import main
+
+        sys.exit(main.main(sys.argv[2:]))
