@@ -254,8 +254,8 @@ def _backend(state: Mapping[str, Any], special: set[str]) -> tuple[tokenizers.To
         {**token, "special": bool(token.get("special")) or token["content"] in special}
         for token in plain.get("added_tokens") or ()
     ]
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return tokenizers.Tokenizer.from_str(json.dumps(plain)), digest
+    text = json.dumps(plain, sort_keys=True)
+    return tokenizers.Tokenizer.from_str(text), hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Stated(NamedTuple):
