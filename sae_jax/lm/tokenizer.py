@@ -271,11 +271,10 @@ def _backend(state: Mapping[str, Any], special: set[str], is_ours: bool = False)
         {**token, "special": bool(token.get("special")) or token["content"] in special}
         for token in plain.get("added_tokens") or ()
     ]
-    text = json.dumps(plain)
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(plain, sort_keys=True)
     if not is_ours:
         _try_out(text)
-    return tokenizers.Tokenizer.from_str(text), digest
+    return tokenizers.Tokenizer.from_str(text), hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=8)
