@@ -76,21 +76,23 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
 def test_files_that_are_left_out_are_counted_and_named(tmp_path, capsys):
     contents = {"a.txt": b"import os\n" * 50, "b.txt": b"\xe9", "c.csv": b"x,y", "d.TXT": b"x\0"}
     contents |= {"e.json": b'{"name": "settings"}', "f.gz": b"\x1f\x8b", "g.txt": LINES.encode()}
+    folder = tmp_path / "text"
+    folder.mkdir()
     for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
+        (folder / name).write_bytes(content)
     left_out = {
         "not UTF-8": ["b.txt", "d.TXT"],
         'JSON without records that have a string "text"': ["e.json"],
         "JSON objects under a name that does not end in .json or .jsonl": ["g.txt"],
         "not named .txt, .py, .json, .jsonl, .ndjson, .jsonlines": ["c.csv", "f.gz"],
     }
-    found = scan(str(tmp_path)).left_out
+    found = scan(str(folder)).left_out
     assert {why: [path.name for path in paths] for why, paths in found.items()} == left_out
-    in_glob = scan(f"{tmp_path}/*").left_out
+    in_glob = scan(f"{folder}/*").left_out
     assert [path.name for path in in_glob[".gz is not a format that is read"]] == ["f.gz"]
-    harvest(HarvestConfig(text=str(tmp_path), context=16, hooks=("resid_pre.0",)), str(tmp_path / "set"))
+    harvest(HarvestConfig(text=str(folder), context=16, hooks=("resid_pre.0",)), str(tmp_path / "set"))
     said = capsys.readouterr().err
-    assert f"2 of 7 files are left out, not UTF-8: {tmp_path}/b.txt, {tmp_path}/d.TXT\n" in said
+    assert f"2 of 7 files are left out, not UTF-8: {folder}/b.txt, {folder}/d.TXT\n" in said
     assert f"{tmp_path}/c.csv, {tmp_path}/f.gz\n" in said
 
 
