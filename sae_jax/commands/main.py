@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     if code:
         _leave_the_others(code)
-    if is_process and code in (signals.INTERRUPTED, signals.TERMINATED):
+    if is_process and code in signals.AT_ONCE:
         signals.leave(code)
     return code
 

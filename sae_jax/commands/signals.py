@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells give a command that Ctrl-C ended, and SIGTERM
+AT_ONCE = (INTERRUPTED, TERMINATED, 4)  # 4: LostError
 SECONDS_UNTIL_AGAIN = 0.1
 
 _heard: list[int] = []  # signals

@@ -26,6 +26,6 @@ def usage() -> str:
         "usage: sae-jax COMMAND [RECIPE.yaml] [--key=value ...]\n\n"
         f"Sparse autoencoders on language-model activations, from text to a page to look at.\n\n{lines}\n\n"
         "Exit codes: 0 done, or saved and stopped by SIGTERM (train, sweep); 1 failed; 2 wrong argument; 3 done in\n"
-        "part, as a sweep of which some members failed; 130 ended by Ctrl-C; 143 ended by SIGTERM.\n\n"
+        "part, as a sweep of which some members failed; 4 another process took over; 130 Ctrl-C; 143 SIGTERM.\n\n"
         "`sae-jax COMMAND --help` lists a command's options, `sae-jax --version` says which version this is."
     )

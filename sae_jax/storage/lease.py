@@ -41,7 +41,9 @@ class HeldError(UserError):
 
 
 class LostError(UserError):
-    """Another process took over from this one."""
+    """Another process took over from this one. A command leaves at once: a save may wait for files that are gone."""
+
+    exit_code = 4
 
 
 class Lease:

@@ -42,6 +42,7 @@ from sae_jax.training.state import TrainState
 from sae_jax.types import UsageError, UserError
 
 MEMBERS = "members"  # folder of a set's members
+SECONDS_BETWEEN_CHECKS = 5.0  # of the lease, while a save is under way
 KEPT = 2  # a save that is cut off must leave the one before it
 
 _LIST = re.compile(r"digests-\d+-of-(?P<n>\d+)\.json")
@@ -141,8 +142,13 @@ class Checkpoints:
     def _end_save(self) -> None:
         """Wait for the save that is under way, of this process."""
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        while saving is not None:
+            try:
+                return saving.result(SECONDS_BETWEEN_CHECKS)
+            except TimeoutError:
+                if saving.done():
+                    return saving.result()
+                self._lease.check()
 
     def _mark(self, step: int | None = None) -> None:
         """Say that the saves so far are done, and that this one is under way."""
@@ -166,6 +172,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._orbax is None:
             return
+        if isinstance(error, storage.LostError):
+            self._thread.shutdown(wait=False)
+            return
         with self._reported():
             try:
                 if self._writes and error is None:
@@ -184,6 +193,8 @@ class Checkpoints:
         """Errors of the storage below, in one line that says what remains."""
         try:
             yield
+        except storage.LostError:
+            raise
         except Exception as error:
             raise UserError(
                 f"cannot write to {self._folder}: {_reason(error)}; see to the disk and repeat the command, which "

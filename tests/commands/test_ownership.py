@@ -59,7 +59,7 @@ def test_a_second_train_is_refused_and_a_stopped_one_that_wakes_writes_nothing(
     before = content(run)
     first.send_signal(signal.SIGCONT)
     code, said = runs.finish(first)
-    assert code == 1
+    assert code == 4
     assert "sae-jax: " in said.splitlines()[-1]
     assert "took over, or deleted it, while this process was stopped" in said.splitlines()[-1]
     assert "Traceback" not in said
