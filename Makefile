@@ -33,13 +33,17 @@ $(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest ver
 $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
-.PHONY: demo test check format lint types fast oldest test-peers test-plan bench-env clean
+.PHONY: demo test test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not peers and not aot"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not peers and not aot and not experiment"
+
+# Whether every experiment and benchmark runs, at toy sizes.
+test-experiments: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m experiment
 
 check: format lint types fast
 

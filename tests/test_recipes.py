@@ -17,9 +17,13 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text())
 
 
-def together(path):
-    """Experiments on one sweep go to one worker."""
-    return [pytest.mark.xdist_group("sweep")] if "until_converged" in path.read_text() else []
+SAMPLE = ("norm_l1", "learning_rate", "memory", "kills", "flips")  # that `make test` runs
+
+
+def marks(path):
+    """Experiments on one sweep go to one worker; those that are no sample have a target of their own."""
+    together = [pytest.mark.xdist_group("sweep")] if "until_converged" in path.read_text() else []
+    return together + [pytest.mark.experiment] * (path.stem not in SAMPLE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -110,9 +114,7 @@ def sweep(smoke, demo_set, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=together(path)) for path in EXPERIMENTS], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", [pytest.param(path, marks=marks(path)) for path in EXPERIMENTS], ids=lambda p: p.stem)
 def test_experiment_runs(path, tmp_path, smoke, request):
     text = path.read_text()
     if path.stem == "scaling_joint":
