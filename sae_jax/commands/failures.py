@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 
 from sae_jax.errors import UsageError, UserError
 
 _FREE_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+READER_LEFT = 141  # what shells give a command whose output nobody reads any more
 
 
 def one_line(error: Exception) -> tuple[str, int] | None:
@@ -18,6 +21,12 @@ def one_line(error: Exception) -> tuple[str, int] | None:
         what = str(error).splitlines()[0][:200] if str(error) else "of this machine"
         return f"out of memory: {what}; use a smaller sae.n_latents or batch, or more devices", UserError.exit_code
     return None
+
+
+def reader_left() -> int:
+    """The exit code of a command whose output nobody reads any more, as of `sae-jax --help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes in the end
+    return READER_LEFT
 
 
 def _of_storage(error: OSError) -> tuple[str, int]:

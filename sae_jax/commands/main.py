@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from sae_jax import __version__
 from sae_jax.commands import signals
+from sae_jax.commands.failures import one_line, reader_left
 from sae_jax.commands.startup import restart_with_huge_pages
 from sae_jax.commands.usage import COMMANDS, RESUMING, usage
 from sae_jax.errors import UsageError, UserError
-
-READER_LEFT = 141  # what shells give a command whose output nobody reads any more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, signals.Terminated) as error:
         code = _say(*signals.outcome(error, bool(argv) and argv[0] in RESUMING))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes in the end
-        code = READER_LEFT
+        code = reader_left()
     except Exception:
         _leave_the_others(1)
         raise
@@ -59,8 +56,6 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
     except Exception as error:
-        from sae_jax.commands.failures import one_line
-
         if (said := one_line(error)) is None:
             raise
         return _say(*said)
