@@ -14,7 +14,7 @@ from tests import runs
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text())
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "tyro.cli(" in path.read_text())
 
 
 SAMPLE = ("norm_l1", "learning_rate", "memory", "kills", "flips")  # that `make test` runs
