@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     damages = [(*files[i], "flip") for i in rng.permutation(np.arange(config.flips) % len(files))]
     damages += [(*file, how) for file in files for how in ("cut", "gone")]
     if config.smoke:
-        damages = [next(damage for damage in damages if damage[0] == name) for name in things for _ in range(2)]
+        damages = [damage for name in things for damage in [d for d in damages if d[0] == name][:2]]
     rows = []
     with (
         storage.Lines(config.out / "damages.jsonl") as lines,
@@ -84,6 +84,8 @@ def main(config: Config) -> None:
             bar.update(i)
             shutil.rmtree(copy)
     show(rows, config.out)
+    if any(row["outcome"] not in HARMLESS for row in rows):
+        raise SystemExit("damage was not noticed, see above")
 
 
 def made(folder: Path) -> dict[str, Callable[[Path], Any]]:

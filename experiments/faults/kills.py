@@ -35,6 +35,7 @@ from sae_jax import storage
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KILLED = -9
+WELL = ("equal", "not met")  # outcomes
 WRITES = """
 import numpy as np, sae_jax
 rows = np.random.default_rng(0).standard_normal((2000, 8)).astype("float32")
@@ -96,6 +97,8 @@ class Trial(NamedTuple):
 
 def main(config: Config) -> None:
     """Run every job undisturbed, then every trial that is not in OUT/trials.jsonl; write OUT/table.json; show it."""
+    if shutil.which("gcc") is None:
+        raise SystemExit("there is no gcc, which has to compile kill_at.c; install it")
     out = config.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     library = out / "kill_at.so"
@@ -117,7 +120,10 @@ def main(config: Config) -> None:
         for i, (trial, result) in enumerate(zip(todo, results, strict=True), 1):
             lines.write({**trial._asdict(), **result})
             Console(stderr=True).print(f"{i}/{len(todo)} {trial.job}: {result['outcome']}", markup=False)
-    show(storage.read_lines(out / "trials.jsonl"), out)
+    rows = storage.read_lines(out / "trials.jsonl")
+    show(rows, out)
+    if any(row["outcome"] not in WELL for row in rows):
+        raise SystemExit("not every command went on as if nothing had happened, see above")
 
 
 class Reference:
@@ -238,11 +244,10 @@ def prepare(inputs: Path, needed: Collection[str]) -> None:
 
 def show(rows: list[dict[str, Any]], out: Path) -> None:
     """How many trials of each job and way came out how; and each that did not come out well."""
-    well = ("equal", "not met")
     counts: dict[str, Counter[str]] = {}
     for row in rows:
         way = {"28+": "disk full", "5": "input/output error"}.get(row["how"], row["how"])
-        kind = row["outcome"] if row["outcome"] in well else row["outcome"].partition(":")[0]
+        kind = row["outcome"] if row["outcome"] in WELL else row["outcome"].partition(":")[0]
         counts.setdefault(f"{row['job']}, {way}", Counter())[kind] += 1
     (out / "table.json").write_text(json.dumps(counts, indent=2) + "\n")
     kinds = sorted({kind for count in counts.values() for kind in count})
@@ -252,7 +257,7 @@ def show(rows: list[dict[str, Any]], out: Path) -> None:
         table.add_row(name, *(str(count[kind] or "") for kind in kinds), str(len(sites)))
     Console(width=140).print(table)
     for row in rows:
-        if row["outcome"] not in well:
+        if row["outcome"] not in WELL:
             Console(width=200).print(f"{row['job']} {row['how']} {row['where']}: {row['outcome']}", markup=False)
 
 
