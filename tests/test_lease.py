@@ -115,13 +115,13 @@ def test_one_that_lives_elsewhere_is_seen_to(tmp_path: Path, path: str, monkeypa
     """By its signs of life alone: its clock may say anything."""
     path = path if storage.is_url(path) else str(tmp_path / path)
     monkeypatch.setattr(leases, "_process_table", lambda: "")
-    with Lease(path, "it", seconds=1.0) as lease:
+    with Lease(path, "it", seconds=20.0) as lease:
         if not storage.is_url(path):
             os.utime(f"{path}.0.json", (0, 0))
         began = time.monotonic()
-        with pytest.raises(HeldError), Lease(path, "it", seconds=1.0):
+        with pytest.raises(HeldError), Lease(path, "it", seconds=20.0):
             raise AssertionError
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 15
         lease.check()
 
 
@@ -131,7 +131,7 @@ def test_the_impatient_believe_a_file_that_looks_new(tmp_path: Path, monkeypatch
         began = time.monotonic()
         with pytest.raises(HeldError), Lease(tmp_path / "x", "it", is_patient=False):
             raise AssertionError
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 15
 
 
 def test_a_dead_process_is_succeeded_at_once(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_dead_process_is_succeeded_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     with Lease(tmp_path / "x", "it") as lease:
         lease.check()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 15
     process.communicate()
 
 

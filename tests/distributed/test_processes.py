@@ -135,7 +135,7 @@ def test_exit_codes_and_signals_of_the_launcher(tmp_path: Path, script: str, sen
         process.send_signal(sent)
     began = time.monotonic()
     assert runs.finish(process)[0] == code
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50, "it slept to its end"
 
 
 @pytest.mark.parametrize("words", [[], ["2"], ["0", "true"], ["two", "true"]])
