@@ -11,6 +11,7 @@ norm 1 where the variant says so, in whatever form training keeps them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -227,11 +228,11 @@ def _evaluation(run: Path, step: int, ema: bool) -> dict[str, float]:
     content = storage.unsealed(content, path) if content else {}
     if (content.get("step"), content.get("weights")) != (step, "average" if ema else "live"):
         return {}
-    return {n: float(v) for n, v in content.items() if isinstance(v, int | float) and n != "step" and np.isfinite(v)}
+    return {n: float(v) for n, v in content.items() if isinstance(v, int | float) and n != "step" and math.isfinite(v)}
 
 
 def _config_of(record: Record, path: Path) -> SaeConfig:
-    return configs.from_dict(base.config_class(record.variant), record.sae, f"{path}: sae")
+    return base.config_from(record.variant, record.sae, f"{path}: sae")
 
 
 def _abstract(config: SaeConfig, widths: Widths) -> AbstractSae:

@@ -128,7 +128,7 @@ def from_dict(cls: type[C], values: Mapping[str, Any], where: str = "config") ->
     check_keys(dict(values), known_keys(cls), where)
     try:
         return msgspec.convert(values, cls, strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UsageError) as error:  # of its type, or refused by the dataclass itself
         raise UsageError(f"{where}: {error}") from None
 
 
@@ -170,7 +170,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def share(text: str) -> tuple[int, int]:
     """(i, n) of a --shard=i/n: the i-th of n shares of some work. Raises UsageError."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UsageError(f"--shard={text!r} must be i/n with 0 <= i < n, such as 0/4")
     return int(match[1]), int(match[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters of a message
+
 
 class UserError(Exception):
     """Something a user can cause and cure. The message is one line: the value, the limit, the cure.
@@ -10,6 +12,19 @@ class UserError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """One line of bounded length, whatever names and values of a file are in it."""
+        return plain(super().__str__())
+
+
+def plain(text: str) -> str:
+    """Text from a file as a terminal can show it: escapes for what is no character, long ones without their middle."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 class UsageError(UserError):

@@ -23,6 +23,7 @@ from sae_jax.storage.digests import SEAL, sealed, unsealed
 from sae_jax.types import Sites, UserError, Widths
 
 SCHEMA = 1
+MAX_WIDTH = 1 << 24  # of a source
 
 
 class Versioned:
@@ -48,7 +49,7 @@ class Versioned:
         fields = {name: value for name, value in content.items() if name not in ("kind", "schema", SEAL)}
         try:
             record = msgspec.convert(fields, cls, strict=True)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UserError) as error:
             raise UserError(f"{path}: {error}; the record is damaged, restore it or write it again") from None
         if difference := _difference(fields, json.loads(json.dumps(asdict(record)))):  # type: ignore[call-overload]
             raise UserError(f"{path}: {difference}; restore the file, or write it again with this version")
@@ -65,6 +66,12 @@ class SourceRecord:
     hook: str | None = None
     model: str | None = None  # reference
     model_digest: str | None = None  # of its weights
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.width < MAX_WIDTH:
+            raise UserError(
+                f"source {self.name!r} is {self.width} wide; it must be at least 1, and below {MAX_WIDTH:,}"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,10 @@ class Record(Versioned):
     weights: Literal["live", "average"]  # as trained, or their running average
     metrics: dict[str, float]  # where measured
     program: str  # version and commit
+
+    def __post_init__(self) -> None:
+        if not (self.encodes and self.reconstructs):
+            raise UserError("a dictionary needs a source that it encodes and one that it reconstructs")
 
     @property
     def sites(self) -> Sites:

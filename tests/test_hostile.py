@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,12 +19,17 @@ import sae_jax
 from sae_jax import config, lm, storage
 from sae_jax.activations.formats import documents_of
 from sae_jax.activations.store import open_activations
+from sae_jax.evaluation import shards
 from sae_jax.lm.tokenizer import read_tokenizer
+from sae_jax.planning import targets
+from sae_jax.saes import topk
 from sae_jax.scaling import advise, table
 from sae_jax.storage import digests, guarded
-from sae_jax.sweeps import points
+from sae_jax.sweeps import grid, points
 from sae_jax.training import checkpoint, logs
+from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UsageError, UserError
+from tests import runs
 
 DEEP = "[" * 100_000
 POINT = {"n_latents": 64, "k": 4, "lr": 1e-3, "seed": 0, "tokens": 640, "flops": 1e6, "fvu": 0.5}
@@ -56,6 +62,7 @@ def refused(path: Path, read: Callable[[], Any]) -> None:
         '{"a": NaN}',
         '{"a": 1e400}',
         '{"a": ' + "9" * 5000 + "}",
+        '{"a": [-' + "9" * 310 + "]}",
         b'{"a": "\xff"}',
         b"\xef\xbb\xbf{}",
         "",
@@ -107,6 +114,8 @@ def test_only_regular_files_are_read(tmp_path: Path, make: Callable) -> None:
         "x" * 2_000_000,
         "a: &0 [x, x]\n" + "".join(f"b{i}: &{i + 1} [{', '.join([f'*{i}'] * 9)}]\n" for i in range(20)),
         "a: 1\na: 2",
+        "a: 0x" + "f" * 5000,
+        "a: 18446744073709551616",
         b"\xff",
         "",
     ],
@@ -208,6 +217,7 @@ def test_commit(a_set: Path, tmp_path: Path, keys: tuple, value: Any) -> None:
                 {"n_layer": 10**12},
                 {"n_embd": "x"},
                 {"n_embd": 8.0},
+                {"n_embd": "%"},
                 {"model_type": []},
                 {"vocab_size": None},
                 {"layer_norm_epsilon": "x"},
@@ -224,6 +234,7 @@ def test_commit(a_set: Path, tmp_path: Path, keys: tuple, value: Any) -> None:
                 '{"weight_map": {"x": 5}}',
                 '{"weight_map": {"x": 5, "y": "a"}}',
                 '{"weight_map": {"x": "../x.safetensors"}}',
+                '{"weight_map": {"x": "a\\u0000b"}}',
                 "{}",
             )
         ),
@@ -304,7 +315,15 @@ def test_points(tmp_path: Path, content: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"a":' * 100_000, {**POINT, "config": {"sites": [1]}}, {**POINT, "tokens": "9" * 9}, "NaN", b"\xff"]
+    "line",
+    [
+        '{"a":' * 100_000,
+        {**POINT, "config": {"sites": [1]}},
+        {**POINT, "tokens": "9" * 9},
+        {**POINT, "seed": 2**70},
+        "NaN",
+        b"\xff",
+    ],
 )
 def test_table(tmp_path: Path, line: Any) -> None:
     path = put(tmp_path / "results.jsonl", line)
@@ -323,6 +342,132 @@ def test_fit(tmp_path: Path, content: Any) -> None:
 def test_run(tmp_path: Path, content: Any) -> None:
     path = put(tmp_path / "config.json", content)
     refused(path, lambda: (checkpoint.members(tmp_path), checkpoint.read_record(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("train", "ema"), "x"),
+        (("train", "batch_size"), 0),
+        (("train", "unknown"), 1),
+        (("dictionary", "encodes"), []),
+        (("dictionary", "encodes", 0, "width"), 0),
+        (("dictionary", "encodes", 0, "width"), 1 << 40),
+    ],
+    ids=str,
+)
+def test_record(tmp_path: Path, keys: tuple, value: Any) -> None:
+    record = runs.record_of(topk.Config(n_latents=64, k=4), TrainConfig())
+    content = changed(record.to_json(), keys, value)
+    path = put(tmp_path / "config.json", resealed({**content, "dictionary": resealed(content["dictionary"])}))
+    refused(path, lambda: checkpoint.read_record(tmp_path))
+
+
+def test_a_run_from_before_a_setting_has_its_default(tmp_path: Path) -> None:
+    content = runs.record_of(topk.Config(n_latents=64, k=4), TrainConfig(ema=0.5)).to_json()
+    del content["train"]["log_every"]
+    put(tmp_path / "config.json", resealed(content))
+    train = checkpoint.read_record(tmp_path).train
+    assert (train["ema"], train["log_every"]) == (0.5, TrainConfig().log_every)
+
+
+LAW = {
+    **{"form": "growth", "coefficient": 1.0, "exponent": 0.25, "interval": {}, "range": {"x": [1e9, 1e12]}},
+    **{"r2": 1.0, "rmse_log": 0.0, "n_points": 4, "largest_out": None, "carried": None, "warnings": []},
+}
+FIT = {
+    **{"variant": "topk", "k": 4, "d_model": 8, "widest": 512, "joint": None, "lr": None, "warnings": []},
+    "compute": {**LAW, "form": "decay", "has_constant": True, "best_latents": LAW},
+    "flops_per_token": {"per_latent": 96.0, "per_active": 0.0},
+    "lr_of_points": {"coefficient": 1e-3, "exponent": 0.0},
+    "draws": {"compute": [], "best_latents": []},
+}
+
+
+def test_a_fit_in_which_nothing_is_wrong_gives_advice(tmp_path: Path) -> None:
+    path = put(tmp_path / "fit.json", digests.sealed(FIT))
+    assert advise.advise(1e12, str(path)).latents == 1024
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widest": "x"},
+        {"variant": "../x"},
+        {"widest": 0},
+        {"warnings": [5], "compute": None},
+        {"flops_per_token": {"per_latent": 0, "per_active": 0}},
+        {"lr": None, "lr_of_points": {"coefficient": 1e308, "exponent": 300}},
+        {"compute": {**FIT["compute"], "range": {"x": [1]}}},
+        {"compute": {**FIT["compute"], "exponent": -500.0}},
+    ],
+    ids=str,
+)
+def test_advice(tmp_path: Path, change: dict) -> None:
+    path = put(tmp_path / "fit.json", digests.sealed({**FIT, **change}))
+    refused(path, lambda: advise.advise(1e12, str(path)))
+
+
+def sums_file(save: Callable = np.savez, **arrays: Any) -> bytes:
+    """As evaluation/shards.py writes one, but for `arrays`."""
+    data = io.BytesIO()
+    save(data, **{"about": np.array("{}"), "fvu/n": np.ones(3), **arrays})
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04",
+        sums_file()[:-30],
+        sums_file(save=np.savez_compressed),
+        sums_file(about=np.array("[1]")),
+        sums_file(about=np.array("{")),
+        sums_file(x=np.array([None])),
+        sums_file(x=np.array(["2020-01-01"], "M8[s]")),
+        sums_file().replace(b"(3,), ", b"(9**9,"),
+        sums_file().replace(b"(3,), ", b"(-1,),"),
+        sums_file().replace(b"<f8", b"<f4"),
+    ],
+    ids=lambda data: f"{len(data)} bytes",
+)
+def test_sums(tmp_path: Path, data: bytes) -> None:
+    path = put(tmp_path / "evaluation/shard-0-of-1.npz", data)
+    refused(path, lambda: shards.merge(tmp_path, 1, {}))
+
+
+def test_shares_that_do_not_fit_together(tmp_path: Path) -> None:
+    shards.write(tmp_path, (0, 2), {"fvu": {"n": np.ones(3)}}, {})
+    shards.write(tmp_path, (1, 2), {"fvu": {"m": np.ones(3)}}, {})
+    refused(tmp_path / "evaluation", lambda: shards.merge(tmp_path, 2, {}))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda word: config.share(f"0/{word}"),
+        lambda word: lm.parse_hook(f"resid_post.{word}", lm.read_spec("bundled")),
+        lambda word: targets.parse(f"h200:{word}"),
+    ],
+)
+def test_numbers_that_are_too_long_for_python(read: Callable) -> None:
+    with pytest.raises(UsageError):
+        read("9" * 5000)
+
+
+def test_a_grid_or_marks_without_end() -> None:
+    grids = {f"train.x{i}": list(range(100)) for i in range(5)}
+    with pytest.raises(UsageError, match="10,000,000,000 combinations"):
+        grid.cells(grid.SweepConfig(grid=grids))  # type: ignore[arg-type]
+    settings = grid.SweepConfig(tolerance=0.1, max_tokens=1e18, window=1)
+    with pytest.raises(UsageError, match="raise it"):
+        grid.due(settings, 1, 64, 1)
+
+
+def test_a_message_is_one_line_whatever_it_is_about() -> None:
+    assert str(UserError("a\nb \x1b[2J \ud800 \u2028 ü 中")) == "a\\nb \\x1b[2J \\ud800 \\u2028 ü 中"
+    assert len(str(UserError("x" * 10**6))) < 2000
 
 
 def test_text(tmp_path: Path) -> None:

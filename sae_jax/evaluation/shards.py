@@ -35,7 +35,9 @@ def over_processes(sums: dict[str, Sums]) -> dict[str, Sums]:
     sizes = multihost_utils.process_allgather(np.array(len(data)))
     filled = np.pad(data, (0, int(sizes.max()) - len(data)))
     everyone = multihost_utils.process_allgather(filled)
-    return _added(_unpack(part[:size].tobytes())[0] for part, size in zip(everyone, sizes, strict=True))
+    return _added(
+        _unpack(part[:size].tobytes(), "sums of another process")[0] for part, size in zip(everyone, sizes, strict=True)
+    )
 
 
 def write(folder: Path, shard: tuple[int, int], sums: dict[str, Sums], about: dict[str, Any]) -> None:
@@ -56,14 +58,19 @@ def merge(folder: Path, n: int, about: dict[str, Any]) -> tuple[dict[str, Sums] 
             missing.append(i)
             continue
         try:
-            sums, its_about = _unpack(data)
-        except Exception as error:  # whatever numpy, zipfile and json say of damaged bytes
-            raise UserError(f"{path} is damaged; delete it and evaluate --shard {i}/{n} again") from error
+            sums, its_about = _unpack(data, path)
+        except UserError as error:
+            raise UserError(f"{error}; that is, evaluate --shard {i}/{n} again") from None
         if different := [key for key in about if its_about.get(key) != json.loads(json.dumps(about[key]))]:
             console.print(f"{path} was measured with another {', '.join(different)} and does not count")
             missing.append(i)
         parts.append(sums)
-    return (None if missing else _added(parts)), missing
+    try:
+        return (None if missing else _added(parts)), missing
+    except (ValueError, LookupError) as error:
+        raise UserError(
+            f"{folder / FOLDER}: the shares do not fit together ({error}); delete them, and evaluate again"
+        ) from None
 
 
 def _added(parts: Any) -> dict[str, Sums]:
@@ -84,11 +91,11 @@ def _pack(sums: dict[str, Sums], about: dict[str, Any]) -> bytes:
     return data.getvalue()
 
 
-def _unpack(data: bytes) -> tuple[dict[str, Sums], dict[str, Any]]:
+def _unpack(data: bytes, where: object) -> tuple[dict[str, Sums], dict[str, Any]]:
     sums: dict[str, Sums] = {}
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        for key in file.files:
-            if key != _ABOUT:
-                kind, _, name = key.partition("/")
-                sums.setdefault(kind, {})[name] = file[key]
-        return sums, json.loads(str(file[_ABOUT]))
+    arrays = storage.parse_npz(data, where)
+    about = storage.parse_json(str(arrays.pop(_ABOUT, "")).encode(), where, dict[str, Any])
+    for key, array in arrays.items():
+        kind, _, name = key.partition("/")
+        sums.setdefault(kind, {})[name] = array
+    return sums, about

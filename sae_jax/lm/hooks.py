@@ -34,7 +34,7 @@ class Hook(NamedTuple):
 def parse_hook(text: str, spec: Spec) -> Hook:
     """The hook that `text` ("point.layer") names; UsageError if this model does not have it."""
     point, _, layer = text.rpartition(".")
-    if not layer.isdecimal():
+    if not (layer.isdecimal() and len(layer) < 10):
         raise UsageError(f"hook {text!r} is not point.layer; {_choices(spec)}")
     return check_hook(Hook(int(layer), point), spec)
 

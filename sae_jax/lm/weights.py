@@ -44,7 +44,7 @@ def read_spec(folder: Path) -> Spec:
         spec = family_of(config, str(folder)).read_spec(config)
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; get the file again") from None
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} has a value of another kind ({error}); get the file again") from None
     storage.as_type(dataclasses.asdict(spec), Spec, path)
     for name, value in dataclasses.asdict(spec).items():

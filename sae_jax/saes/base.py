@@ -21,7 +21,7 @@ import abc
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sae_jax import mesh
+from sae_jax import config, mesh
 from sae_jax.ops import encode, sparse, tuning
 from sae_jax.saes.init import Sample, linear_rows, unit_rows, zeros
 from sae_jax.saes.normalise import InputNorm, Scale, normalise
@@ -335,6 +335,15 @@ def config_class(variant: str) -> type[SaeConfig]:
         if hasattr(module, "Config"):
             return module.Config
     raise UsageError(f"sae.variant={variant!r} does not exist; there are: {', '.join(variants())}")
+
+
+def config_from(variant: str, settings: Mapping[str, Any], where: str) -> SaeConfig:
+    """The config that a file states. Raises UsageError, naming `where`, for what a variant does not have."""
+    try:
+        cls = config_class(variant)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    return config.from_dict(cls, settings, where)
 
 
 def check_autoencoder(config: SaeConfig, widths: Widths, same: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_jax import config, storage
+from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
 from sae_jax.saes import base
 from sae_jax.saes.base import SaeConfig
@@ -61,8 +61,12 @@ def advise(compute: float, path: str, k: int | None = None) -> Advice:
         raise UsageError(f"{path}: there is no such file; write one with `sae-jax fit DIR`")
     content = storage.unsealed(content, path)
     try:
-        return _advise(compute, path, content, k)
-    except (KeyError, TypeError, ValueError) as error:
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            advice = _advise(compute, path, content, k)
+        if not (0 < advice.lr < math.inf and 0 < advice.tokens < math.inf and 0 < advice.fvu < math.inf):
+            raise ValueError(f"tokens={advice.tokens:g}, lr={advice.lr:g}, fvu={advice.fvu:g}")
+        return advice
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path}: not what `sae-jax fit` writes ({error!r}); write it again") from None
 
 
@@ -82,7 +86,7 @@ def _advise(compute: float, path: str, content: dict[str, Any], k: int | None) -
     settings = {"variant": content["variant"], "n_latents": n, **({} if k is None else {"k": k})}
     return Advice(
         compute=compute,
-        sae=config.from_dict(base.config_class(content["variant"]), settings, path),
+        sae=base.config_from(content["variant"], settings, path),
         latents=n,
         law_latents=law_latents,
         law_latents_interval=fit.ends(laws["best_latents"].draw(compute)),

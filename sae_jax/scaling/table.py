@@ -55,6 +55,8 @@ class Point:
                 raise UserError(f"{name}={value!r} is not {_WORDS[kind]}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name}={value} is not finite")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{name} is a number of {value.bit_length()} bits; at most 63 can be real")
         try:
             msgspec.convert(self.config.get("sites", {}), dict[str, list[str]])
         except msgspec.ValidationError as error:

@@ -10,7 +10,16 @@ On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
 from sae_jax.storage.digests import sealed, unsealed
 from sae_jax.storage.disk import StrPath, is_url, make_folder
 from sae_jax.storage.folder import lease_of_folder, new_folder
-from sae_jax.storage.guarded import DAMAGED, as_type, one_line, open_safetensors, parse_json, parse_yaml, read_limited
+from sae_jax.storage.guarded import (
+    DAMAGED,
+    as_type,
+    one_line,
+    open_safetensors,
+    parse_json,
+    parse_npz,
+    parse_yaml,
+    read_limited,
+)
 from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
@@ -38,6 +47,7 @@ __all__ = [
     "one_line",
     "open_safetensors",
     "parse_json",
+    "parse_npz",
     "parse_yaml",
     "read_bytes",
     "read_json",

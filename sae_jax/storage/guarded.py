@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile: JSON, YAML and the headers of safetensors files.
+"""Reading files that may be damaged or hostile: JSON, YAML, arrays of numpy and the headers of safetensors files.
 
 Whatever is wrong with a file is one UserError that names it. Only regular files are opened, so that a pipe or a device
 cannot block; a file is not read before its size has been compared with a limit; JSON is strict (UTF-8, no NaN, no
@@ -8,14 +8,19 @@ number beyond float64), neither deep nor ambiguous; and values get their types f
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import stat
+import sys
+import zipfile
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from io import FileIO
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import yaml
 
 from sae_jax.errors import UsageError, UserError
@@ -27,14 +32,20 @@ MAX_BYTES = 256 << 20  # of JSON; the largest we know are tokenizers, of some 30
 MAX_DEPTH = 64  # of nested lists and objects
 MAX_YAML_CHARACTERS = 1 << 17  # a second or so of PyYAML
 MAX_YAML_VALUES = 100_000  # an alias counts each time it is used
+MAX_YAML_INTEGER = 1 << 64
+
+_LONG_NUMBER = re.compile(rb"\d{309}")  # 10^308 is the largest float
 
 DAMAGED = "it is damaged: restore it, or delete it and make it again"
 
 
 def open_file(path: StrPath) -> FileIO:
     """A regular file, opened for reading. Raises UserError for anything else, FileNotFoundError if there is none."""
-    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a zero byte, or half of a surrogate pair
+        raise UserError(f"{path}: no name of a file ({error})") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{path}: not a regular file; give the path of one")
@@ -63,6 +74,8 @@ def parse_json(data: bytes, where: object, kind: Any = Any) -> Any:
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise UserError(f"{where}: not valid JSON ({one_line(error)}); {DAMAGED}") from None
     _refuse_deep(value, where)
+    if _LONG_NUMBER.search(data):
+        _refuse_huge(value, where)
     return value if kind is Any else as_type(value, kind, where)
 
 
@@ -70,7 +83,7 @@ def as_type(value: Any, kind: type[T], where: object) -> T:
     """A value of parsed JSON as a `kind`, without silent casts. Raises UserError, naming `where`."""
     try:
         return msgspec.convert(value, kind, strict=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UserError) as error:  # a dataclass may refuse its values itself
         raise UserError(f"{where}: {error}; {DAMAGED}") from None
 
 
@@ -89,7 +102,7 @@ def parse_yaml(text: str, where: object) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise UsageError(f"{where}: nested too deep, or an alias (*name) stands inside what it repeats") from None
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         # Not only YAMLError: of a date that does not exist, for one, or of an empty !!int.
         raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
     finally:
@@ -113,6 +126,32 @@ def open_safetensors(path: StrPath) -> Iterator[Any]:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); restore the file, or write it again") from None
 
 
+def parse_npz(data: bytes, where: object) -> dict[str, np.ndarray]:
+    """The arrays in the bytes of a file that `numpy.savez` wrote: numbers and text, not packed.
+
+    They are views of `data`, so no array is larger than the file. Raises UserError, naming `where`, for anything else.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise ValueError("its arrays are packed")
+            return {name.removesuffix(".npy"): _array(file.read(name)) for name in file.namelist()}
+    except Exception as error:  # zipfile and numpy raise whatever the layers below them do
+        raise UserError(f"{where}: not arrays of numpy ({one_line(error)}); {DAMAGED}") from None
+
+
+def _array(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file."""
+    file = io.BytesIO(data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("of another version")
+    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "biufU" or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype}{list(shape)}")
+    array = np.frombuffer(data, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if in_columns else "C")
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, or its name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -129,6 +168,15 @@ class _UniqueKeys(yaml.SafeLoader):
                 if count > 1:
                     raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= MAX_YAML_INTEGER:  # Python does not even print the longest
+            raise yaml.constructor.ConstructorError(None, None, "a whole number of 2^64 or more", node.start_mark)
+        return value
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
 
 
 def _n_values(node: yaml.Node, known: dict[int, int]) -> int:
@@ -149,3 +197,11 @@ def _refuse_deep(value: Any, where: object) -> None:
         if not level:
             return
     raise UserError(f"{where}: nested more than {MAX_DEPTH} deep; {DAMAGED}")
+
+
+def _refuse_huge(value: Any, where: object) -> None:
+    """A whole number beyond float64 ends in an OverflowError wherever one computes with it."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise UserError(f"{where}: has a whole number of {len(str(abs(value)))} digits; {DAMAGED}")
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_huge(child, where)

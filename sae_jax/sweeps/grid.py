@@ -19,6 +19,7 @@ from sae_jax import storage
 from sae_jax.types import UsageError
 
 SHORT = {"n_latents": "n"}  # in names of members
+MAX_CELLS, MAX_MARKS = 100_000, 1_000_000  # no sweep that ends has more
 NOT_IN_A_NAME = str.maketrans({" ": "_", "/": "_", ":": "_", "+": None})
 
 
@@ -91,6 +92,8 @@ def cells(config: SweepConfig) -> list[Cell]:
     for key, tried in values.items():
         if not isinstance(tried, list | tuple) or not tried or len(set(map(str, tried))) < len(tried):
             raise UsageError(f"sweep.grid {key}={tried!r}: give a setting a list of different values")
+    if (n := math.prod(map(len, values.values()))) > MAX_CELLS:
+        raise UsageError(f"sweep.grid has {n:,} combinations, more than {MAX_CELLS:,}; give settings fewer values")
     return [
         Cell("-".join(_named(key, value) for key, value in cell.items()), cell)
         for cell in (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
@@ -123,6 +126,10 @@ def due(config: SweepConfig, steps: int, batch_size: int, flop_per_token: int) -
     marks: dict[int, float | None] = {}
     if config.tolerance is not None:
         window = max(round(config.window / batch_size), 1)
+        if most / batch_size / window > MAX_MARKS:
+            raise UsageError(
+                f"sweep.max_tokens={most:g} holds over {MAX_MARKS:,} times sweep.window={config.window:g}; raise it"
+            )
         marks |= dict.fromkeys(range(window, int(most // batch_size) + 1, window))
     marks |= dict.fromkeys(max(round(n / batch_size), 1) for n in config.tokens if n <= most)
     marks |= {

@@ -18,6 +18,7 @@ has checkpoints of its own only once the member has left the set. Only this file
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import shutil
@@ -37,7 +38,7 @@ from sae_jax import storage
 from sae_jax.progress import console
 from sae_jax.record import MembersRecord, RunRecord
 from sae_jax.storage.digests import SEAL, check_file, read_digests, write_digests
-from sae_jax.training.settings import MAY_CHANGE
+from sae_jax.training.settings import MAY_CHANGE, TrainConfig
 from sae_jax.training.state import TrainState
 from sae_jax.types import UsageError, UserError
 
@@ -240,7 +241,9 @@ def read_record(run: Path) -> RunRecord:
         raise UserError(f"{run}: not a run, config.json is missing; give the --out of `sae-jax train`")
     if names := members(run):
         raise UserError(f"{run}: a set of members; name one: {', '.join(str(run / MEMBERS / name) for name in names)}")
-    return RunRecord.from_json(content, run / "config.json")
+    record = RunRecord.from_json(content, run / "config.json")
+    train = configs.from_dict(TrainConfig, record.train, f"{run / 'config.json'}: train")
+    return dataclasses.replace(record, train=configs.to_dict(train))  # with the settings that are newer than the run
 
 
 def members(run: Path) -> list[str]:
