@@ -32,6 +32,7 @@ class Job(NamedTuple):
 
     words: tuple[str, ...]  # after `sae-jax`, or one text of Python
     inputs: tuple[str, ...] = ()
+    n: int = 1  # processes that work as one
     is_resumed: bool = True  # else what a kill has left is refused by name, and deleted before it is run again
 
 
@@ -40,6 +41,7 @@ JOBS = {
     "save": Job((SAVES,), ("run",)),
     "harvest": Job(("harvest", "--out=made", "--harvest.tokens=4096", "--harvest.context=64")),
     "train": Job(TRAIN, ("set",)),
+    "train by two": Job(TRAIN, ("set",), n=2),
     "members": Job((*TRAIN, "--members", "k4", "k8 --sae.k=8 --train.steps=8"), ("set",)),
     "sweep": Job(SWEEP, ("set",)),
     "evaluate": Job(("evaluate", "made", "--tokens=256"), ("made", "set")),
@@ -101,7 +103,7 @@ def committed(made: Path) -> Committed:
 
 def lost(before: Committed) -> list[str]:
     """What was committed and has been made again since."""
-    again = [path for path, written in before.shards.items() if path.stat().st_mtime_ns != written]
+    again = [path for path, at in before.shards.items() if not path.exists() or path.stat().st_mtime_ns != at]
     for run, (step, n) in before.steps.items():
         if any(attempt["start_step"] < step for attempt in _attempts(run)[n:]):
             again.append(run)

@@ -2,7 +2,8 @@
 
 Question: each long command is killed before, after and in the middle of every distinct call that it makes on its files
 (a call and the path, numbers apart: its first and its last), and its storage fails there, is full or becomes read-only.
-It is also killed, terminated, interrupted twice, or stopped and woken at random moments, and its clock jumps by a day.
+It is also killed, terminated, interrupted twice, or stopped and woken at random moments, also if it is one of two that
+work as one; and its clock jumps by a day.
 Run again, does it end with what an undisturbed run leaves, without making anything again that was committed? What is
 said when storage fails?
 Guess: yes everywhere; a failure of storage is one line.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 import tyro
 from contents import content
-from forks import HUNG, Server
+from forks import HUNG, Ended, Server, wait_until_computed
 from jobs import JOBS, committed, lost, prepare
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +41,7 @@ from sae_jax import storage
 
 HERE = Path(__file__).parent
 WELL = ("equal", "not met")  # outcomes
-AT_CALLS = ("before", "torn", "after", "28+", "5")  # FAULT_HOW of kill_at.c: of a kill, or errors
+KILLS = ("before", "torn", "after")  # FAULT_HOW of kill_at.c
 NAMES = {"28+": "disk full", "5": "input/output error", "30+": "read-only"}
 DAY = 24 * 3600
 
@@ -53,7 +55,7 @@ class Config:
     jobs: tuple[str, ...] = tuple(JOBS)
     """Which commands."""
     kills: int = 300
-    """Kills at random moments, over all commands."""
+    """Kills at random moments, over all commands of one process."""
     others: int = 5
     """For each command, random moments of each other disturbance."""
     seed: int = 0
@@ -70,7 +72,7 @@ class Trial(NamedTuple):
     """One disturbance of one job."""
 
     job: str
-    number: int  # of a call, or thousandths of the time that the job takes
+    number: int  # of a call, or thousandths of what the job computes
     how: str  # FAULT_HOW, or signals
     where: str  # the call and its path, numbers apart
 
@@ -89,11 +91,10 @@ def main(config: Config) -> None:
     for _ in range(config.workers):
         servers.put(Server(out, library, config.without))
     references = {job: Reference(job, out, servers) for job in config.jobs}
-    trials = [trial for job in config.jobs for trial in at_calls(references[job])] + at_random(config, references)
-    trials.sort(key=lambda trial: AT_CALLS.index(trial.how) if trial.how in AT_CALLS else len(AT_CALLS))
+    trials = in_turn(config, [*at_random(config, references), *(t for r in references.values() for t in at_calls(r))])
     trials = trials[:2] if config.smoke else trials
     done = {(row["job"], row["number"], row["how"]) for row in storage.read_lines(out / "trials.jsonl")}
-    todo = [trial for trial in dict.fromkeys(trials) if (trial.job, trial.number, trial.how) not in done]
+    todo = [trial for trial in trials if (trial.job, trial.number, trial.how) not in done]
     with storage.Lines(out / "trials.jsonl") as lines, ThreadPoolExecutor(config.workers) as pool:
         results = pool.map(lambda trial: references[trial.job].disturbed(trial), todo)
         for i, (trial, result) in enumerate(zip(todo, results, strict=True), 1):
@@ -108,21 +109,28 @@ def main(config: Config) -> None:
 
 
 class Reference:
-    """A job that was left alone: what it made, the calls that it took, and the seconds."""
+    """A job that was left alone: what it made, the calls that it took, and seconds of a processor."""
 
     def __init__(self, job: str, out: Path, servers: queue.Queue[Server]) -> None:
         self.job, self._out, self._servers = job, out, servers
-        log = out / f"{job}.calls"
+        path = out / f"{job}.json"
+        known = storage.read_json(path)
+        if known is None:
+            storage.write_json(path, known := self._alone(out / f"{job}.calls"))
+        self.made, self.calls, self.seconds = known["made"], known["calls"], known["seconds"]
+
+    def _alone(self, log: Path) -> dict[str, Any]:
+        folder = self.folder("alone")
         for _ in range(2):  # the first compiles
             log.unlink(missing_ok=True)
-            folder, began = self.folder("alone"), time.monotonic()
-            code, said = self.run(folder, FAULT_LOG=str(log))
-            self.seconds = time.monotonic() - began
-            assert code == 0, f"{job}: {said}"
-        self.made = content(folder / "made")
+            folder = self.folder("alone")
+            ended = self.run(folder, FAULT_LOG=str(log))
+            assert not any(ended.codes), f"{self.job}: {ended.said}"
         rows = (line.split("\t") for line in log.read_text().splitlines())
-        self.calls = [(int(number), call, path.removeprefix(f"{folder}/")) for number, call, path in rows]
+        calls = [(int(number), call, path.removeprefix(f"{folder}/")) for number, call, path in rows]
+        alone = {"made": content(folder / "made"), "calls": calls, "seconds": ended.seconds / JOBS[self.job].n}
         shutil.rmtree(folder)
+        return alone
 
     def folder(self, name: str) -> Path:
         """A new folder with the inputs of the job."""
@@ -133,54 +141,61 @@ class Reference:
             shutil.copytree(self._out / "inputs" / name, folder / name)
         return folder
 
-    def run(self, folder: Path, signals: Sequence[int] = (), after: float = 0, **faults: str) -> tuple[int, str]:
-        """(exit code, stderr) of the command, which gets the first signal `after` so many seconds."""
-        server = self._servers.get()
+    def run(
+        self, folder: Path, signals: Sequence[int] = (), after: float = 0, process: int = 0, **faults: str
+    ) -> Ended:
+        """Run the command, of which a process gets the first signal when it has computed `after` so many seconds."""
+        server, job = self._servers.get(), JOBS[self.job]
         try:
-            pid = server.start(JOBS[self.job].words, folder, FAULT_UNDER=str(folder), **faults)
-            for number in signals:
-                time.sleep(after)
+            pids = server.start(job.words, folder, job.n, FAULT_UNDER=str(folder), **faults)
+            for i, number in enumerate(signals):
+                if i:
+                    time.sleep(2 if number == signal.SIGCONT else 0.1)
+                else:
+                    wait_until_computed(pids[process], after)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-                after = 0.1 if number != signal.SIGSTOP else 2
+                    os.kill(pids[process], number)
             return server.wait()
         finally:
             self._servers.put(server)
 
     def disturbed(self, trial: Trial) -> dict[str, Any]:
-        """What came of a trial: {outcome, exit code, what was said, seconds}."""
+        """What came of a trial: {outcome, exit codes, what was said, seconds}."""
         folder, began = self.folder(f"{trial.number}-{trial.how.replace(' ', '-')}"), time.monotonic()
         if trial.how in SIGNALS:
-            code, said = self.run(folder, SIGNALS[trial.how], self.seconds * trial.number / 1000)
+            process = trial.number % JOBS[self.job].n
+            ended = self.run(folder, SIGNALS[trial.how], self.seconds * trial.number / 1000, process)
         else:
-            code, said = self.run(folder, FAULT_AT=str(trial.number), FAULT_HOW=trial.how)
-        first = {"code": code, "said": said[-2000:], "seconds": round(time.monotonic() - began, 1)}
-        outcome = self._judged(trial, folder, code, said)
+            ended = self.run(folder, FAULT_AT=str(trial.number), FAULT_HOW=trial.how)
+        seconds = round(time.monotonic() - began, 1)
+        outcome = self._judged(trial, folder, ended)
         if outcome in WELL:
             shutil.rmtree(folder)
-        return {"outcome": outcome, **first}
+        return {"outcome": outcome, "codes": ended.codes, "said": ended.said[-2000:], "seconds": seconds}
 
-    def _judged(self, trial: Trial, folder: Path, code: int, said: str) -> str:
-        if code == HUNG:
+    def _judged(self, trial: Trial, folder: Path, ended: Ended) -> str:
+        if HUNG in ended.codes:
             return "hangs"
-        if "Traceback" in said:
+        if "Traceback" in ended.said:
             return "traceback"
-        if code == 0:
+        if not any(ended.codes):
             outcome = self._compared(folder)
-            return "not met" if outcome == "equal" and trial.how in ("before", "after", "torn") else outcome
-        if trial.how.startswith(("clock", "stopped")) or (trial.how in AT_CALLS[:3] and code != -signal.SIGKILL):
-            return f"another end: {code} {said.strip()[-200:]}"
+            is_stopped = trial.how == "terminated"  # and may have saved
+            if outcome == "equal" or not is_stopped:
+                return "not met" if outcome == "equal" and trial.how in KILLS else outcome
+        elif trial.how.startswith(("clock", "stopped")) or (trial.how in KILLS and -signal.SIGKILL not in ended.codes):
+            return f"another end: {ended.codes} {ended.said.strip()[-200:]}"
         return self._again(folder)
 
     def _again(self, folder: Path) -> str:
         """The command is run once more in what the fault has left."""
         before = committed(folder / "made")
-        code, said = self.run(folder)
-        if code and not JOBS[self.job].is_resumed and "delete it" in said:
+        ended = self.run(folder)
+        if any(ended.codes) and not JOBS[self.job].is_resumed and "delete it" in ended.said:
             shutil.rmtree(folder / "made")
-            code, said = self.run(folder)
-        if code:
-            return f"cannot go on: {said.strip().splitlines()[-1] if said.strip() else code}"[:300]
+            ended = self.run(folder)
+        if any(ended.codes):
+            return f"cannot go on: {(ended.said.strip().splitlines() or ended.codes)[-1]}"[:300]
         if JOBS[self.job].is_resumed and (again := lost(before)):
             return f"lost: {', '.join(again)}"
         return self._compared(folder)
@@ -202,7 +217,7 @@ SIGNALS = {
 def at_calls(reference: Reference) -> list[Trial]:
     """The first and the last call of every site, killed in every way; and storage that is full or broken there."""
     places: dict[str, list[int]] = {}
-    for number, call, path in reference.calls:
+    for number, call, path in reference.calls if JOBS[reference.job].n == 1 else ():
         places.setdefault(site(call, path), []).append(number)
     trials = []
     for where, numbers in places.items():
@@ -216,20 +231,29 @@ def at_calls(reference: Reference) -> list[Trial]:
 def at_random(config: Config, references: dict[str, Reference]) -> list[Trial]:
     """Signals at random moments; from a random call on, a folder that cannot be written, and another time of day."""
     draw = random.Random(config.seed)
-    trials = [Trial(draw.choice(config.jobs), draw.randrange(1000), "killed", "") for _ in range(config.kills)]
+    of_one = [job for job in config.jobs if JOBS[job].n == 1]
+    each = -(-config.kills // len(of_one)) if of_one else 0
+    trials = [Trial(job, moment, "killed", "") for job in of_one for moment in draw.sample(range(1000), each)]
     for job, reference in references.items():
         for _ in range(config.others):
-            trials += [Trial(job, draw.randrange(1000), how, "") for how in list(SIGNALS)[1:]]
-            for how in ("30+", f"clock{DAY:+}", f"clock{-DAY:+}"):
+            trials += [Trial(job, draw.randrange(1000), how, "") for how in list(SIGNALS)[JOBS[job].n == 1 :]]
+            for how in () if JOBS[job].n > 1 else ("30+", f"clock{DAY:+}", f"clock{-DAY:+}"):
                 number, call, path = draw.choice(reference.calls)
                 trials.append(Trial(job, number, how, site(call, path)))
-        trials.append(Trial(job, 0, "30+", ""))
+        trials += [Trial(job, 0, "30+", "")] * (JOBS[job].n == 1)
     return trials
+
+
+def in_turn(config: Config, trials: list[Trial]) -> list[Trial]:
+    """A trial of each job after the other, in random order, so that a campaign that is cut short is a sample."""
+    random.Random(config.seed).shuffle(trials)
+    by_job = [[trial for trial in dict.fromkeys(trials) if trial.job == job] for job in config.jobs]
+    return [trial for turn in itertools.zip_longest(*by_job) for trial in turn if trial is not None]
 
 
 def site(call: str, path: str) -> str:
     """A call and its path without what differs from one run or step to the next."""
-    path = re.sub(r"[0-9a-f]{12,}", "#", path)
+    path = re.sub(r"[0-9a-f]{12,}|(?<=index/)(pos|seq|token)", "#", path)  # three arrays that are written alike
     return f"{call} {re.sub(r'[0-9]+', '0', path)}"
 
 
