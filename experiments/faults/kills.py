@@ -65,7 +65,7 @@ class Config:
     without: str = ""
     """A mechanism of without.py that is switched off, such as "whole files"."""
     smoke: bool = False
-    """Two kills of `save`: does it run?"""
+    """Two disturbances of `write_activations`: does it run?"""
 
 
 class Trial(NamedTuple):
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     library = out / "kill_at.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "kill_at.c", "-ldl"], check=True)
-    config = dataclasses.replace(config, jobs=("save",), workers=1) if config.smoke else config
+    config = dataclasses.replace(config, jobs=("write_activations",), workers=1) if config.smoke else config
     prepare(out / "inputs", {name for job in config.jobs for name in JOBS[job].inputs})
     servers: queue.Queue[Server] = queue.Queue()
     for _ in range(config.workers):
