@@ -11,9 +11,10 @@ from pathlib import Path
 
 from sae_jax import record, storage
 from sae_jax.activations import commits
-from sae_jax.commands import main
+from sae_jax.commands import failures, main
 from sae_jax.storage import digests, disk, lease
 from sae_jax.training import checkpoint
+from sae_jax.types import UserError
 
 
 def no_digests() -> None:
@@ -54,7 +55,15 @@ MECHANISMS = {"": lambda: None, "digests": no_digests, "leases": no_leases, "who
 def run(words: Sequence[str]) -> int:
     """`sae-jax WORDS`, or a text of Python; its exit code."""
     if len(words) == 1:
-        exec(words[0])
+        try:
+            exec(words[0])
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            # Of any other error, Python shows where it was raised.
+            said = failures.one_line(error) if isinstance(error, OSError) else (f"{type(error).__name__}: {error}", 1)
+            if said is None:
+                raise
+            sys.stderr.write(f"{said[0]}\n")
+            return said[1]
         return 0
     sys.argv = ["sae-jax", *words]
     return main.main()
