@@ -107,6 +107,7 @@ def evaluate(
                 **candidate.weights,
                 "text": text.name if text else None,
                 "data": path,
+                "data_content": candidate.activations.content,
                 "sites": candidate.sites.to_json(),
             }
             measured[name] = Measured(subjects[name], about, shards.over_processes(sums[name]))
@@ -127,6 +128,7 @@ def finish(
     n = shard[1]
     if n > 1:
         about = {**measured.about, **asdict(settings), "evaluators": sorted(base.evaluators())}
+        del about["data"]  # where a worker has it, and not what it is
         if jax.process_index() == 0:
             shards.write(folder, shard, measured.sums, about)
         sums, missing = shards.merge(folder, n, about)
