@@ -120,6 +120,8 @@ def test_members_are_the_command_with_flags_of_their_own(write):
         (("lr: 5e-4", "lr: fast"), [], "member b.2: .*train.lr"),
         (("name: b.2", "name: narrow"), [], "member 'narrow': every member needs a name of its own"),
         (("name: b.2", "name: a/b"), [], "member 'a/b': every member needs a name"),
+        (("name: b.2", "name: no"), [], "recipe.yaml: members: name: False is no text; write it in quotes"),
+        (("name: b.2", "name: 1.50"), [], "members: name: 1.5 is no text"),
         (("name: b.2, ", ""), [], "member '': every member needs a name"),
         (("sae: {k: 2}", "mesh: {data: 2}"), [], "recipe.yaml: members: mesh: .* there are name, sae and train"),
         (("sae: {k: 2}", "sae: 2"), [], "recipe.yaml: members: sae: 2 is not a section"),
