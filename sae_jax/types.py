@@ -25,7 +25,7 @@ from flax import struct
 
 from sae_jax.errors import PartialError, UsageError, UserError
 
-__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths", "check_indices"]
+__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths", "check_indices", "refuse_masked"]
 
 T = TypeVar("T")
 
@@ -80,6 +80,12 @@ class Code:
         dense = jnp.zeros((math.prod(lead), n_latents), self.values.dtype)
         dense = dense.at[rows, self.indices.reshape(-1, n_slots)].add(self.values.reshape(-1, n_slots))
         return dense.reshape(*lead, n_latents)
+
+
+def refuse_masked(values: Any, what: str) -> None:
+    """UsageError for a masked array: what is under the mask would be taken for values."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise UsageError(f"{what} are a masked array; leave out the masked rows and give a plain array")
 
 
 def check_indices(indices: Any, n: int, what: str, cure: str) -> None:

@@ -163,6 +163,15 @@ def test_a_code_of_a_wider_dictionary_is_refused() -> None:
         code.to_dense(4)
 
 
+def test_rows_of_which_a_part_would_be_lost_are_refused() -> None:
+    sae, rows = trained("topk"), np.ones((3, D), np.float32)
+    for call in (sae.encode, sae):
+        with pytest.raises(UsageError, match="x are a masked array"):
+            call(np.ma.masked_array(rows, mask=rows > 0))
+        with pytest.raises(UsageError, match="x is complex64; give real numbers"):
+            call(rows.astype(np.complex64))
+
+
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run, config\.json is missing"):
         sae_jax.load(tmp_path / "nowhere")

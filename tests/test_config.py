@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -171,3 +172,11 @@ def test_json_round_trip(value):
 def test_flatten_and_known_keys_agree():
     keys = config.known_keys(TrainConfig, "train.")
     assert keys == {f"train.{field.name}" for field in dataclasses.fields(TrainConfig)}
+
+
+def test_numbers_of_numpy_are_numbers():
+    changed = config.replaced(TrainConfig(), {"steps": np.int64(4), "lr": np.float32(0.5)}, "here")
+    assert (changed.steps, changed.lr) == (4, 0.5)
+    assert type(changed.steps) is int
+    with pytest.raises(UsageError, match=r"here: steps=.*Expected `int`"):
+        config.replaced(TrainConfig(), {"steps": np.arange(2)}, "here")
