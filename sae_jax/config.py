@@ -215,8 +215,9 @@ def _first_paragraph(box: str) -> str:
     """The first message of one of tyro's boxes, as one line."""
     lines = []
     for line in box.splitlines()[1:]:
-        text = line.strip("│ ")
-        if set(text) <= set("─╰╯"):
+        text = line.strip("│| ")
+        if set(text) - set("─╰╯-+"):
+            lines.append(text)
+        elif lines:  # what comes below it is the same for all
             break
-        lines.append(text)
     return " ".join(lines) or box.strip()

@@ -180,3 +180,10 @@ def test_numbers_of_numpy_are_numbers():
     assert type(changed.steps) is int
     with pytest.raises(UsageError, match=r"here: steps=.*Expected `int`"):
         config.replaced(TrainConfig(), {"steps": np.arange(2)}, "here")
+
+
+@pytest.mark.parametrize(
+    "box", ["╭─ Error ─╮\n│ no such --x │\n│ ───── │\n│ help │\n╰─────╯", "- Error -\n-----\nno such --x\n---\nhelp"]
+)
+def test_a_message_in_a_box_is_its_first_paragraph(box):
+    assert config._first_paragraph(box) == "no such --x"

@@ -269,6 +269,8 @@ def _scan(text: str, column: str) -> texts.Scan:
     n_bytes = texts.local_bytes(text)
     with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
         scanned = texts.scan(text, column, progress.update)
+    if not scanned.n_bytes:  # of the hub: whether it can be read at all, before anything is written
+        next(texts.documents(text, column))
     n_files = len(scanned.files) + sum(map(len, scanned.left_out.values()))
     for reason, paths in scanned.left_out.items():
         named = ", ".join(map(str, paths[:N_FILES_NAMED]))

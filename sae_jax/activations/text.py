@@ -241,9 +241,9 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _missing(reference: str) -> UsageError:
+    what = "is no file and no folder" if os.path.exists(reference) else "does not exist"
     return UsageError(
-        f"text {reference!r} does not exist; use stdlib, heldout, hf:dataset[@revision][:split], a file, a directory "
-        f"or a glob"
+        f"text {reference!r} {what}; use stdlib, heldout, hf:dataset[@revision][:split], a file, a directory or a glob"
     )
 
 

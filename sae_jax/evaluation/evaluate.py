@@ -31,6 +31,9 @@ from sae_jax.types import Sites, UsageError, UserError
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
 
 
+N_NAMED = 8  # shares
+
+
 @dataclass(frozen=True)
 class Settings:
     """On how much to measure."""
@@ -133,7 +136,8 @@ def finish(
             shards.write(folder, shard, measured.sums, about)
         sums, missing = shards.merge(folder, n, about)
         if sums is None:
-            names = ", ".join(f"{i}/{n}" for i in missing)
+            names = ", ".join(f"{i}/{n}" for i in missing[:N_NAMED])
+            names += f" and {len(missing) - N_NAMED} more" if len(missing) > N_NAMED else ""
             console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {names}")
             return None
         measured = replace(measured, sums=sums)

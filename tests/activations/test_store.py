@@ -558,6 +558,13 @@ def test_a_seed_is_a_whole_number(tmp_path: Path) -> None:
     assert write_activations(tmp_path / "set", np.ones((8, 2)), seed=np.int64(3)).spec.seed == 3
 
 
+def test_a_file_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for call in (open_activations, verify, lambda path: write_activations(path, np.ones((8, 2)))):
+        with pytest.raises(UserError, match="file is a file; give a folder"):
+            call(tmp_path / "file")
+
+
 def test_chunks_and_sequences_that_are_not_there_are_refused(tmp_path: Path) -> None:
     """Nor is a number cut to a whole one."""
     activations = write_activations(tmp_path / "set", np.ones((8, 4, 2)), tokens=np.ones((8, 4), int))
