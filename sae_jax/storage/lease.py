@@ -85,7 +85,7 @@ class Lease:
     def holder(self) -> str:
         """Who has it, dead or alive, for a message; "" where nobody has."""
         newest = None if self._path is None else self._newest()
-        return "" if newest is None else _named(_parse(newest.content)).rstrip(",")
+        return "" if newest is None else _named(_parse(newest.content))
 
     def __enter__(self) -> Self:
         if self._path is not None:

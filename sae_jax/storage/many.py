@@ -33,7 +33,7 @@ class Files:
         import tensorstore as ts
 
         self.path = os.fspath(path)
-        self.local = None if is_url(path) else Path(self.path).expanduser().absolute()
+        self.local = None if is_url(path) else _absolute(self.path)
         if self.local is not None and self.local.is_file():
             raise UserError(f"{self.path} is a file; give a folder")
         try:
@@ -136,6 +136,17 @@ class Files:
         if len(found.value) != len(target):
             raise UserError(f"{self.name(key)} is missing or cut short")
         target[:] = found.value
+
+
+def _absolute(path: str) -> Path:
+    """As the system finds it, without the `..` that tensorstore does not take. Raises UserError for a ~ of nobody."""
+    try:
+        absolute = Path(path).expanduser().absolute()
+    except RuntimeError:  # of a user that does not exist
+        raise UserError(
+            f"cannot open {path}: there is no such user; write ./{path} for a folder of that name"
+        ) from None
+    return absolute.resolve() if ".." in absolute.parts else absolute
 
 
 def _prefix_end(prefix: str) -> str:

@@ -558,6 +558,18 @@ def test_a_seed_is_a_whole_number(tmp_path: Path) -> None:
     assert write_activations(tmp_path / "set", np.ones((8, 2)), seed=np.int64(3)).spec.seed == 3
 
 
+def test_a_set_is_found_by_the_way_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system goes it: after a link, `..` is the folder above the one that it leads to."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    write_activations("../set", np.ones((8, 2)))
+    for path in (tmp_path / "a" / "set", "../../a/set", tmp_path / "link" / ".." / "set"):
+        assert open_activations(path).n_rows == 8
+    with pytest.raises(UserError, match=r"~nobody-here/set: there is no such user; write \./~nobody-here/set"):
+        open_activations("~nobody-here/set")
+
+
 def test_a_file_is_no_set(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for call in (open_activations, verify, lambda path: write_activations(path, np.ones((8, 2)))):
