@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -15,7 +14,6 @@ from sae_jax.activations.source import Batches, RowSource, place_rows
 from sae_jax.activations.store import ActivationSet
 from sae_jax.record import DataRecord, SourceRecord
 from sae_jax.saes.base import Batch, Learns
-from sae_jax.storage import is_url
 from sae_jax.types import Sites
 
 
@@ -30,7 +28,7 @@ class StoredRows(RowSource):
     @property
     def data(self) -> DataRecord:
         """See RowSource."""
-        path = self.name if is_url(self.name) else os.path.abspath(self.name)
+        path = str(self.activations.files.local or self.name)
         spec = self.activations.spec
         return DataRecord(self.activations.content, path, spec.tokenizer, spec.text)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from sae_jax.activations.formats import IN_FOLDERS, TextFiles, choose, documents_of
 from sae_jax.progress import say_once
+from sae_jax.storage import absolute
 from sae_jax.types import UsageError, UserError
 
 HELDOUT = Path(__file__).parent.parent / "assets" / "bundled_lm" / "heldout.jsonl"
@@ -77,13 +78,13 @@ def resolve(reference: str) -> str:
             )
         return reference
     if hub:
-        return reference.replace(name, os.path.abspath(name), 1)
+        return reference.replace(name, str(absolute(name)), 1)
     if not os.path.exists(reference) and glob.has_magic(reference):
         # The folder that a pattern starts from may have brackets in its name.
         return os.path.normpath(os.path.join(glob.escape(os.getcwd()), reference))
     if not reference or not os.path.exists(reference):  # an empty name would be the current folder
         raise _missing(reference)
-    return os.path.abspath(reference)
+    return str(absolute(reference))
 
 
 def is_there(reference: str) -> bool:

@@ -18,6 +18,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from sae_jax import storage
 from sae_jax.lm import params, weights
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
@@ -112,7 +113,7 @@ def resolve(reference: str) -> str:
         )
     if not (is_folder or is_hub):
         raise UsageError(f"model {reference!r} is no folder; use bundled, a folder, or hub-id[@revision]")
-    return os.path.abspath(reference) if is_folder else reference
+    return str(storage.absolute(reference)) if is_folder else reference
 
 
 def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = False) -> Path:

@@ -8,7 +8,7 @@ On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
 """
 
 from sae_jax.storage.digests import sealed, unsealed
-from sae_jax.storage.disk import StrPath, is_url, make_folder
+from sae_jax.storage.disk import StrPath, absolute, is_url, make_folder
 from sae_jax.storage.folder import lease_of_folder, new_folder
 from sae_jax.storage.guarded import (
     DAMAGED,
@@ -35,6 +35,7 @@ __all__ = [
     "Lines",
     "LostError",
     "StrPath",
+    "absolute",
     "as_type",
     "context",
     "create",

@@ -24,6 +24,12 @@ def is_url(path: StrPath) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: StrPath) -> Path:
+    """A path from the root, as the system finds it: after a link, `..` is the folder above the one it leads to."""
+    path = Path(path).absolute()
+    return path.resolve() if ".." in path.parts else path
+
+
 def make_folder(path: StrPath) -> None:
     """A folder and those above it, durable."""
     path = Path(path)

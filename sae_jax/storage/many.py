@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae_jax.errors import UserError
-from sae_jax.storage.disk import StrPath, is_url
+from sae_jax.storage.disk import StrPath, absolute, is_url
 from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, spec
 from sae_jax.storage.whole import create, delete, read_bytes, write_bytes
 
@@ -33,7 +33,7 @@ class Files:
         import tensorstore as ts
 
         self.path = os.fspath(path)
-        self.local = None if is_url(path) else _absolute(self.path)
+        self.local = None if is_url(path) else _of_user(self.path)
         if self.local is not None and self.local.is_file():
             raise UserError(f"{self.path} is a file; give a folder")
         try:
@@ -138,15 +138,14 @@ class Files:
         target[:] = found.value
 
 
-def _absolute(path: str) -> Path:
-    """As the system finds it, without the `..` that tensorstore does not take. Raises UserError for a ~ of nobody."""
+def _of_user(path: str) -> Path:
+    """The path from the root, without the ~ and `..` that tensorstore does not take."""
     try:
-        absolute = Path(path).expanduser().absolute()
+        return absolute(Path(path).expanduser())
     except RuntimeError:  # of a user that does not exist
         raise UserError(
             f"cannot open {path}: there is no such user; write ./{path} for a folder of that name"
         ) from None
-    return absolute.resolve() if ".." in absolute.parts else absolute
 
 
 def _prefix_end(prefix: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_jax.errors import UserError
-from sae_jax.storage.disk import StrPath, is_url
+from sae_jax.storage.disk import StrPath, absolute, is_url
 
 if TYPE_CHECKING:  # importing it takes a third of a second, which `sae-jax --help` need not wait for
     import tensorstore as ts
@@ -41,7 +40,7 @@ def open_object(path: StrPath) -> ts.KvStore:
 
 def create_object(path: StrPath, data: bytes) -> bool:
     """Write an object, or a file on a disk, unless there is one; whether it was written."""
-    path = path if is_url(path) else Path(path).absolute()
+    path = path if is_url(path) else absolute(path)
     try:
         store = open_object(path)
         found = store.read("").result()

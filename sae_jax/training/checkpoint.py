@@ -64,7 +64,7 @@ class Checkpoints:
         self._writes, self._lease = writes, lease or storage.Lease(None, "")
         if run is None:
             return
-        self._folder = (run / "checkpoints").absolute()
+        self._folder = storage.absolute(run / "checkpoints")
         if writes:
             self._forget_cut_save()
         self._thread = ThreadPoolExecutor(1, "checkpoint")

@@ -161,6 +161,16 @@ def test_a_reference_means_the_same_from_another_folder(tmp_path, monkeypatch):
     assert ".." not in references[2]
 
 
+def test_the_way_back_from_a_link_is_that_of_the_system(tmp_path, monkeypatch):
+    """`link/..` is above the folder that the link leads to, and not above the link."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    (tmp_path / "a" / "t.txt").write_text("the one that is meant")
+    (tmp_path / "t.txt").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    assert list(documents(resolve("link/../t.txt"))) == ["the one that is meant"]
+
+
 def test_a_column_that_is_not_text_is_one_line(tmp_path, monkeypatch):
     """From a local dataset, as from the hub."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
