@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s. Most of
@@ -44,6 +45,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("alone") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(runs.ROOT))))
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """As on a laptop: programs for one compile in two thirds of the time. What splits over many is tested apart."""
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *args, **kwargs: device)
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *args, **kwargs: 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -116,9 +116,9 @@ def train_command(data: Path, run: Path, *flags: str) -> list[str]:
     return command("train", "--data", data, "--out", run, *SETTINGS, f"--train.steps={STEPS}", *flags)
 
 
-def start(words: Sequence[str], n_devices: int = 1) -> subprocess.Popen[str]:
+def start(words: Sequence[str], n_devices: int = 1, optimised: bool = True) -> subprocess.Popen[str]:
     """A process that runs on; end it with `finish`. Each of several processes compiles: those do not optimise."""
-    env = environment(n_devices, optimised=n_devices == 1 and words[0] != LAUNCHER)
+    env = environment(n_devices, optimised=optimised and n_devices == 1 and words[0] != LAUNCHER)
     return subprocess.Popen(words, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 

@@ -140,6 +140,9 @@ def test_an_error_names_the_file(tmp_path, monkeypatch):
         storage.write_bytes(tmp_path / "x", b"1")
     assert caught.value.filename == str(tmp_path / "x")
     assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(OSError, match="No space left") as caught:
+        storage.write_bytes(tmp_path / "new/x", b"1")
+    assert caught.value.filename == str(tmp_path)  # which could not be told of the new folder
 
 
 def _create(path: str, value: int, answers) -> None:

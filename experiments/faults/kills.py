@@ -1,71 +1,49 @@
-"""Does a command that is killed at any call of the file system go on as if nothing had happened?
+"""Does a command that is disturbed go on as if nothing had happened?
 
 Question: each long command is killed before, after and in the middle of every distinct call that it makes on its files
-(a call and the path, numbers apart: its first and its last), and its storage fails there. Run again, does it end with
-what an undisturbed run leaves, without having lost what was committed? What is said when storage fails?
+(a call and the path, numbers apart: its first and its last), and its storage fails there, is full or becomes read-only.
+It is also killed, terminated, interrupted twice, or stopped and woken at random moments, also if it is one of two that
+work as one; and its clock jumps by a day.
+Run again, does it end with what an undisturbed run leaves, without making anything again that was committed? What is
+said when storage fails?
 Guess: yes everywhere; a failure of storage is one line.
 Command: python experiments/faults/kills.py --out OUT      (the same command resumes; needs gcc)
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import queue
 import random
 import re
 import shutil
+import signal
 import subprocess
-import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import tyro
 from contents import content
+from forks import HUNG, Ended, Server, wait_until_computed
+from jobs import JOBS, committed, lost, prepare
 from rich.console import Console
 from rich.table import Table
 
-import sae_jax
 from sae_jax import storage
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-KILLED = -9
 WELL = ("equal", "not met")  # outcomes
-WRITES = """
-import numpy as np, sae_jax
-rows = np.random.default_rng(0).standard_normal((2000, 8)).astype("float32")
-sae_jax.write_activations("made", rows, dtype="float32")
-"""
-SAVES = "import sae_jax; sae_jax.load('run').save('made')"
-SMALL = ("--sae.n-latents=32", "--sae.k=4", "--sae.dtype=float32", "--train.batch-size=64", "--train.log-every=1")
-TRAIN = ("train", "--data=set", "--out=made", *SMALL, "--train.steps=12", "--train.checkpoint-every=4")
-SWEEP = ("sweep", "--data=set", "--out=made", *SMALL, "--train.checkpoint-every=4", "--sweep.grid", "sae.k=2 4")
-SWEEP = (*SWEEP, "--sweep.tokens", "256", "512", "--sweep.held-out=128", "--sweep.per-pass=1")
-
-
-class Job(NamedTuple):
-    """A command, in a folder that holds a copy of its inputs."""
-
-    words: tuple[str, ...]  # after `sae-jax`, or one text of Python
-    inputs: tuple[str, ...] = ()
-    is_resumed: bool = True  # else what a kill has left is refused by name, and deleted before it is run again
-
-
-JOBS = {
-    "write_activations": Job((WRITES,), is_resumed=False),
-    "save": Job((SAVES,), ("run",)),
-    "harvest": Job(("harvest", "--out=made", "--harvest.tokens=4096", "--harvest.context=64")),
-    "train": Job(TRAIN, ("set",)),
-    "members": Job((*TRAIN, "--members", "k4", "k8 --sae.k=8 --train.steps=8"), ("set",)),
-    "sweep": Job(SWEEP, ("set",)),
-    "evaluate": Job(("evaluate", "made", "--tokens=256"), ("made", "set")),
-    "dashboard": Job(("dashboard", "text-run", "--out=made", "--tokens=512"), ("text-run", "text-set")),
-}
+KILLS = ("before", "torn", "after")  # FAULT_HOW of kill_at.c
+NAMES = {"28+": "disk full", "5": "input/output error", "30+": "read-only"}
+DAY = 24 * 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +54,26 @@ class Config:
     """Folder for the trials, trials.jsonl and the table."""
     jobs: tuple[str, ...] = tuple(JOBS)
     """Which commands."""
-    random: int = 300
-    """Further kills at calls drawn at random."""
+    kills: int = 300
+    """Kills at random moments, over all commands of one process."""
+    others: int = 5
+    """For each command, random moments of each other disturbance."""
     seed: int = 0
-    """Of those."""
+    """Of the moments."""
+    workers: int = os.cpu_count() or 1
+    """Trials at a time."""
     without: str = ""
     """A mechanism of without.py that is switched off, such as "whole files"."""
     smoke: bool = False
-    """Two kills of `save`: does it run?"""
+    """Two disturbances of `write_activations`: does it run?"""
 
 
 class Trial(NamedTuple):
     """One disturbance of one job."""
 
     job: str
-    number: int  # of the call
-    how: str  # FAULT_HOW, see kill_at.c
+    number: int  # of a call, or thousandths of what the job computes
+    how: str  # FAULT_HOW, or signals
     where: str  # the call and its path, numbers apart
 
 
@@ -103,23 +85,23 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     library = out / "kill_at.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "kill_at.c", "-ldl"], check=True)
-    jobs = ("save",) if config.smoke else config.jobs
-    prepare(out / "inputs", {name for job in jobs for name in JOBS[job].inputs})
-    references = {job: Reference(job, out, library, config.without) for job in jobs}
-    trials = [trial for job in jobs for trial in planned(references[job])]
-    draw = random.Random(config.seed)
-    for _ in range(0 if config.smoke else config.random):
-        reference = references[draw.choice(jobs)]
-        number, call, path = draw.choice(reference.calls)
-        trials.append(Trial(reference.job, number, draw.choice(("before", "after")), site(call, path)))
+    config = dataclasses.replace(config, jobs=("write_activations",), workers=1) if config.smoke else config
+    prepare(out / "inputs", {name for job in config.jobs for name in JOBS[job].inputs})
+    servers: queue.Queue[Server] = queue.Queue()
+    for _ in range(config.workers):
+        servers.put(Server(out, library, config.without))
+    references = {job: Reference(job, out, servers) for job in config.jobs}
+    trials = in_turn(config, [*at_random(config, references), *(t for r in references.values() for t in at_calls(r))])
     trials = trials[:2] if config.smoke else trials
     done = {(row["job"], row["number"], row["how"]) for row in storage.read_lines(out / "trials.jsonl")}
-    todo = [trial for trial in dict.fromkeys(trials) if (trial.job, trial.number, trial.how) not in done]
-    with storage.Lines(out / "trials.jsonl") as lines, ThreadPoolExecutor(os.cpu_count()) as pool:
+    todo = [trial for trial in trials if (trial.job, trial.number, trial.how) not in done]
+    with storage.Lines(out / "trials.jsonl") as lines, ThreadPoolExecutor(config.workers) as pool:
         results = pool.map(lambda trial: references[trial.job].disturbed(trial), todo)
         for i, (trial, result) in enumerate(zip(todo, results, strict=True), 1):
             lines.write({**trial._asdict(), **result})
             Console(stderr=True).print(f"{i}/{len(todo)} {trial.job}: {result['outcome']}", markup=False)
+    while not servers.empty():
+        servers.get().close()
     rows = storage.read_lines(out / "trials.jsonl")
     show(rows, out)
     if any(row["outcome"] not in WELL for row in rows):
@@ -127,18 +109,28 @@ def main(config: Config) -> None:
 
 
 class Reference:
-    """A job that was left alone: what it made, and the calls that it took."""
+    """A job that was left alone: what it made, the calls that it took, and seconds of a processor."""
 
-    def __init__(self, job: str, out: Path, library: Path, without: str) -> None:
-        self.job, self._out, self._library, self._without = job, out, library, without
-        folder, log = self.folder("alone"), out / f"{job}.calls"
-        log.unlink(missing_ok=True)
-        code, said = self.run(folder, FAULT_LOG=str(log))
-        assert code == 0, f"{job}: {said}"
-        self.made = content(folder / "made")
+    def __init__(self, job: str, out: Path, servers: queue.Queue[Server]) -> None:
+        self.job, self._out, self._servers = job, out, servers
+        path = out / f"{job}.json"
+        known = storage.read_json(path)
+        if known is None:
+            storage.write_json(path, known := self._alone(out / f"{job}.calls"))
+        self.made, self.calls, self.seconds = known["made"], known["calls"], known["seconds"]
+
+    def _alone(self, log: Path) -> dict[str, Any]:
+        folder = self.folder("alone")
+        for _ in range(2):  # the first compiles
+            log.unlink(missing_ok=True)
+            folder = self.folder("alone")
+            ended = self.run(folder, FAULT_LOG=str(log))
+            assert not any(ended.codes), f"{self.job}: {ended.said}"
         rows = (line.split("\t") for line in log.read_text().splitlines())
-        self.calls = [(int(number), call, path.removeprefix(f"{folder}/")) for number, call, path in rows]
+        calls = [(int(number), call, path.removeprefix(f"{folder}/")) for number, call, path in rows]
+        alone = {"made": content(folder / "made"), "calls": calls, "seconds": ended.seconds / JOBS[self.job].n}
         shutil.rmtree(folder)
+        return alone
 
     def folder(self, name: str) -> Path:
         """A new folder with the inputs of the job."""
@@ -149,60 +141,83 @@ class Reference:
             shutil.copytree(self._out / "inputs" / name, folder / name)
         return folder
 
-    def run(self, folder: Path, **fault: str) -> tuple[int, str]:
-        """(exit code, stderr) of the command of the job."""
-        command = [HERE / "without.py", self._without, *JOBS[self.job].words]
-        faults = {"FAULT_UNDER": str(folder), "LD_PRELOAD": str(self._library), **fault} if fault else {}
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=folder,
-            env=environment(self._out, **faults),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=600,
-        )
-        return done.returncode, done.stderr
+    def run(
+        self, folder: Path, signals: Sequence[int] = (), after: float = 0, process: int = 0, **faults: str
+    ) -> Ended:
+        """Run the command, of which a process gets the first signal when it has computed `after` so many seconds."""
+        server, job = self._servers.get(), JOBS[self.job]
+        try:
+            pids = server.start(job.words, folder, job.n, FAULT_UNDER=str(folder), **faults)
+            for i, number in enumerate(signals):
+                if i:
+                    time.sleep(2 if number == signal.SIGCONT else 0.1)
+                else:
+                    wait_until_computed(pids[process], after)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pids[process], number)
+            return server.wait()
+        finally:
+            self._servers.put(server)
 
     def disturbed(self, trial: Trial) -> dict[str, Any]:
-        """What came of a trial: {outcome, what was said}."""
-        folder = self.folder(f"{trial.number}-{trial.how.strip('+')}")
-        code, said = self.run(folder, FAULT_AT=str(trial.number), FAULT_HOW=trial.how)
-        first = {"code": code, "said": said[-2000:]}
-        if code != KILLED and trial.how in ("before", "after", "torn"):
-            outcome = "not met" if code == 0 else "another end"  # its threads took their calls in another order
-        elif "Traceback" in said:
-            outcome = "traceback"
+        """What came of a trial: {outcome, exit codes, what was said, seconds}."""
+        folder, began = self.folder(f"{trial.number}-{trial.how.replace(' ', '-')}"), time.monotonic()
+        if trial.how in SIGNALS:
+            process = trial.number % JOBS[self.job].n
+            ended = self.run(folder, SIGNALS[trial.how], self.seconds * trial.number / 1000, process)
         else:
-            outcome = self._again(folder)
-        if outcome in ("equal", "not met"):
+            ended = self.run(folder, FAULT_AT=str(trial.number), FAULT_HOW=trial.how)
+        seconds = round(time.monotonic() - began, 1)
+        outcome = self._judged(trial, folder, ended)
+        if outcome in WELL:
             shutil.rmtree(folder)
-        return {"outcome": outcome, **first}
+        return {"outcome": outcome, "codes": ended.codes, "said": ended.said[-2000:], "seconds": seconds}
+
+    def _judged(self, trial: Trial, folder: Path, ended: Ended) -> str:
+        if HUNG in ended.codes:
+            return "hangs"
+        if "Traceback" in ended.said:
+            return "traceback"
+        if not any(ended.codes):
+            outcome = self._compared(folder)
+            is_stopped = trial.how == "terminated"  # and may have saved
+            if outcome == "equal" or not is_stopped:
+                return "not met" if outcome == "equal" and trial.how in KILLS else outcome
+        elif trial.how.startswith(("clock", "stopped")) or (trial.how in KILLS and -signal.SIGKILL not in ended.codes):
+            return f"another end: {ended.codes} {ended.said.strip()[-200:]}"
+        return self._again(folder)
 
     def _again(self, folder: Path) -> str:
         """The command is run once more in what the fault has left."""
-        code, said = self.run(folder)
-        if code and not JOBS[self.job].is_resumed and "delete it" in said:
+        before = committed(folder / "made")
+        ended = self.run(folder)
+        if any(ended.codes) and not JOBS[self.job].is_resumed and "delete it" in ended.said:
             shutil.rmtree(folder / "made")
-            code, said = self.run(folder)
-        if code:
-            return f"cannot go on: {said.strip().splitlines()[-1] if said.strip() else code}"[:300]
+            ended = self.run(folder)
+        if any(ended.codes):
+            return f"cannot go on: {(ended.said.strip().splitlines() or ended.codes)[-1]}"[:300]
+        if JOBS[self.job].is_resumed and (again := lost(before)):
+            return f"lost: {', '.join(again)}"
+        return self._compared(folder)
+
+    def _compared(self, folder: Path) -> str:
         made = content(folder / "made")
         differs = sorted(name for name in made.keys() | self.made.keys() if made.get(name) != self.made.get(name))
         return f"differs: {', '.join(differs)}"[:300] if differs else "equal"
 
 
-def environment(out: Path, **faults: str) -> dict[str, str]:
-    """One device; programs are compiled once for all trials."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    cache["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **cache, **faults}
+SIGNALS = {
+    "killed": (signal.SIGKILL,),
+    "terminated": (signal.SIGTERM,),
+    "interrupted twice": (signal.SIGINT, signal.SIGINT),
+    "stopped and woken": (signal.SIGSTOP, signal.SIGCONT),
+}
 
 
-def planned(reference: Reference) -> list[Trial]:
+def at_calls(reference: Reference) -> list[Trial]:
     """The first and the last call of every site, killed in every way; and storage that is full or broken there."""
     places: dict[str, list[int]] = {}
-    for number, call, path in reference.calls:
+    for number, call, path in reference.calls if JOBS[reference.job].n == 1 else ():
         places.setdefault(site(call, path), []).append(number)
     trials = []
     for where, numbers in places.items():
@@ -213,48 +228,46 @@ def planned(reference: Reference) -> list[Trial]:
     return trials
 
 
+def at_random(config: Config, references: dict[str, Reference]) -> list[Trial]:
+    """Signals at random moments; from a random call on, a folder that cannot be written, and another time of day."""
+    draw = random.Random(config.seed)
+    of_one = [job for job in config.jobs if JOBS[job].n == 1]
+    each = -(-config.kills // len(of_one)) if of_one else 0
+    trials = [Trial(job, moment, "killed", "") for job in of_one for moment in draw.sample(range(1000), each)]
+    for job, reference in references.items():
+        for _ in range(config.others):
+            trials += [Trial(job, draw.randrange(1000), how, "") for how in list(SIGNALS)[JOBS[job].n == 1 :]]
+            for how in () if JOBS[job].n > 1 else ("30+", f"clock{DAY:+}", f"clock{-DAY:+}"):
+                number, call, path = draw.choice(reference.calls)
+                trials.append(Trial(job, number, how, site(call, path)))
+        trials += [Trial(job, 0, "30+", "")] * (JOBS[job].n == 1)
+    return trials
+
+
+def in_turn(config: Config, trials: list[Trial]) -> list[Trial]:
+    """A trial of each job after the other, in random order, so that a campaign that is cut short is a sample."""
+    random.Random(config.seed).shuffle(trials)
+    by_job = [[trial for trial in dict.fromkeys(trials) if trial.job == job] for job in config.jobs]
+    return [trial for turn in itertools.zip_longest(*by_job) for trial in turn if trial is not None]
+
+
 def site(call: str, path: str) -> str:
     """A call and its path without what differs from one run or step to the next."""
-    path = re.sub(r"[0-9a-f]{12,}", "#", path)
+    path = re.sub(r"[0-9a-f]{12,}|(?<=index/)(pos|seq|token)", "#", path)  # three arrays that are written alike
     return f"{call} {re.sub(r'[0-9]+', '0', path)}"
-
-
-def prepare(inputs: Path, needed: Collection[str]) -> None:
-    """Sets and runs that jobs begin with."""
-    rows = np.random.default_rng(0).standard_normal((1024, 8)).astype(np.float32)
-    small = {"n_latents": 32, "k": 4, "dtype": "float32", "steps": 4, "batch_size": 64}
-    inputs.mkdir(exist_ok=True)
-    make: dict[str, Callable[[Path], Any]] = {
-        "set": lambda path: sae_jax.write_activations(path, rows, dtype="float32"),
-        "text-set": lambda path: sae_jax.harvest(path, tokens=4096, context=64, heldout="heldout"),
-        "run": lambda path: sae_jax.train("set", out=path, **small),
-        "made": lambda path: sae_jax.train("set", out=path, **small),
-        "text-run": lambda path: sae_jax.train("text-set", out=path, **small),
-    }
-    needed = {*needed, *("text-set" if name == "text-run" else "set" for name in needed)}
-    before = os.getcwd()
-    os.chdir(inputs)  # runs name their sets as seen from there
-    try:
-        for name in [name for name in make if name in needed]:
-            if not Path(name).exists():
-                make[name](Path(name))
-    finally:
-        os.chdir(before)
 
 
 def show(rows: list[dict[str, Any]], out: Path) -> None:
     """How many trials of each job and way came out how; and each that did not come out well."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        way = {"28+": "disk full", "5": "input/output error"}.get(row["how"], row["how"])
         kind = row["outcome"] if row["outcome"] in WELL else row["outcome"].partition(":")[0]
-        counts.setdefault(f"{row['job']}, {way}", Counter())[kind] += 1
+        counts.setdefault(f"{row['job']}, {NAMES.get(row['how'], row['how'])}", Counter())[kind] += 1
     (out / "table.json").write_text(json.dumps(counts, indent=2) + "\n")
     kinds = sorted({kind for count in counts.values() for kind in count})
-    table = Table("job, killed or failing", *kinds, "sites")
+    table = Table("job, disturbance", *kinds)
     for name, count in sorted(counts.items()):
-        sites = {row["where"] for row in rows if name.startswith(f"{row['job']}, ")}
-        table.add_row(name, *(str(count[kind] or "") for kind in kinds), str(len(sites)))
+        table.add_row(name, *(str(count[kind] or "") for kind in kinds))
     Console(width=140).print(table)
     for row in rows:
         if row["outcome"] not in WELL:

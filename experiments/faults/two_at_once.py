@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import tyro
 from contents import content
-from kills import SMALL, environment, prepare
+from jobs import SMALL, environment, prepare
 from rich.console import Console
 from rich.table import Table
 

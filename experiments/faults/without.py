@@ -6,13 +6,15 @@ python without.py MECHANISM WORDS...       `sae-jax WORDS`, or a text of Python,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sae_jax import record, storage
 from sae_jax.activations import commits
+from sae_jax.commands import failures, main
 from sae_jax.storage import digests, disk, lease
 from sae_jax.training import checkpoint
+from sae_jax.types import UserError
 
 
 def no_digests() -> None:
@@ -50,11 +52,23 @@ def no_whole_files() -> None:
 MECHANISMS = {"": lambda: None, "digests": no_digests, "leases": no_leases, "whole files": no_whole_files}
 
 
+def run(words: Sequence[str]) -> int:
+    """`sae-jax WORDS`, or a text of Python; its exit code."""
+    if len(words) == 1:
+        try:
+            exec(words[0])
+        except (UserError, OSError, KeyboardInterrupt) as error:
+            # Of any other error, Python shows where it was raised.
+            said = failures.one_line(error) if isinstance(error, OSError) else (f"{type(error).__name__}: {error}", 1)
+            if said is None:
+                raise
+            sys.stderr.write(f"{said[0]}\n")
+            return said[1]
+        return 0
+    sys.argv = ["sae-jax", *words]
+    return main.main()
+
+
 if __name__ == "__main__":
     MECHANISMS[sys.argv[1]]()
-    if len(sys.argv) == 3:
-        exec(sys.argv[2])
-    else:
-        from sae_jax.commands import main
-
-        sys.exit(main.main(sys.argv[2:]))
+    sys.exit(run(sys.argv[2:]))

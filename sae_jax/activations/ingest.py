@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -71,60 +71,81 @@ def write_activations(
     n_rows, blocks = _blocks(rows, tokens, name, DTYPES[_known(dtype)])
     tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
     origin = _Origin.of(tokenizer, model, model_digest, None if text is None else texts.resolve(text))
-    buffer = _Buffer()
-    writer: Writer | None = None
-    n_shards = 0
 
-    def start(n_rows: int) -> Writer:
-        unit_rows = 1 if buffer.context is None else buffer.context
-        row_bytes = [d * DTYPES[dtype].itemsize for d in buffer.widths.values()]
+    def lay_out(n_rows: int, widths: dict[str, int], context: int | None) -> SetSpec:
+        unit_rows = 1 if context is None else context
+        row_bytes = [d * DTYPES[dtype].itemsize for d in widths.values()]
         n_shards, shard_rows, chunk_rows = layout(n_rows, row_bytes, unit_rows)
-        sources = tuple(SourceSpec(n, d, dtype, model, origin.model_digest, hook) for n, d in buffer.widths.items())
-        per_shard = None if buffer.context is None else shard_rows // unit_rows
+        sources = tuple(SourceSpec(n, d, dtype, model, origin.model_digest, hook) for n, d in widths.items())
+        per_shard = None if context is None else shard_rows // unit_rows
         n_shards = min(n_shards, (2**31 - 1) // (per_shard or 1))
-        spec = SetSpec(
+        return SetSpec(
             sources, n_shards, shard_rows, chunk_rows, seed, tokenizer, origin.tokenizer_digest, origin.text,
-            context=buffer.context, sequences_per_shard=per_shard,
+            context=context, sequences_per_shard=per_shard,
         )  # fmt: skip
-        return Writer(files, spec)
-
-    def write(writer: Writer, rows: int) -> None:
-        sources, tokens_MT = buffer.take(rows)
-        index = None
-        if tokens_MT is not None:
-            seq, pos = np.divmod(np.arange(tokens_MT.size), tokens_MT.shape[1])
-            first = n_shards * (writer.spec.sequences_per_shard or 0)
-            index = {"token": tokens_MT.reshape(-1), "seq": seq + first, "pos": pos}
-        writer.write_shard(n_shards, sources, index, tokens_MT, first_row=n_shards * _full(writer.spec))
 
     with Lease(files.at("owner"), path) as lease:
         if files.read("dataset.json") is not None:
             raise UsageError(f"{files.path} is an activation set already; write to another path or delete it")
         if files.keys("commits/"):
             raise UserError(f"{files.path} has shards of a set whose writing was cut off; delete it first")
+        shards = _Shards(files, lay_out, n_rows)
         for block, tokens_BT in blocks:
             if tokens_BT is not None:
                 origin.check(tokens_BT)
-            buffer.push(block, tokens_BT)
-            if writer is None and (n_rows is not None or buffer.n_bytes > BUFFER_BYTES):
-                writer = start(ENDLESS_ROWS if n_rows is None else n_rows)
-            while writer is not None and buffer.n_rows >= _full(writer.spec):
-                write(writer, _full(writer.spec))
-                n_shards += 1
-        if buffer.n_rows + n_shards == 0:
-            raise UsageError("there are no rows to write")
-        writer = writer or start(buffer.n_rows)
-        while buffer.n_rows:
-            write(writer, min(buffer.n_rows, _full(writer.spec)))
-            n_shards += 1
-
-        spec = replace(writer.spec, n_shards=n_shards)
-        for array in array_specs(spec).values():
-            open_array(files, array, "create")
-        Writer(files, spec).finish()
+            shards.push(block, tokens_BT)
+        spec = shards.finish()
         lease.check()
         files.write("dataset.json", spec.to_json().encode())
     return open_activations(path)
+
+
+class _Shards:
+    """Rows as they come, written in shards of full size; the rest at the end."""
+
+    def __init__(self, files: Files, lay_out: Callable[[int, dict[str, int], int | None], SetSpec], n_rows: int | None):
+        """n_rows: of the whole set, if it is known."""
+        self._files, self._lay_out, self._n_rows = files, lay_out, n_rows
+        self._buffer = _Buffer()
+        self._writer: Writer | None = None
+        self._n_written = 0
+
+    def push(self, block: dict[str, np.ndarray], tokens_BT: np.ndarray | None) -> None:
+        """Adds rows [n, d] of every source; writes the shards that they fill."""
+        self._buffer.push(block, tokens_BT)
+        if self._n_rows is not None or self._writer is not None or self._buffer.n_bytes > BUFFER_BYTES:
+            writer = self._opened(ENDLESS_ROWS if self._n_rows is None else self._n_rows)
+            while self._buffer.n_rows >= _full(writer.spec):
+                self._write(writer, _full(writer.spec))
+
+    def finish(self) -> SetSpec:
+        """Writes what is left, creates the arrays and computes the statistics; the set as it came out."""
+        if self._buffer.n_rows + self._n_written == 0:
+            raise UsageError("there are no rows to write")
+        writer = self._opened(self._buffer.n_rows)
+        while self._buffer.n_rows:
+            self._write(writer, min(self._buffer.n_rows, _full(writer.spec)))
+        spec = replace(writer.spec, n_shards=self._n_written)
+        for array in array_specs(spec).values():
+            open_array(self._files, array, "create")
+        Writer(self._files, spec).finish()
+        return spec
+
+    def _opened(self, n_rows: int) -> Writer:
+        if self._writer is None:
+            self._writer = Writer(self._files, self._lay_out(n_rows, self._buffer.widths, self._buffer.context))
+        return self._writer
+
+    def _write(self, writer: Writer, n_rows: int) -> None:
+        sources, tokens_MT = self._buffer.take(n_rows)
+        index = None
+        if tokens_MT is not None:
+            seq, pos = np.divmod(np.arange(tokens_MT.size), tokens_MT.shape[1])
+            first = self._n_written * (writer.spec.sequences_per_shard or 0)
+            index = {"token": tokens_MT.reshape(-1), "seq": seq + first, "pos": pos}
+        first_row = self._n_written * _full(writer.spec)
+        writer.write_shard(self._n_written, sources, index, tokens_MT, first_row=first_row)
+        self._n_written += 1
 
 
 class _Origin(NamedTuple):

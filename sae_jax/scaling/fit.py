@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special
+import scipy  # its parts load on first use: most commands need none, and half a second less
 
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
@@ -194,7 +194,7 @@ def better(with_constant: Law, without: Law) -> tuple[bool, str]:
     if free < 1:
         return False, "the law without a constant is taken: points are too few to tell it from the one with a constant"
     ours, theirs = (max(law.rmse_log, EXACT) for law in (with_constant, without))
-    p = float(special.fdtrc(1, free, free * max((theirs / ours) ** 2 - 1, 0.0))) / 2
+    p = float(scipy.special.fdtrc(1, free, free * max((theirs / ours) ** 2 - 1, 0.0))) / 2
     reason = f"residuals {without.rmse_log:.2%} without, {with_constant.rmse_log:.2%} with, p = {p:.2g}"
     if p < 1 - LEVEL:
         return True, f"the law without the constant fits worse ({reason})"
@@ -347,7 +347,7 @@ def _least_squares(
     terms: tuple[np.ndarray, ...], log_y_N: np.ndarray, start_P: np.ndarray, tolerance: float = 1e-14
 ) -> tuple[np.ndarray, float]:
     """(theta f64[P], half the sum of squares) of ln y, by Levenberg-Marquardt with the exact Jacobian."""
-    solution = optimize.least_squares(
+    solution = scipy.optimize.least_squares(
         lambda theta_P: _log_sum(terms, theta_P) - log_y_N,
         start_P,
         jac=lambda theta_P: _jacobian(terms, theta_P),  # pyrefly: ignore

@@ -66,7 +66,8 @@ def sync(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as error:
         # Some network disks cannot do this for folders, whose names are then as durable as they get.
         if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
@@ -77,7 +78,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: StrPath) -> Iterator[None]:
-    """An OSError names the file: a write to a full disk would not say where, a rename would name the temporary."""
+    """An OSError names the file: a write or fsync would not say where, a rename would name the temporary."""
     try:
         yield
     except OSError as error:

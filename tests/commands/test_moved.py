@@ -11,7 +11,7 @@ import sae_jax
 from sae_jax.commands import main as cli
 from sae_jax.pages.site import _without_folders
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = pytest.mark.usefixtures("in_process", "one_device")
 
 HARVEST = [
     *("harvest", "--out", "set", "--harvest.text=t.txt", "--harvest.heldout=h.txt", "--harvest.model=./lm"),

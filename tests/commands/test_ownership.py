@@ -18,7 +18,7 @@ from sae_jax.training import checkpoint, preemption
 from sae_jax.training.checkpoint import Checkpoints
 from tests import runs
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = pytest.mark.usefixtures("in_process", "one_device")
 
 
 def train(data: Path, run: Path, *flags: str) -> int:

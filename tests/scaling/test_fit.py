@@ -45,7 +45,7 @@ def test_noise_moves_the_joint_law_little(few_draws):
 @pytest.mark.slow
 def test_intervals_of_the_joint_law_cover_the_truth(monkeypatch):
     """0.78 to 0.98 is what chance leaves of 0.9 in 60 trials, at 3 and 2 standard errors."""
-    monkeypatch.setattr(fit, "N_DRAWS", 200)
+    monkeypatch.setattr(fit, "N_DRAWS", 100)
     trials = [fit.joint(N_N, K_N, noisy(JOINT_N, 1e-3, seed)).interval for seed in range(60)]
     for name, value in oracle.PUBLISHED.items():
         covered = np.mean([found[name][0] <= value <= found[name][1] for found in trials])
