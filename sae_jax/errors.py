@@ -15,13 +15,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """One line of bounded length, whatever names and values of a file are in it."""
-        return plain(super().__str__())
+        text = super().__str__()
+        return printable(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}")
 
 
-def plain(text: str) -> str:
-    """Text from a file as a terminal can show it: escapes for what is no character, long ones without their middle."""
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
+def printable(text: str) -> str:
+    """Text from a file as a terminal can show it, with escapes for what is no character."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

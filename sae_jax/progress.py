@@ -12,15 +12,24 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sae_jax.errors import printable
 from sae_jax.units import duration
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_UPDATES = 0.1  # of a live line
 
 
+class _Plain(Console):
+    """Shows characters alone: a name in a file cannot move the cursor, or anything else that a terminal does."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        lines = ("\n".join(map(printable, each.split("\n"))) if isinstance(each, str) else each for each in objects)
+        super().print(*lines, **options)
+
+
 def plain_console(**options: Any) -> Console:
     """A console that prints text as it is: `[x]` and `:x:` in a path or a token are no markup."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    return _Plain(markup=False, emoji=False, highlight=False, **options)
 
 
 console = plain_console(stderr=True, soft_wrap=True)

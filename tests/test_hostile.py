@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import config, lm, storage
+from sae_jax import config, lm, progress, storage
 from sae_jax.activations.formats import documents_of
 from sae_jax.activations.store import open_activations
 from sae_jax.evaluation import shards
@@ -262,6 +263,9 @@ def test_model(tmp_path: Path, name: str, change: Any) -> None:
     refused(folder, lambda: lm.load(str(folder)))
 
 
+DOUBLES = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -274,11 +278,17 @@ def test_model(tmp_path: Path, name: str, change: Any) -> None:
             lambda v: v.update(decoder={"type": "Strip", "content": "a", "start": 10**6, "stop": 10**6}),
             "tokenizer.json cannot be used",
         ),
+        (
+            "tokenizer.json",
+            lambda v: v.update(normalizer={"type": "Sequence", "normalizers": [DOUBLES] * 64}),
+            "tokenizer.json keeps the tokenizer busy",
+        ),
         ("tokenizer_config.json", lambda v: [], "tokenizer_config.json"),
     ],
 )
-def test_tokenizer(tmp_path: Path, name: str, change: Callable, message: str) -> None:
-    """Some end the process that reads them with SIGABRT: another one reads them first."""
+def test_tokenizer(tmp_path: Path, name: str, change: Callable, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some end the process that reads them with SIGABRT, or would never be done: another one reads them first."""
+    monkeypatch.setattr(sys.modules[read_tokenizer.__module__], "PROCESSOR_SECONDS", 0)
     folder = tmp_path / "lm"
     shutil.copytree(lm.locate("bundled"), folder)
     content = json.loads((folder / name).read_text())
@@ -287,6 +297,18 @@ def test_tokenizer(tmp_path: Path, name: str, change: Callable, message: str) ->
     with pytest.raises(UserError, match=message) as caught:
         read_tokenizer(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_the_library_panics_at(tmp_path: Path) -> None:
+    """Backtracking without end: the regular expressions of the library give up, and the trial cannot know this text."""
+    folder = tmp_path / "lm"
+    shutil.copytree(lm.locate("bundled"), folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(z+z+)+y"}, "behavior": "Isolated", "invert": False}
+    put(folder / "tokenizer.json", {**content, "pre_tokenizer": split})
+    tokenizer = read_tokenizer(folder)
+    with pytest.raises(UserError, match="cannot encode this text"):
+        tokenizer.encode(["z" * 40])
 
 
 @pytest.mark.parametrize("value", [5, [1], {"a": 1}, None])
@@ -470,6 +492,11 @@ def test_a_grid_or_marks_without_end() -> None:
 def test_a_message_is_one_line_whatever_it_is_about() -> None:
     assert str(UserError("a\nb \x1b[2J \ud800 \u2028 ü 中")) == "a\\nb \\x1b[2J \\ud800 \\u2028 ü 中"
     assert len(str(UserError("x" * 10**6))) < 2000
+
+
+def test_what_is_said_on_the_way_shows_characters_alone(capsys: pytest.CaptureFixture) -> None:
+    progress.console.print("a\x1b[2Jb\n[x]")
+    assert capsys.readouterr().err == "a\\x1b[2Jb\n[x]\n"
 
 
 def test_text(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def held_out(
         "model, or several": reference is None or several,
         "hook of its sources": len(hooks) < len(sources),
     }
-    if heldout is None or reference is None or any(lacks.values()):
+    if spec.context is None or heldout is None or reference is None or any(lacks.values()):
         if model or text:
             what = next(name for name, is_lacking in lacks.items() if is_lacking)
             raise UsageError(f"{activations.path} names no {what}; --heldout and --model have no use, leave them out")

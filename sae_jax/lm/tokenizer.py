@@ -15,7 +15,9 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from sae_jax import storage
 from sae_jax.lm.files import read_json
 from sae_jax.progress import say_once
 from sae_jax.types import UserError
@@ -43,9 +46,19 @@ FRAMES_TRIED = 4096
 _WORD_END = re.compile(r"\S(?=\s)")
 
 _ASSETS = Path(__file__).parents[1] / "assets"
+# What a trial may take: of the clock and, where the system limits them, of the processor and of memory.
 TRIAL_SECONDS = 60
+PROCESSOR_SECONDS, PROCESSOR_SECONDS_PER_BYTE = 1, 1e-6
+MEMORY_BYTES, MEMORY_BYTES_PER_BYTE = 1 << 29, 30
 _TRIAL = """
-import sys, tokenizers
+import sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]), int(sys.argv[2])))
+except ImportError:
+    pass
+import tokenizers
 tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
 tokenizer.encode_special_tokens = True
 texts = ["", "a", "def f(x):\\n    return x + 1\\n", "Größe \\u4e2d\\u6587 \\U0001f600", " " * 300, "x" * 300]
@@ -53,6 +66,8 @@ for ids in [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_
     tokenizer.decode(ids, skip_special_tokens=False)
 tokenizer.decode_batch([[i] for i in list(tokenizer.get_vocab().values())[:10000]], skip_special_tokens=False)
 """
+
+_OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGKILL) if hasattr(signal, "SIGXCPU") else ()  # as systems end it
 
 # What is saved in tokenizer.json but belongs to one use of it, by the part of the file.
 _OF_ONE_USE = {None: ("truncation", "padding", "post_processor"), "model": ("dropout", "alpha", "nbest_size")}
@@ -132,10 +147,11 @@ class Tokenizer:
             # A window around the place tells whether words end there, and whether a part begins with tokens of its own.
             begin, cut = max(low - AROUND, 0), match.end()
             window = text[begin : cut + AROUND]
-            normal = window if self._backend.normalizer is None else self._backend.normalizer.normalize_str(window)
-            if normal != window:
-                continue
-            ends = {end for _, (_, end) in self._backend.pre_tokenizer.pre_tokenize_str(window)}
+            with _said_by_library("part this text"):
+                normal = window if self._backend.normalizer is None else self._backend.normalizer.normalize_str(window)
+                if normal != window:
+                    continue
+                ends = {end for _, (_, end) in self._backend.pre_tokenizer.pre_tokenize_str(window)}
             whole, before, after = self.encode([window, text[begin:cut], text[cut : cut + AROUND]])
             if cut - begin in ends and whole == before + after:
                 return cut
@@ -150,11 +166,8 @@ class Tokenizer:
         return [[i for _ in of_text for i in next(ids)] for of_text in pieces]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        try:
+        with _said_by_library("encode this text"):  # as for a word that it has no token for
             return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except Exception as error:  # the library raises bare ones, as for a word that it has no token for
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"the tokenizer cannot encode this text ({reason}); use another tokenizer") from error
 
     def _places_inside_markers(self) -> re.Pattern[str] | None:
         """Where to cut a text so that the model's vocabulary does not find a special token in it.
@@ -171,7 +184,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; a special token is written out, bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _said_by_library("decode these ids"):
+            return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """What each id adds to the text of many; bytes that are no UTF-8 as the handler "surrogateescape" has them.
@@ -214,7 +228,19 @@ class Tokenizer:
         return min(frames, key=lambda frame: frame[1] != frame[2], default=None)  # best one that reads alike at both
 
     def _decode_each(self, sequences: list[list[int]]) -> list[str]:
-        return self._backend.decode_batch(sequences, skip_special_tokens=False)
+        with _said_by_library("decode these ids"):
+            return self._backend.decode_batch(sequences, skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _said_by_library(what: str) -> Iterator[None]:
+    """What the library raises, as a UserError: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the tokenizer cannot {what} ({storage.one_line(error)}); use another tokenizer") from error
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -283,12 +309,17 @@ def _try_out(text: str) -> None:
 
     Raises UserError saying what the library said.
     """
+    data = text.encode()
+    seconds = PROCESSOR_SECONDS + math.ceil(PROCESSOR_SECONDS_PER_BYTE * len(data))
+    limits = [str(seconds), str(MEMORY_BYTES + MEMORY_BYTES_PER_BYTE * len(data))]
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _TRIAL], input=text.encode(), capture_output=True, timeout=TRIAL_SECONDS
+            [sys.executable, "-I", "-c", _TRIAL, *limits], input=data, capture_output=True, timeout=TRIAL_SECONDS
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"its tokenizer.json keeps the tokenizer busy for over {TRIAL_SECONDS} s") from None
+    if done.returncode in _OUT_OF_TIME:
+        raise UserError(f"its tokenizer.json keeps the tokenizer busy for over {seconds} s of the processor")
     if done.returncode:
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
         # What follows a panic is a note on backtraces; what it is about stands below where it was.
