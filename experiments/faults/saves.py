@@ -107,14 +107,11 @@ def usage() -> dict[str, float]:
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """By how much the median of the last tenth exceeds that of the tenth after the warm-up."""
+    """By how much the least of the last tenth exceeds that of the tenth after the warm-up: threads come and go."""
     tenth, warm = max(len(rows) // 10, 1), int(WARM_UP * len(rows))
     first, last = rows[warm : warm + tenth], rows[-tenth:]
-    return {name: round(_median(last, name) - _median(first, name), 2) for name in MAY_GROW}
-
-
-def _median(rows: list[dict[str, Any]], name: str) -> float:
-    return float(np.median([row[name] for row in rows]))
+    least = [{name: min(row[name] for row in part) for name in MAY_GROW} for part in (first, last)]
+    return {name: round(least[1][name] - least[0][name], 2) for name in MAY_GROW}
 
 
 def save(folder: Path, n: int) -> None:
