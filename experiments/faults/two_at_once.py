@@ -5,8 +5,8 @@ win, is the other refused by name, and is the folder what the winner leaves when
 one that came first is stopped within half a second of its first write, and woken when the other has ended.
 Guess: always.
 Command: python experiments/faults/two_at_once.py --out OUT      (--without leases: to see it find something)
-Answer: not in full yet. In 3 pairs of `write_activations` and 3 of `harvest`, one of each with a stopped one, one won and
-the other was refused.
+Answer: not in full yet. In 3 pairs of `write_activations` and 3 of `harvest`, one of each with a stopped one, one won
+and the other was refused.
 """
 
 from __future__ import annotations
