@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_json_is_not_read_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.M
     path = put(tmp_path / "x.json", "{}")
     os.truncate(path, 1 << 40)  # sparse: a terabyte in no blocks
     refused(path, lambda: storage.read_json(path))
+
+
+def test_a_small_file_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.json", '{"a": 1}')
+    tracemalloc.start()
+    try:
+        storage.read_json(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
