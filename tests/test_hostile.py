@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from sae_jax import config, lm, progress, storage
 from sae_jax.activations.formats import documents_of
 from sae_jax.activations.store import open_activations
 from sae_jax.evaluation import shards
+from sae_jax.lm import trial
 from sae_jax.lm.tokenizer import read_tokenizer
 from sae_jax.planning import targets
 from sae_jax.saes import topk
@@ -297,7 +297,7 @@ DOUBLES = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
 )
 def test_tokenizer(tmp_path: Path, name: str, change: Callable, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some end the process that reads them with SIGABRT, or would never be done: another one reads them first."""
-    monkeypatch.setattr(sys.modules[read_tokenizer.__module__], "PROCESSOR_SECONDS", 0)
+    monkeypatch.setattr(trial, "PROCESSOR_SECONDS", 0)
     folder = tmp_path / "lm"
     shutil.copytree(lm.locate("bundled"), folder)
     content = json.loads((folder / name).read_text())

@@ -38,7 +38,7 @@ from without import MECHANISMS
 from sae_jax import progress, storage
 from sae_jax.commands import failures
 from sae_jax.errors import UserError
-from sae_jax.lm.tokenizer import read_tokenizer
+from sae_jax.lm import trial
 from sae_jax.storage import guarded
 
 SECONDS, MEMORY, TIMES = 2.0, 64 << 20, 10  # what a reader may take: of the processor; bytes, and times the file
@@ -203,9 +203,8 @@ def in_child(act: Callable[[], Any], said: Path) -> int:
         code = 0
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def work(name: str, out: Path, seed: int, number: int, seconds: float, without: str) -> None:
@@ -288,7 +287,7 @@ def _memory(reset: bool = False) -> dict[str, int]:
 
 
 def _no_trial() -> None:
-    sys.modules[read_tokenizer.__module__]._try_out = lambda text: None
+    trial.try_out = lambda text: None
 
 
 def _no_depth() -> None:

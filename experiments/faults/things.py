@@ -250,8 +250,8 @@ def _of_sweep(path: Path) -> Any:
     job = recipe.parse(SweepJob, ["--data=set", "--out", str(path), "--sae.n-latents=32"], "sweep")
     for name in ("k2", "k4"):
         points.read(path, name)
-    run._keep_plan(path, job, {}, is_first=False)
-    return run._kept_passes(path, {}, (0, 1), is_first=False)
+    run._kept_passes(path, {}, (0, 1), is_first=False)
+    return run._keep_plan(path, job, {}, is_first=False)  # another plan than that in the file, which is refused
 
 
 def _of_fit(path: Path) -> Any:
