@@ -53,8 +53,12 @@ class Dictionary:
         return self.sae.encode(x)
 
     def decode(self, code: Code) -> jax.Array:
-        """See AbstractSae.decode. UserError for a latent that the dictionary does not have."""
-        check_indices(code.indices, self.sae.w_dec.shape[0], "latent", "give a code of this dictionary")
+        """See AbstractSae.decode. UserError for a latent that the dictionary does not have; NaN in a traced call."""
+        n_latents = self.sae.w_dec.shape[0]
+        check_indices(code.indices, n_latents, "latent", "give a code of this dictionary")
+        if isinstance(code.indices, jax.core.Tracer):  # JAX would read the last latent instead
+            is_there = (code.indices >= 0) & (code.indices < n_latents)
+            code = Code(code.indices, jnp.where(is_there, code.values, jnp.nan))
         return self.sae.decode(code)
 
     def __call__(self, x: Any) -> jax.Array:

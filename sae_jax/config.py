@@ -188,9 +188,16 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
     if is_tuple and not isinstance(value, list | tuple):
         value = value.split() if isinstance(value, str) else [value]
     try:
-        return msgspec.convert(value, kind, strict=False)
+        return msgspec.convert(_plain(value), kind, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(f"{where}={value!r}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or JAX as one of Python."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value.item() if hasattr(value, "dtype") and getattr(value, "size", 0) == 1 else value
 
 
 def _check_flags(tokens: Sequence[str], known: set[str]) -> None:
@@ -208,8 +215,9 @@ def _first_paragraph(box: str) -> str:
     """The first message of one of tyro's boxes, as one line."""
     lines = []
     for line in box.splitlines()[1:]:
-        text = line.strip("│ ")
-        if set(text) <= set("─╰╯"):
+        text = line.strip("│| ")
+        if set(text) - set("─╰╯-+"):
+            lines.append(text)
+        elif lines:  # what comes below it is the same for all
             break
-        lines.append(text)
     return " ".join(lines) or box.strip()

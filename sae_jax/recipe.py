@@ -110,7 +110,10 @@ def _as_member(files: Sequence[str], member: dict[str, Any]) -> tuple[str, dict[
         if key not in ("sae", "train") or not isinstance(section, dict):
             where = ", ".join(files)
             raise UsageError(f"{where}: members: {key}: {section!r} is not a section; there are name, sae and train")
-    return str(member.get("name", "")), dict(config.flatten(sections))
+    name = member.get("name", "")
+    if isinstance(name, bool) or not isinstance(name, str | int):  # `no`, 1e3 and the like, which would be renamed
+        raise UsageError(f"{', '.join(files)}: members: name: {name!r} is no text; write it in quotes")
+    return str(name), dict(config.flatten(sections))
 
 
 def _as_grid(files: Sequence[str], grid: Any) -> dict[str, list[Any]]:

@@ -334,21 +334,20 @@ def fit(
         The laws, and the files that were written.
     """
     folder = Path(folder)
-    with storage.Lease(folder / "fit.owner", f"the fit of {folder}"):
-        return _fit(folder, variant, site, k, tokens_per_latent)
+    with storage.Lease(folder / "fit.owner", f"the fit of {folder}") as lease:
+        study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
+        lease.check()
+        return study, _write_fit(folder, study)
 
 
-def _fit(
-    folder: Path, variant: str | None, site: str | None, k: int | None, tokens_per_latent: float | None
-) -> tuple[laws.Study, list[Path]]:
-    study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
+def _write_fit(folder: Path, study: laws.Study) -> list[Path]:
     path, content = folder / "fit.json", storage.sealed({**study.to_json(), "draws": study.draws()})
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
     draws = storage.json_text(content.pop("draws"), path, indent=None).rstrip()
     text = storage.json_text(content, path).rstrip().removesuffix("\n}")
     storage.write_text(path, f'{text},\n  "draws": {draws}\n}}\n')
     storage.write_text(folder / "fit.txt", report.render(study))
-    return study, [folder / "fit.json", folder / "fit.txt", *plots.draw(study, folder)]
+    return [folder / "fit.json", folder / "fit.txt", *plots.draw(study, folder)]
 
 
 def advise(

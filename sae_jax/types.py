@@ -25,7 +25,7 @@ from flax import struct
 
 from sae_jax.errors import PartialError, UsageError, UserError
 
-__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths", "check_indices"]
+__all__ = ["Code", "PartialError", "Sites", "UsageError", "UserError", "Widths", "check_indices", "refuse_masked"]
 
 T = TypeVar("T")
 
@@ -75,10 +75,17 @@ class Code:
     def to_dense(self, n_latents: int) -> jax.Array:
         """The same code as f32[..., n_latents], zeros where a latent is not active."""
         lead, n_slots = self.indices.shape[:-1], self.indices.shape[-1]
+        check_indices(self.indices, n_latents, "latent", "give n_latents of the dictionary whose code this is")
         rows = jnp.arange(math.prod(lead))[:, None]
         dense = jnp.zeros((math.prod(lead), n_latents), self.values.dtype)
         dense = dense.at[rows, self.indices.reshape(-1, n_slots)].add(self.values.reshape(-1, n_slots))
         return dense.reshape(*lead, n_latents)
+
+
+def refuse_masked(values: Any, what: str) -> None:
+    """UsageError for a masked array: what is under the mask would be taken for values."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise UsageError(f"{what} are a masked array; leave out the masked rows and give a plain array")
 
 
 def check_indices(indices: Any, n: int, what: str, cure: str) -> None:
@@ -93,6 +100,8 @@ def check_indices(indices: Any, n: int, what: str, cure: str) -> None:
     if isinstance(indices, jax.core.Tracer):
         return
     values = np.asarray(indices)
+    if values.size and values.dtype.kind not in "iu":
+        raise UserError(f"{what}s are {values.dtype}; they must be whole numbers from 0 to {n - 1}")
     if values.size and (values.min() < 0 or values.max() >= n):
         outside = values[(values < 0) | (values >= n)]
         raise UserError(f"{what} {outside[0]} is outside 0 to {n - 1}; {cure}")

@@ -154,6 +154,22 @@ def test_a_code_of_a_wider_dictionary_is_refused() -> None:
         with pytest.raises(UserError, match=f"latent {latent} is outside 0 to 63"):
             d.decode(code.replace(indices=code.indices.at[1, 2].set(latent)))
     np.testing.assert_array_equal(jax.jit(d.decode)(code), d.decode(code))
+    beyond = jax.jit(d.decode)(code.replace(indices=code.indices.at[1, 2].set(64)))
+    assert np.isnan(beyond[1]).all()  # a traced call cannot refuse
+    np.testing.assert_array_equal(beyond[0], d.decode(code)[0])
+    with pytest.raises(UserError, match="latents are float32; they must be whole numbers from 0 to 63"):
+        d.decode(code.replace(indices=code.indices.astype(np.float32)))
+    with pytest.raises(UserError, match=r"latent \d+ is outside 0 to 3; give n_latents of the dictionary"):
+        code.to_dense(4)
+
+
+def test_rows_of_which_a_part_would_be_lost_are_refused() -> None:
+    sae, rows = trained("topk"), np.ones((3, D), np.float32)
+    for call in (sae.encode, sae):
+        with pytest.raises(UsageError, match="x are a masked array"):
+            call(np.ma.masked_array(rows, mask=rows > 0))
+        with pytest.raises(UsageError, match="x is complex64; give real numbers"):
+            call(rows.astype(np.complex64))
 
 
 def test_nothing_there_is_said(tmp_path: Path) -> None:

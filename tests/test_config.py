@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +121,8 @@ def test_members_are_the_command_with_flags_of_their_own(write):
         (("lr: 5e-4", "lr: fast"), [], "member b.2: .*train.lr"),
         (("name: b.2", "name: narrow"), [], "member 'narrow': every member needs a name of its own"),
         (("name: b.2", "name: a/b"), [], "member 'a/b': every member needs a name"),
+        (("name: b.2", "name: no"), [], "recipe.yaml: members: name: False is no text; write it in quotes"),
+        (("name: b.2", "name: 1.50"), [], "members: name: 1.5 is no text"),
         (("name: b.2, ", ""), [], "member '': every member needs a name"),
         (("sae: {k: 2}", "mesh: {data: 2}"), [], "recipe.yaml: members: mesh: .* there are name, sae and train"),
         (("sae: {k: 2}", "sae: 2"), [], "recipe.yaml: members: sae: 2 is not a section"),
@@ -169,3 +172,18 @@ def test_json_round_trip(value):
 def test_flatten_and_known_keys_agree():
     keys = config.known_keys(TrainConfig, "train.")
     assert keys == {f"train.{field.name}" for field in dataclasses.fields(TrainConfig)}
+
+
+def test_numbers_of_numpy_are_numbers():
+    changed = config.replaced(TrainConfig(), {"steps": np.int64(4), "lr": np.float32(0.5)}, "here")
+    assert (changed.steps, changed.lr) == (4, 0.5)
+    assert type(changed.steps) is int
+    with pytest.raises(UsageError, match=r"here: steps=.*Expected `int`"):
+        config.replaced(TrainConfig(), {"steps": np.arange(2)}, "here")
+
+
+@pytest.mark.parametrize(
+    "box", ["╭─ Error ─╮\n│ no such --x │\n│ ───── │\n│ help │\n╰─────╯", "- Error -\n-----\nno such --x\n---\nhelp"]
+)
+def test_a_message_in_a_box_is_its_first_paragraph(box):
+    assert config._first_paragraph(box) == "no such --x"

@@ -120,6 +120,8 @@ def test_only_regular_files_are_read(tmp_path: Path, make: Callable) -> None:
         "a: 2001-13-41",
         "a: " + "[" * 1000 + "]" * 1000,
         "a: &a [*a]",
+        "k: 010",
+        "k: 1:30",
         "a: &a {b: *a}",
         "? [a]\n: b",
         "a: !!python/object:os.system x",

@@ -13,12 +13,13 @@ import numpy as np
 from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.saes import base
+from sae_jax.storage.digests import SEAL
 from sae_jax.training import logs
 from sae_jax.training.checkpoint import Checkpoints, read_record
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import abstract
 
-PASSING = ("seconds", *logs.WALL_CLOCK, "since", "time")  # fields that the clock decides
+PASSING = ("seconds", *logs.WALL_CLOCK, "since", "time", SEAL)  # fields that the clock decides, and a digest over them
 
 
 def content(folder: Path) -> dict[str, str]:

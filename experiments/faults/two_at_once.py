@@ -1,61 +1,54 @@
 """Do two writers of one folder ever mix?
 
-Question: two commands that write to one folder start at once, with different settings. Does one of them win, is the
-other refused by name, and is the folder what the winner leaves when it is alone? In every third pair the one that came
-first is stopped as soon as it writes, and woken when the other has taken over.
+Question: two commands that write to one folder start within half a second, with different settings. Does one of them
+win, is the other refused by name, and is the folder what the winner leaves when it is alone? In every third pair the
+one that came first is stopped within half a second of its first write, and woken when the other has ended.
 Guess: always.
-Command: python experiments/faults/two_at_once.py --out OUT
+Command: python experiments/faults/two_at_once.py --out OUT      (--without leases: to see it find something)
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
+import multiprocessing
+import os
+import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tyro
 from contents import content
-from jobs import SMALL, environment, prepare
+from jobs import ROOT, SMALL, environment, prepare
 from rich.console import Console
 from rich.table import Table
+from without import MECHANISMS
 
+import sae_jax
 from sae_jax import storage
+from sae_jax.commands import main as commands
 from sae_jax.progress import Progress
+from sae_jax.storage import lease
 
 LEASE_SECONDS = 4.0  # instead of a minute: pairs with a stopped process wait for it
-RUN = """
-import sys
-from sae_jax.storage import lease
-lease.SECONDS = float(sys.argv[1])
-lease.Lease.__init__.__defaults__ = (*lease.Lease.__init__.__defaults__[:-1], lease.SECONDS)
-from sae_jax.commands import main
-sys.exit(main.main(sys.argv[2:]))
-"""
-WRITE = """
-import sys
-from sae_jax.storage import lease
-lease.Lease.__init__.__defaults__ = (*lease.Lease.__init__.__defaults__[:-1], float(sys.argv[1]))
-import numpy as np, sae_jax
-rows = np.random.default_rng(int(sys.argv[2])).standard_normal((200_000, 8)).astype("float32")
-try:
-    sae_jax.write_activations("made", (rows[i : i + 1000] for i in range(0, len(rows), 1000)), dtype="float32")
-except sae_jax.UserError as error:
-    sys.exit(f"sae-jax: {error}")
-"""
+APART_SECONDS = 0.5  # at most
+HUNG_SECONDS = 600
+WELL = "one won, the other was refused"
+IMPORTS = ("sae_jax.runs", "sae_jax.commands.harvest", "sae_jax.commands.sweep", "two_at_once")
 
 
 class Job(NamedTuple):
     """Two commands that differ in the last word; and what they need."""
 
-    script: str
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # none: `write_activations` with the last word for a seed
     last: tuple[str, str]
     inputs: tuple[str, ...] = ()
 
@@ -63,14 +56,12 @@ class Job(NamedTuple):
 TRAIN = ("train", "--data=set", "--out=made", *SMALL, "--train.steps=60", "--train.checkpoint-every=5")
 SWEEP = ("sweep", "--data=set", "--out=made", *SMALL, "--train.checkpoint-every=4", "--sweep.tokens=1280")
 JOBS = {
-    "write_activations": Job(WRITE, (), ("1", "2")),
-    "harvest": Job(
-        RUN, ("harvest", "--out=made", "--harvest.tokens=8192"), tuple(f"--harvest.seed={i}" for i in (1, 2))
-    ),
-    "train": Job(RUN, TRAIN, ("--train.lr=1e-3", "--train.lr=1e-2"), ("set",)),
-    "sweep": Job(RUN, (*SWEEP, "--sweep.held-out=128"), ("--sae.k=2", "--sae.k=3"), ("set",)),
+    "write_activations": Job((), ("1", "2")),
+    "harvest": Job(("harvest", "--out=made", "--harvest.tokens=8192"), ("--harvest.seed=1", "--harvest.seed=2")),
+    "train": Job(TRAIN, ("--train.lr=1e-3", "--train.lr=1e-2"), ("set",)),
+    "sweep": Job((*SWEEP, "--sweep.held-out=128"), ("--sae.k=2", "--sae.k=3"), ("set",)),
     "dashboard": Job(
-        RUN, ("dashboard", "text-run", "--out=made"), ("--tokens=512", "--tokens=1024"), ("text-run", "text-set")
+        ("dashboard", "text-run", "--out=made"), ("--tokens=512", "--tokens=1024"), ("text-run", "text-set")
     ),
 }
 
@@ -80,11 +71,15 @@ class Config:
     """What is tried, and how often."""
 
     out: Path = Path("build/two_at_once")
-    """Folder for the pairs, pairs.jsonl and table.json."""
+    """Folder for the pairs, pairs.jsonl and table.json. Pairs that are in pairs.jsonl are not repeated."""
     jobs: tuple[str, ...] = tuple(JOBS)
     """Which commands."""
     pairs: int = 50
     """Of each."""
+    seed: int = 0
+    """Of how far apart they start, and when one is stopped."""
+    without: str = ""
+    """A mechanism of without.py that is switched off, such as "leases"."""
     smoke: bool = False
     """One pair of `write_activations`: does it run?"""
 
@@ -96,75 +91,145 @@ def main(config: Config) -> None:
         jobs, n = ("write_activations",), 1
     (out / "inputs").mkdir(parents=True, exist_ok=True)
     prepare(out / "inputs", {name for job in jobs for name in JOBS[job].inputs})
-    counts: dict[str, Counter[str]] = {job: Counter() for job in jobs}
+    processes = Processes(out, config.without)
+    done = {(row["job"], row["pair"]) for row in storage.read_lines(out / "pairs.jsonl")}
     with storage.Lines(out / "pairs.jsonl") as lines, Progress("pairs", len(jobs) * n, "pairs", first="") as progress:
-        for job in jobs:
-            alone = [content(ended(start(job, out, f"alone-{i}", i))[2] / "made") for i in (0, 1)]
-            for i in range(n):
-                is_stopped = i % 3 == 2
-                outcome, said = pair(job, out, is_stopped, alone)
-                counts[job][outcome] += 1
-                lines.write({"job": job, "stopped": is_stopped, "outcome": outcome, "said": said})
-                progress.update(sum(count.total() for count in counts.values()))
+        for i, job in enumerate(jobs):
+            alone = [processes.start(job, f"alone-{which}", which).made() for which in (0, 1)]
+            for number in range(n):
+                if (job, number) not in done:
+                    draw = random.Random(f"{config.seed} {job} {number}")
+                    began = time.monotonic()
+                    outcome, said = pair(processes, job, number % 3 == 2, draw.uniform(0, APART_SECONDS), alone)
+                    row = {"job": job, "pair": number, "stopped": number % 3 == 2, "outcome": outcome, "said": said}
+                    lines.write({**row, "seconds": round(time.monotonic() - began, 1)})
+                progress.update(i * n + number + 1)
+    rows = storage.read_lines(out / "pairs.jsonl")
+    show(rows, out)
+    if any(row["outcome"] != WELL for row in rows):
+        raise SystemExit("two writers of one folder did not end as they should, see above")
+
+
+class Processes:
+    """Starts commands in processes that have imported all: importing takes longer than to run."""
+
+    def __init__(self, out: Path, without: str) -> None:
+        self._out, self._without = out, without
+        os.environ.update(environment(out) | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"})
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(IMPORTS))
+
+    def forget(self, job: str) -> None:
+        """Delete what the pair before has left."""
+        shutil.rmtree(self._out / f"{job}-pair", ignore_errors=True)
+
+    def start(self, job: str, folder: str, which: int) -> Started:
+        """One of the two commands, in a folder that is made if it is not there."""
+        path, said = self._out / f"{job}-{folder}", self._out / f"{job}-{folder}-{which}.stderr"
+        if not path.exists():
+            path.mkdir()
+            for name in JOBS[job].inputs:
+                shutil.copytree(self._out / "inputs" / name, path / name)
+        words = (*JOBS[job].words, JOBS[job].last[which])
+        process = self._context.Process(target=run, args=(path, said, words, self._without), daemon=True)
+        process.start()
+        return Started(process, path, said)
+
+
+class Started(NamedTuple):
+    """A command that has been started."""
+
+    process: Any
+    folder: Path
+    stderr: Path
+
+    def ended(self) -> tuple[int | None, str]:
+        """(exit code, last line on stderr) once it has ended; None if it has to be killed."""
+        self.process.join(HUNG_SECONDS)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+        text = self.stderr.read_text(errors="replace")
+        return code, "Traceback" if "Traceback" in text else (text.strip().splitlines() or [""])[-1]
+
+    def made(self) -> dict[str, str]:
+        """What it has made, once it has ended."""
+        code, said = self.ended()
+        assert code == 0, said
+        return content(self.folder / "made")
+
+
+def run(folder: Path, stderr: Path, words: tuple[str, ...], without: str) -> None:
+    """A process of its own, in `folder`: the command `words`, or one that writes an activation set."""
+    os.chdir(folder)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    lease.SECONDS = LEASE_SECONDS
+    MECHANISMS[without]()
+    sys.argv = ["sae-jax", *words]
+    code = commands.main() if len(words) > 1 else write(int(words[0]))
+    atexit._run_exitfuncs()  # as at the end of a process that nobody has forked
+    sys.exit(code)
+
+
+def write(seed: int) -> int:
+    """An activation set, rows at a time, as a script of a user does."""
+    rows = np.random.default_rng(seed).standard_normal((200_000, 8)).astype("float32")
+    try:
+        sae_jax.write_activations("made", (rows[i : i + 1000] for i in range(0, len(rows), 1000)), dtype="float32")
+    except sae_jax.UserError as error:
+        sys.stderr.write(f"sae-jax: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def pair(
+    processes: Processes, job: str, is_stopped: bool, apart: float, alone: list[dict[str, str]]
+) -> tuple[str, list[str]]:
+    """What came of two at once, and what each said in the end."""
+    processes.forget(job)
+    first = processes.start(job, "pair", 0)
+    if is_stopped:
+        wait_for(lambda: (first.folder / "made").exists() or not first.process.is_alive())
+    time.sleep(apart)
+    if is_stopped and first.process.is_alive():
+        os.kill(first.process.pid, signal.SIGSTOP)
+    second = processes.start(job, "pair", 1)
+    if is_stopped:
+        second.process.join(HUNG_SECONDS)
+        if first.process.is_alive():
+            os.kill(first.process.pid, signal.SIGCONT)
+    results = [started.ended() for started in (first, second)]
+    said = [line for _, line in results]
+    won = [i for i, (code, _) in enumerate(results) if code == 0]
+    if "Traceback" in said:
+        return "traceback", said
+    if any(code is None for code, _ in results):
+        return "hung", said
+    if len(won) != 1:
+        return f"{len(won)} won", said
+    if not said[1 - won[0]].startswith("sae-jax: "):
+        return "not refused by name", said
+    return WELL if content(first.folder / "made") == alone[won[0]] else "MIXED", said
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds, or for so long that something hangs."""
+    end = time.monotonic() + HUNG_SECONDS
+    while time.monotonic() < end and not condition():
+        time.sleep(0.02)
+
+
+def show(rows: list[dict[str, Any]], out: Path) -> None:
+    """How many pairs of each command came out how."""
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        counts.setdefault(row["job"], Counter())[row["outcome"]] += 1
     (out / "table.json").write_text(json.dumps(counts, indent=2) + "\n")
     kinds = sorted({kind for count in counts.values() for kind in count})
     table = Table("two of", *kinds)
     for job, count in counts.items():
         table.add_row(job, *(str(count[kind] or "") for kind in kinds))
     Console(width=140).print(table)
-
-
-Started = tuple[subprocess.Popen[str], Path]
-
-
-def start(job: str, out: Path, folder: str, which: int) -> Started:
-    """One of the two commands, in a folder that is made if it is not there."""
-    path, (script, words, last, inputs) = out / f"{job}-{folder}", JOBS[job]
-    if not path.exists():
-        path.mkdir()
-        for name in inputs:
-            shutil.copytree(out / "inputs" / name, path / name)
-    command = [sys.executable, "-c", script, str(LEASE_SECONDS), *words, last[which]]
-    process = subprocess.Popen(command, cwd=path, env=environment(out), stderr=subprocess.PIPE, text=True)
-    return process, path
-
-
-def ended(started: Started) -> tuple[int, str, Path]:
-    """(exit code, last line on stderr, folder)."""
-    process, path = started
-    said = process.communicate(timeout=300)[1].strip().splitlines()
-    return process.returncode, said[-1] if said else "", path
-
-
-def pair(job: str, out: Path, is_stopped: bool, alone: list[Any]) -> tuple[str, list[str]]:
-    """What came of two at once."""
-    shutil.rmtree(out / f"{job}-pair", ignore_errors=True)
-    first = start(job, out, "pair", 0)
-    if is_stopped:
-        wait_for(lambda: (first[1] / "made").exists() or first[0].poll() is not None)
-        first[0].send_signal(signal.SIGSTOP)
-    second = start(job, out, "pair", 1)
-    if is_stopped:
-        wait_for(lambda: second[0].poll() is not None, seconds=LEASE_SECONDS * 20)
-        first[0].send_signal(signal.SIGCONT)
-    results = [ended(process) for process in (first, second)]
-    said = [line for _, line, _ in results]
-    won = [i for i, (code, _, _) in enumerate(results) if code == 0]
-    if any("Traceback" in line or line.startswith(("Error", "ValueError")) for line in said):
-        return "traceback", said
-    if len(won) != 1:
-        return f"{len(won)} won", said
-    if not said[1 - won[0]].startswith("sae-jax: "):
-        return "not refused by name", said
-    made = content(first[1] / "made")
-    return "one won, the other was refused" if made == alone[won[0]] else "MIXED", said
-
-
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    """Until it holds, or so long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.02)
 
 
 if __name__ == "__main__":

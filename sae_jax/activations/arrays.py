@@ -7,13 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, refuse_masked
 
 
 def as_numpy(values: Any, what: str) -> np.ndarray:
     """As a numpy array. Raises UsageError for a masked array, whose mask would be lost, and for what is no array."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise UsageError(f"{what} are a masked array; leave out the masked rows and give a plain array")
+    refuse_masked(values, what)
     try:
         if hasattr(values, "detach"):  # a torch tensor, whose bfloat16 numpy does not take
             values = values.detach().cpu()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -224,9 +225,12 @@ def plan(
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config.text_column)
-    heldout_digest = None if heldout is None else _scan(heldout, config.text_column).digest
+    apart = None if heldout is None else _scan(heldout, config.text_column)
+    heldout_digest = None if apart is None else apart.digest
     if heldout_digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
+    if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
+        raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
     n_sequences = config.tokens // config.context
     if not n_sequences:
         n_sequences = _count(config, text, tokenizer, scanned.n_bytes)
@@ -265,6 +269,8 @@ def _scan(text: str, column: str) -> texts.Scan:
     n_bytes = texts.local_bytes(text)
     with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
         scanned = texts.scan(text, column, progress.update)
+    if not scanned.n_bytes:  # of the hub: whether it can be read at all, before anything is written
+        next(texts.documents(text, column))
     n_files = len(scanned.files) + sum(map(len, scanned.left_out.values()))
     for reason, paths in scanned.left_out.items():
         named = ", ".join(map(str, paths[:N_FILES_NAMED]))

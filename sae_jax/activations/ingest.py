@@ -68,6 +68,8 @@ def write_activations(
         UserError: a row is not finite; a token is beyond the tokenizer or the model; the disk is full.
     """
     files = Files(path)
+    if not isinstance(seed, int | np.integer):
+        raise UsageError(f"seed={seed!r} must be a whole number")
     n_rows, blocks = _blocks(rows, tokens, name, DTYPES[_known(dtype)])
     tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
     origin = _Origin.of(tokenizer, model, model_digest, None if text is None else texts.resolve(text))
@@ -77,35 +79,53 @@ def write_activations(
         row_bytes = [d * DTYPES[dtype].itemsize for d in widths.values()]
         n_shards, shard_rows, chunk_rows = layout(n_rows, row_bytes, unit_rows)
         sources = tuple(SourceSpec(n, d, dtype, model, origin.model_digest, hook) for n, d in widths.items())
+        origin.check_hook(hook, widths)
         per_shard = None if context is None else shard_rows // unit_rows
         n_shards = min(n_shards, (2**31 - 1) // (per_shard or 1))
         return SetSpec(
-            sources, n_shards, shard_rows, chunk_rows, seed, tokenizer, origin.tokenizer_digest, origin.text,
+            sources, n_shards, shard_rows, chunk_rows, int(seed), tokenizer, origin.tokenizer_digest, origin.text,
             context=context, sequences_per_shard=per_shard,
         )  # fmt: skip
 
-    with Lease(files.at("owner"), path) as lease:
-        if files.read("dataset.json") is not None:
-            raise UsageError(f"{files.path} is an activation set already; write to another path or delete it")
-        if files.keys("commits/"):
-            raise UserError(f"{files.path} has shards of a set whose writing was cut off; delete it first")
-        shards = _Shards(files, lay_out, n_rows)
+    lease = Lease(files.at("owner"), path)
+    _refuse_occupied(files, lease.holder())  # a writer that is only stopped keeps what it has begun
+    with lease:
+        _refuse_occupied(files)
+        shards = _Shards(files, lay_out, n_rows, lease)
         for block, tokens_BT in blocks:
             if tokens_BT is not None:
                 origin.check(tokens_BT)
             shards.push(block, tokens_BT)
         spec = shards.finish()
         lease.check()
-        files.write("dataset.json", spec.to_json().encode())
+        if not files.create("dataset.json", spec.to_json().encode()):
+            raise UserError(f"{files.path}: another process has made a set there meanwhile; delete it and write again")
     return open_activations(path)
+
+
+def _refuse_occupied(files: Files, holder: str = "") -> None:
+    """Raise an error where there is a set, or the beginning of one, which nobody but its writer can end."""
+    if files.read("dataset.json") is not None:
+        raise UsageError(f"{files.path} is an activation set already; write to another path or delete it")
+    if files.keys("commits/"):
+        whose = "whose writing was cut off; delete it first"
+        if holder:
+            whose = f"that {holder} is writing; wait for it, or delete it first if that process is dead"
+        raise UserError(f"{files.path} has shards of a set {whose}")
 
 
 class _Shards:
     """Rows as they come, written in shards of full size; the rest at the end."""
 
-    def __init__(self, files: Files, lay_out: Callable[[int, dict[str, int], int | None], SetSpec], n_rows: int | None):
+    def __init__(
+        self,
+        files: Files,
+        lay_out: Callable[[int, dict[str, int], int | None], SetSpec],
+        n_rows: int | None,
+        lease: Lease,
+    ) -> None:
         """n_rows: of the whole set, if it is known."""
-        self._files, self._lay_out, self._n_rows = files, lay_out, n_rows
+        self._files, self._lay_out, self._n_rows, self._lease = files, lay_out, n_rows, lease
         self._buffer = _Buffer()
         self._writer: Writer | None = None
         self._n_written = 0
@@ -133,7 +153,8 @@ class _Shards:
 
     def _opened(self, n_rows: int) -> Writer:
         if self._writer is None:
-            self._writer = Writer(self._files, self._lay_out(n_rows, self._buffer.widths, self._buffer.context))
+            spec = self._lay_out(n_rows, self._buffer.widths, self._buffer.context)
+            self._writer = Writer(self._files, spec, self._lease)
         return self._writer
 
     def _write(self, writer: Writer, n_rows: int) -> None:
@@ -155,12 +176,12 @@ class _Origin(NamedTuple):
     tokenizer_digest: str | None
     model_digest: str | None
     tokens_of: tuple[tuple[str, int], ...]  # who has rows or texts for so many ids
-    n_positions: int | None
+    model: lm.Spec | None
 
     @classmethod
     def of(cls, tokenizer: str | None, model: str | None, digest: str | None, text: str | None) -> _Origin:
         """From references that lm.resolve made."""
-        bounds, n_positions, tokenizer_digest = [], None, None
+        bounds, spec, tokenizer_digest = [], None, None
         if tokenizer is not None and _is_here(tokenizer):
             loaded = lm.tokenizer(tokenizer, recorded=True)
             tokenizer_digest = loaded.digest
@@ -168,18 +189,26 @@ class _Origin(NamedTuple):
         if model is not None and _is_here(model):
             spec = lm.read_spec(model, recorded=True)
             bounds.append((f"the model {model}", spec.n_vocab))
-            n_positions = spec.n_context
             digest = digest or lm.digest(lm.locate(model, recorded=True))
-        return cls(text, tokenizer_digest, digest, tuple(bounds), n_positions)
+        return cls(text, tokenizer_digest, digest, tuple(bounds), spec)
 
     def check(self, tokens_BT: np.ndarray) -> None:
         """Raises UserError for a token or a position that tokenizer or model do not have."""
         for who, n in self.tokens_of:
             check_indices(tokens_BT, n, "token id", f"{who} has {n} ids; give the one that the tokens were made with")
-        if self.n_positions is not None and tokens_BT.shape[1] > self.n_positions:
+        if self.model is not None and tokens_BT.shape[1] > (n_positions := self.model.n_context):
             raise UserError(
-                f"tokens have {tokens_BT.shape[1]} positions, and the model {self.n_positions}; give shorter sequences"
+                f"tokens have {tokens_BT.shape[1]} positions, and the model {n_positions}; give shorter sequences"
             )
+
+    def check_hook(self, hook: str | None, widths: dict[str, int]) -> None:
+        """Raises UsageError for a hook that the model does not have, or that is of another width than the rows."""
+        if self.model is None or hook is None:
+            return
+        width = lm.hook_width(self.model, lm.parse_hook(hook, self.model))
+        for source, d in widths.items():
+            if d != width:
+                raise UsageError(f"rows of {source} are {d} wide, and hook={hook} of the model {width}; name theirs")
 
 
 def _is_here(reference: str) -> bool:
@@ -291,6 +320,8 @@ def _paired(
             yield _block(number, block, next(token_stream), dtype)
         except StopIteration:
             raise UsageError(f"tokens end before block {number} of the rows; give one for each") from None
+    if not isinstance(token_stream, repeat) and next(token_stream, None) is not None:
+        raise UsageError("rows end before the tokens; give a block of rows for each of tokens")
 
 
 def _block(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -47,10 +48,12 @@ WRITE_ORDER = 1  # Philox domain of the row order inside a shard; the loader has
 class Writer:
     """Writes the shards of a set. Made by `create`; any number of processes may each have one."""
 
-    def __init__(self, files: Files, spec: SetSpec):
+    def __init__(self, files: Files, spec: SetSpec, lease: Lease | None = None):
+        """`lease`: of the whole set, if it has one writer; without it nothing is written."""
         self.files, self.spec = files, spec
         self.path = files.path
         self.arrays = array_specs(spec)
+        self._lease = lease or Lease(None, "")
 
     def committed(self) -> set[int]:
         """The shards that are done, by this process or any other."""
@@ -111,6 +114,7 @@ class Writer:
 
         key = commit_key(shard)
         text = commit.to_json(self.spec.chunk_rows).encode()
+        self._lease.check()
         if self.files.read(key) not in (None, text):
             self.files.delete(key)  # a kill before the new commit must not leave new data under the old one
         try:
@@ -124,6 +128,7 @@ class Writer:
         except STORAGE_ERRORS as error:
             raise write_error(f"shard {shard} of {self.path}", error) from error
         lease.check()
+        self._lease.check()
         self.files.write(key, text)
         return commit
 
@@ -233,6 +238,7 @@ class ActivationSet:
         written.
         """
         array = self.arrays[f"acts/{self.source(source).name}"]
+        self._check_chunk(chunk)
         rows = np.empty((self.chunk_n_rows[chunk], *array.row_shape), array.dtype)
         self.read_chunk_into(source, chunk, rows)
         return rows
@@ -251,6 +257,7 @@ class ActivationSet:
     def read_index(self, chunk: int) -> dict[str, np.ndarray]:
         """Origin of the rows of a chunk: "token", "seq", "pos", each int32 [n]. UsageError without text."""
         self.check_text()
+        self._check_chunk(chunk)
         shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
         index = {name: np.empty(self.chunk_n_rows[chunk], np.int32) for name in INDEX_NAMES}
         for name, values in index.items():
@@ -260,7 +267,10 @@ class ActivationSet:
     def read_sequences(self, seq: Iterable[int] | np.ndarray) -> np.ndarray:
         """The token sequences of those numbers: int32 [len(seq), context]. UsageError without text."""
         self.check_text()
-        seq = np.asarray(seq, np.int64)
+        seq = np.asarray(seq)
+        if seq.size and seq.dtype.kind not in "iu":
+            raise UsageError(f"sequences {seq.ravel()[:1]} are {seq.dtype}; give whole numbers")
+        seq = seq.astype(np.int64)
         array = self.arrays["sequences"]
         shards, local = np.divmod(seq, array.shard_rows)
         result = np.empty((len(seq), *array.row_shape), np.int32)
@@ -270,6 +280,10 @@ class ActivationSet:
                 raise UsageError(f"{self.path} has no sequence {int(seq[here].max())}")
             result[here] = self._sequence_block(int(shard))[local[here]]
         return result
+
+    def _check_chunk(self, chunk: int) -> None:
+        if not 0 <= operator.index(chunk) < self.n_chunks:
+            raise UsageError(f"{self.path} has no chunk {chunk}; there are 0 to {self.n_chunks - 1}")
 
     def _read_sequence_block(self, shard: int) -> np.ndarray:
         block = np.empty((self.commits[shard].n_sequences, *self.arrays["sequences"].row_shape), np.int32)
@@ -293,9 +307,14 @@ def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
 
     Where text or models lie elsewhere now, the set names the new place from then on.
 
-    Raises UsageError when another spec is there already, naming the first field that differs.
+    Raises UsageError when another spec is there already, naming the first field that differs, and HeldError while
+    `write_activations` is at work there, which makes dataset.json last.
     """
     files = Files(path)
+    lease = Lease(files.at("owner"), path)
+    if lease.holder():
+        with lease:
+            pass  # it was dead
     for array in array_specs(spec).values() if files.read("dataset.json") is None else ():
         if files.keys("commits/"):
             raise UserError(f"{files.path} holds shards but no dataset.json: its writing was cut off; delete it")

@@ -185,43 +185,65 @@ def _is_elsewhere(reference: str) -> bool:
 
 def _local_files(reference: str, column: str) -> TextFiles:
     """The files of a reference. A single one is read whatever it is, and may be refused then."""
-    paths, others = _paths(reference)
+    paths, left_out = _paths(reference)
     if paths == [Path(reference)]:
         if paths[0].suffix.lower() not in IN_FOLDERS:
             say_once(f"{reference} is read as one document of plain text, if it is text")
         return TextFiles(paths)
     files = choose(paths, column)
+    files.left_out |= left_out
     if not files.read:
         reasons = "; ".join(f"{len(left)} {why}" for why, left in files.left_out.items())
         raise UserError(f"text {reference!r} has no file that can be read ({reasons}); name others")
-    if others:
-        files.left_out[f"not named {', '.join(IN_FOLDERS)}"] = others
     return files
 
 
-def _paths(reference: str) -> tuple[list[Path], list[Path]]:
-    """Files that the reference names, in order of path; and those of a folder that do not look like text."""
+def _paths(reference: str) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Files that the reference names, in order of path; and what else is there, by the reason to leave it out."""
     path = Path(reference)
     if path.is_file():
-        return [path], []
-    others: list[Path] = []
-    if path.is_dir() and reference:
-        files = sorted((file for file in path.rglob("*") if file.is_file()), key=Path.as_posix)
-        others = [file for file in files if file.suffix.lower() not in IN_FOLDERS]
-        files = [file for file in files if file.suffix.lower() in IN_FOLDERS]
-        if not files:
-            raise UserError(f"directory {reference!r} holds no text; it needs files in {', '.join(IN_FOLDERS)}")
-    else:
-        files = [Path(name) for name in glob.glob(reference, recursive=True) if Path(name).is_file()]
-        if not files:
-            raise _missing(reference)
-    return sorted(files, key=Path.as_posix), others
+        return [path], {}
+    is_folder = bool(reference) and path.is_dir()
+    found = _below(path) if is_folder else [Path(name) for name in glob.glob(reference, recursive=True)]
+    files: list[Path] = []
+    left_out: dict[str, list[Path]] = {}
+    for each in sorted(found, key=Path.as_posix):
+        reason = ""
+        if each.is_dir():
+            reason = "links to folders" if is_folder else "folders"
+        elif not each.is_file():
+            reason = "no regular files"
+        elif is_folder and each.suffix.lower() not in IN_FOLDERS:
+            reason = f"not named {', '.join(IN_FOLDERS)}"
+        if reason:
+            left_out.setdefault(reason, []).append(each)
+        else:
+            files.append(each)
+    if not files and is_folder:
+        raise UserError(f"directory {reference!r} holds no text; it needs files in {', '.join(IN_FOLDERS)}")
+    if not files:
+        raise _missing(reference)
+    return files, left_out
+
+
+def _below(folder: Path) -> list[Path]:
+    """All in a folder but folders; links to some are not followed, as they may lead back."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    walk = os.walk(folder, onerror=refuse)
+    return [
+        Path(root, name)
+        for root, folders, names in walk
+        for name in (*names, *(each for each in folders if os.path.islink(os.path.join(root, each))))
+    ]
 
 
 def _missing(reference: str) -> UsageError:
+    what = "is no file and no folder" if os.path.exists(reference) else "does not exist"
     return UsageError(
-        f"text {reference!r} does not exist; use stdlib, heldout, hf:dataset[@revision][:split], a file, a directory "
-        f"or a glob"
+        f"text {reference!r} {what}; use stdlib, heldout, hf:dataset[@revision][:split], a file, a directory or a glob"
     )
 
 

@@ -31,6 +31,9 @@ from sae_jax.types import Sites, UsageError, UserError
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
 
 
+N_NAMED = 8  # shares
+
+
 @dataclass(frozen=True)
 class Settings:
     """On how much to measure."""
@@ -107,6 +110,7 @@ def evaluate(
                 **candidate.weights,
                 "text": text.name if text else None,
                 "data": path,
+                "data_content": candidate.activations.content,
                 "sites": candidate.sites.to_json(),
             }
             measured[name] = Measured(subjects[name], about, shards.over_processes(sums[name]))
@@ -127,11 +131,13 @@ def finish(
     n = shard[1]
     if n > 1:
         about = {**measured.about, **asdict(settings), "evaluators": sorted(base.evaluators())}
+        del about["data"]  # where a worker has it, and not what it is
         if jax.process_index() == 0:
             shards.write(folder, shard, measured.sums, about)
         sums, missing = shards.merge(folder, n, about)
         if sums is None:
-            names = ", ".join(f"{i}/{n}" for i in missing)
+            names = ", ".join(f"{i}/{n}" for i in missing[:N_NAMED])
+            names += f" and {len(missing) - N_NAMED} more" if len(missing) > N_NAMED else ""
             console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {names}")
             return None
         measured = replace(measured, sums=sums)

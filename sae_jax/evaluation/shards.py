@@ -60,7 +60,7 @@ def merge(folder: Path, n: int, about: dict[str, Any]) -> tuple[dict[str, Sums] 
         try:
             sums, its_about = _unpack(data, path)
         except UserError as error:
-            raise UserError(f"{error}; that is, evaluate --shard {i}/{n} again") from None
+            raise UserError(f"{path} is damaged; delete it and evaluate --shard {i}/{n} again") from error
         if different := [key for key in about if its_about.get(key) != json.loads(json.dumps(about[key]))]:
             console.print(f"{path} was measured with another {', '.join(different)} and does not count")
             missing.append(i)

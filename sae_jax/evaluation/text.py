@@ -99,7 +99,16 @@ def held_out(
     hooks = {source.name: source.hook for source in sources if source.hook is not None}
     several = len({source.model for source in sources}) > 1
     heldout = text or spec.heldout
-    if heldout is None or spec.context is None or reference is None or len(hooks) < len(sources) or several:
+    lacks = {
+        "sequences of tokens": spec.context is None,
+        "held-out text": heldout is None,
+        "model, or several": reference is None or several,
+        "hook of its sources": len(hooks) < len(sources),
+    }
+    if spec.context is None or heldout is None or reference is None or any(lacks.values()):
+        if model or text:
+            what = next(name for name, is_lacking in lacks.items() if is_lacking)
+            raise UsageError(f"{activations.path} names no {what}; --heldout and --model have no use, leave them out")
         return None
     if another is not None and another.model.reference == reference:
         encoded, reconstructed = _hooks(hooks, sites, another.model)

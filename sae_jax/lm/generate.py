@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,8 +56,8 @@ def generate(
             f"{ids_BT.shape[1]} prompt tokens and n_new={n_new} do not fit the model's context of "
             f"{model.spec.n_context}; use n_new from 1 to {longest}, or a shorter prompt"
         )
-    if temperature < 0:
-        raise UsageError(f"temperature={temperature} is negative; use 0 for the most likely token, or more")
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"temperature={temperature}; use 0 for the most likely token, or a finite number above")
     check_ids(ids_BT, model.spec)
     fixed_edits = tuple(sorted((edits or {}).items(), key=lambda item: item[0]))
     return _generate(model, ids_BT, n_new, key, fixed_edits, edit_args, temperature > 0, jnp.float32(temperature))

@@ -17,13 +17,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.lm.hooks import POINTS, Hook, hook_width
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.run import Edits, run
-from sae_jax.types import Code
+from sae_jax.types import Code, UsageError, check_indices
+
+MAX_LATENT = 2**31 - 1  # its dictionary, which knows how many it has, is behind a function
 
 Change = Callable[[jax.Array], jax.Array]
 
@@ -74,7 +77,13 @@ def ablate(
 
 
 def set_latents(code: Code, latents_L: jax.Array, values_L: jax.Array) -> Code:
-    """A code [..., K] with these latents at these values: fields [..., K + L], in no order."""
+    """A code [..., K] with these latents at these values: fields [..., K + L], in no order.
+
+    UserError for what cannot be a latent, UsageError for one that is there twice.
+    """
+    check_indices(latents_L, MAX_LATENT, "latent", "give latents of the dictionary")
+    if not isinstance(latents_L, jax.core.Tracer) and len(set(np.asarray(latents_L).tolist())) < len(latents_L):
+        raise UsageError(f"latents {np.asarray(latents_L).tolist()}: one is there twice; name each once")
     latents, values = (part_L.reshape(*(1,) * (code.indices.ndim - 1), -1) for part_L in (latents_L, values_L))
     is_set = (code.indices[..., None] == latents[..., None, :]).any(-1)
     # A sum, unlike a broadcast, lies on a mesh as the code does.

@@ -36,7 +36,7 @@ class LanguageModel:
     params: dict[str, Any]  # as params.py describes them
     spec: Spec = struct.field(pytree_node=False)
     reference: str = struct.field(pytree_node=False, default="")  # what the user called it
-    digest: str = struct.field(pytree_node=False, default="")  # sha256 of the weight files
+    digest: str = struct.field(pytree_node=False, default="")  # sha256 of its config and weight files
     path: str = struct.field(pytree_node=False, default="")  # the folder it came from
 
     def __repr__(self) -> str:

@@ -194,8 +194,11 @@ def save(
 
 
 def digest(folder: Path) -> str:
-    """sha256 (hex) over the bytes of a folder's weight files, in order of name."""
-    sha = hashlib.sha256()
+    """sha256 (hex) of what makes a model: its config, as far as it is no default, and the bytes of its weight files."""
+    spec = read_spec(folder)
+    defaults = {field.name: field.default for field in dataclasses.fields(spec)}
+    settings = {name: value for name, value in dataclasses.asdict(spec).items() if value != defaults[name]}
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in weight_files(folder):
         with path.open("rb") as file:
             while block := file.read(1 << 22):
@@ -213,6 +216,10 @@ def weight_files(folder: Path) -> list[Path]:
         names = {*storage.as_type(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map").values()}
         if elsewhere := [name for name in names if Path(name).name != name]:
             raise UserError(f"{index} names {min(elsewhere)!r}, which is no file of this folder; get the file again")
+        if (folder / "model.safetensors").exists() and "model.safetensors" not in names:
+            raise UserError(
+                f"{index} names other files than model.safetensors, which is there, too; remove one of the two"
+            )
         return [folder / name for name in sorted(names)]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]

@@ -100,6 +100,7 @@ def write_dashboard(
         sizes = {"nPos": sequences.shape[1], "bytesPerToken": shown.bytes_per_token, "textsPerFile": texts_per_file}
         _write_script(data / "index.js", "index", head | sizes | _index(table, latents) | columns)
         _write_page(building, title, about)
+        refuse_to_overwrite(out_dir)  # a run may have begun there
 
 
 def _index(table: Activations, latents: np.ndarray) -> dict[str, object]:

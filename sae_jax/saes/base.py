@@ -34,7 +34,7 @@ from sae_jax import config, mesh
 from sae_jax.ops import encode, sparse, tuning
 from sae_jax.saes.init import Sample, linear_rows, unit_rows, zeros
 from sae_jax.saes.normalise import InputNorm, Scale, normalise
-from sae_jax.types import Code, UsageError, Widths
+from sae_jax.types import Code, UsageError, Widths, refuse_masked
 
 # What a variant learns from: the rows of a set, or a language model, by its logits, or by its later layers too.
 Learns = Literal["rows", "through_logits", "through_layers"]
@@ -360,9 +360,15 @@ def check_autoencoder(config: SaeConfig, widths: Widths, same: bool) -> None:
 
 
 def as_rows(x: Any, width: int) -> jax.Array:
-    """x [..., X] from numpy, JAX or (through dlpack) torch as f32[..., X]. Raises UsageError on another width."""
+    """x [..., X] from numpy, JAX or (through dlpack) torch as f32[..., X]. Raises UsageError on another width.
+
+    And for complex numbers and masked arrays, of which a part would be lost.
+    """
+    refuse_masked(x, "x")
     if not isinstance(x, jax.Array | np.ndarray) and hasattr(x, "__dlpack__"):
         x = jnp.from_dlpack(x.detach() if hasattr(x, "detach") else x)
+    if jnp.iscomplexobj(x):
+        raise UsageError(f"x is {x.dtype}; give real numbers")
     x = jnp.asarray(x, jnp.float32)
     if x.shape[-1:] != (width,):
         raise UsageError(f"x has shape {x.shape}; its last dimension must be d_model={width}")

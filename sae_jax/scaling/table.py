@@ -1,7 +1,7 @@
 """DIR/results.jsonl: the points of a sweep, one JSON object a line.
 
 A member of a sweep has a point at each of its token marks. The file is sorted by member and tokens, and each version of
-it replaces the one before at once.
+it replaces the one before at once. Each line holds the digest of all else in it: whoever edits one takes that out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 
 from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
+from sae_jax.storage.digests import SEAL
 
 FILE = "results.jsonl"
 
@@ -130,6 +131,8 @@ def read(folder: str | Path) -> list[Point]:
         where = f"{path}, line {number}"
         values = storage.parse_json(line.encode(), where, dict[str, Any])
         where += f" (member {values.get('name', '?')}, tokens {values.get('tokens', '?')})"
+        if SEAL in values:  # else something else wrote it
+            values = storage.unsealed(values, where)
         try:
             point = Point.from_json(values)
         except UserError as error:
@@ -146,5 +149,5 @@ def read(folder: str | Path) -> list[Point]:
 def write(folder: str | Path, points: Iterable[Point]) -> None:
     """Replace the table with these points, sorted; a reader sees the old one or the new one."""
     rows = sorted(points, key=lambda point: point.key)
-    text = "".join(storage.json_text(point.to_json(), FILE, indent=None) for point in rows)
+    text = "".join(storage.json_text(storage.sealed(point.to_json()), FILE, indent=None) for point in rows)
     storage.write_text(Path(folder) / FILE, text)

@@ -158,7 +158,10 @@ def one_line(error: BaseException) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; a recipe that says two things is refused instead."""
+    """PyYAML keeps the last of two equal keys without a word; a recipe that says two things is refused instead.
+
+    So is a number that is another one than it looks like.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):
@@ -170,6 +173,9 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if re.fullmatch(r"[-+]?(0[0-9_]+|.*:.*)", str(node.value)):  # 010 would be 8, and 1:30 ninety
+            what = f"{node.value} is another number in YAML; write it in decimal, or as text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
         value = super().construct_yaml_int(node)
         if abs(value) >= MAX_YAML_INTEGER:  # Python does not even print the longest
             raise yaml.constructor.ConstructorError(None, None, "a whole number of 2^64 or more", node.start_mark)

@@ -82,6 +82,11 @@ class Lease:
                 f"{self._what}: {whom} while this process was stopped or could not reach it; nothing more is written"
             )
 
+    def holder(self) -> str:
+        """Who has it, dead or alive, for a message; "" where nobody has."""
+        newest = None if self._path is None else self._newest()
+        return "" if newest is None else _named(_parse(newest.content)).rstrip(",")
+
     def __enter__(self) -> Self:
         if self._path is not None:
             if not is_url(self._path):

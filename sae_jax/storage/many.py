@@ -34,6 +34,8 @@ class Files:
 
         self.path = os.fspath(path)
         self.local = None if is_url(path) else Path(self.path).expanduser().absolute()
+        if self.local is not None and self.local.is_file():
+            raise UserError(f"{self.path} is a file; give a folder")
         try:
             self.store = ts.KvStore.open(spec(self.local or self.path.rstrip("/"), "/"), context=context()).result()
         except STORAGE_ERRORS as error:

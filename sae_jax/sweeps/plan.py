@@ -198,7 +198,8 @@ def rates(settings: SweepConfig) -> Callable[[int], float] | None:
         return None
     if any(words.startswith("train.lr=") for words in settings.grid):
         raise UsageError("sweep.lr_from does not go with train.lr in sweep.grid; leave one out")
-    rule = (storage.read_json(settings.lr_from) or {}).get("lr")
+    content = storage.read_json(settings.lr_from)
+    rule = storage.unsealed(content, settings.lr_from).get("lr") if content else None
     if not isinstance(rule, dict) or not {"coefficient", "exponent"} <= rule.keys():
         raise UsageError(
             f"sweep.lr_from={settings.lr_from}: no learning-rate rule in it; give the fit.json of a sweep over train.lr"

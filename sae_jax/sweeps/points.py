@@ -90,18 +90,22 @@ class SweepMeasurements:
         earlier = [point for point in self._points[member.name] if point.tokens < tokens]
         before = next((point for point in earlier if point.tokens == tokens - self._window * batch_size), None)
         converged = bool(self._tolerance and before and abs(metrics["fvu"] / before.fvu - 1) < self._tolerance)
-        point = Point.from_json(
-            {
-                **requested.fields,
-                **metrics,
-                "tokens": tokens,
-                "steps": step,
-                "flops": float(tokens * requested.flop_per_token),
-                "budget": requested.marks[step],
-                "converged": converged,
-                "seconds": round(self._before + time.monotonic() - self._began, 1),
-            }
-        )
+        measured = {
+            **requested.fields,
+            **metrics,
+            "tokens": tokens,
+            "steps": step,
+            "flops": float(tokens * requested.flop_per_token),
+            "budget": requested.marks[step],
+            "converged": converged,
+            "seconds": round(self._before + time.monotonic() - self._began, 1),
+        }
+        try:
+            point = Point.from_json(measured)
+        except UserError as error:
+            raise UserError(
+                f"member {member.name} at step {step}: {error}; see to the rows it is measured on"
+            ) from None
         self._points[member.name] = [*earlier, point]
         if jax.process_index() == 0:
             points = [point.to_json() for point in self._points[member.name]]

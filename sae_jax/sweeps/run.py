@@ -171,23 +171,28 @@ def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> b
 def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: bool) -> None:
     """Write DIR/sweep.json; refuse to resume with another plan."""
     plan = {
+        "data": next(iter(planned.values())).requested.fields["data"],
         "sweep": config.to_dict(job.sweep),
         "members": {
             name: {**member.requested.fields["config"], "marks": [*member.requested.marks]}
             for name, member in planned.items()
         },
     }
-    before = storage.read_json(out / "sweep.json")
+    path = out / "sweep.json"
+    before = storage.read_json(path)
     if before is None and any((out / points.POINTS).glob("*.json")):
         raise UserError(
             f"{out} has points but no sweep.json, so nobody knows what they are of; restore it, or give another --out"
         )
     if before is None:
-        if not is_first or storage.create(out / "sweep.json", storage.json_text(plan, out / "sweep.json").encode()):
+        if not is_first or storage.create(path, storage.json_text(storage.sealed(plan), path).encode()):
             return
-        before = storage.read_json(out / "sweep.json") or {}  # another worker was faster
+        before = storage.read_json(path) or {}  # another worker was faster
+    before = storage.unsealed(before, path)
     old, new = (dict(config.flatten(content)) for content in (before, json.loads(json.dumps(plan))))
     for key in sorted(old.keys() | new.keys()):
+        if key == "data" and old.get(key) != new[key]:
+            raise UsageError(f"{out} was started on other rows than {job.data}; give another --out")
         if old.get(key) != new.get(key) and not key.endswith(MAY_CHANGE):
             raise UsageError(
                 f"{out} was started with {key}={old.get(key)}, not {new.get(key)}; keep the plan to resume, or give "

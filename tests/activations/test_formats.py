@@ -96,6 +96,26 @@ def test_files_that_are_left_out_are_counted_and_named(tmp_path, capsys):
     assert f"{folder}/c.csv, {folder}/f.gz\n" in said
 
 
+def test_what_is_no_file_is_left_out_and_named(tmp_path):
+    """A link to a folder may lead back, a pipe would wait for a writer, a broken link is a file that is gone."""
+    folder, elsewhere = tmp_path / "text", tmp_path / "elsewhere"
+    for path in (folder / "below", elsewhere):
+        path.mkdir(parents=True)
+        (path / "a.txt").write_text("import os")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "pipe.txt")
+    names = {"links to folders": ["link", "loop"], "no regular files": ["gone.txt", "pipe.txt"]}
+    found = scan(str(folder))
+    assert found.files == (str(folder / "below" / "a.txt"),)
+    assert {why: [path.name for path in paths] for why, paths in found.left_out.items()} == names
+    (folder / "b.txt").write_text("import os")
+    in_glob = scan(f"{folder}/[bl]*")
+    assert in_glob.files == (str(folder / "b.txt"),)
+    assert [path.name for path in in_glob.left_out["folders"]] == ["below", "link", "loop"]
+
+
 def test_a_folder_without_a_readable_file_says_why(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xe9")
     with pytest.raises(UserError, match=r"no file that can be read \(1 not UTF-8\)"):

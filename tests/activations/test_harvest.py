@@ -92,6 +92,26 @@ def test_held_out_text_is_checked_before_the_work(text, tmp_path, monkeypatch, h
     assert not (tmp_path / "set").exists()
 
 
+def test_a_dataset_that_cannot_be_read_leaves_no_set(tmp_path, monkeypatch):
+    def fail(*words, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(UserError, match=r"'hf:owner/data' cannot be read: no network"):
+        harvest(HarvestConfig(text="hf:owner/data", tokens=1024), str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_held_out_file_is_no_part_of_the_text(text, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(f"import {name}\n" * 500)
+    with pytest.raises(UsageError, match=r"b\.txt is part of harvest.text, too; keep it out"):
+        harvest(small(str(folder), heldout=str(folder / "b.txt")), str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_short_text_is_cut_small_however_much_was_asked_for(text, tmp_path):
     spec = harvest(small(text, tokens=10**9), str(tmp_path / "set"))
     assert spec.shard_rows < 2000

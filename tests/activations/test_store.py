@@ -523,7 +523,7 @@ def test_what_is_no_array_of_numbers_is_one_line(tmp_path: Path, rows) -> None:
 
 def test_tokens_fit_the_tokenizer_and_the_model_that_are_named(tmp_path: Path) -> None:
     """Else another token's row would be read for them."""
-    rows, tokens = np.ones((8, 32, 4)), np.full((8, 32), 2047)
+    rows, tokens = np.ones((8, 32, 128)), np.full((8, 32), 2047)
     activations = write_activations(
         tmp_path / "set", rows, tokens=tokens, tokenizer="bundled", model="bundled", hook="resid_post.0"
     )
@@ -535,6 +535,48 @@ def test_tokens_fit_the_tokenizer_and_the_model_that_are_named(tmp_path: Path) -
         assert not (tmp_path / name / "dataset.json").exists()
     with pytest.raises(UserError, match="tokens have 200 positions, and the model 128"):
         write_activations(tmp_path / "long", np.ones((8, 200, 4)), tokens=np.ones((8, 200), int), model="bundled")
+
+
+def test_rows_are_of_a_hook_that_the_model_has(tmp_path: Path) -> None:
+    for hook, d, said in (("resid_post.99", 128, "does not exist"), ("mlp_act.0", 128, "are 128 wide, and .* 512")):
+        with pytest.raises(UsageError, match=said):
+            write_activations(tmp_path / "set", np.ones((8, d)), model="bundled", hook=hook)
+    assert not (tmp_path / "set" / "dataset.json").exists()
+
+
+def test_rows_that_end_before_their_tokens_are_refused(tmp_path: Path) -> None:
+    blocks, tokens = iter([np.ones((8, 4, 2))]), iter([np.ones((8, 4), int)] * 2)
+    with pytest.raises(UsageError, match="rows end before the tokens"):
+        write_activations(tmp_path / "set", blocks, tokens=tokens)
+    assert not (tmp_path / "set" / "dataset.json").exists()
+
+
+def test_a_seed_is_a_whole_number(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"seed=1\.5 must be a whole number"):
+        write_activations(tmp_path / "set", np.ones((8, 2)), seed=1.5)  # type: ignore[arg-type]
+    assert not (tmp_path / "set").exists()
+    assert write_activations(tmp_path / "set", np.ones((8, 2)), seed=np.int64(3)).spec.seed == 3
+
+
+def test_a_file_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for call in (open_activations, verify, lambda path: write_activations(path, np.ones((8, 2)))):
+        with pytest.raises(UserError, match="file is a file; give a folder"):
+            call(tmp_path / "file")
+
+
+def test_chunks_and_sequences_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    """Nor is a number cut to a whole one."""
+    activations = write_activations(tmp_path / "set", np.ones((8, 4, 2)), tokens=np.ones((8, 4), int))
+    for chunk in (activations.n_chunks, -1):
+        for read in (lambda chunk: activations.read_chunk("acts", chunk), activations.read_index):
+            with pytest.raises(UsageError, match=rf"has no chunk {chunk}; there are 0 to {activations.n_chunks - 1}"):
+                read(chunk)
+    for number in (8, -1):
+        with pytest.raises(UsageError, match=f"has no sequence {number}"):
+            activations.read_sequences([number])
+    with pytest.raises(UsageError, match="are float64; give whole numbers"):
+        activations.read_sequences(np.array([1.7]))
 
 
 def test_references_of_rows_are_good_from_any_folder(tmp_path: Path, tuned: Path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from sae_jax.scaling import fit, laws, table
 from sae_jax.storage.digests import SEAL, sealed
 from sae_jax.sweeps.grid import SweepConfig
 from sae_jax.sweeps.plan import rates
+from sae_jax.types import UserError
 from tests.oracles import scaling as oracle
 
 D_MODEL, K = 64, 8
@@ -120,6 +121,14 @@ def test_the_report_says_the_same(fitted):
 def test_a_sweep_takes_the_rule_for_the_rate_as_it_is_written(fitted):
     rule = rates(SweepConfig(lr_from=str(fitted / "fit.json")))
     assert rule(4096) == pytest.approx(best_rate(4096))
+
+
+def test_a_rule_that_has_changed_since_is_refused(fitted, tmp_path):
+    content = json.loads((fitted / "fit.json").read_text())
+    content["lr"]["coefficient"] *= 10
+    (tmp_path / "fit.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"fit\.json: not what was written, its digest differs"):
+        rates(SweepConfig(lr_from=str(tmp_path / "fit.json")))
 
 
 def test_advice_follows_the_laws(fitted, capsys):

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sae_jax import load, storage, write_activations
+from sae_jax import UserError, fit, harvest, load, open_activations, storage, write_activations
+from sae_jax.activations.verify import verify
 from sae_jax.commands import main as cli
 from sae_jax.pages import site
 from sae_jax.scaling import table
-from sae_jax.storage import HeldError, Lease, lease
+from sae_jax.storage import HeldError, Lease, LostError, lease, sealed
 from sae_jax.training import checkpoint, preemption
 from sae_jax.training.checkpoint import Checkpoints
 from tests import runs
@@ -80,6 +81,42 @@ def test_a_second_write_of_a_set_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "set").glob("*owner*")) == []
 
 
+def test_a_set_that_another_has_begun_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may only be stopped; a harvest in the same folder is no exception."""
+    monkeypatch.setattr("sae_jax.activations.ingest.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("sae_jax.activations.spec.SHARD_BYTES", 4096)
+
+    def blocks():
+        for number in range(500):
+            if number in (0, 499):
+                with pytest.raises(HeldError, match=r"set is in use: process .* writes it"):
+                    harvest(tmp_path / "set", tokens=128, context=64)
+            yield np.ones((10, 3), np.float32)
+        with pytest.raises(UserError, match=r"a set that process \d+ on host .* is writing; wait for it, or delete it"):
+            write_activations(tmp_path / "set", np.ones((8, 4), np.float32))
+
+    assert write_activations(tmp_path / "set", blocks(), dtype="float32").n_rows == 5000
+
+
+def test_an_owner_of_a_set_that_has_lost_it_commits_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_jax.activations.ingest.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("sae_jax.activations.spec.SHARD_BYTES", 4096)
+    made = tmp_path / "set"
+
+    def blocks():
+        for path in made.glob("owner.*.json"):
+            path.unlink()
+        with monkeypatch.context() as whole:
+            whole.undo()
+            write_activations(made, np.ones((8, 3), np.float32))  # the other, which ends before this one wakes
+        yield from [np.zeros((10, 3), np.float32)] * 500
+
+    with pytest.raises(LostError, match="nothing more is written"):
+        write_activations(made, blocks(), dtype="float32")
+    assert (open_activations(made).read_chunk("acts", 0) == 1).all()
+    assert verify(made).damage == ()
+
+
 def test_a_second_harvest_of_the_same_share_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Lease(tmp_path / "set" / "owner-1-of-4", "SET"):
         assert cli.main(["harvest", "--out", str(tmp_path / "set"), "--shard=1/4"]) == 1
@@ -93,6 +130,25 @@ def test_a_second_page_is_refused(tmp_path: Path, uninterrupted: Path) -> None:
         pytest.raises(HeldError, match=r"page is in use: process .* writes it"),
     ):
         site.write_site(load(uninterrupted), tmp_path / "page", "title")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    with Lease(tmp_path / "fit.owner", "FIT"):
+        assert cli.main(["fit", str(tmp_path)]) == 1
+    assert f"the fit of {tmp_path} is in use: process" in said_last(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_a_fit_that_wakes_in_another_s_place_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*words: object) -> None:
+        (tmp_path / "fit.owner.0.json").unlink()
+
+    monkeypatch.setattr("sae_jax.scaling.table.read", lambda folder: [])
+    monkeypatch.setattr("sae_jax.scaling.laws.study", stopped)
+    with pytest.raises(LostError, match="nothing more is written"):
+        fit(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,6 +215,9 @@ def test_what_a_sweep_is_of_must_be_known(small_set: Path, tmp_path: Path, capsy
     (tmp_path / "sweep" / "points" / "n32.json").write_text("{}")
     assert sweep(small_set, tmp_path / "sweep") == 1
     assert "has points but no sweep.json" in said_last(capsys)
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({**sealed({"data": "x"}), "data": "y"}))
+    assert sweep(small_set, tmp_path / "sweep") == 1
+    assert "sweep.json: not what was written, its digest differs" in said_last(capsys)
 
 
 def test_a_run_without_its_settings_is_refused(

@@ -142,6 +142,8 @@ def test_evaluate_on_text_and_on_rows(work, tmp_path):
     result = json.loads((work / "run" / "evaluation.json").read_text())
     assert result["text"] is None
     assert "ce_clean" not in result
+    for flag in ("--heldout=heldout", "--model=bundled"):  # they would change nothing
+        run(work, "evaluate", work / "run", "--data", tmp_path / "own", flag, code=2)
 
 
 def stored_evaluation(folder):

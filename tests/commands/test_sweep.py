@@ -200,6 +200,16 @@ def test_what_is_refused(work: Path, capsys: pytest.CaptureFixture[str], flags: 
     assert json.loads((work / "whole" / "sweep.json").read_text())
 
 
+def test_other_rows_are_another_sweep(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also for the passes that have not begun, whose rows nobody has seen yet."""
+    runs.write_set(tmp_path / "set", outlier=5)
+    before = (work / "whole" / "results.jsonl").read_bytes()
+    assert sweep(work, work / "recipe.yaml", "whole", "--data", str(tmp_path / "set")) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"whole was started on other rows than {tmp_path / 'set'}; give another --out" in said
+    assert (work / "whole" / "results.jsonl").read_bytes() == before
+
+
 def test_a_dry_run_writes_nothing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(work, work / "recipe.yaml", "dry", "--dry-run", "--target=h200:1") == 1
     assert not (work / "dry").exists()

@@ -11,7 +11,7 @@ from sae_jax import lm
 from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Subject
 from sae_jax.evaluation.batches import Candidate, filled_up, of_text
-from sae_jax.evaluation.evaluate import Measured, accumulate, on_rows
+from sae_jax.evaluation.evaluate import Measured, Settings, accumulate, finish, on_rows
 from sae_jax.evaluation.text import HeldOut
 from sae_jax.saes import init, topk
 from sae_jax.types import Sites, UserError, Widths
@@ -103,6 +103,18 @@ def test_rows_that_are_left_out_count_nowhere(name, sae, subject, rows):
 def test_no_metric_has_two_evaluators():
     names = [name for evaluator in EVALUATORS.values() for name in evaluator.METRICS]
     assert len(names) == len(set(names)) == len(base.descriptions())
+
+
+def test_shares_are_of_the_same_rows_wherever_they_lie(rows, sae, subject, tmp_path, capsys):
+    def share(i, path, content):
+        about = {"data": path, "data_content": content}
+        block = [{"": filled_up(sae, rows[i * 300 :][:300], rows[i * 300 :][:300], 300)}]
+        return finish(tmp_path, Measured(subject, about, sums_of(subject, block)), Settings(600, 300), (i, 2))
+
+    assert share(0, "there", "x") is None
+    assert share(1, "there", "y") is None
+    assert "was measured with another data_content and does not count" in capsys.readouterr().err
+    assert share(1, "here", "x")["n_rows"] == 600
 
 
 def test_metrics_are_ratios_of_sums_over_all_rows(rows, sae, subject):

@@ -73,6 +73,7 @@ def test_generation_runs_on_an_explicit_mesh(model):
         (4, {}, "9 prompt tokens and n_new=4.*context of 12.*1 to 3"),
         (0, {}, "n_new=0"),
         (2, {"temperature": -1.0}, "temperature=-1.0"),
+        (2, {"temperature": float("nan")}, "temperature=nan"),
         (2, {"edits": {(9, "resid_post"): lambda v, _: v}}, r"resid_post\.9"),
     ],
 )

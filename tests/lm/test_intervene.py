@@ -10,7 +10,7 @@ import pytest
 from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.lm import Hook, generate, intervene
-from sae_jax.types import Code
+from sae_jax.types import Code, UsageError, UserError
 from tests.lm.tiny import SPEC
 from tests.oracles import gpt2
 
@@ -82,6 +82,21 @@ def test_latents_are_clamped_or_ablated_with_and_without_the_error(model, ids_BT
 
     got = logits_with(model, ids_BT, make, None if values is None else jnp.asarray(values))
     np.testing.assert_allclose(got, oracle(model, ids_BT, {hook: by_hand}), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("latents", "said"),
+    [
+        ([3, 3], "one is there twice"),
+        ([-1], "latent -1 is outside"),
+        ([3.7], "latents are float32; they must be whole"),
+    ],
+)
+def test_latents_that_cannot_be_clamped_are_refused(model, ids_BT, latents, said):
+    """Two values of one latent would be added, -1 and 3.7 be taken for others."""
+    change = intervene.ablate(encode, decode, jnp.asarray(latents))
+    with pytest.raises((UserError, UsageError), match=said):
+        lm.run(model, ids_BT, edits=intervene.edits({HOOKS[1]: change}))
 
 
 def test_gradients_reach_what_is_put_in(model, ids_BT):

@@ -39,12 +39,18 @@ def test_what_is_saved_is_loaded(folder, model):
     assert_same(load(str(folder), jnp.bfloat16), half)
 
 
-def test_the_digest_is_that_of_the_weights(folder):
+def test_the_digest_is_that_of_the_weights_and_the_config(folder):
     before = load(str(folder)).digest
     assert len(before) == 64
     assert load(str(folder)).digest == before
     rewrite(folder, lambda tensors: tensors | {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"] + 1})
-    assert load(str(folder)).digest != before
+    changed = load(str(folder)).digest
+    assert changed != before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "5"}))
+    assert load(str(folder)).digest == changed
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-2}))
+    assert load(str(folder)).digest != changed
 
 
 def test_base_checkpoints_have_no_prefix_and_carry_mask_buffers(folder, model):
@@ -241,6 +247,11 @@ def test_weights_that_are_there_twice_are_not_chosen_from(folder, model):
     """A copy under another name is no part of the model; of two parts that have a tensor neither is the right one."""
     shutil.copy(folder / "model.safetensors", folder / "copy.safetensors")
     digest = load(str(folder)).digest
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(("a", "b"), "copy.safetensors")}))
+    with pytest.raises(UserError, match=r"index\.json names other files than model\.safetensors, which is there, too"):
+        load(str(folder))
+    index.unlink()
     (folder / "copy.safetensors").write_bytes(b"")
     assert load(str(folder)).digest == digest
     (folder / "model.safetensors").rename(folder / "a.safetensors")

@@ -186,6 +186,16 @@ def test_a_folder_that_is_no_dashboard_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["thesis", "index.html"]
 
 
+def test_what_begins_there_while_a_dashboard_is_made_is_left_alone(tmp_path):
+    def begin(done, of):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.json").write_text("a run")
+
+    with pytest.raises(UsageError, match="is not a dashboard; choose another folder"):
+        write(tmp_path / "run", progress=begin)
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.json"]
+
+
 def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
     out = write(tmp_path / "site")
     (out / "old").touch()

@@ -67,6 +67,17 @@ def test_a_line_that_is_no_point_is_named(tmp_path, line, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_digit_that_has_changed_is_found(tmp_path):
+    """It would make another law. A line without a digest is of a table that something else wrote."""
+    table.write(tmp_path, [POINT, LATER])
+    text = (tmp_path / table.FILE).read_text()
+    (tmp_path / table.FILE).write_text(text.replace('"fvu": 0.2,', '"fvu": 0.6,'))
+    with pytest.raises(UserError, match=r"line 2 .*tokens 8192\): not what was written, its digest differs"):
+        table.read(tmp_path)
+    (tmp_path / table.FILE).write_text(json.dumps(dataclasses.asdict(POINT)))
+    assert table.read(tmp_path) == [POINT]
+
+
 def test_no_table_and_an_empty_one_are_refused(tmp_path):
     with pytest.raises(UsageError, match="sae-jax sweep"):
         table.read(tmp_path)
