@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sae_jax import config, lm, progress, storage
 from sae_jax.activations.formats import documents_of
 from sae_jax.activations.store import open_activations
 from sae_jax.evaluation import shards
+from sae_jax.lm import trial
 from sae_jax.lm.tokenizer import read_tokenizer
 from sae_jax.planning import targets
 from sae_jax.saes import topk
@@ -82,6 +83,16 @@ def test_json_is_not_read_beyond_its_limit(tmp_path: Path, monkeypatch: pytest.M
     path = put(tmp_path / "x.json", "{}")
     os.truncate(path, 1 << 40)  # sparse: a terabyte in no blocks
     refused(path, lambda: storage.read_json(path))
+
+
+def test_a_small_file_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.json", '{"a": 1}')
+    tracemalloc.start()
+    try:
+        storage.read_json(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
@@ -288,7 +299,7 @@ DOUBLES = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
 )
 def test_tokenizer(tmp_path: Path, name: str, change: Callable, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some end the process that reads them with SIGABRT, or would never be done: another one reads them first."""
-    monkeypatch.setattr(sys.modules[read_tokenizer.__module__], "PROCESSOR_SECONDS", 0)
+    monkeypatch.setattr(trial, "PROCESSOR_SECONDS", 0)
     folder = tmp_path / "lm"
     shutil.copytree(lm.locate("bundled"), folder)
     content = json.loads((folder / name).read_text())

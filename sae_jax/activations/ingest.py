@@ -339,6 +339,7 @@ def _block(
             raise UsageError(f"block {number}: tokens are {tokens_BT.shape}; rows [n, context, d] need {lead}")
         if tokens_BT.dtype.kind not in "iu" or (tokens_BT.size and not 0 <= tokens_BT.min() <= tokens_BT.max() < 2**31):
             raise UsageError(f"block {number}: tokens are {tokens_BT.dtype}; they must be integers in [0, 2^31)")
-    with np.errstate(over="ignore"):  # a value too large for dtype is refused with its row when it is written
+    # A value too large for dtype, or none, is refused with its row when it is written.
+    with np.errstate(over="ignore", invalid="ignore"):
         # A copy: a generator may fill the same array again.
         return {s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()}, tokens_BT

@@ -11,15 +11,10 @@ tokens into a sequence: where a text has the characters of one, it gets the toke
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
-import math
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from sae_jax import storage
+from sae_jax.lm import trial
 from sae_jax.lm.files import read_json
 from sae_jax.progress import say_once
 from sae_jax.types import UserError
@@ -46,29 +42,6 @@ FRAMES_TRIED = 4096
 _WORD_END = re.compile(r"\S(?=\s)")
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-# What a trial may take: of the clock and, where the system limits them, of the processor and of memory.
-TRIAL_SECONDS = 60
-PROCESSOR_SECONDS, PROCESSOR_SECONDS_PER_BYTE = 1, 1e-6
-MEMORY_BYTES, MEMORY_BYTES_PER_BYTE = 1 << 29, 30
-_TRIAL = """
-import sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
-    resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]), int(sys.argv[2])))
-except ImportError:
-    pass
-import tokenizers
-tokenizer = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
-tokenizer.encode_special_tokens = True
-texts = ["", "a", "def f(x):\\n    return x + 1\\n", "Größe \\u4e2d\\u6587 \\U0001f600", " " * 300, "x" * 300]
-for ids in [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]:
-    tokenizer.decode(ids, skip_special_tokens=False)
-tokenizer.decode_batch([[i] for i in list(tokenizer.get_vocab().values())[:10000]], skip_special_tokens=False)
-"""
-
-_OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGKILL) if hasattr(signal, "SIGXCPU") else ()  # as systems end it
-
 # What is saved in tokenizer.json but belongs to one use of it, by the part of the file.
 _OF_ONE_USE = {None: ("truncation", "padding", "post_processor"), "model": ("dropout", "alpha", "nbest_size")}
 
@@ -251,13 +224,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             state = read_json(folder / "tokenizer.json")
             backend, digest = _backend(state, stated.special, is_ours=folder.resolve().is_relative_to(_ASSETS))
         else:
-            from transformers import AutoTokenizer
-
-            loaded: Any = AutoTokenizer.from_pretrained(folder)
+            converted = trial.convert(folder)
             stated = stated._replace(
-                bos=loaded.bos_token, eos=loaded.eos_token, special=stated.special | {*loaded.all_special_tokens}
+                bos=converted.bos, eos=converted.eos, special=stated.special | {*converted.special}
             )
-            backend, digest = _backend(json.loads(loaded.backend_tokenizer.to_str()), stated.special)
+            backend, digest = _backend(converted.state, stated.special)
     except UserError as error:
         raise UserError(str(error).replace("its tokenizer.json", str(folder / "tokenizer.json"))) from None
     except Exception as error:
@@ -299,33 +270,8 @@ def _backend(state: Mapping[str, Any], special: set[str], is_ours: bool = False)
     ]
     text = json.dumps(plain, sort_keys=True)
     if not is_ours:
-        _try_out(text)
+        trial.try_out(text)
     return tokenizers.Tokenizer.from_str(text), hashlib.sha256(text.encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=8)
-def _try_out(text: str) -> None:
-    """Read a tokenizer.json, encode and decode in a process of its own: what is odd in it aborts the whole process.
-
-    Raises UserError saying what the library said.
-    """
-    data = text.encode()
-    seconds = PROCESSOR_SECONDS + math.ceil(PROCESSOR_SECONDS_PER_BYTE * len(data))
-    limits = [str(seconds), str(MEMORY_BYTES + MEMORY_BYTES_PER_BYTE * len(data))]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", _TRIAL, *limits], input=data, capture_output=True, timeout=TRIAL_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"its tokenizer.json keeps the tokenizer busy for over {TRIAL_SECONDS} s") from None
-    if done.returncode in _OUT_OF_TIME:
-        raise UserError(f"its tokenizer.json keeps the tokenizer busy for over {seconds} s of the processor")
-    if done.returncode:
-        said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        # What follows a panic is a note on backtraces; what it is about stands below where it was.
-        panics = [after for line, after in itertools.pairwise(said) if "panicked at" in line]
-        reason = panics[0] if panics else said[-1] if said else f"exit code {done.returncode}"
-        raise UserError(f"its tokenizer.json cannot be used: {reason[:200]}")
 
 
 class _Stated(NamedTuple):

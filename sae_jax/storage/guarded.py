@@ -58,7 +58,7 @@ def read_limited(path: StrPath, limit: int = MAX_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise UserError(f"{path}: {size:,} bytes, more than the {limit:,} that such a file can have; restore it")
-        data = file.read(limit + 1) or b""
+        data = file.read(size) or b""  # for so many bytes memory is taken, however few come
         while len(data) < size and (more := file.read(size - len(data))):
             data += more
     return data
