@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def content(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if "checkpoints" in path.parts or path.name == "attempts.jsonl" or path.is_dir():
             continue
+        if re.fullmatch(r"\..*owner.*\.tmp", path.name):
+            continue  # may be of somebody who waits for the lease, so it stays for a day
         found[name] = digest(_timeless(path))
     for checkpoints in sorted(folder.rglob("checkpoints")):
         run = checkpoints.parent

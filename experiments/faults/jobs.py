@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
 JOBS = {
     "write_activations": Job((WRITES,), is_resumed=False),
-    "save": Job((SAVES,), ("run",)),
+    "save": Job((SAVES,), ("run",), is_resumed=False),
     "harvest": Job(("harvest", "--out=made", "--harvest.tokens=4096", "--harvest.context=64")),
     "train": Job(TRAIN, ("set",)),
     "train by two": Job(TRAIN, ("set",), n=2),
