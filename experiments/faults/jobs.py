@@ -98,7 +98,9 @@ def committed(made: Path) -> Committed:
     """What a command that was killed has left done."""
     runs = [path.parent for path in made.rglob("checkpoints")]
     steps = {run: (latest_step(run) or 0, len(_attempts(run))) for run in runs}
-    return Committed(steps, {path: path.stat().st_mtime_ns for path in made.rglob("commits/*.json")})
+    return Committed(
+        steps, {path: path.stat().st_mtime_ns for path in made.rglob("commits/*.json") if path.stem.isdigit()}
+    )
 
 
 def lost(before: Committed) -> list[str]:
