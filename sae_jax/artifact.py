@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
 
 from sae_jax import config as configs
 from sae_jax import mesh, storage
@@ -140,8 +139,7 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
             )
     arrays = {name: np.asarray(array, np.float32, order="C") for name, array in _arrays(sae).items()}
     with storage.new_folder(path) as folder:
-        save_file(arrays, folder / ARRAYS)
-        (folder / ARRAYS).chmod(0o644)  # save_file leaves it readable by its owner alone
+        storage.write_safetensors(folder / ARRAYS, arrays)
         arrays_digest = msgspec.to_builtins(digests.of_file(folder / ARRAYS))
         storage.write_json(folder / RECORD, {**record.to_json(), "arrays": arrays_digest})
 

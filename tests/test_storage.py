@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sae_jax import storage
@@ -195,6 +196,18 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(path.parent) == ["folder"]
     with pytest.raises(UsageError, match="is a file"), storage.new_folder(path / "new"):
         raise AssertionError("the block must not run")
+
+
+def test_arrays_that_cannot_be_written_are_an_error_of_the_disk(tmp_path):
+    """The library has an error of its own. Of a folder that appears whole, the final name is said."""
+    arrays = {"a": np.zeros(2, np.float32)}
+    with pytest.raises(FileNotFoundError) as caught:
+        storage.write_safetensors(tmp_path / "no/x", arrays)
+    assert caught.value.filename == str(tmp_path / "no/x")
+    with pytest.raises(FileNotFoundError) as caught, storage.new_folder(tmp_path / "folder") as building:
+        storage.write_safetensors(building / "no/x", arrays)
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert os.listdir(tmp_path) == []
 
 
 def test_lines_are_appended_and_read(place):

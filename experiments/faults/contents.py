@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,25 @@ import numpy as np
 from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.saes import base
-from sae_jax.storage.digests import SEAL
+from sae_jax.storage import digests
 from sae_jax.training import logs
 from sae_jax.training.checkpoint import Checkpoints, read_record
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import abstract
 
-PASSING = ("seconds", *logs.WALL_CLOCK, "since", "time", SEAL)  # fields that the clock decides, and a digest over them
+# Fields that the clock and the place decide; the digest of a record covers these, too.
+PASSING = ("seconds", *logs.WALL_CLOCK, "since", "time", "path", digests.SEAL)
 
 
 def content(folder: Path) -> dict[str, str]:
-    """{name: digest}: of files their bytes, times apart; of checkpoints the state that they hold."""
+    """{name: digest}: of files their bytes, times and places apart; of checkpoints the state that they hold."""
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if "checkpoints" in path.parts or path.name == "attempts.jsonl" or path.is_dir():
             continue
+        if re.fullmatch(r"\..*owner.*\.tmp", path.name):
+            continue  # may be of somebody who waits for the lease, so it stays for a day
         found[name] = digest(_timeless(path))
     for checkpoints in sorted(folder.rglob("checkpoints")):
         run = checkpoints.parent

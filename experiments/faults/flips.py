@@ -5,6 +5,10 @@ that refused by name, or said while what was stored before is taken, or without 
 a word, or does the reader end in a traceback?
 Guess: nothing is read wrongly without a word.
 Command: python experiments/faults/flips.py --out OUT      (--without digests: to see it find something)
+
+Not answered in full: of the 2,000 flips 428 were made, in 186 files: 156 were refused by name, 94 said while the
+checkpoint before was taken, 175 without effect (what no reader needs, or keys of which the default is what was there),
+3 in logs for people. None was read wrongly, none ended in a traceback. Cuts and removals of sweeps were not tried.
 """
 
 from __future__ import annotations

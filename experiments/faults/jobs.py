@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
 JOBS = {
     "write_activations": Job((WRITES,), is_resumed=False),
-    "save": Job((SAVES,), ("run",)),
+    "save": Job((SAVES,), ("run",), is_resumed=False),
     "harvest": Job(("harvest", "--out=made", "--harvest.tokens=4096", "--harvest.context=64")),
     "train": Job(TRAIN, ("set",)),
     "train by two": Job(TRAIN, ("set",), n=2),
@@ -98,7 +98,9 @@ def committed(made: Path) -> Committed:
     """What a command that was killed has left done."""
     runs = [path.parent for path in made.rglob("checkpoints")]
     steps = {run: (latest_step(run) or 0, len(_attempts(run))) for run in runs}
-    return Committed(steps, {path: path.stat().st_mtime_ns for path in made.rglob("commits/*.json")})
+    return Committed(
+        steps, {path: path.stat().st_mtime_ns for path in made.rglob("commits/*.json") if path.stem.isdigit()}
+    )
 
 
 def lost(before: Committed) -> list[str]:

@@ -8,6 +8,11 @@ Run again, does it end with what an undisturbed run leaves, without making anyth
 said when storage fails?
 Guess: yes everywhere; a failure of storage is one line.
 Command: python experiments/faults/kills.py --out OUT      (the same command resumes; needs gcc)
+
+Not answered in full: of some 3,000 trials 38 were made, 20 of `write_activations` and 18 of `save`, drawn at random. All
+of them went on to the same bytes. On the way were found and mended: a dictionary saved to a full disk ended in an
+error of safetensors, an fsync that failed in one without a file's name, and a harvest killed after a commit left the
+lease of that shard for ever. A trial of those two takes 2 to 4 seconds of a processor, one of `train` some 10.
 """
 
 from __future__ import annotations
@@ -252,8 +257,9 @@ def in_turn(config: Config, trials: list[Trial]) -> list[Trial]:
 
 
 def site(call: str, path: str) -> str:
-    """A call and its path without what differs from one run or step to the next."""
-    path = re.sub(r"[0-9a-f]{12,}|(?<=index/)(pos|seq|token)", "#", path)  # three arrays that are written alike
+    """A call and its path without what differs from one run or step to the next, or is written by the same lines."""
+    path = re.sub(r"[0-9a-f]{12,}|(?<=index/)(pos|seq|token)", "#", path)  # three arrays of a set
+    path = re.sub(r"(?<=/)(\w+\.)?(sae|average|optimiser|counters|run)(?=[./]|$)", "#", path)  # parts of a checkpoint
     return f"{call} {re.sub(r'[0-9]+', '0', path)}"
 
 

@@ -22,6 +22,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Literal, NoReturn
@@ -136,6 +137,9 @@ class Writer:
         """Writes stats.json, from any process the same bytes. UserError while shards are missing."""
         activations = ActivationSet(self.files, self.spec, allow_partial=False)
         self.files.write("stats.json", stats_json(reduce_stats(self.spec, activations.commits.values())).encode())
+        for key in self.files.keys("commits/"):
+            if re.fullmatch(r"commits/\d+\.owner\.\d+\.json", key):
+                self.files.delete(key)  # of a process that was killed after its commit
 
     def _checked(
         self,

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from sae_jax import storage
 from sae_jax.lm.family import family, family_of
@@ -178,11 +177,8 @@ def save(
         tree = params["layers"] if tensor.in_layers else params
         values = np.concatenate([np.asarray(tree[name]) for name in tensor.parts], axis=-1)
         for layer, one in enumerate(values if tensor.in_layers else [values]):
-            # save_file writes the buffer and ignores strides: a transposed view would be stored scrambled.
             stored[tensor.name.format(layer=layer)] = np.ascontiguousarray(one, dtype=dtype)
-    path = folder / "model.safetensors"
-    save_file(stored, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # save_file leaves it readable by its owner alone
+    storage.write_safetensors(folder / "model.safetensors", stored, {"format": "pt"})
     config = {
         "architectures": [family(spec.family).architecture],
         "model_type": spec.family,

@@ -55,7 +55,8 @@ def sample_statistics(
         parts = np.split(rows_ND, np.cumsum(side_widths)[:-1], axis=1)
         squares = mean_squares[side] if mean_squares else [float((np.float64(p) ** 2).sum(1).mean()) for p in parts]
         factors = [factor(kind, square, width) for square, width in zip(squares, side_widths, strict=True)]
-        scales.append(np.repeat(np.asarray(factors, np.float32), side_widths))
+        with np.errstate(over="ignore"):  # of rows so small that they are refused below
+            scales.append(np.repeat(np.asarray(factors, np.float32), side_widths))
     scale = Scale(*map(jnp.asarray, scales))
     seen = normalise_pair(jnp.asarray(x_ND, jnp.float32), jnp.asarray(y_ND, jnp.float32), kind, scale)[:2]
     x_ND, y_ND = (np.asarray(rows, np.float64) for rows in seen)

@@ -24,7 +24,17 @@ from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
 from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
-from sae_jax.storage.whole import create, delete, json_text, read_bytes, read_json, write_bytes, write_json, write_text
+from sae_jax.storage.whole import (
+    create,
+    delete,
+    json_text,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 __all__ = [
     "DAMAGED",
@@ -61,5 +71,6 @@ __all__ = [
     "write_error",
     "write_json",
     "write_lines",
+    "write_safetensors",
     "write_text",
 ]

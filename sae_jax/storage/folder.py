@@ -52,7 +52,8 @@ def new_folder(path: StrPath, replace: bool = False, lease: Lease | None = None)
             held.check()
             _put_in_place(building, final, replace)
         except OSError as error:
-            if error.filename is None:  # as of a write to a full disk
+            # A write to a full disk names no file, and the name of the temporary would tell nobody anything.
+            if error.filename is None or os.fspath(error.filename).startswith(str(building)):
                 error.filename = os.fspath(path)
             raise
         finally:

@@ -6,9 +6,12 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sae_jax.errors import UserError
 from sae_jax.storage import disk, guarded
@@ -59,6 +62,26 @@ def write_text(path: StrPath, text: str) -> None:
 def write_json(path: StrPath, content: Any) -> None:
     """`write_text` of JSON. Raises UserError for a number that is not finite: JSON has no word for it."""
     write_text(path, json_text(content, path))
+
+
+def write_safetensors(path: StrPath, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write arrays as a safetensors file on a disk, which all may read. It is not put in place whole.
+
+    Args:
+        path: of the file.
+        arrays: C-contiguous: the library writes their buffers and ignores strides.
+        metadata: of the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with disk.naming(path):
+        try:
+            save_file(arrays, path, metadata)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else error) from error
+        os.chmod(path, 0o644)  # save_file leaves it readable by its owner alone
 
 
 def json_text(content: Any, where: object, indent: int | None = 2) -> str:
