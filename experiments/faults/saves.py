@@ -6,9 +6,9 @@ Guess: no; a thousand of each leave as many descriptors and threads as a few did
 Command: python experiments/faults/saves.py --out OUT      (--without "ended saves": to see it find something)
 Answer: not in full yet. Of 1,000 saves 230 were made: at least 28 descriptors and 50 threads throughout; resident
 memory grew by 0.13 MiB a save. Part of that is free: after 10 saves `malloc_trim` gave back 130 of 456 MiB, which the
-C library keeps for the many threads of a save. Part is not: each save leaves 100 objects of Python that the collector
-does not free, and 3 MiB came with 10 saves although memory was trimmed. Suspected, not shown: Orbax keeps a future of
-each of its metadata writes until its manager is asked to wait, which nobody does.
+C library keeps for the many threads of a save. Part is not: each save leaves 110 lists that nothing refers to, some
+0.04 MiB. tensorstore loses one for each metric whenever Orbax asks it for its metrics, as the same call of
+`tensorstore.experimental_collect_matching_metrics` by itself shows. The rest is not explained yet.
 """
 
 from __future__ import annotations
