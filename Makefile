@@ -39,11 +39,11 @@ demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not peers and not aot and not experiment"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not experiment"
 
 # Whether every experiment and benchmark runs, at toy sizes.
 test-experiments: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m experiment
+	$(BIN)/python -m pytest -n 2 -m experiment
 
 check: format lint types fast
 
@@ -57,7 +57,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check
 
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not peers and not aot and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not slow"
 
 # The fast tests on the oldest Python and JAX that are supported, in an environment of its own.
 oldest:

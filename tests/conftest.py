@@ -39,14 +39,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` the tests of a file stay in one worker, with what they share, unless marked `alone`."""
-    for item in items:
-        if item.get_closest_marker("alone") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(runs.ROOT))))
-
-
 @pytest.fixture(scope="module")
 def one_device() -> Iterator[None]:
     """As on a laptop: programs for one compile in two thirds of the time. What splits over many is tested apart."""

@@ -23,8 +23,7 @@ SAMPLE = ("norm_l1", "learning_rate", "memory", "kills", "flips")  # that `make 
 
 def marks(path):
     """Experiments on one sweep go to one worker; those that are no sample have a target of their own."""
-    together = [pytest.mark.xdist_group("sweep")] if "until_converged" in path.read_text() else []
-    return together + [pytest.mark.experiment] * (path.stem not in SAMPLE)
+    return [pytest.mark.experiment] * (path.stem not in SAMPLE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -114,7 +113,6 @@ def sweep(smoke, demo_set, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize("path", [pytest.param(path, marks=marks(path)) for path in EXPERIMENTS], ids=lambda p: p.stem)
 def test_experiment_runs(path, tmp_path, smoke, request):
     text = path.read_text()
