@@ -29,8 +29,6 @@ from sae_jax.saes.base import AbstractSae
 from sae_jax.types import Sites, UsageError, UserError
 
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
-
-
 N_NAMED = 8  # shares
 
 
