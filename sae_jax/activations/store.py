@@ -50,7 +50,7 @@ class Writer:
     """Writes the shards of a set. Made by `create`; any number of processes may each have one."""
 
     def __init__(self, files: Files, spec: SetSpec, lease: Lease | None = None):
-        """`lease`: of the whole set, if it has one writer; without it nothing is written."""
+        """`lease`: of the whole set, if it has one writer; once that is lost, nothing more is committed."""
         self.files, self.spec = files, spec
         self.path = files.path
         self.arrays = array_specs(spec)
