@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
         PartialError: so it does, and other workers are at all that is left.
     """
     out, is_first, worker = Path(job.out), jax.process_index() == 0, config.share(job.shard)
-    _keep_plan(out, job, planned, is_first)
+    _keep_plan(out, _plan(job, planned), job.data, is_first)
     passes = _kept_passes(out, in_passes(job, planned, worker), worker, is_first)
     problems: dict[str, str] = {}
     held: list[str] = []
@@ -168,9 +169,9 @@ def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> b
     return planned[name].job.claim or jax.process_count() > 1 or not checkpoint.problem(folder)
 
 
-def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: bool) -> None:
-    """Write DIR/sweep.json; refuse to resume with another plan."""
-    plan = {
+def _plan(job: SweepJob, planned: dict[str, Planned]) -> dict[str, Any]:
+    """What must stay as it is while points are added."""
+    return {
         "data": next(iter(planned.values())).requested.fields["data"],
         "sweep": config.to_dict(job.sweep),
         "members": {
@@ -178,6 +179,10 @@ def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: 
             for name, member in planned.items()
         },
     }
+
+
+def _keep_plan(out: Path, plan: dict[str, Any], data: str, is_first: bool) -> None:
+    """Write DIR/sweep.json; refuse to resume with another plan."""
     path = out / "sweep.json"
     before = storage.read_json(path)
     if before is None and any((out / points.POINTS).glob("*.json")):
@@ -192,7 +197,7 @@ def _keep_plan(out: Path, job: SweepJob, planned: dict[str, Planned], is_first: 
     old, new = (dict(config.flatten(content)) for content in (before, json.loads(json.dumps(plan))))
     for key in sorted(old.keys() | new.keys()):
         if key == "data" and old.get(key) != new[key]:
-            raise UsageError(f"{out} was started on other rows than {job.data}; give another --out")
+            raise UsageError(f"{out} was started on other rows than {data}; give another --out")
         if old.get(key) != new.get(key) and not key.endswith(MAY_CHANGE):
             raise UsageError(
                 f"{out} was started with {key}={old.get(key)}, not {new.get(key)}; keep the plan to resume, or give "
