@@ -6,13 +6,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Eight CPU devices, also where there is a GPU. JAX_PLATFORMS=cuda tries what one GPU can do: the tests that need more
+# devices fail there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s. Most of
 # the tests' time would be the compiler's, so it optimises little, as it does in most of the processes of runs.py.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=250 --xla_backend_optimization_level=0"
-    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=250 --xla_backend_optimization_level=0"
+        " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    )
 
 # A program is compiled once for all tests of a session: in both of its workers, which inherit this, and in what they
 # start. The folder goes with the process that made it.

@@ -30,6 +30,7 @@ from sae_jax.types import Widths
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "eai-sparsify", "dictionary-learning", "sae-lens")
+STEPS_TIMED = 5  # together: a GPU runs behind what it is told
 SECONDS = 0.5  # that one measurement of a rate or a stage takes at least
 
 

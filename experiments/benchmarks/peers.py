@@ -1,9 +1,9 @@
 """The training loops of other libraries, each its own code, fed with our batches and stopped between steps.
 
 A process of its own serves one trainer (`serve`): it reads orders from standard input, one JSON object a line, and
-answers with one. Between orders the trainer hangs in the iterator that it takes its batches from, so the time from one
-batch to the next is the whole step of that library, bookkeeping included. Batches lie in memory as float32 before the
-clock starts: a peer pays nothing for input.
+answers with one. Between orders the trainer hangs in the iterator that it takes its batches from, so the time between
+batches is that of whole steps of that library, bookkeeping included. Batches lie in the memory of the device, a GPU if
+torch sees one, as float32 before the clock starts: a peer pays nothing for input.
 
 Changed in all settings: the learning rate is ours and constant, the optimiser is Adam. Changed in the fast ones: Adam
 is torch's fused one, the forward pass runs under bfloat16 autocast, gradients are not clipped.
@@ -28,6 +28,7 @@ from sae_jax import open_activations
 from sae_jax.activations.loader import Loader
 
 FOREVER = 10**9
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # What is switched on in each setting. torch.compile refuses what the nnsight that dictionary-learning pins makes of
 # tensors; the sparse activations that SAELens offers have no gradient on a CPU.
@@ -61,12 +62,13 @@ class Orders:
             order = json.loads(line)
             if "steps" in order:
                 taken = islice(self._batches, order["steps"])
-                batches = [torch.from_numpy(rows[self._site].astype(np.float32)) for _, rows in taken]
+                batches = [torch.from_numpy(rows[self._site].astype(np.float32)).to(DEVICE) for _, rows in taken]
                 seconds = []
-                for batch in batches:
-                    began = time.perf_counter()
-                    yield batch
-                    seconds.append(time.perf_counter() - began)
+                for first in range(0, len(batches), common.STEPS_TIMED):
+                    timed = batches[first : first + common.STEPS_TIMED]
+                    began = _now()
+                    yield from timed
+                    seconds.append((_now() - began) / len(timed))
                 self._answer(seconds=seconds)
             else:
                 self._answer(fvu=self._fvu(np.load(order["fvu"])))
@@ -75,12 +77,19 @@ class Orders:
 
     def _fvu(self, x_BD: np.ndarray) -> float:
         with torch.no_grad():
-            blocks = [self.reconstruct(rows).float() for rows in torch.from_numpy(x_BD).split(1024)]
+            blocks = [self.reconstruct(rows.to(DEVICE)).float().cpu() for rows in torch.from_numpy(x_BD).split(1024)]
         return common.fvu(x_BD, torch.cat(blocks).numpy())
 
     def _answer(self, **facts: Any) -> None:
         self._answers.write(json.dumps(facts) + "\n")
         self._answers.flush()
+
+
+def _now() -> float:
+    """When all that was begun is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def serve(task: str) -> NoReturn:
@@ -91,7 +100,7 @@ def serve(task: str) -> NoReturn:
     if "fused" in options:
         torch.optim.Adam = FusedAdam
         torch.nn.utils.clip_grad_norm_ = lambda *_: None
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled="bf16" in options)
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled="bf16" in options)
     compiled = torch.compile if "compile" in options else lambda function: function
     orders = Orders(config.data, config.batch_size)
     train = {"eai-sparsify": _eai_sparsify, "dictionary-learning": _dictionary_learning, "sae-lens": _sae_lens}
@@ -104,9 +113,9 @@ def _eai_sparsify(config, options, orders, autocast, compiled) -> None:
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     class Rows(torch.nn.Module):
-        device = torch.device("cpu")
+        device = torch.device(DEVICE)
         dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}  # noqa: RUF012
-        rows = torch.zeros(1, config.d)
+        rows = torch.zeros(1, config.d, device=DEVICE)
 
         def __init__(self) -> None:
             super().__init__()
@@ -159,7 +168,7 @@ def _dictionary_learning(config, options, orders, autocast, _) -> None:
         lr=config.lr,
         warmup_steps=0,
         seed=0,
-        device="cpu",
+        device=DEVICE,
     )
     orders.reconstruct = trainer.ae.forward
     for step, batch in enumerate(orders):
@@ -173,12 +182,13 @@ def _sae_lens(config, options, orders, autocast, compiled) -> None:
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training import sae_trainer
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=config.d, d_sae=config.n_latents, k=config.k))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=config.d, d_sae=config.n_latents, k=config.k, device=DEVICE))
     settings = SAETrainerConfig(
         total_training_samples=FOREVER,
         train_batch_size_samples=config.batch_size,
         lr=config.lr,
         lr_end=config.lr,
+        device=DEVICE,
         autocast="bf16" in options,
         logger=LoggingConfig(log_to_wandb=False),
     )

@@ -1,11 +1,12 @@
-"""How fast does a TopK autoencoder train on this machine's CPU, beside the trainers that people use?
+"""How fast does a TopK autoencoder train on this machine's CPU or GPU, beside the trainers that people use?
 
 Every trainer runs its own training loop (peers.py), takes the same batches from the same activation set in the same
 order, and has the same width, k, batch and learning rate, Adam, neither EMA nor (in the fast settings, and ours)
 clipping, and no dead latents. They take turns: in each round all of them train the same number of steps, one after the
-other, so that a slow minute of the machine hits all; the first steps of a turn are left out. Peers get their batches
-from memory, as float32; ours is `sae-jax train` itself, which reads, checks and shuffles the set on disk while it
-trains (a turn is a run resumed), timed by its own log. In the end all reconstruct the same held-out rows.
+other, so that a slow minute of the machine hits all. Steps are timed five together, and the first five of a turn, which
+compile, allocate or fill caches, are left out. Peers get their batches from memory, as float32; ours is `sae-jax train`
+itself, which reads, checks and shuffles the set on disk while it trains (a turn is a run resumed), timed by its own
+log. In the end all reconstruct the same held-out rows.
 
     make bench-env && .venv-bench/bin/python experiments/benchmarks/step.py --out step.json      # about half an hour
     python experiments/benchmarks/step.py --smoke             # peers that are not installed are left out
@@ -37,7 +38,6 @@ import tyro
 from sae_jax.training import logs
 
 HERE = Path(__file__).parent
-SKIPPED = 2  # steps of a turn that compile, allocate or fill caches
 MODULES = {"eai-sparsify": "sparsify", "dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens"}
 
 WRITE_SET = """
@@ -64,7 +64,7 @@ class Benchmark:
     rows: int = 200_000
     heldout: int = 8192
     rounds: int = 5
-    steps: int = 12  # of a turn
+    steps: int = 15  # of a turn
     only: tuple[str, ...] = ()  # settings of peers to run, such as "eai-sparsify: fast"; all if none is named
     checkout: Path | None = None  # of another version of sae_jax
     folder: Path | None = None  # where the set and our run are written; a temporary folder if not given
@@ -75,7 +75,7 @@ class Benchmark:
 def main(config: Benchmark) -> None:
     if config.smoke:
         config = Benchmark(
-            32, 512, 8, 256, 2e-3, 4096, 512, 2, 5, config.only, config.checkout, config.folder, config.out, True
+            32, 512, 8, 256, 2e-3, 4096, 512, 2, 10, config.only, config.checkout, config.folder, config.out, True
         )
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         work = Path(folder)
@@ -132,7 +132,7 @@ class Ours:
             *(sys.executable, "-m", "sae_jax.commands.main", "train"),
             *(f"--data={work / f'{name}set'}", f"--out={self._run}"),
             *(f"--sae.n-latents={config.n_latents}", f"--sae.k={config.k}", f"--train.batch-size={config.batch_size}"),
-            *(f"--train.lr={config.lr}", "--train.clip=0", "--train.ema=0", "--train.log-every=1"),
+            *(f"--train.lr={config.lr}", "--train.clip=0", "--train.ema=0", f"--train.log-every={common.STEPS_TIMED}"),
             f"--train.checkpoint-every={10**9}",  # only at the end of a turn, after its last step is on record
         ]
 
@@ -140,7 +140,7 @@ class Ours:
         """A turn; raises RuntimeError if it fails."""
         words = [*self._command, f"--train.steps={self._done + steps}"]
         self._complete(words)
-        rows = [row for row in logs.read_metrics(self._run) if row["step"] > self._done + SKIPPED]
+        rows = [row for row in logs.read_metrics(self._run) if row["step"] > self._done + common.STEPS_TIMED]
         self.turns.append(statistics.median(self._batch_size / row["tokens_per_second"] for row in rows))
         self._done += steps
 
@@ -178,7 +178,7 @@ class Peer:
 
     def train(self, steps: int) -> None:
         """A turn; raises RuntimeError if the process has ended."""
-        self.turns.append(statistics.median(self._ask(steps=steps)["seconds"][SKIPPED:]))
+        self.turns.append(statistics.median(self._ask(steps=steps)["seconds"][1:]))
 
     def fvu(self, heldout: Path) -> float:
         answer = self._ask(fvu=str(heldout))["fvu"]

@@ -1,4 +1,4 @@
-"""GPU kernels in interpret mode: exact selection with its tie rule, and sums that a numpy loop agrees with."""
+"""GPU kernels, interpreted where there is no GPU: exact selection with its tie rule, and sums as numpy has them."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,8 @@ import pytest
 from sae_jax.ops import encode, pallas_encode, pallas_sparse, sparse, tuning
 from tests.oracles import topk as oracle
 
+INTERPRET = jax.default_backend() != "gpu"
+
 # Rows, width, latents, k, product dtype: one pass, then two; both with a last tile, a last row block and a depth that
 # are not whole.
 ONE_PASS = (5, 24, 1100, 3, jnp.float32)
@@ -20,7 +22,7 @@ KINDS = ["distinct", "ties", "zeros", "negative", "excluded", "all excluded", "d
 
 @partial(jax.jit, static_argnums=3)
 def block_topk(x_bD, w_FD, b_F, k):
-    return pallas_encode.block_topk(x_bD, w_FD, b_F, k, interpret=True)
+    return pallas_encode.block_topk(x_bD, w_FD, b_F, k, interpret=INTERPRET)
 
 
 def problem(kind: str, n_rows: int, depth: int, n_latents: int):
@@ -110,14 +112,14 @@ def test_sums_and_products_of_chosen_rows(depth, dtype):
     same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
     code = jnp.asarray(index), jnp.asarray(weight)
-    same(pallas_sparse.gather_rows(*code, table, interpret=True), (weight[:, :, None] * chosen).sum(1))
+    same(pallas_sparse.gather_rows(*code, table, interpret=INTERPRET), (weight[:, :, None] * chosen).sum(1))
     products = (chosen * rows64[:, None, :]).sum(-1)
-    same(pallas_sparse.sampled_products(*code, rows, table, interpret=True), np.where(weight == 0, 0, products))
+    same(pallas_sparse.sampled_products(*code, rows, table, interpret=INTERPRET), np.where(weight == 0, 0, products))
     before = before.astype(np.float32)
     added = before.astype(np.float64)
     row, slot = np.nonzero(weight)
     np.add.at(added, index[row, slot], weight[row, slot, None] * rows64[row])
-    scattered = pallas_sparse.scatter_rows(jnp.asarray(before), *code, rows, interpret=True)
+    scattered = pallas_sparse.scatter_rows(jnp.asarray(before), *code, rows, interpret=INTERPRET)
     same(scattered, added)
     untouched = np.setdiff1d(np.arange(40), index[row, slot])
     np.testing.assert_array_equal(np.asarray(scattered)[untouched], before[untouched])
@@ -131,7 +133,7 @@ def test_the_ops_use_kernels_where_they_are_told_to(monkeypatch):
         kernel = getattr(module, name)
 
         def call(*args):
-            result = kernel(*args, interpret=True)
+            result = kernel(*args, interpret=INTERPRET)
             calls.append(name)
             return result
 
