@@ -10,7 +10,6 @@ a field too many or too few, or that has changed since it was written, is refuse
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import msgspec
 
+import sae_jax
 from sae_jax.storage.digests import SEAL, sealed, unsealed
 from sae_jax.types import Sites, UserError, Widths
 
@@ -152,7 +152,7 @@ class MembersRecord(Versioned):
 @functools.cache
 def program() -> str:
     """The version of this program, and the commit if it lies in a checkout."""
-    version = importlib.metadata.version("sae_jax")
+    version = sae_jax.__version__
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return version

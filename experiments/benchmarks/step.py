@@ -125,7 +125,7 @@ class Ours:
     def __init__(self, config: Benchmark, work: Path, checkout: Path) -> None:
         name = "" if checkout == common.ROOT else "checkout-"
         self._batch_size, self._run, self._done = config.batch_size, work / f"{name}run", 0
-        self._environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        self._environment = {**os.environ, "PYTHONPATH": _path(checkout)}
         self.turns: list[float] = []
         self._python(WRITE_SET, work / f"{name}set", work / "rows.npy")
         self._command = [
@@ -171,7 +171,7 @@ class Peer:
             stderr=self._log.open("w"),
             text=True,
             cwd=work,  # where what it leaves behind is deleted
-            env={**os.environ, "PYTHONPATH": f"{HERE}:{common.ROOT}", "OMP_NUM_THREADS": str(os.cpu_count())},
+            env={**os.environ, "PYTHONPATH": _path(HERE, common.ROOT), "OMP_NUM_THREADS": str(os.cpu_count())},
         )
         with contextlib.suppress(RuntimeError):  # `train` will say it
             self._ask(steps=0)  # it has started, and disturbs nobody's turn
@@ -194,6 +194,10 @@ class Peer:
         except (OSError, json.JSONDecodeError):
             lines = self._log.read_text().splitlines()
             raise RuntimeError(next((line for line in reversed(lines) if "Error" in line), lines[-1:])) from None
+
+
+def _path(*folders: Path) -> str:
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _settings() -> list[tuple[str, str, str]]:

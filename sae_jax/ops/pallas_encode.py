@@ -21,7 +21,7 @@ Values travel as integers that order as floats do, so -0.0, ties and NaN (larges
 once, in the epilogue.
 
 Kernels go through Triton, which serves compute capability 8.0 and newer (Mosaic GPU begins at 9.0); JAX 0.11 says that
-Pallas will drop it one day. Block sizes follow from bytes and registers; nothing here has been timed.
+Pallas will drop it one day. Block sizes follow from bytes and registers.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
 
     def kernel(x_ref, w_ref, b_ref, bound_ref, *buffers):
         keys_ref, maxima_ref = buffers[-2:]
-        tile = pl.program_id(0) + first_tile
-        row_M = pl.program_id(1) * tile_rows + jnp.arange(tile_rows)
+        tile = pl.program_id(1) + first_tile
+        row_M = pl.program_id(0) * tile_rows + jnp.arange(tile_rows)
         latent_N = tile * TILE_LATENTS + jnp.arange(TILE_LATENTS)
         exists_N = latent_N < n_latents
         source_N = jnp.minimum(latent_N, n_latents - 1)
@@ -144,7 +144,7 @@ def _product(x_bD, w_FD, b_F, bound_b, partly, first_tile, n_run, *, n_tiles, ti
 
     return pl.pallas_call(
         kernel,
-        grid=(n_run, n_rows // tile_rows),  # the last runs fastest
+        grid=(n_rows // tile_rows, n_run),  # on a GPU the first runs fastest
         out_shape=(
             jax.ShapeDtypeStruct((n_rows, n_tiles * groups_per_tile, GROUP), jnp.int32),
             jax.ShapeDtypeStruct((n_rows, n_tiles * groups_per_tile), jnp.int32),

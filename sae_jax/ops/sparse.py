@@ -149,15 +149,15 @@ def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array, 
         return _kernels().gather_rows(index_BK, weight_BK, table_FD)
     (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
-    def add(sum_BD, slot):
-        index_B, weight_B = slot
-        return sum_BD + weight_B[:, None] * table_FD[index_B], None
+    def add(sum_BD, slots):
+        index_BC, weight_BC = slots
+        return sum_BD + (weight_BC[:, :, None] * table_FD[index_BC]).sum(1), None
 
     def add_pairs(sum_BD, pairs):
         return sum_BD.at[pairs.row].add(pairs.take(weight_BE)[:, None] * table_FD[pairs.take(index_BE)])
 
     zeros_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
-    sum_BD = lax.scan(add, zeros_BD, (index_BS.T, weight_BS.T))[0] if index_BS.size else zeros_BD
+    sum_BD, _ = spmd.scan(add, zeros_BD, _chunks(tuning.current().decoded_slots, index_BS, weight_BS))
     return _for_active(weight_BE, table_FD.shape[1], add_pairs, sum_BD)
 
 
@@ -166,22 +166,22 @@ def scatter_rows(
 ) -> jax.Array:
     """`sum_FD` with each row, weighted, added to its K chosen latents: f32[F, D]. One device. `dense`: see `decode`.
 
-    Slot by slot, or chunk by chunk: one scatter of all B*K rows would first write them out, B*K*D numbers.
+    In pieces: one scatter of all B*K rows may first write them out, B*K*D numbers.
     """
     if tuning.current().kernels:
         return _kernels().scatter_rows(sum_FD, index_BK, weight_BK, rows_BD)
     (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
-    def add(sum_FD, slot):
-        index_B, weight_B = slot
-        return sum_FD.at[index_B].add(weight_B[:, None] * rows_BD), None
+    def add(sum_FD, slots):
+        index_BC, weight_BC = slots
+        rows_BCD = weight_BC[:, :, None] * rows_BD[:, None]
+        return sum_FD.at[index_BC.ravel()].add(rows_BCD.reshape(-1, rows_BD.shape[1])), None
 
     def add_pairs(sum_FD, pairs):
         rows_PD = rows_BD[pairs.row].astype(jnp.float32)
         return sum_FD.at[pairs.take(index_BE)].add(pairs.take(weight_BE)[:, None] * rows_PD)
 
-    if index_BS.size:
-        sum_FD = lax.scan(add, sum_FD, (index_BS.T, weight_BS.T))[0]
+    sum_FD, _ = spmd.scan(add, sum_FD, _chunks(tuning.current().scattered_slots, index_BS, weight_BS))
     return _for_active(weight_BE, rows_BD.shape[1], add_pairs, sum_FD)
 
 
@@ -208,8 +208,8 @@ def sampled_products(
         return _kernels().sampled_products(index_BK, weight_BK, rows_BD, table_FD)
     (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
-    def product(_, index_B):
-        return None, (rows_BD * table_FD[index_B]).sum(-1)
+    def product(_, slots):
+        return None, (rows_BD[:, None] * table_FD[slots[0]]).sum(-1)
 
     def set_pairs(products_BE, pairs):
         rows_PD = rows_BD[pairs.row].astype(jnp.float32)
@@ -219,7 +219,9 @@ def sampled_products(
     products_BE = _for_active(weight_BE, rows_BD.shape[1], set_pairs, jnp.zeros(index_BE.shape))
     if not index_BS.size:
         return products_BE
-    products_BS = jnp.where(weight_BS != 0, lax.scan(product, None, index_BS.T)[1].T, 0.0)
+    _, products_NBC = spmd.scan(product, None, _chunks(tuning.current().scattered_slots, index_BS))
+    products_BS = jnp.moveaxis(products_NBC, 0, 1).reshape(len(index_BS), -1)[:, : index_BS.shape[1]]
+    products_BS = jnp.where(weight_BS != 0, products_BS, 0.0)
     return jnp.concatenate([products_BS, products_BE], axis=1) if index_BE.size else products_BS
 
 
@@ -251,6 +253,15 @@ def _for_active(weight_BK: jax.Array, width: int, body: Callable, carry: jax.Arr
         return body(carry, _Pairs(jnp.where(is_one, flat_P, 0), is_one, weight_BK.shape[1]))
 
     return lax.fori_loop(0, -(-upto_P[-1] // size), chunk, carry)
+
+
+def _chunks(size: int, *codes_BS: jax.Array) -> tuple[jax.Array, ...]:
+    """`size` slots at a time: [N, B, C] of [B, S]; what is added to fill the last is latent 0 with weight 0."""
+    n_slots = codes_BS[0].shape[1]
+    n_chunks, size = spmd.even(n_slots, size) if n_slots else (0, 1)
+    n_more = n_chunks * size - n_slots
+    padded = (jnp.pad(c_BS, ((0, 0), (0, n_more))) for c_BS in codes_BS)
+    return tuple(jnp.moveaxis(c.reshape(len(c), n_chunks, size), 1, 0) for c in padded)
 
 
 def _kernels() -> ModuleType:

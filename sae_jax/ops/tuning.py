@@ -19,6 +19,7 @@ import jax
 from sae_jax.types import UsageError
 
 MIB = 2**20
+ALL = 2**31
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,26 @@ class Tuning:
     in_stages: bool  # select among group maxima first; where the back end's own top-k is no full sort it is the better
     exchange_bytes: int  # rows f32[B, D] that are gathered or summed over latent shards at a time
     pair_bytes: int  # dictionary rows f32[P, D] that a compacted code gathers at a time
+    decoded_slots: int = 1  # of a code, whose rows one step of the loop that decodes adds up
+    scattered_slots: int = 1  # whose rows one scatter-add, or one product with the rows of the batch, takes
     kernels: bool = False  # hand-written kernels instead of XLA's
 
 
 # cpu: a block of 64 rows stays in cache, and the product writes [F, 64] a third faster than [64, F].
-# gpu, tpu: compiled for, never timed: large blocks, lax.top_k on a TPU is no sort while width / k is above 80.
+# gpu: timed on an H200. Its compiler fuses the rows of all slots into a scatter-add or a product, and those of 16 into
+# a sum; a CPU's would write them out first.
+# tpu: compiled for, never timed: large blocks, lax.top_k on a TPU is no sort while width / k is above 80.
 TABLE = {
     "cpu": Tuning(64 * MIB, 64, latent_major=True, in_stages=True, exchange_bytes=64 * MIB, pair_bytes=4 * MIB),
-    "gpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=True, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
+    "gpu": Tuning(
+        *(256 * MIB, 1024),
+        latent_major=False,
+        in_stages=True,
+        exchange_bytes=256 * MIB,
+        pair_bytes=64 * MIB,
+        decoded_slots=16,
+        scattered_slots=ALL,
+    ),
     "tpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=False, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
 }
 MIN_TILE = 1024  # latents

@@ -15,8 +15,17 @@ from sae_jax.types import UsageError
 from tests.oracles import topk as oracle
 
 B, D, F, K = 16, 8, 64, 5
-# As many pieces as the sizes here allow: exchanged rows, pairs, rows and latents of a product; the last of each uneven.
-PIECES = tuning.Tuning(1, 3, latent_major=False, in_stages=False, exchange_bytes=7 * 4 * D, pair_bytes=3 * 4 * D)
+# As many pieces as the sizes here allow: exchanged rows, pairs, slots, rows and latents of a product; the last of each
+# uneven.
+PIECES = tuning.Tuning(
+    *(1, 3),
+    latent_major=False,
+    in_stages=False,
+    exchange_bytes=7 * 4 * D,
+    pair_bytes=3 * 4 * D,
+    decoded_slots=3,
+    scattered_slots=3,
+)
 ROLES = (meshes.ROWS, meshes.DICT, meshes.DICT, meshes.REPLICATED, meshes.DICT)
 
 
