@@ -12,8 +12,9 @@ tables are larger than the cache.
 Guess beforehand: selection is where the kernel wins (XLA sorts every row whole, or its best k groups, for k above 16),
 three times or more; sums and products win the traffic of the running sum that XLA's scan carries, about two times.
 
-Answer: not known. The kernels compile for compute capability 8.0, 8.9 and 9.0 and have not run on one; until they are
-timed they are off by default.
+Answer: on an H200 three of four are (RESULTS.md). Selection with its product takes 0.8 of XLA's way with rows running
+fastest, 0.9 as first written; sums 0.6 to 0.8; products are slower than one fused op of XLA's. In a whole step that is
+6 to 14 %. They are off by default: a latent in every row makes the scatter-add three times as slow.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ a word, or does the reader end in a traceback?
 Guess: nothing is read wrongly without a word.
 Command: python experiments/faults/flips.py --out OUT      (--without digests: to see it find something)
 
-Not answered in full: of the 2,000 flips 428 were made, in 186 files: 156 were refused by name, 94 said while the
-checkpoint before was taken, 175 without effect (what no reader needs, or keys of which the default is what was there),
-3 in logs for people. None was read wrongly, none ended in a traceback. Cuts and removals of sweeps were not tried.
+Answer: yes. Of 2,000 flips over 199 files 714 were refused by name, 437 said while the checkpoint before was taken,
+847 without effect (what no reader needs, or keys of which the default is what was there) and 2 in logs for people. Of
+199 cuts 70 were refused, 44 said, 84 without effect, one in a log; of 199 removals 71, 43, 84 and one. None was read
+wrongly, none ended in a traceback. With --without digests DIGESTS.
 """
 
 from __future__ import annotations
@@ -94,14 +95,22 @@ def main(config: Config) -> None:
 
 def made(folder: Path) -> dict[str, Callable[[Path], Any]]:
     """{thing: how it is read}, each in a folder of its own."""
-    rows = np.random.default_rng(0).standard_normal((1024, 8)).astype(np.float32)
+    rows = _rows()
     if not folder.exists():
         with storage.new_folder(folder) as new:
             sae_jax.write_activations(new / "set", rows, dtype="float32")
             d = sae_jax.train(rows, out=new / "run", steps=8, checkpoint_every=4, **SMALL)
             d.save(new / "dictionary")
-            sae_jax.sweep(rows, out=new / "sweep", grid={"k": [2, 4]}, tokens=(128, 256), held_out=128, **SMALL)
+            _sweep(new / "sweep")
     return {"set": _of_set, "run": _of_run, "dictionary": _of_dictionary, "sweep": _of_sweep}
+
+
+def _rows() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((1024, 8)).astype(np.float32)
+
+
+def _sweep(path: Path) -> None:
+    sae_jax.sweep(_rows(), out=path, grid={"k": [2, 4]}, tokens=(128, 256), held_out=128, **SMALL)
 
 
 def _of_set(path: Path) -> Any:
@@ -120,6 +129,8 @@ def _of_dictionary(path: Path) -> Any:
 
 
 def _of_sweep(path: Path) -> Any:
+    if len([*(path / points.POINTS).iterdir()]) < 2:  # as of a member that has not come to its first mark
+        _sweep(path)
     members = [_of_dictionary(member) for member in sorted(path.glob("passes/*/members/*"))]
     return table.read(path), [points.read(path, name) for name in ("k2", "k4")], members
 
