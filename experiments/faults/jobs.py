@@ -22,9 +22,9 @@ sae_jax.write_activations("made", rows, dtype="float32")
 """
 SAVES = "import sae_jax; sae_jax.load('run').save('made')"
 SMALL = ("--sae.n-latents=32", "--sae.k=4", "--sae.dtype=float32", "--train.batch-size=64", "--train.log-every=1")
-TRAIN = ("train", "--data=set", "--out=made", *SMALL, "--train.steps=12", "--train.checkpoint-every=4")
+TRAIN = ("train", "--data=set", "--out=made", *SMALL, "--train.steps=6", "--train.checkpoint-every=4")
 SWEEP = ("sweep", "--data=set", "--out=made", *SMALL, "--train.checkpoint-every=4", "--sweep.grid", "sae.k=2 4")
-SWEEP = (*SWEEP, "--sweep.tokens", "256", "512", "--sweep.held-out=128", "--sweep.per-pass=1")
+SWEEP = (*SWEEP, "--sweep.tokens", "128", "256", "--sweep.held-out=128", "--sweep.per-pass=1")
 
 
 class Job(NamedTuple):
@@ -42,7 +42,7 @@ JOBS = {
     "harvest": Job(("harvest", "--out=made", "--harvest.tokens=4096", "--harvest.context=64")),
     "train": Job(TRAIN, ("set",)),
     "train by two": Job(TRAIN, ("set",), n=2),
-    "members": Job((*TRAIN, "--members", "k4", "k8 --sae.k=8 --train.steps=8"), ("set",)),
+    "members": Job((*TRAIN, "--members", "k4", "k8 --sae.k=8 --train.steps=4"), ("set",)),
     "sweep": Job(SWEEP, ("set",)),
     "evaluate": Job(("evaluate", "made", "--tokens=256"), ("made", "set")),
     "dashboard": Job(("dashboard", "text-run", "--out=made", "--tokens=512"), ("text-run", "text-set")),

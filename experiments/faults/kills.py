@@ -1,9 +1,10 @@
 """Does a command that is disturbed go on as if nothing had happened?
 
-Question: each long command is killed before, after and in the middle of every distinct call that it makes on its files
-(a call and the path, numbers apart: its first and its last), and its storage fails there, is full or becomes read-only.
-It is also killed, terminated, interrupted twice, or stopped and woken at random moments, also if it is one of two that
-work as one; and its clock jumps by a day.
+Question: long commands are killed before, after and in the middle of every distinct call that they make on their files
+(a call and the path within a run, numbers apart: in one command of those that have it, at one of the times, drawn at
+random), and storage fails there or is full, or a folder becomes read-only. They are also killed, terminated,
+interrupted twice, or stopped and woken at random moments, also if one is one of two that work as one; and their clock
+jumps by a day.
 Run again, does it end with what an undisturbed run leaves, without making anything again that was committed? What is
 said when storage fails?
 Guess: yes everywhere; a failure of storage is one line.
@@ -96,7 +97,7 @@ def main(config: Config) -> None:
     for _ in range(config.workers):
         servers.put(Server(out, library, config.without))
     references = {job: Reference(job, out, servers) for job in config.jobs}
-    trials = in_turn(config, [*at_random(config, references), *(t for r in references.values() for t in at_calls(r))])
+    trials = in_turn(config, [*at_random(config, references), *at_calls(config, references)])
     trials = trials[:2] if config.smoke else trials
     done = {(row["job"], row["number"], row["how"]) for row in storage.read_lines(out / "trials.jsonl")}
     todo = [trial for trial in trials if (trial.job, trial.number, trial.how) not in done]
@@ -219,17 +220,18 @@ SIGNALS = {
 }
 
 
-def at_calls(reference: Reference) -> list[Trial]:
-    """The first and the last call of every site, killed in every way; and storage that is full or broken there."""
-    places: dict[str, list[int]] = {}
-    for number, call, path in reference.calls if JOBS[reference.job].n == 1 else ():
-        places.setdefault(site(call, path), []).append(number)
+def at_calls(config: Config, references: dict[str, Reference]) -> list[Trial]:
+    """Every site, killed in every way, and storage that is full or broken there; each in a command drawn at random."""
+    places: dict[str, dict[str, list[int]]] = {}  # {site: {job: numbers of its calls}}
+    for job, reference in references.items():
+        for number, call, path in reference.calls if JOBS[job].n == 1 else ():
+            places.setdefault(site(call, path), {}).setdefault(job, []).append(number)
+    draw = random.Random(config.seed)
     trials = []
     for where, numbers in places.items():
-        for number in dict.fromkeys((numbers[0], numbers[-1])):
-            ways = ["before", "after", *["torn"] * where.startswith("write ")]
-            trials += [Trial(reference.job, number, how, where) for how in ways]
-        trials += [Trial(reference.job, numbers[0], how, where) for how in ("28+", "5")]
+        for how in ("before", "after", *["torn"] * where.startswith("write "), draw.choice(["28+", "5"])):
+            job = draw.choice([*numbers])
+            trials.append(Trial(job, draw.choice(numbers[job]), how, where))
     return trials
 
 
@@ -258,6 +260,7 @@ def in_turn(config: Config, trials: list[Trial]) -> list[Trial]:
 
 def site(call: str, path: str) -> str:
     """A call and its path without what differs from one run or step to the next, or is written by the same lines."""
+    path = re.sub(r"^made/(passes/\w+/)?(members/\w+/)?", "", path)
     path = re.sub(r"[0-9a-f]{12,}|(?<=index/)(pos|seq|token)", "#", path)  # three arrays of a set
     path = re.sub(r"(?<=/)(\w+\.)?(sae|average|optimiser|counters|run)(?=[./]|$)", "#", path)  # parts of a checkpoint
     return f"{call} {re.sub(r'[0-9]+', '0', path)}"

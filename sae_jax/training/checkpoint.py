@@ -67,6 +67,7 @@ class Checkpoints:
         self._folder = storage.absolute(run / "checkpoints")
         if writes:
             self._forget_cut_save()
+            _keep_no_counters()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
@@ -310,6 +311,15 @@ def _set_aside(folder: Path, steps: Sequence[int]) -> None:
             shutil.rmtree(folder / f"damaged-{step}", ignore_errors=True)
             (folder / str(step)).rename(folder / f"damaged-{step}")
     multihost_utils.sync_global_devices("checkpoints set aside")
+
+
+def _keep_no_counters() -> None:
+    """Orbax asks tensorstore for its counters at every save, to log them, and each time tensorstore loses 0.1 MiB."""
+    with contextlib.suppress(ImportError):
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        # Orbax logs nothing of 0.
+        tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0  # pyrefly: ignore[bad-assignment]
 
 
 def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
