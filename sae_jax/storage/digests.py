@@ -50,14 +50,12 @@ def write_digests(path: Path, folder: Path, names: Iterable[str]) -> None:
     """Make files of `folder` and the folders they are in durable, then list them with their digests in `path`."""
     names = sorted(names)
     parents = {parent for name in names for parent in (folder / name).parents if parent.is_relative_to(folder)}
-    with ThreadPoolExecutor(THREADS) as threads:
-
-        def digest(name: str) -> FileDigest:
-            sync(folder / name)
-            return of_file(folder / name)
-
-        listed = dict(zip(names, threads.map(digest, names), strict=True))
-        list(threads.map(sync, sorted(parents | {folder.parent})))
+    with ThreadPoolExecutor(THREADS) as threads:  # a disk and the processors work at the same time
+        files = [threads.submit(sync, folder / name) for name in names]
+        listed = dict(zip(names, threads.map(lambda name: of_file(folder / name), names), strict=True))
+        folders = [threads.submit(sync, parent) for parent in sorted(parents | {folder.parent})]
+        for synced in files + folders:
+            synced.result()
     write_json(path, sealed({"files": msgspec.to_builtins(listed)}))
 
 
