@@ -189,7 +189,7 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
         value = value.split() if isinstance(value, str) else [value]
     try:
         return msgspec.convert(_plain(value), kind, strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # of bytes on a command line that are no text
         raise UsageError(f"{where}={value!r}: {error}") from None
 
 

@@ -20,6 +20,7 @@ import sae_jax
 from sae_jax import config, lm, progress, storage
 from sae_jax.activations.formats import documents_of
 from sae_jax.activations.store import open_activations
+from sae_jax.activations.verify import verify
 from sae_jax.evaluation import shards
 from sae_jax.lm import trial
 from sae_jax.lm.tokenizer import read_tokenizer
@@ -130,6 +131,7 @@ def test_only_regular_files_are_read(tmp_path: Path, make: Callable) -> None:
         "a: 1\na: 2",
         "a: 0x" + "f" * 5000,
         "a: 18446744073709551616",
+        'a: "\\ud800"',
         b"\xff",
         "",
     ],
@@ -205,6 +207,9 @@ def test_dataset(a_set: Path, tmp_path: Path, keys: tuple, value: Any) -> None:
         (("xxh3_64",), {}),
         (("moments", "acts", "sum", 0), 10**400),
         (("moments", "acts", "sum", 0), None),
+        (("moments", "acts", "sum", 0), -1e308),
+        (("moments", "acts", "m2", 0), 1e308),
+        (("moments", "acts", "m2", 0), -1.0),
         (("moments", "acts", "m2"), [1.0]),
         (("chunk_n_rows",), [[1]]),
         (("shard",), 10**30),
@@ -216,6 +221,7 @@ def test_commit(a_set: Path, tmp_path: Path, keys: tuple, value: Any) -> None:
     content = json.loads((a_set / "commits/0.json").read_text())
     path = put(tmp_path / "set/commits/0.json", resealed(changed(content, keys, value)))
     refused(path, lambda: open_activations(tmp_path / "set"))
+    assert any("commits/0.json" in line for line in verify(tmp_path / "set").damage)
 
 
 @pytest.mark.parametrize(

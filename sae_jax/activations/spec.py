@@ -40,7 +40,8 @@ SHARD_BYTES = 256 << 20  # one write of the widest source
 SHARD_BYTES_ALL_SOURCES = 1 << 30  # the writer holds one shard of every source in memory
 MIN_CHUNKS = 128  # chunks are what is shuffled: a small set gets small ones
 MIN_SHARDS = 4
-MAX_WIDTH, MAX_ROWS, MAX_CHUNKS = 1 << 24, 1 << 40, 1 << 22  # above all that is real, and small enough to allocate
+# Above all that is real, and small enough to allocate.
+MAX_WIDTH, MAX_ROWS, MAX_CHUNKS, MAX_SHARD_BYTES = 1 << 24, 1 << 40, 1 << 22, 1 << 44
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -123,6 +124,12 @@ class SetSpec:
                 )
             if self.n_shards * self.sequences_per_shard >= 2**31:
                 raise UsageError("a set holds fewer than 2^31 sequences; write several sets")
+        for array in array_specs(self).values():
+            if array.shard_bytes > MAX_SHARD_BYTES:
+                raise UsageError(
+                    f"a shard of {array.path} has {array.shard_bytes:,} bytes; at most {MAX_SHARD_BYTES:,}: lower "
+                    f"shard_rows"
+                )
 
     @property
     def has_text(self) -> bool:

@@ -59,7 +59,7 @@ def verify(
                 n_chunks += 1
                 n_bytes += block.nbytes
         progress(done, len(commits))
-    text = files.read("stats.json")
-    if text is not None and text.decode(errors="replace") != stats_json(reduce_stats(spec, commits)) and not damage:
+    text = None if damage else files.read("stats.json")
+    if text is not None and text.decode(errors="replace") != stats_json(reduce_stats(spec, commits)):
         damage.append(f"{files.name('stats.json')} does not follow from the commits; delete it")
     return VerifyReport(len(commits), n_chunks, n_bytes, tuple(damage))

@@ -172,6 +172,12 @@ class _UniqueKeys(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(None, None, "half of a surrogate pair", node.start_mark)
+        return value
+
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if re.fullmatch(r"[-+]?(0[0-9_]+|.*:.*)", str(node.value)):  # 010 would be 8, and 1:30 ninety
             what = f"{node.value} is another number in YAML; write it in decimal, or as text in quotes"

@@ -65,13 +65,15 @@ class Checkpoints:
         if run is None:
             return
         self._folder = storage.absolute(run / "checkpoints")
-        if writes:
-            self._forget_cut_save()
-            _keep_no_counters()
+        if not writes:
+            return
+        self._forget_cut_save()
+        self._set_unnamed_aside()
+        _keep_no_counters()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
-            str(self._folder), preservation_policy=policy, cleanup_tmp_directories=writes
+            str(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
         # When a save is done, Orbax's thread asks JAX about preemption at the step of that save, and JAX takes the last
         # step it was asked about for the step this process is at: a SIGTERM then was agreed upon for a step that had
@@ -124,12 +126,13 @@ class Checkpoints:
             problem = problem or "another process says why"
             if before is not None and jax.process_index() == 0:
                 console.print(f"{self._folder / str(step)} cannot be read: {problem}; taking step {before} instead")
-        raise UserError(f"{self._folder}: no checkpoint can be read ({problem}); restore one, or give another --out")
+        raise self._nothing_to_read(problem)
 
     def _steps(self) -> list[int]:
         """Newest first. To a reader, the save that another process has under way is not there yet."""
-        steps = [] if self._orbax is None else [checkpoint.step for checkpoint in reversed(self._orbax.checkpoints)]
-        return [step for step in steps if self._writes or not _is_under_way(self._folder / str(step))]
+        if self._writes:
+            return [] if self._orbax is None else [each.step for each in reversed(self._orbax.checkpoints)]
+        return sorted(_steps_in(self._folder), reverse=True)
 
     def _read_step(self, step: int, target: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """The parts in `target`, and what is wrong with them if this process found something."""
@@ -137,7 +140,7 @@ class Checkpoints:
         if multihost_utils.process_allgather(np.array(bool(problem))).any():
             return {}, problem
         try:
-            return self._orbax.load_checkpointables(step, target), ""
+            return ocp.load_checkpointables(str(self._folder / str(step)), target), ""
         except Exception as error:  # Orbax passes on whatever the layers below it raise
             return {}, _reason(error)
 
@@ -167,6 +170,27 @@ class Checkpoints:
                     shutil.rmtree(checkpoint)
             self._mark()
         multihost_utils.sync_global_devices("only whole checkpoints are left")
+
+    def _set_unnamed_aside(self) -> None:
+        """Orbax reads what each checkpoint says of itself, and does not begin where that is damaged."""
+        steps = sorted(_steps_in(self._folder))
+        problems = [_problem(self._folder / str(step), ()) for step in steps]
+        seen = multihost_utils.process_allgather(np.array([bool(problem) for problem in problems]))
+        damaged = [
+            step for step, of_any in zip(steps, seen.reshape(jax.process_count(), -1).any(0), strict=True) if of_any
+        ]
+        if not damaged:
+            return
+        problem = next((problem for problem in problems if problem), "another process says why")
+        if len(damaged) == len(steps):
+            raise self._nothing_to_read(problem)
+        if jax.process_index() == 0:
+            which = ", ".join(map(str, damaged))
+            console.print(f"{self._folder}: {which} cannot be read ({problem}) and is set aside as damaged-*")
+        _set_aside(self._folder, damaged)
+
+    def _nothing_to_read(self, problem: str) -> UserError:
+        return UserError(f"{self._folder}: no checkpoint can be read ({problem}); restore one, or give another --out")
 
     def __enter__(self) -> Self:
         return self
@@ -206,8 +230,9 @@ class Checkpoints:
 
 def latest_step(run: Path, name: str = "") -> int | None:
     """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
-    paths = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit() and not _is_under_way(path)]
-    return max((int(path.name) for path in paths if not name or (path / part_name(name, "sae")).exists()), default=None)
+    folder = run / "checkpoints"
+    steps = (step for step in _steps_in(folder) if not name or (folder / str(step) / part_name(name, "sae")).exists())
+    return max(steps, default=None)
 
 
 def problem(run: Path) -> str:
@@ -294,6 +319,11 @@ def newest(run: Path) -> tuple[Path, str]:
 def part_name(name: str, part: str) -> str:
     """Under which name a part of a member's state is in a checkpoint."""
     return f"{name}.{part}" if name else part
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """Of the checkpoints that are not under way."""
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal() and not _is_under_way(path)]
 
 
 def _mark_name(step: object) -> str:

@@ -227,6 +227,11 @@ def test_damage_refused_at_open(tmp_path: Path, name: str, damage: Callable, mes
     assert tree(tmp_path / "set") == before
 
 
+def test_a_shard_has_bytes_that_can_be_counted() -> None:
+    with pytest.raises(UsageError, match=r"acts/a has 4,611,686,018,427,387,920 bytes; .* lower shard_rows"):
+        SetSpec((SourceSpec("a", 1 << 20, "float32"),), 1, 1 << 40, 1 << 40)
+
+
 @pytest.mark.parametrize("offset", [0, 100])
 @pytest.mark.parametrize("array", ["acts/resid.0/c/2/0", "index/token/c/2", "sequences/c/2/0"])
 def test_flipped_byte_refused_when_read(tmp_path: Path, array: str, offset: int) -> None:

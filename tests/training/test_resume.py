@@ -190,6 +190,11 @@ def _empty(folder: Path) -> None:
     folder.mkdir()
 
 
+def _of_another_type(folder: Path) -> None:
+    path = folder / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_timestamp_nsecs": 1.0}))
+
+
 def _halve(pattern: str):
     def damage(folder: Path) -> None:
         for path in folder.glob(pattern):
@@ -203,11 +208,12 @@ def _halve(pattern: str):
     [
         _empty,
         lambda folder: shutil.rmtree(folder / "optimiser"),
+        _of_another_type,
         _halve("sae/_METADATA"),
         _halve("run/manifest.ocdbt"),
         _halve("sae/ocdbt.process_0/d/*"),
     ],
-    ids=["empty", "a part missing", "tree cut", "manifest cut", "arrays cut"],
+    ids=["empty", "a part missing", "another type", "tree cut", "manifest cut", "arrays cut"],
 )
 def test_reads_the_newest_that_can_be_read(copied: Path, damage) -> None:
     damage(copied / "checkpoints/200")
@@ -263,10 +269,14 @@ def test_descriptors_and_threads_do_not_grow_with_saves(copied: Path) -> None:
     assert [path.name for path in (copied / "checkpoints").iterdir() if not path.name.isdigit()] == []
 
 
-def test_nothing_is_set_aside_when_no_checkpoint_can_be_read(copied: Path) -> None:
+@pytest.mark.parametrize("damage", [_empty, _of_another_type, _halve("run/manifest.ocdbt")], ids=range(3))
+def test_nothing_is_set_aside_when_no_checkpoint_can_be_read(copied: Path, damage) -> None:
     for step in (150, 200):
-        _empty(copied / f"checkpoints/{step}")
-    with Checkpoints(copied) as checkpoints, pytest.raises(UserError, match=r"no checkpoint can be read .*--out"):
+        damage(copied / f"checkpoints/{step}")
+    with (
+        pytest.raises(UserError, match=r"no checkpoint can be read .*--out"),
+        Checkpoints(copied) as checkpoints,
+    ):
         checkpoints.restore({"": runs.target_of(copied)})
     assert runs.checkpoints(copied) == [150, 200]
 
