@@ -3,7 +3,7 @@
 Question: rows that are constant, huge, tiny or not numbers, alone or among ordinary ones, are stored and learnt from by
 every variant that learns from rows. Is that refused, or is each number finite and true, or explicitly none?
 Guess: yes.
-Command: python experiments/faults/rows.py --out OUT
+Command: python experiments/faults/rows.py --out OUT      (the same command resumes)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 import sae_jax
 from sae_jax import storage
 from sae_jax.evaluation.evaluate import on_rows
+from sae_jax.progress import Progress
 from sae_jax.saes import base
 from sae_jax.types import UserError
 
@@ -37,7 +38,7 @@ class Config:
     """Where to."""
 
     out: Path = Path("build/rows")
-    """Folder for the sets and table.json."""
+    """Folder for the sets, trials.jsonl and table.json."""
     smoke: bool = False
     """One variant and two kinds of rows: does it run?"""
 
@@ -58,17 +59,23 @@ def kinds() -> dict[str, np.ndarray]:
 
 
 def main(config: Config) -> None:
-    """Try each kind with each variant; write OUT/table.json; show it."""
+    """Try each kind with each variant, but for those in OUT/trials.jsonl; write OUT/table.json; show it."""
+    names = [name for name in base.variants() if name not in OTHERS]
+    trials = [(what, variant) for what in kinds() for variant in names]
+    trials = trials[3 * len(names) :: len(names)][:2] if config.smoke else trials
+    done = {(row["rows"], row["variant"]) for row in storage.read_lines(config.out / "trials.jsonl")}
+    todo = [trial for trial in trials if trial not in done]
+    with storage.Lines(config.out / "trials.jsonl") as lines, Progress("try", len(todo), "trials", first="") as bar:
+        for i, (what, variant) in enumerate(todo, 1):
+            outcome, said = attempt(config.out / what.replace(" ", "-"), kinds()[what], variant)
+            lines.write({"rows": what, "variant": variant, "outcome": outcome, "said": said})
+            bar.update(i)
     counts: dict[str, Counter[str]] = {}
     problems = []
-    names = [name for name in base.variants() if name not in OTHERS]
-    tried = list(kinds().items())[3:5] if config.smoke else list(kinds().items())
-    for what, rows in tried:
-        for variant in names[:1] if config.smoke else names:
-            outcome, said = attempt(config.out / what.replace(" ", "-"), rows, variant)
-            counts.setdefault(what, Counter())[outcome] += 1
-            if outcome not in WELL:
-                problems.append(f"{what}, {variant}: {outcome} {said}")
+    for row in storage.read_lines(config.out / "trials.jsonl"):
+        counts.setdefault(row["rows"], Counter())[row["outcome"]] += 1
+        if row["outcome"] not in WELL:
+            problems.append(f"{row['rows']}, {row['variant']}: {row['outcome']} {row['said']}")
     storage.write_text(config.out / "table.json", json.dumps(counts, indent=2) + "\n")
     outcomes = sorted({outcome for count in counts.values() for outcome in count})
     table = Table("rows", *outcomes)
