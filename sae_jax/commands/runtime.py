@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from jax._src import distributed  # whether this is one of several, without starting the devices
 
-from sae_jax.commands import quiet
+from sae_jax.commands import alive, quiet
 from sae_jax.types import UsageError
 
 _TOLD = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -46,6 +46,9 @@ def start_distributed() -> None:
         jax.distributed.initialize(
             address, 1, 0, coordinator_bind_address=address, heartbeat_timeout_seconds=SECONDS_ASLEEP
         )
+    job = distributed.global_state
+    if job.num_processes > 1:
+        alive.watch(job.client, job.process_id)
 
 
 def leave_the_others(code: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,3 +163,24 @@ def test_members_on_processes_of_their_own(small_set: Path, uninterrupted: Path,
         (0, 2, 2),
         (10, 1, 2),
     ]
+
+
+STOPPED = """
+import os, signal, subprocess, sys, time
+import jax
+from sae_jax.commands import alive, runtime
+alive.SECONDS = 0.2
+runtime.start_distributed()
+time.sleep(1)  # they know of each other
+if jax.process_index() == int(sys.argv[1]):
+    subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(6)
+"""
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_does_not_answer_is_named(stopped: int) -> None:
+    """By the others, while the first, which keeps what they say of themselves, is stopped, too."""
+    said = runs.complete(runs.local(2, [sys.executable, "-c", STOPPED, str(stopped)]))
+    assert f"process {stopped} on {socket.gethostname()} has not answered for 2 s" in said
