@@ -156,8 +156,9 @@ def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array, 
     def add_pairs(sum_BD, pairs):
         return sum_BD.at[pairs.row].add(pairs.take(weight_BE)[:, None] * table_FD[pairs.take(index_BE)])
 
-    zeros_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
-    sum_BD, _ = spmd.scan(add, zeros_BD, _chunks(tuning.current().decoded_slots, index_BS, weight_BS))
+    sum_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
+    if index_BS.size:
+        sum_BD, _ = spmd.scan(add, sum_BD, _chunks(tuning.current().decoded_slots, index_BS, weight_BS))
     return _for_active(weight_BE, table_FD.shape[1], add_pairs, sum_BD)
 
 
@@ -181,7 +182,8 @@ def scatter_rows(
         rows_PD = rows_BD[pairs.row].astype(jnp.float32)
         return sum_FD.at[pairs.take(index_BE)].add(pairs.take(weight_BE)[:, None] * rows_PD)
 
-    sum_FD, _ = spmd.scan(add, sum_FD, _chunks(tuning.current().scattered_slots, index_BS, weight_BS))
+    if index_BS.size:
+        sum_FD, _ = spmd.scan(add, sum_FD, _chunks(tuning.current().scattered_slots, index_BS, weight_BS))
     return _for_active(weight_BE, rows_BD.shape[1], add_pairs, sum_FD)
 
 
@@ -258,7 +260,7 @@ def _for_active(weight_BK: jax.Array, width: int, body: Callable, carry: jax.Arr
 def _chunks(size: int, *codes_BS: jax.Array) -> tuple[jax.Array, ...]:
     """`size` slots at a time: [N, B, C] of [B, S]; what is added to fill the last is latent 0 with weight 0."""
     n_slots = codes_BS[0].shape[1]
-    n_chunks, size = spmd.even(n_slots, size) if n_slots else (0, 1)
+    n_chunks, size = spmd.even(n_slots, size)
     n_more = n_chunks * size - n_slots
     padded = (jnp.pad(c_BS, ((0, 0), (0, n_more))) for c_BS in codes_BS)
     return tuple(jnp.moveaxis(c.reshape(len(c), n_chunks, size), 1, 0) for c in padded)
