@@ -435,6 +435,9 @@ def test_a_fit_in_which_nothing_is_wrong_gives_advice(tmp_path: Path) -> None:
     [
         {"widest": "x"},
         {"variant": "../x"},
+        {"d_model": "[x]"},
+        {"d_model": 0},
+        {"k": 2.5},
         {"widest": 0},
         {"warnings": [5], "compute": None},
         {"flops_per_token": {"per_latent": 0, "per_active": 0}},

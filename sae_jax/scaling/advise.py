@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sae_jax import storage
@@ -40,6 +41,25 @@ class Advice:
     notes: tuple[str, ...]  # what to keep in mind
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a fit.json says beside its laws."""
+
+    variant: str
+    k: int | None
+    d_model: int | None
+    widest: float
+    flops_per_token: dict[str, float]
+    lr_of_points: dict[str, float]
+    warnings: list[str]
+
+    def __post_init__(self) -> None:
+        for name in ("k", "d_model", "widest"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
 def advise(compute: float, path: str, k: int | None = None) -> Advice:
     """Advice for `compute` FLOP by the fit.json at `path`.
 
@@ -61,32 +81,32 @@ def advise(compute: float, path: str, k: int | None = None) -> Advice:
         raise UsageError(f"{path}: there is no such file; write one with `sae-jax fit DIR`")
     content = storage.unsealed(content, path)
     try:
+        facts = msgspec.convert(content, _Facts)
         with np.errstate(over="ignore", invalid="ignore"):  # refused below
-            advice = _advise(compute, path, content, k)
+            advice = _advise(compute, path, content, facts, k)
         if not (0 < advice.lr < math.inf and 0 < advice.tokens < math.inf and 0 < advice.fvu < math.inf):
             raise ValueError(f"tokens={advice.tokens:g}, lr={advice.lr:g}, fvu={advice.fvu:g}")
         return advice
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except (msgspec.ValidationError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path}: not what `sae-jax fit` writes ({error!r}); write it again") from None
 
 
-def _advise(compute: float, path: str, content: dict[str, Any], k: int | None) -> Advice:
-    laws = _laws(path, content)
-    k = k or content["k"]
+def _advise(compute: float, path: str, content: dict[str, Any], facts: _Facts, k: int | None) -> Advice:
+    laws = _laws(path, content, facts)
+    k = k or facts.k
     law_latents = float(laws["best_latents"].predict(compute))
     n = 2 ** max(0, round(math.log2(law_latents)))
     if k is not None and n < k:
         raise UserError(f"compute={compute:g} buys {n} latents, fewer than k={k}; spend more")
-    cost = content["flops_per_token"]
-    fvu, draws_M, notes = _error(compute, path, laws, n, k, content["k"])
-    used = content["lr_of_points"]
+    cost, used = facts.flops_per_token, facts.lr_of_points
+    fvu, draws_M, notes = _error(compute, path, laws, n, k, facts.k)
     lr = float(laws["lr"].predict(n)) if "lr" in laws else used["coefficient"] * n ** used["exponent"]
-    beyond = {"FLOP": compute / laws["compute"].range["x"][1], "latents": n / content["widest"]}
+    beyond = {"FLOP": compute / laws["compute"].range["x"][1], "latents": n / facts.widest}
     notes += [f"{what}: {ratio:,.3g} times the largest that was fitted" for what, ratio in beyond.items() if ratio > 1]
-    settings = {"variant": content["variant"], "n_latents": n, **({} if k is None else {"k": k})}
+    settings = {"variant": facts.variant, "n_latents": n, **({} if k is None else {"k": k})}
     return Advice(
         compute=compute,
-        sae=base.config_from(content["variant"], settings, path),
+        sae=base.config_from(facts.variant, settings, path),
         latents=n,
         law_latents=law_latents,
         law_latents_interval=fit.ends(laws["best_latents"].draw(compute)),
@@ -97,7 +117,7 @@ def _advise(compute: float, path: str, content: dict[str, Any], k: int | None) -
         lr_from_law="lr" in laws,
         fvu=fvu,
         fvu_interval=fit.ends(draws_M),
-        d_model=content["d_model"],
+        d_model=facts.d_model,
         notes=tuple(notes),
     )
 
@@ -117,13 +137,13 @@ def _error(
     return error, draws_M, [f"the error at k={k_fitted} carried to k={k} by the joint law"]
 
 
-def _laws(path: str, content: dict[str, Any]) -> dict[str, fit.Law]:
+def _laws(path: str, content: dict[str, Any], facts: _Facts) -> dict[str, fit.Law]:
     """The laws to predict by. Raises UserError, with the fit's reason, if one that advice needs was left out."""
     compute = content["compute"]
     laws = {"compute": compute, "best_latents": compute and compute["best_latents"]}
     for name, law in laws.items():
         if law is None:
-            reason = next((each for each in content["warnings"] if each.startswith(f"{name}: left out")), name)
+            reason = next((each for each in facts.warnings if each.startswith(f"{name}: left out")), name)
             raise UserError(f"{path} has too little to advise by: {reason}")
     laws |= {name: content[name] for name in ("joint", "lr") if content[name]}
     if not compute["has_constant"]:
