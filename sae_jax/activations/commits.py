@@ -86,8 +86,9 @@ class Commit:
             total, m2 = (np.array(values, np.float64) for values in (moments.sum, moments.m2))
             if total.shape != (source.d,) or m2.shape != (source.d,):
                 raise UserError(f"{where}: moments of {source.name} are not {source.d} wide; {DAMAGED}")
-            most = float(np.finfo(np.float32).max)  # of the type with the widest range
-            if (abs(total) > most * record.n_rows).any() or not ((m2 >= 0) & (m2 <= 4 * most**2 * record.n_rows)).all():
+            most = float(np.finfo(np.float32).max)  # of the type with the widest range; twice that, for rounding
+            is_sum, is_m2 = abs(total) <= 2 * most * record.n_rows, (m2 >= 0) & (m2 <= 8 * most**2 * record.n_rows)
+            if not (is_sum & is_m2).all():
                 raise UserError(f"{where}: moments of {source.name} are not those of float32 rows; {DAMAGED}")
             stats[source.name] = Stats(record.n_rows, total / max(record.n_rows, 1), m2)
         return cls(shard, record.n_rows, record.n_sequences, digests, stats)

@@ -68,7 +68,7 @@ class Checkpoints:
         if not writes:
             return
         self._forget_cut_save()
-        self._set_unnamed_aside()
+        self._set_unreadable_aside()
         _keep_no_counters()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
@@ -171,7 +171,7 @@ class Checkpoints:
             self._mark()
         multihost_utils.sync_global_devices("only whole checkpoints are left")
 
-    def _set_unnamed_aside(self) -> None:
+    def _set_unreadable_aside(self) -> None:
         """Orbax reads what each checkpoint says of itself, and does not begin where that is damaged."""
         steps = sorted(_steps_in(self._folder))
         problems = [_problem(self._folder / str(step), ()) for step in steps]
