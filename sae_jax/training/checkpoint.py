@@ -67,7 +67,7 @@ class Checkpoints:
         self._folder = storage.absolute(run / "checkpoints")
         if not writes:
             return
-        self._forget_cut_save()
+        self._forget_what_was_cut()
         self._set_unreadable_aside()
         _keep_no_counters()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -156,18 +156,24 @@ class Checkpoints:
                 self._lease.check()
 
     def _mark(self, step: int | None = None) -> None:
-        """Say that the saves so far are done, and that this one is under way."""
+        """Say that this save is under way, and no longer that those are which all processes have ended."""
         if jax.process_index() == 0:
             for mark in self._folder.glob(_mark_name("*")):
-                mark.unlink()
+                checkpoint = self._folder / mark.name.removeprefix(_mark_name(""))
+                if is_complete(checkpoint) or not checkpoint.exists():
+                    mark.unlink()
             if step is not None:
                 (self._folder / _mark_name(step)).touch()
 
-    def _forget_cut_save(self) -> None:
+    def _forget_what_was_cut(self) -> None:
+        """Remove the rest of a checkpoint whose removal was cut off, and then the one whose save was."""
         if jax.process_index() == 0:
-            for checkpoint in self._folder.glob("*"):
-                if _is_under_way(checkpoint):
-                    shutil.rmtree(checkpoint)
+            there = [path for path in self._folder.glob("*") if path.name.isdecimal()]
+            there.sort(key=lambda checkpoint: int(checkpoint.name))
+            # Orbax removes the oldest once the newest is in its place, which is before the end of that save.
+            cut = [checkpoint for checkpoint in there[:-KEPT] if _lacks_files(checkpoint)]
+            for checkpoint in [*cut, *filter(_is_under_way, there)]:
+                shutil.rmtree(checkpoint)
             self._mark()
         multihost_utils.sync_global_devices("only whole checkpoints are left")
 
@@ -332,6 +338,15 @@ def _mark_name(step: object) -> str:
 
 def _is_under_way(checkpoint: Path) -> bool:
     return checkpoint.with_name(_mark_name(checkpoint.name)).exists() and not is_complete(checkpoint)
+
+
+def _lacks_files(checkpoint: Path) -> bool:
+    """Whether files are gone, which is how a removal that was cut off looks. What else may be wrong is not asked."""
+    try:
+        listed = [name for path in checkpoint.glob("digests-*") for name in read_digests(path)]
+    except UserError:
+        return False
+    return not is_complete(checkpoint) or not all((checkpoint / name).exists() for name in listed)
 
 
 def _set_aside(folder: Path, steps: Sequence[int]) -> None:

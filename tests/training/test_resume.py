@@ -294,6 +294,46 @@ def test_remains_of_a_cut_save(copied: Path) -> None:
     assert runs.checkpoints(copied) == [200, 250]
 
 
+@pytest.mark.parametrize("gone", ["digests-0-of-1.json", "_CHECKPOINT_METADATA", "optimiser/_METADATA"])
+@pytest.mark.parametrize("is_cut", [False, True], ids=["newest whole", "newest cut"])
+def test_remains_of_a_cut_removal(copied: Path, gone: str, is_cut: bool) -> None:
+    """The oldest checkpoint goes once the newest is there: killed between, nothing is damaged, and nobody says so."""
+    folder = copied / "checkpoints"
+    shutil.copytree(folder / "150", folder / "100")
+    (folder / "100" / gone).unlink()
+    if is_cut:
+        (folder / ".saving-200").touch()
+        (folder / "200/digests-0-of-1.json").unlink()
+    with Checkpoints(copied) as checkpoints:
+        assert int(checkpoints.restore({"": runs.target_of(copied)})[""].step) == (150 if is_cut else 200)
+    assert sorted(path.name for path in folder.iterdir()) == (["150"] if is_cut else ["150", "200"])
+
+
+def test_an_old_checkpoint_is_not_removed_for_a_cut_save(copied: Path) -> None:
+    """Of three, the newest is cut and the next is damaged: the oldest is whole, and is what remains."""
+    folder = copied / "checkpoints"
+    shutil.copytree(folder / "200", folder / "250")
+    (folder / ".saving-250").touch()
+    (folder / "250/digests-0-of-1.json").unlink()
+    _halve("run/manifest.ocdbt")(folder / "200")
+    with Checkpoints(copied) as checkpoints:
+        assert int(checkpoints.restore({"": runs.target_of(copied)})[""].step) == 150
+    assert sorted(path.name for path in folder.iterdir()) == ["150", "damaged-200"]
+
+
+def test_a_save_that_others_have_not_ended_stays_marked(copied: Path) -> None:
+    """Process 0 may begin the next save while another process still lists its files: a kill then damages nothing."""
+    folder = copied / "checkpoints"
+    (folder / "200/digests-0-of-1.json").rename(folder / "200/digests-0-of-2.json")
+    (folder / ".saving-200").touch()
+    checkpoints = Checkpoints(copied, writes=False)
+    checkpoints._mark(250)
+    assert {path.name for path in folder.glob(".saving-*")} == {".saving-200", ".saving-250"}
+    (folder / "200/digests-1-of-2.json").write_bytes((folder / "200/digests-0-of-2.json").read_bytes())
+    checkpoints._mark()
+    assert [path.name for path in folder.glob(".saving-*")] == []
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("sae.k", 5), ("train.seed", 1), ("train.lr", 1e-3), ("train.moments", "int8"), ("sae.n_latents", 128)],
