@@ -269,4 +269,7 @@ def _failure(member: Member, process: int = 0) -> Path:
 def _remove_checkpoints(run: Path) -> None:
     multihost_utils.sync_global_devices("all members have left")
     if jax.process_index() == 0:
-        shutil.rmtree(run / "checkpoints")
+        ended = run / ".checkpoints.ended"  # a removal that is cut off must not leave checkpoints that lack files
+        shutil.rmtree(ended, ignore_errors=True)
+        (run / "checkpoints").rename(ended)
+        shutil.rmtree(ended)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -233,6 +234,26 @@ def test_members_that_left_together_go_on_together(together: Path, small_set: Pa
         train(small_set, run, pair(8, 15), one_device())
     with pytest.raises(UsageError, match=r"fast stands at step 15 and .*plain at 20, but members learn from the same"):
         train(small_set, run, pair(30, 30), one_device())
+
+
+def test_the_end_of_a_set_may_be_cut_off(small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed among the files that the members no longer need."""
+    run, remove = tmp_path / "run", shutil.rmtree
+    pair = [member_of(run, "plain", steps=8), member_of(run, "fast", steps=8)]
+
+    def cut(path: Path, **kwargs) -> None:
+        if path.parent == run and path.exists():
+            for listed in path.rglob("digests-*"):
+                listed.unlink()
+            raise KeyboardInterrupt
+        remove(path, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(small_set, run, pair, one_device())
+    train(small_set, run, pair, one_device())
+    assert sorted(path.name for path in run.iterdir()) == ["attempts.jsonl", "config.json", "members"]
 
 
 def test_a_member_that_fails_leaves_the_others_alone(together: Path, small_set: Path, tmp_path: Path) -> None:
