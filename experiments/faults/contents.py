@@ -16,7 +16,7 @@ from sae_jax import storage
 from sae_jax.saes import base
 from sae_jax.storage import digests
 from sae_jax.training import logs
-from sae_jax.training.checkpoint import Checkpoints, read_record
+from sae_jax.training.checkpoint import Checkpoints, members, read_record
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import abstract
 
@@ -38,7 +38,8 @@ def content(folder: Path) -> dict[str, str]:
         run = checkpoints.parent
         steps = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
         found[f"{checkpoints.relative_to(folder)}: the last"] = str(steps[-1:])
-        if steps and storage.read_json(run / "config.json"):
+        # A set has none left when it has ended: that there are some is the difference.
+        if steps and storage.read_json(run / "config.json") and not members(run):
             for leaf, array in _state(run).items():
                 found[f"{checkpoints.relative_to(folder)}: {leaf}"] = digest(array)
     return found

@@ -26,6 +26,7 @@ from sae_jax.sweeps import points
 from sae_jax.sweeps.plan import Planned, SweepJob, in_passes
 from sae_jax.sweeps.points import SweepMeasurements
 from sae_jax.training import checkpoint, run
+from sae_jax.training.members import has_remains
 from sae_jax.training.ownership import as_the_first_says, owned
 from sae_jax.training.preemption import is_preempted
 from sae_jax.training.run import TrainJob
@@ -151,10 +152,10 @@ def _as_run(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> Sw
 
 
 def _to_train(out: Path, path: Path, names: list[str], planned: dict[str, Planned]) -> list[str]:
-    """The members to train in a pass: none if it is done, all if it has begun."""
+    """The members to train in a pass: none if it is done, all if it has begun and was not ended."""
     begun = checkpoint.members(path)
     undone = [name for name in begun or names if not _is_done(out, path, name, planned)]
-    return begun if begun and undone else undone
+    return begun if begun and (undone or has_remains(path)) else undone
 
 
 def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> bool:

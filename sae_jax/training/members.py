@@ -29,6 +29,9 @@ from sae_jax.training.state import TrainState
 from sae_jax.training.step import Metrics
 from sae_jax.types import PartialError, UsageError, UserError
 
+# A removal that is cut off must not leave checkpoints that lack files under their name.
+REMOVED = ".checkpoints.removed"
+
 Queued = list[tuple[MemberGroup, Metrics]]
 
 
@@ -266,10 +269,14 @@ def _failure(member: Member, process: int = 0) -> Path:
     return _folder(member) / f"failure-{process}.json"
 
 
+def has_remains(run: Path) -> bool:
+    """Whether a set still has checkpoints of its own, which go when its last member has left."""
+    return (run / "checkpoints").exists() or (run / REMOVED).exists()
+
+
 def _remove_checkpoints(run: Path) -> None:
     multihost_utils.sync_global_devices("all members have left")
     if jax.process_index() == 0:
-        ended = run / ".checkpoints.ended"  # a removal that is cut off must not leave checkpoints that lack files
-        shutil.rmtree(ended, ignore_errors=True)
-        (run / "checkpoints").rename(ended)
-        shutil.rmtree(ended)
+        shutil.rmtree(run / REMOVED, ignore_errors=True)
+        (run / "checkpoints").rename(run / REMOVED)
+        shutil.rmtree(run / REMOVED)

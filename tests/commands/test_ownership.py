@@ -17,6 +17,7 @@ from sae_jax.scaling import table
 from sae_jax.storage import HeldError, Lease, LostError, lease, sealed
 from sae_jax.training import checkpoint, preemption
 from sae_jax.training.checkpoint import Checkpoints
+from sae_jax.training.members import MemberSet
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("in_process", "one_device")
@@ -208,6 +209,24 @@ def test_a_sweep_is_not_done_without_the_weights_of_its_last_points(
     assert checkpoint.problem(member) == ""
     fvus = [[p["fvu"] for p in json.loads(data)["points"]] for data in (after[file], file.read_bytes())]
     assert fvus[0] == fvus[1]
+
+
+def test_a_pass_that_was_cut_at_its_end_leaves_nothing_behind(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its members had all they need; the checkpoints that they shared would have stayed for ever."""
+
+    def ends(self: MemberSet) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "sweep"
+    with monkeypatch.context() as patched:
+        patched.setattr(MemberSet, "end", ends)
+        assert sweep(small_set, out) == 130
+    (cut,) = out.glob("passes/*/checkpoints")
+    assert sweep(small_set, out) == 0
+    assert sorted(path.name for path in cut.parent.iterdir()) == ["attempts.jsonl", "config.json", "members"]
+    assert [*out.glob("passes/*/checkpoints")] == []
 
 
 def test_what_a_sweep_is_of_must_be_known(small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
