@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from sae_jax import config, lm, progress, storage
 from sae_jax.activations.formats import documents_of
 from sae_jax.activations.store import open_activations
 from sae_jax.activations.verify import verify
+from sae_jax.commands import failures
 from sae_jax.evaluation import shards
 from sae_jax.lm import trial
 from sae_jax.lm.tokenizer import read_tokenizer
@@ -507,6 +509,22 @@ def test_a_grid_or_marks_without_end() -> None:
     settings = grid.SweepConfig(tolerance=0.1, max_tokens=1e18, window=1)
     with pytest.raises(UsageError, match="raise it"):
         grid.due(settings, 1, 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:58017", "another process of this job"),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", "out of memory"),
+        ("INTERNAL: a fault of ours", None),
+    ],
+)
+def test_errors_of_xla_that_are_no_fault_of_ours_are_one_line(said: str, told: str | None) -> None:
+    found = failures.one_line(jax.errors.JaxRuntimeError(said))
+    assert (found is None) == (told is None)
+    if found and told:
+        assert found[0].startswith(told)
+        assert found[1] == 1
 
 
 def test_a_message_is_one_line_whatever_it_is_about() -> None:

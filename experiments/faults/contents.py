@@ -31,8 +31,8 @@ def content(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if "checkpoints" in path.parts or path.name == "attempts.jsonl" or path.is_dir():
             continue
-        if re.fullmatch(r"\..*owner.*\.tmp", path.name):
-            continue  # may be of somebody who waits for the lease, so it stays for a day
+        if _stays_for_a_day(path):
+            continue
         found[name] = digest(_timeless(path))
     for checkpoints in sorted(folder.rglob("checkpoints")):
         run = checkpoints.parent
@@ -43,6 +43,13 @@ def content(folder: Path) -> dict[str, str]:
             for leaf, array in _state(run).items():
                 found[f"{checkpoints.relative_to(folder)}: {leaf}"] = digest(array)
     return found
+
+
+def _stays_for_a_day(path: Path) -> bool:
+    """Whether it is a temporary that may be of another process, as of all files but those of a run in training."""
+    temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", path.name)
+    of_many = not (path.parent / "attempts.jsonl").exists()
+    return temporary is not None and (of_many or temporary[1].startswith(("owner.", "evaluation.json")))
 
 
 def _timeless(path: Path) -> bytes:

@@ -20,6 +20,9 @@ def one_line(error: Exception) -> tuple[str, int] | None:
     if _is_out_of_memory(error):
         what = str(error).splitlines()[0][:200] if str(error) else "of this machine"
         return f"out of memory: {what}; use a smaller sae.n_latents or batch, or more devices", UserError.exit_code
+    if _is_of_a_lost_process(error):
+        what = str(error).splitlines()[0][:200]
+        return f"another process of this job is gone ({what}); see what it said, and repeat the command", 1
     return None
 
 
@@ -39,7 +42,20 @@ def _of_storage(error: OSError) -> tuple[str, int]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # By name, since JAX may not be imported yet: numpy raises MemoryError, XLA its own error for the devices.
-    from_xla = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
     said = str(error)
-    return isinstance(error, MemoryError) or (from_xla and ("RESOURCE_EXHAUSTED" in said or "ut of memory" in said))
+    return isinstance(error, MemoryError) or (
+        _is_of_xla(error) and ("RESOURCE_EXHAUSTED" in said or "ut of memory" in said)
+    )
+
+
+def _is_of_a_lost_process(error: Exception) -> bool:
+    """As the libraries say it by which processes talk, of CPUs and of GPUs, and JAX's coordination service."""
+    said = str(error)
+    return _is_of_xla(error) and any(
+        name in said for name in ("Gloo", "NCCL", "Connection closed by peer", "coordination")
+    )
+
+
+def _is_of_xla(error: Exception) -> bool:
+    # By name, since JAX may not be imported yet: numpy raises MemoryError, XLA its own error for the devices.
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")

@@ -407,8 +407,10 @@ def _settings(record: RunRecord) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     """What went wrong at the bottom, in one line."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    chain = [error]  # which may go in a circle, where an error was raised again by who had handled it
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    error = chain[-1]
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 

@@ -281,6 +281,13 @@ def test_nothing_is_set_aside_when_no_checkpoint_can_be_read(copied: Path, damag
     assert runs.checkpoints(copied) == [150, 200]
 
 
+def test_an_error_that_was_raised_again_by_who_handled_it_is_told_in_the_end() -> None:
+    """Orbax leaves such circles when a save fails on the disk, and training went around in one for ever."""
+    first, second = OSError("the disk is gone"), ValueError("a save failed")
+    first.__context__, second.__context__ = second, first
+    assert checkpoint._reason(second) == "the disk is gone"
+
+
 def test_remains_of_a_cut_save(copied: Path) -> None:
     """They go when training resumes. A reader leaves them: they may be a save that is under way."""
     remains = copied / "checkpoints/250.orbax-checkpoint-tmp-7"
