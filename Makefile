@@ -33,13 +33,17 @@ $(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest ver
 $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
-.PHONY: demo test test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
+.PHONY: demo test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not experiment"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not experiment and not long"
+
+# The same in more places: other meshes, moments of a kill, numbers of processes, and every page of the docs.
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 # Whether every experiment and benchmark runs, at toy sizes.
 test-experiments: $(VENV)/.installed-dev
@@ -57,7 +61,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check
 
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not slow and not long"
 
 # The fast tests on the oldest Python and JAX that are supported, in an environment of its own.
 oldest:

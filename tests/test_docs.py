@@ -48,9 +48,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.long)], ids=["the first", "all"])
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.timeout(600)
-def test_every_block_of_every_page_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_every_block_of_every_page_runs(pages: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit, "N_DRAWS", 40)
     monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
@@ -58,7 +59,7 @@ def test_every_block_of_every_page_runs(tmp_path: Path, monkeypatch, capsys) -> 
         (tmp_path / name).symlink_to(ROOT / name)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for page in PAGES:
+        for page in pages:
             names: dict[str, object] = {"__name__": "page"}
             for language, text in blocks(page):
                 if language == "python":

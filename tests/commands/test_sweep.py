@@ -109,6 +109,7 @@ def test_killed_at_any_moment_it_goes_on(work: Path) -> None:
     assert found(work / "killed") == found(work / "whole")
 
 
+@pytest.mark.long
 def test_shares_and_claims_give_the_same_table(work: Path) -> None:
     for i in range(2):
         code, said = runs.finish(start(work, "shared", f"--shard={i}/2"))
@@ -120,6 +121,7 @@ def test_shares_and_claims_give_the_same_table(work: Path) -> None:
     assert found(work / "claimed") == found(work / "whole")
 
 
+@pytest.mark.long
 def test_two_processes_write_one_table(work: Path) -> None:
     """Each has half of every batch and of every dictionary: to rounding what one has."""
     code, said = runs.finish(start(work, "two", "--sweep.grid", "sae.n_latents=32", "sae.k=4", n=2))

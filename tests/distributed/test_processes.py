@@ -42,6 +42,7 @@ def test_one_two_and_four_processes(small_set: Path, uninterrupted: Path, tmp_pa
     ]
 
 
+@pytest.mark.long
 def test_sigterm(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """To all processes, then to one of them only: all stop and save at the same step, with exit code 0."""
     run = tmp_path / "run"
@@ -151,7 +152,7 @@ def test_launch_scripts_parse(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_members_on_processes_of_their_own(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Two processes, each with two devices and one member of two; then each device with a part of both."""
     run = tmp_path / "run"
@@ -180,7 +181,7 @@ time.sleep(6)
 """
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_does_not_answer_is_named(stopped: int) -> None:
     """By the others, while the first, which keeps what they say of themselves, is stopped, too."""
     said = runs.complete(runs.local(2, [sys.executable, "-c", STOPPED, str(stopped)]))

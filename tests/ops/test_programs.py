@@ -48,12 +48,14 @@ def collectives(text: str) -> dict[str, int]:
     return {kind: found.bytes for kind, found in hlo.analyse(text, quietest=True).collectives.items()}
 
 
+@pytest.mark.long
 def test_traffic_does_not_grow_with_the_dictionary():
     few, many = (collectives(program(n, 1, 8, n_rows=512)) for n in (512, 2048))
     assert few
     assert few == many
 
 
+@pytest.mark.long
 def test_traffic_of_a_device_does_not_grow_with_the_number_of_devices():
     whole = replace(PIECES, exchange_bytes=2**20)  # in one block: padding would blur the comparison
     few, many = (collectives(program(2048, 1, latent, n_rows=512, cut=whole)) for latent in (2, 8))

@@ -183,7 +183,7 @@ def test_slices_exchange_metrics_alone() -> None:
     assert len([shape for shape, groups in collectives if groups == slices]) > 5
 
 
-@pytest.mark.parametrize(("member", "data", "resumed"), [(2, 2, 4), (4, 1, 2)])
+@pytest.mark.parametrize(("member", "data", "resumed"), [(2, 2, 4), pytest.param(4, 1, 2, marks=pytest.mark.long)])
 def test_member_meshes(together: Path, small_set: Path, tmp_path: Path, member: int, data: int, resumed: int) -> None:
     """Cut off, then on another mesh: each member as on one device, to rounding."""
     run = tmp_path / "run"
@@ -276,7 +276,7 @@ def test_a_member_that_fails_leaves_the_others_alone(together: Path, small_set: 
     assert load(wild.folder).record.steps == failure["last_checkpoint"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_set_killed_at_any_moment(small_set: Path, tmp_path: Path) -> None:
     """Every member as in a set that nothing disturbed, bit for bit, also the one that had left before the kill."""
     runs_, rng = (tmp_path / "whole", tmp_path / "killed"), random.Random()

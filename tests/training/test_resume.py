@@ -51,7 +51,7 @@ def copied(uninterrupted: Path, tmp_path: Path) -> Path:
 
 # A save takes longer than a step here: with checkpoint_every=2 there is one under way at every moment.
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [10, 2])
+@pytest.mark.parametrize("every", [10, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_at_any_moment(small_set: Path, uninterrupted: Path, tmp_path: Path, every: int) -> None:
     run, rng = tmp_path / "run", random.Random()
     words = runs.train_command(small_set, run, f"--train.checkpoint-every={every}")
@@ -100,7 +100,7 @@ def test_sigterm(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
     runs.assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_meshes(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """(1, 8), then (2, 4), then one device: the same batches, and metrics equal to rounding."""
     run = tmp_path / "run"
@@ -425,7 +425,7 @@ def test_nan(small_set: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
     """Interrupted, the same bits; on another mesh, the same metrics; its averages load."""
     sae_config = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
