@@ -198,6 +198,7 @@ def test_a_variant_and_a_row_source_are_one_new_file_each(tmp_path: Path, monkey
     assert bits(sae_jax.load(tmp_path / "d")) == bits(d)
 
 
+@pytest.mark.long
 def test_the_tutorials_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in sorted((runs.ROOT / "docs" / "tutorials").glob("*.py")):

@@ -144,6 +144,7 @@ def test_members_over_the_devices(work: Path) -> None:
     assert sliced[1].fvu != sliced[0].fvu
 
 
+@pytest.mark.long
 def test_until_it_converges(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"tolerance": 0.02, "window": 640, "max_tokens": 64 * 150, "held_out": 512}
     recipe = {**RECIPE, "sae": {**RECIPE["sae"], "n_latents": 32, "k": 4}, "sweep": settings}

@@ -101,6 +101,7 @@ def test_jit_changes_nothing(config, planted):
     np.testing.assert_allclose(outcome.y_hat, jitted.y_hat, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_fifty_steps_agree_on_a_mesh_of_both_axes(config, planted):
     """Each variant's own tests hold its objective and gradients to the oracle on the other meshes too."""
 
@@ -173,6 +174,7 @@ def test_a_checkpoint_gives_back_every_bit(config, planted, tmp_path):
     assert bits(step(back, batch)[0]) == bits(step(state, batch)[0])
 
 
+@pytest.mark.long
 def test_gradient_lowers_for_a_pod_that_is_not_there(config):
     """4M latents on 8,192 chips: sharding mistakes are found on a laptop, with no device of the pod."""
     big = configured(config.variant, n_latents=2**22, k=64, dtype="bfloat16")

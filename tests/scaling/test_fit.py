@@ -42,7 +42,7 @@ def test_noise_moves_the_joint_law_little(few_draws):
     assert law.rmse_log == pytest.approx(1e-3, rel=0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_intervals_of_the_joint_law_cover_the_truth(monkeypatch):
     """0.78 to 0.98 is what chance leaves of 0.9 in 60 trials, at 3 and 2 standard errors."""
     monkeypatch.setattr(fit, "N_DRAWS", 100)
