@@ -33,7 +33,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,8 +103,9 @@ def main(config: Config) -> None:
     done = {(row["job"], row["number"], row["how"]) for row in storage.read_lines(out / "trials.jsonl")}
     todo = [trial for trial in trials if (trial.job, trial.number, trial.how) not in done]
     with storage.Lines(out / "trials.jsonl") as lines, ThreadPoolExecutor(config.workers) as pool:
-        results = pool.map(lambda trial: references[trial.job].disturbed(trial), todo)
-        for i, (trial, result) in enumerate(zip(todo, results, strict=True), 1):
+        running = {pool.submit(references[trial.job].disturbed, trial): trial for trial in todo}
+        for i, ended in enumerate(as_completed(running), 1):
+            trial, result = running[ended], ended.result()
             lines.write({**trial._asdict(), **result})
             Console(stderr=True).print(f"{i}/{len(todo)} {trial.job}: {result['outcome']}", markup=False)
     while not servers.empty():
