@@ -3,7 +3,9 @@
 Question: rows that are constant, huge, tiny or not numbers, alone or among ordinary ones, are stored and learnt from by
 every variant that learns from rows. Is that refused, or is each number finite and true, or explicitly none?
 Guess: yes.
-Command: python experiments/faults/rows.py --out OUT      (the same command resumes)
+Command: python experiments/faults/rows.py --out OUT      (the same command resumes; 8 minutes)
+Answer: yes. Of 144 trials, 18 kinds of rows by 8 variants, 75 were refused, 53 ended with the FVU that float64 finds,
+and 16 with one that is explicitly none: of rows whose squares a float32 does not hold.
 """
 
 from __future__ import annotations

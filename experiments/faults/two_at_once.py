@@ -211,7 +211,9 @@ def pair(
         return f"{len(won)} won", said
     if not said[1 - won[0]].startswith("sae-jax: "):
         return "not refused by name", said
-    return WELL if content(first.folder / "made") == alone[won[0]] else "MIXED", said
+    made, expected = content(first.folder / "made"), alone[won[0]]
+    differs = sorted(name for name in made.keys() | expected.keys() if made.get(name) != expected.get(name))
+    return f"MIXED: {', '.join(differs)}"[:300] if differs else WELL, said
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -225,7 +227,7 @@ def show(rows: list[dict[str, Any]], out: Path) -> None:
     """How many pairs of each command came out how."""
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        counts.setdefault(row["job"], Counter())[row["outcome"]] += 1
+        counts.setdefault(row["job"], Counter())[row["outcome"].partition(":")[0]] += 1
     (out / "table.json").write_text(json.dumps(counts, indent=2) + "\n")
     kinds = sorted({kind for count in counts.values() for kind in count})
     table = Table("two of", *kinds)

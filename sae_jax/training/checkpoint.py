@@ -67,9 +67,11 @@ class Checkpoints:
         self._folder = storage.absolute(run / "checkpoints")
         if not writes:
             return
+        self._lease.check()  # what looks like the rest of a save may be one that another owner has under way
         self._forget_what_was_cut()
         self._set_unreadable_aside()
         _keep_no_counters()
+        self._lease.check()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(

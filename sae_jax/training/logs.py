@@ -20,14 +20,23 @@ WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that diffe
 class Metrics:
     """Appends to RUN/metrics.jsonl and, if asked, to TensorBoard. A context manager."""
 
-    def __init__(self, run: Path | None, start_step: int, is_logged: Callable[[int], bool], tensorboard: bool) -> None:
-        """`run` None: nothing is written."""
+    def __init__(
+        self,
+        run: Path | None,
+        lease: storage.Lease,
+        start_step: int,
+        is_logged: Callable[[int], bool],
+        tensorboard: bool,
+    ) -> None:
+        """`run` None: nothing is written. `lease`: of the run; who has lost it must not cut another's log."""
         self._lines = self._board = None
         if run is None:
             return
         # The row of start_step may be there only because an earlier attempt was to end at that step.
         last = start_step if is_logged(start_step) else start_step - 1
-        storage.write_lines(run / "metrics.jsonl", [row for row in read_metrics(run) if row["step"] <= last])
+        rows = [row for row in read_metrics(run) if row["step"] <= last]
+        lease.check()
+        storage.write_lines(run / "metrics.jsonl", rows)
         self._lines = storage.Lines(run / "metrics.jsonl")
         if tensorboard:
             from tensorboardX import SummaryWriter

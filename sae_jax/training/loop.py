@@ -92,10 +92,10 @@ def _train(
     with jax.set_mesh(mesh), Checkpoints(run, lease=lease) as checkpoints:
         active = MemberSet(run, members, mesh, checkpoints, sample, source, lease)
         if is_first:
-            write_records(run, members)
+            write_records(run, members, lease)
         machine = {"mesh": meshes.sizes(mesh), "n_processes": jax.process_count()}
         attempt = logs.Attempts(run if is_first else None, lease, active.start, **machine)
-        with _Log(active, source, is_first) as log:
+        with _Log(active, source, is_first, lease) as log:
             done, pending = active.start, []
             for step, rows in source.batches(active.start):
                 if not active.active:
@@ -129,7 +129,7 @@ def _train(
 class _Log:
     """What the steps leave behind: a row of each member's log where it is due, and the progress line."""
 
-    def __init__(self, members: MemberSet, source: Batches, is_first: bool) -> None:
+    def __init__(self, members: MemberSet, source: Batches, is_first: bool, lease: Lease) -> None:
         self.done = members.start  # steps that were finite for some member
         self._source = source
         self._began = self._last_time = time.monotonic()
@@ -139,6 +139,7 @@ class _Log:
             member: self._open.enter_context(
                 logs.Metrics(
                     member.folder if is_first else None,
+                    lease,
                     members.start,
                     functools.partial(_is_logged, member),
                     member.train.tensorboard,

@@ -200,14 +200,14 @@ def check_settings(run: Path | None, members: Sequence[Member]) -> bool:
     return True
 
 
-def write_records(run: Path | None, members: Sequence[Member]) -> None:
+def write_records(run: Path | None, members: Sequence[Member], lease: storage.Lease) -> None:
     """config.json of the run and of each member."""
+    records = {member.folder: member.record.to_json() for member in members if member.folder is not None}
     if run is not None and members[0].name:
-        record = MembersRecord(tuple(member.name for member in members))
-        storage.write_json(run / "config.json", record.to_json())
-    for member in members:
-        if member.folder is not None:
-            storage.write_json(member.folder / "config.json", member.record.to_json())
+        records = {run: MembersRecord(tuple(member.name for member in members)).to_json(), **records}
+    for folder, record in records.items():
+        lease.check()
+        storage.write_json(folder / "config.json", record)
 
 
 def _take_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sae_jax.commands import main as cli
 from sae_jax.pages import site
 from sae_jax.scaling import table
 from sae_jax.storage import HeldError, Lease, LostError, lease, sealed
-from sae_jax.training import checkpoint, preemption
+from sae_jax.training import checkpoint, loop, preemption
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.members import MemberSet
 from tests import runs
@@ -70,6 +71,30 @@ def test_a_second_train_is_refused_and_a_stopped_one_that_wakes_writes_nothing(
     assert "Traceback" not in said
     assert content(run) == before
     assert load(run).record.steps == steps
+
+
+@pytest.mark.parametrize("moment", ["check_settings", "Checkpoints", "MemberSet", "write_records", "_Log"])
+def test_a_process_that_wakes_before_its_first_step_changes_nothing(
+    small_set: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Neither the record nor the log of a run that another has taken over, nor the save that it has under way."""
+    run, act, before = tmp_path / "run", getattr(loop, moment), {}
+
+    def after_a_sleep(*args, **kwargs):
+        for path in run.glob("owner.*.json"):
+            path.unlink()
+        shutil.copytree(uninterrupted, run, dirs_exist_ok=True)
+        shutil.copytree(run / "checkpoints/200", run / "checkpoints/300.orbax-checkpoint-tmp")
+        shutil.copytree(run / "checkpoints/200", run / "checkpoints/250")
+        (run / "checkpoints/250/digests-0-of-1.json").unlink()
+        (run / "checkpoints/.saving-250").touch()
+        before.update({path: path.read_bytes() for path in run.rglob("*") if path.is_file()})
+        return act(*args, **kwargs)
+
+    monkeypatch.setattr(loop, moment, after_a_sleep)
+    words = runs.train_command(small_set, run, "--train.lr=0.5")
+    assert cli.main(words[3:]) != 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_second_write_of_a_set_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from sae_jax.artifact import load
 from sae_jax.commands import main, runtime
 from sae_jax.progress import console
 from sae_jax.saes import topk
+from sae_jax.storage import Lease
 from sae_jax.training import checkpoint, logs, loop
 from sae_jax.training.checkpoint import Checkpoints, check_resumable, read_record
 from sae_jax.training.groups import Member
@@ -458,7 +459,7 @@ def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4']))
 
     def steps_from(start: int) -> list[int]:
-        with logs.Metrics(tmp_path, start, lambda step: step == 1 or step % 10 == 0, False):
+        with logs.Metrics(tmp_path, Lease(None, ""), start, lambda step: step == 1 or step % 10 == 0, False):
             return [row["step"] for row in logs.read_metrics(tmp_path)]
 
     assert steps_from(30) == [1, 10, 20, 25, 30]
