@@ -282,6 +282,20 @@ def test_model(tmp_path: Path, name: str, change: Any) -> None:
     refused(folder, lambda: lm.load(str(folder)))
 
 
+def test_layers_that_a_model_claims_and_has_not_take_no_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(lm.locate("bundled"), folder)
+    config_json = folder / "config.json"
+    config_json.write_text(json.dumps({**json.loads(config_json.read_text()), "n_layer": 1_000_000}))
+    lm_weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    tracemalloc.start()
+    try:
+        refused(folder, lambda: lm.load(str(folder)))
+        assert tracemalloc.get_traced_memory()[1] < 10 * lm_weights
+    finally:
+        tracemalloc.stop()
+
+
 DOUBLES = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
 
 

@@ -97,6 +97,8 @@ def main(config: Config) -> None:
     done = {(row["job"], row["pair"]) for row in storage.read_lines(out / "pairs.jsonl")}
     with storage.Lines(out / "pairs.jsonl") as lines, Progress("pairs", len(jobs) * n, "pairs", first="") as progress:
         for i, job in enumerate(jobs):
+            for which in (0, 1):
+                processes.forget(job, f"alone-{which}")
             alone = [processes.start(job, f"alone-{which}", which).made() for which in (0, 1)]
             for number in range(n):
                 if (job, number) not in done:
@@ -121,9 +123,9 @@ class Processes:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(IMPORTS))
 
-    def forget(self, job: str) -> None:
-        """Delete what the pair before has left."""
-        shutil.rmtree(self._out / f"{job}-pair", ignore_errors=True)
+    def forget(self, job: str, folder: str) -> None:
+        """Delete what is there from before."""
+        shutil.rmtree(self._out / f"{job}-{folder}", ignore_errors=True)
 
     def start(self, job: str, folder: str, which: int) -> Started:
         """One of the two commands, in a folder that is made if it is not there."""
@@ -188,7 +190,7 @@ def pair(
     processes: Processes, job: str, is_stopped: bool, apart: float, alone: list[dict[str, str]]
 ) -> tuple[str, list[str]]:
     """What came of two at once, and what each said in the end."""
-    processes.forget(job)
+    processes.forget(job, "pair")
     first = processes.start(job, "pair", 0)
     if is_stopped:
         wait_for(lambda: (first.folder / "made").exists() or not first.process.is_alive())

@@ -65,7 +65,8 @@ def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dic
         stored = _StoredTensors(folder, family(spec.family).prefix, opened)
         for tensor in _tensors(spec):
             if tensor.in_layers:
-                names = [tensor.name.format(layer=layer) for layer in range(spec.n_layers)]
+                # The first that is missing ends it, however many layers the config claims.
+                names = (tensor.name.format(layer=layer) for layer in range(spec.n_layers))
                 values = np.stack([stored.read(name, tensor.shape) for name in names])
             else:
                 values = stored.read(tensor.name, tensor.shape)
