@@ -5,9 +5,9 @@ there one that ends in a traceback, takes the process down, needs more than 2 s 
 and 64 MiB of memory?
 Guess: a few do, in values that nobody thought of.
 Command: python experiments/faults/fuzz.py --out OUT          (--without trial: a mechanism off; needs Linux)
-Answer: a few did, in an hour: some 470,000 inputs to all 22 readers, to each for 100 to 300 s of the processor. Tests
-hold what was mended. Those of a sweep end at its plan, which is always another. Found and mended: any JSON file took
-256 MiB to read; numpy warned beside our line of rows that are no numbers; metadata of a checkpoint with a value of
+Answer: a few did, in nearly an hour: some 470,000 inputs to all 22 readers, to each for 100 to 300 s of the processor.
+Tests hold what was mended. Those of a sweep end at its plan, which is always another. Found and mended: any JSON file
+took 256 MiB to read; numpy warned beside our line of rows that are no numbers; metadata of a checkpoint with a value of
 another type, moments of a commit that overflow, a shard of more bytes than 64 bits count, half of a surrogate pair in a
 recipe and a width that is text in a fit.json ended in tracebacks; the moments of a set that claims 8,000,000 columns
 filled memory; the names of a model's 1,000,000 claimed layers took 90 MB. After the mends set, text set, plan, run and
