@@ -409,10 +409,11 @@ def _settings(record: RunRecord) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     """What went wrong at the bottom, in one line."""
-    chain = [error]  # which may go in a circle, where an error was raised again by who had handled it
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
-        chain.append(before)
-    error = chain[-1]
+    seen = [error]  # it may go in a circle, where an error was raised again by who had handled it
+    while (before := error.__cause__ or error.__context__) is not None and before not in seen:
+        if isinstance(before, UserError):  # ours, of the save before
+            break
+        seen.append(error := before)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 

@@ -287,6 +287,8 @@ def test_an_error_that_was_raised_again_by_who_handled_it_is_told_in_the_end() -
     first, second = OSError("the disk is gone"), ValueError("a save failed")
     first.__context__, second.__context__ = second, first
     assert checkpoint._reason(second) == "the disk is gone"
+    first.__context__ = UserError("cannot write to run: the disk is gone; see to the disk")
+    assert checkpoint._reason(second) == "the disk is gone"
 
 
 def test_remains_of_a_cut_save(copied: Path) -> None:
