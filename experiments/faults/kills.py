@@ -16,6 +16,7 @@ damaged; one at the end of a set of members, checkpoints that the next start ref
 save that failed on the disk ended in a circle of reasons; a process whose partner was killed, in a traceback; a
 dictionary saved to a full disk, in an error of safetensors, an fsync that failed in one without a file's name; and a
 harvest killed after a commit left the lease of that shard for ever. Both processors make 12 to 35 trials a minute.
+With files written where they belong instead of put in place whole, 3 of 44 trials of `harvest` could not go on.
 """
 
 from __future__ import annotations
