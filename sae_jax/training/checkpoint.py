@@ -71,7 +71,7 @@ class Checkpoints:
         self._forget_what_was_cut()
         self._set_unreadable_aside()
         _keep_no_counters()
-        self._lease.check()
+        self._lease.check()  # Orbax removes what it has not put in place
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
         self._orbax = ocp.training.Checkpointer(
