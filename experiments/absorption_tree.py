@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     n_features = len(BED.directions)
     n_active = BED.draw(16_384, np.random.default_rng(1)).codes.astype(bool).sum(1).mean()
     settings = {"n_latents": n_features, "k": round(n_active), "dtype": "float32", "steps": steps, "lr": 3e-3}
-    settings |= {"decay_steps": steps // 4, "batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000}
+    settings |= {"decay": 0.25, "input_norm": "none", "batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000}
     names = {f"{variant}.{seed}": (variant, seed) for variant in config.variants for seed in range(seeds)}
     members = {name: {"variant": variant, "seed": seed} for name, (variant, seed) in names.items()}
     saes = sae_jax.train_members(data, members, out=run, order_seed=0, log_every=100, **settings)

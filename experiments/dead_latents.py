@@ -94,7 +94,14 @@ def main(config: Config) -> None:
     data = harvested(recipe, config.data, config.out)
     members = {name: dict(zip(("decoder", "aux_coefficient"), KINDS[name], strict=True)) for name in config.kinds}
     settings = {"n_latents": n_latents, "k": config.k, "batch_size": config.batch_size, "lr": config.rate}
-    settings |= {"steps": steps, "dead_after_tokens": window, "input_norm": "layer_norm", "ema": 0.0, "log_every": 100}
+    settings |= {
+        "steps": steps,
+        "decay": 0.0,
+        "dead_after_tokens": window,
+        "input_norm": "layer_norm",
+        "ema": 0.0,
+        "log_every": 100,
+    }
     start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site, "out": run}
     sae_jax.train_members(data, members, **start, **settings)
     results = []

@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     run = config.out / "run"
     members = {name(kind, rate): {**KINDS[kind][0], "lr": rate} for kind in config.kinds for rate in rates}
     settings = {"k": config.k, "n_latents": config.n_latents, "batch_size": config.batch_size, "ema": 0.0}
-    settings |= {"dtype": "float32", "steps": steps, "decay_steps": steps // 5}
+    settings |= {"dtype": "float32", "steps": steps, "decay": 0.2, "input_norm": "none"}
     settings |= {"train_config": recipe.train, "site": recipe.site, "out": run}
     sae_jax.train_members(data, members, variant="end_to_end", **settings)
     results: dict[str, dict[str, Any]] = {}

@@ -53,10 +53,10 @@ JUMPS = {0.02: (5e-4, 1e-3, 2e-3), 0.1: (3e-3, 1e-2, 3e-2)}
 MEMBERS = {
     "topk": [{"k": k, "lr": 1e-3} for k in K],
     "batch_topk": [{"k": k, "lr": 1e-3} for k in K],
-    "relu": [{"l1_coefficient": c, "lr": lr} for c in PENALTIES for lr in RATES],
-    "gated": [{"l1_coefficient": c, "lr": 1e-3} for c in (0.09, 0.15, 0.25, 0.4)],
+    "relu": [{"l1_coefficient": c, "sparsity_warmup": 0.0, "lr": lr} for c in PENALTIES for lr in RATES],
+    "gated": [{"l1_coefficient": c, "sparsity_warmup": 0.0, "lr": 1e-3} for c in (0.09, 0.15, 0.25, 0.4)],
     "jumprelu": [
-        {"l0_coefficient": c, "initial_threshold": at, "bandwidth": at, "lr": 1e-3}
+        {"l0_coefficient": c, "sparsity_warmup": 0.0, "initial_threshold": at, "bandwidth": at, "lr": 1e-3}
         for at, coefficients in JUMPS.items()
         for c in coefficients
     ],
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         for variant in config.variants
         for i, settings in enumerate(MEMBERS[variant][: 1 if config.smoke else None])
     }
-    settings = {"steps": steps, "decay_steps": steps // 5, "batch_size": 1024, "ema": 0.0, "log_every": 100}
+    settings = {"steps": steps, "decay": 0.2, "batch_size": 1024, "ema": 0.0, "log_every": 100}
     settings |= {"dead_after_tokens": 200_000, "input_norm": "dataset_rms", "out": config.out / "run"}
     saes = sae_jax.train_members(data, members, **settings)
 

@@ -88,7 +88,13 @@ def main(config: Config) -> None:
 def train(data: Path, run: Path, n_latents: int, steps: int, n_processes: int = 1) -> tuple[float, float]:
     """`sae-jax train`, as that many processes: seconds, and GiB that the largest process took at most."""
     words = [sys.executable, "-m", "sae_jax.commands.main", "train", str(RECIPE), f"--data={data}", f"--out={run}"]
-    words += [f"--sae.n-latents={n_latents}", "--sae.k=32", "--sae.dtype=bfloat16", "--train.lr=3e-4"]
+    words += [
+        f"--sae.n-latents={n_latents}",
+        "--sae.k=32",
+        "--sae.dtype=bfloat16",
+        "--train.lr=3e-4",
+        "--train.decay=0",
+    ]
     words += [f"--train.batch-size={BATCH}", f"--train.steps={steps}", "--train.checkpoint-every=100000"]
     words += [
         "--train.ema=0",

@@ -53,8 +53,8 @@ import matplotlib.pyplot as plt
 BED = testbeds.PlantedChange(d_model=64, n_shared=64, n_exclusive=16)
 # name: settings. The penalty is 1, not 2: rows are made of few features of known strength, which 2 shrinks by a fourth.
 KINDS = {
-    "relu": {"activation": "relu", "l1_coefficient": 1.0, "sparsity_warmup_steps": 100},
-    "batch_topk": {"activation": "batch_topk", "k": 5, "threshold_start": 100},
+    "relu": {"activation": "relu", "l1_coefficient": 1.0},
+    "batch_topk": {"activation": "batch_topk", "k": 5, "threshold_decay": 0.999},
 }
 ALIVE = 1e-3  # share of rows in which a latent must be active to count; a planted feature is in 0.05 of them
 SAME = 0.9  # cosine from which on a decoder row is a planted direction
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         testbeds.write(BED, planted, 4_000 if config.smoke else 400_000)
     results: dict[str, Any] = {}
     size = {"batch_size": 256 if config.smoke else 1024}
-    wide = {"n_latents": 128 if config.smoke else 1024, "sparsity_warmup_steps": 50, **size}
+    wide = {"n_latents": 128 if config.smoke else 1024, "l1_coefficient": 2.0, **size}
     for name, own in members(itself, ["a.resid_post.2", "b.resid_post.2"], steps // 2, {"itself": {}}, wide).items():
         results[name] = {"r": quantiles(own["r"]), **own["facts"]}
         plot(own["r"], "the bundled model and itself", 1)
@@ -107,7 +107,13 @@ def members(
 ) -> dict[str, Any]:
     """{name: what is known of the latents that are alive} after a training of these runs on one pass over the rows."""
     out = data.with_name(f"{data.name}-run")
-    settings = {"variant": "crosscoder", "dtype": "float32", "steps": steps, "decay_steps": steps // 5, **settings}
+    settings = {
+        "variant": "crosscoder",
+        "dtype": "float32",
+        "steps": steps,
+        "decay": 0.2,
+        **settings,
+    }
     settings |= {"lr": 1e-3, "ema": 0.0, "dead_after_tokens": 100_000}
     saes = sae_jax.train_members(data, runs, out=out, site=tuple(sites), **settings)
     activations, both = open_activations(data), Sites(tuple(sites), tuple(sites))

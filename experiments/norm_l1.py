@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     recipe = demo_recipe(config.smoke)
     data = harvested(recipe, config.data, config.out)
     settings = {"variant": "relu_norm", "n_latents": n_latents, "dtype": "float32", "steps": steps, "ema": 0.0}
-    settings |= {"sparsity_warmup_steps": steps // 20, "decay_steps": steps // 5, "batch_size": config.batch_size}
+    settings |= {"sparsity_warmup": 0.05, "decay": 0.2, "batch_size": config.batch_size}
     settings |= {"dead_after_tokens": config.window, "log_every": 100, "out": config.out / "run"}
     members = {f"{c:g}-{lr:g}": {"l1_coefficient": c, "lr": lr} for lr in config.rates for c in config.coefficients}
     saes = sae_jax.train_members(data, members, **settings)

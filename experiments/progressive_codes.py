@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     n, steps = (256, 5) if config.smoke else (config.n_latents, config.steps)
     lengths = LENGTHS[3:5] if config.smoke else LENGTHS
     members = {f"topk{k}": {"k": k} for k in lengths} | {f"multi{K}": {"k": K, "multi_topk": 0.125}}
-    settings = {"n_latents": n, "steps": steps, "decay_steps": steps // 5, "lr": config.lr}
+    settings = {"n_latents": n, "steps": steps, "decay": 0.2, "input_norm": "none", "lr": config.lr}
     start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site, "out": config.out / "run"}
     trained = sae_jax.train_members(data, members, **start, **settings)
 

@@ -83,15 +83,15 @@ def main(config: Config) -> None:
     members = {f"topk, k={k}": {"variant": "topk", "k": k, "lr": 3e-3} for k in K}
     for coefficient in COEFFICIENTS:
         for rate in RATES:
-            changed = {"variant": "relu", "l1_coefficient": coefficient, "lr": rate}
+            changed = {"variant": "relu", "l1_coefficient": coefficient, "sparsity_warmup": 0.0, "lr": rate}
             members[f"relu, l1={coefficient:g}, lr={rate:g}"] = changed
     if config.smoke:
         members = {name: members[name] for name in list(members)[:1] + list(members)[-2:]}
     data, run = config.out / "set", config.out / "run"
     if not data.exists():
         testbeds.write(bed, data, rows)
-    settings = {"n_latents": bed.n_features, "dtype": "float32", "steps": steps, "decay_steps": steps // 2}
-    settings |= {"batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000, "log_every": 100}
+    settings = {"n_latents": bed.n_features, "dtype": "float32", "steps": steps, "decay": 0.5}
+    settings |= {"input_norm": "none", "batch_size": 512, "ema": 0.0, "dead_after_tokens": 50_000, "log_every": 100}
     numbered = {f"m{i}": changed for i, changed in enumerate(members.values())}
     trained = sae_jax.train_members(data, numbered, out=run, **settings)
 

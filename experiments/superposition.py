@@ -95,9 +95,16 @@ def recovery(bed: testbeds.Superposition, out: Path, rows: int, steps: int) -> d
         testbeds.write(bed, out / "set", rows)
     k = math.ceil(bed.density * bed.n_features)
     members = {"topk": {"variant": "topk", "k": k}}
-    members |= {f"relu-{c:g}": {"variant": "relu", "l1_coefficient": c} for c in COEFFICIENTS}
-    settings = {"n_latents": bed.n_features, "dtype": "float32", "steps": steps, "decay_steps": steps // 2}
-    settings |= {"batch_size": 512, "lr": 3e-3, "ema": 0.0, "dead_after_tokens": 50_000, "log_every": 500}
+    members |= {f"relu-{c:g}": {"variant": "relu", "l1_coefficient": c, "sparsity_warmup": 0.0} for c in COEFFICIENTS}
+    settings = {"n_latents": bed.n_features, "dtype": "float32", "steps": steps, "decay": 0.5}
+    settings |= {
+        "input_norm": "none",
+        "batch_size": 512,
+        "lr": 3e-3,
+        "ema": 0.0,
+        "dead_after_tokens": 50_000,
+        "log_every": 500,
+    }
     # Without k of its own, topk would begin with more than there are latents.
     saes: dict[str, Any] = sae_jax.train_members(out / "set", members, out=out / "run", k=k, **settings)
     sample_ND = bed.draw(16_384, np.random.default_rng(1)).rows

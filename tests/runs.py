@@ -44,6 +44,8 @@ SETTINGS = (
     "--train.batch-size=64",
     "--train.dead-after-tokens=1000",  # small, so that AuxK acts
     "--train.log-every=1",
+    "--train.lr=3.2e-3",  # whatever the number of steps
+    "--train.decay=0",  # so that a run may be prolonged
 )
 
 

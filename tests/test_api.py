@@ -21,10 +21,13 @@ import sae_jax
 from sae_jax import UsageError, UserError
 from sae_jax.commands import main as cli
 from sae_jax.commands import runtime
+from sae_jax.saes import topk
 from sae_jax.scaling import table
+from sae_jax.training.settings import TrainConfig, learning_rate
 from tests import runs
 
 SETTINGS = {"n_latents": 64, "k": 4, "dtype": "float32", "batch_size": 64, "dead_after_tokens": 1000, "log_every": 1}
+SETTINGS |= {"decay": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,7 @@ def test_a_run_from_python_is_that_of_the_command(small_set: Path, tmp_path: Pat
     monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
     words = runs.train_command(small_set, tmp_path / "command", "--train.steps=20")
     assert cli.main(words[words.index("train") :]) == 0
-    d = sae_jax.train(small_set, out=tmp_path / "python", steps=20, **SETTINGS)
+    d = sae_jax.train(small_set, out=tmp_path / "python", steps=20, lr=3.2e-3, **SETTINGS)
     runs.assert_same_run(tmp_path / "python", tmp_path / "command")
     of_command, of_python = (
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("command", "python")
@@ -68,6 +71,39 @@ def test_arrays_in_memory_and_nothing_on_the_disk(tmp_path: Path, monkeypatch) -
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     x = rows()
     assert ((x - d(x)) ** 2).sum() < 0.6 * ((x - x.mean(0)) ** 2).sum()
+
+
+def test_a_run_keeps_the_rate_that_it_chose_when_it_is_prolonged(tmp_path: Path) -> None:
+    settings = {name: value for name, value in SETTINGS.items() if name != "dead_after_tokens"}
+    for steps in (8, 20):
+        sae_jax.train(rows(), steps=steps, out=tmp_path, **settings)
+        train = json.loads((tmp_path / "config.json").read_text())["train"]
+        assert train["steps"] == steps
+        assert train["dead_after_tokens"] == -(-8 * 64 // 10)
+        assert train["lr"] == learning_rate(TrainConfig(steps=8), topk.Config(n_latents=64))
+
+
+def test_what_will_spoil_a_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {name: value for name, value in SETTINGS.items() if name != "k"}
+    sae_jax.train(rows(), steps=4, **SETTINGS)
+    assert "source acts" not in (said := capsys.readouterr().err)
+    assert "lower" not in said
+    few = rows()
+    few[:40], few[40:90], few[100] = 0, few[99], 1000 * few[100]
+    sae_jax.train(few, variant="relu", l1_coefficient=0.0, steps=10, **settings)
+    said = capsys.readouterr().err
+    for what in (
+        "11% of its rows are zero",
+        "10% of its rows are one and the same",
+        "1.0% of its rows hold 100% of the",
+    ):
+        assert said.count(f"source acts: {what}") == 1
+    assert (
+        said.count("latents are active in a row of 8, so little is sparse; raise sae.l1_coefficient, or leave it out")
+        == 1
+    )
+    sae_jax.train(rows(), steps=10, **{**SETTINGS, "dead_after_tokens": 1, "k": 1, "lr": 1.0})
+    assert "of its latents are dead; lower train.lr, or sae.n_latents" in capsys.readouterr().err
 
 
 def test_members_and_sweeps(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data",
 PAGES += [ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling")]
 SMALL = {
     "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],
-    "train": ["--train.steps=4", "--train.decay-steps=0", "--train.batch-size=64", "--sae.n-latents=256"],
+    "train": ["--train.steps=4", "--train.decay=0", "--train.batch-size=64", "--sae.n-latents=256"],
     "evaluate": ["--tokens=256"],
     "dashboard": ["--tokens=512"],
     "sweep": shlex.split(

@@ -20,6 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sae_jax import mesh as meshes
+from sae_jax.activations.sample import remarks
+from sae_jax.progress import console
 from sae_jax.record import DataRecord, SourceRecord
 from sae_jax.saes.base import Batch, Learns
 from sae_jax.saes.init import Sample, sample_statistics
@@ -127,7 +129,15 @@ def choose_sites(
 
 def sampler(source: RowSource, sites: Sites, widths: Widths):
     """(input_norm) -> Sample: what initialisation needs to know of these sites. Rows are read once, when asked for."""
-    side_by_side = cache(lambda names: np.concatenate([source.sample(name) for name in names], axis=1))
+
+    rows_of = cache(source.sample)
+    side_by_side = cache(lambda names: np.concatenate([rows_of(name) for name in names], axis=1))
+
+    @cache
+    def say_what_is_odd() -> None:
+        for name in sites.all if jax.process_index() == 0 else ():
+            for remark in remarks(rows_of(name)):
+                console.print(f"source {name}: {remark}")
 
     @cache
     def sample(norm: InputNorm) -> Sample:
@@ -139,7 +149,9 @@ def sampler(source: RowSource, sites: Sites, widths: Widths):
                     f"leave it out"
                 )
         y_ND = None if sites.y == sites.x else side_by_side(sites.y)
-        return sample_statistics(side_by_side(sites.x), norm, y_ND, widths, (squares[0], squares[1]))
+        statistics = sample_statistics(side_by_side(sites.x), norm, y_ND, widths, (squares[0], squares[1]))
+        say_what_is_odd()
+        return statistics
 
     return sample
 

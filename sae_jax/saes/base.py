@@ -57,6 +57,7 @@ class Hyperparameters:
     """Settings that a compiled program takes as data, so that runs which differ in nothing else share it."""
 
     seed: jax.Array  # i32[]
+    steps: jax.Array  # i32[], of the whole run
     lr: jax.Array  # f32[], the peak
     clip: jax.Array  # f32[], not used if train.clip is 0
     ema: jax.Array  # f32[], not used if train.ema is 0
@@ -95,10 +96,18 @@ class Context:
         """bool[F], DICT: latents that are dead before this step."""
         return self.counters.silent > self.hparams.dead_after
 
-    def coefficient(self, name: str, warmup_steps: int = 0) -> jax.Array:
-        """A coefficient of this step, f32[]: over the first `warmup_steps` it rises linearly from 0."""
-        share = jnp.minimum((self.step + 1).astype(jnp.float32) / max(warmup_steps, 1), 1.0)
-        return self.hparams.coefficients[name] * share
+    @property
+    def done(self) -> jax.Array:
+        """Share of the run that is over with this step, f32[]."""
+        return (self.step + 1).astype(jnp.float32) / self.hparams.steps.astype(jnp.float32)
+
+    def coefficient(self, name: str, warmup: float = 0.0) -> jax.Array:
+        """A coefficient of this step, f32[]: over the first `warmup` of the run, a share, it rises linearly from 0."""
+        return self.hparams.coefficients[name] * self.rising(warmup)
+
+    def rising(self, warmup: float) -> jax.Array | float:
+        """From 0 to 1 over the first `warmup` of the run, a share."""
+        return jnp.minimum(self.done / warmup, 1.0) if warmup else 1.0
 
     def count(self, fired_F: jax.Array, n_tokens: int) -> Counters:
         """The counters after a batch of `n_tokens` in which `fired_F` fired."""
@@ -132,9 +141,10 @@ ClearRows = Callable[[Any, jax.Array, tuple[str, ...]], Any]
 
 
 class Adam(NamedTuple):
-    """What a variant's authors train it with; `train.*` overrides each."""
+    """What a variant's authors train it with, in runs of many steps; `train.*` overrides each."""
 
-    lr: float = 2e-4  # at 2^14 latents; it falls as the square root of their number
+    lr: float = 2e-4
+    n_latents: int = 2**14  # at this width; it falls as the square root of their number
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
@@ -148,9 +158,9 @@ class SaeConfig:
     """the file in sae_jax/saes/ that is trained"""
     n_latents: int = 32768
     """width of the dictionary"""
-    input_norm: InputNorm = "none"
-    """layer_norm, unit_norm: of each vector, undone on outputs; dataset_*: one constant a source, so that its mean
-    squared norm is 1 (rms) or its width (sqrt_d)"""
+    input_norm: InputNorm = "dataset_sqrt_d"
+    """dataset_*: one constant a source, so that the mean square of its rows' norms is its width (sqrt_d) or 1 (rms);
+    layer_norm, unit_norm: of each vector, undone on outputs; none: rows as they are"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """inputs of products over all latents; weights, sums, selection and losses are float32"""
 
@@ -178,13 +188,17 @@ class SaeConfig:
 
     @property
     def coefficients(self) -> dict[str, jax.Array]:
-        """f32[] of each in COEFFICIENTS."""
-        return {name: jnp.float32(getattr(self, name)) for name in self.COEFFICIENTS}
+        """f32[] of each in COEFFICIENTS that is set."""
+        values = {name: getattr(self, name) for name in self.COEFFICIENTS}
+        return {name: jnp.float32(value) for name, value in values.items() if value is not None}
 
     @property
     def program(self) -> Self:
         """What is compiled for this config: coefficients count only as 0 or not 0, as their values are data."""
-        return replace(self, **{name: float(getattr(self, name) > 0) for name in self.COEFFICIENTS})
+        return replace(
+            self,
+            **{name: float(getattr(self, name) > 0) for name in self.COEFFICIENTS if getattr(self, name) is not None},
+        )
 
     @property
     def learns(self) -> Learns:

@@ -5,8 +5,8 @@
 
 The B*k largest positive entries of the whole batch are kept, over all devices. A row on its own has no batch, so a
 dictionary that is used takes a threshold for the selection, z = pre * 1[pre > threshold]: the running mean of the
-smallest value kept, plain over the first 1 / (1 - threshold_decay) steps, exponential after. Until threshold_start it
-is that of the last batch. Before the first step it is 0, and every positive latent is active.
+smallest value kept, plain over the first 1 / (1 - threshold_decay) steps, exponential after. Before the first step it
+is 0, and every positive latent is active.
 
 A row of many active latents may need more than its list of candidates on a latent shard: 4k on one shard, towards k on
 many. Such lists are counted (`widened` in the log) and the search is done again with lists four times as long;
@@ -42,15 +42,11 @@ class ThresholdConfig(KConfig):
 
     threshold_decay: float = 0.98
     """of the running mean of the smallest value kept; over more batches it is the threshold of earlier weights"""
-    threshold_start: int = 1000
-    """steps before that mean begins"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.threshold_decay < 1:
             raise UsageError(f"sae.threshold_decay={self.threshold_decay} must be in [0, 1); 0 keeps the last batch's")
-        if self.threshold_start < 0:
-            raise UsageError(f"sae.threshold_start={self.threshold_start} must be >= 0")
 
 
 @dataclass(frozen=True)
@@ -138,8 +134,7 @@ def with_threshold(
     outcome: Outcome, threshold: jax.Array, selection: BatchSelection, step: jax.Array, config: ThresholdConfig
 ) -> Outcome:
     """An outcome with the threshold after a batch's selection, and the selection's counts as metrics."""
-    n_seen = jnp.maximum(step - config.threshold_start + 1, 1).astype(jnp.float32)
-    weight = jnp.maximum(1 / n_seen, 1 - config.threshold_decay)
+    weight = jnp.maximum(1 / (step + 1).astype(jnp.float32), 1 - config.threshold_decay)
     threshold = threshold + weight * (selection.threshold - threshold)
     metrics = {"threshold": threshold, "widened": selection.n_widened, "saturated": selection.n_saturated}
     assigned = {**outcome.assigned, "threshold": jax.lax.stop_gradient(threshold)}

@@ -38,48 +38,37 @@ from jax import lax
 
 from sae_jax import mesh
 from sae_jax.ops import encode, sparse, tiled
-from sae_jax.saes import base, batch_topk, init, jumprelu, losses, normalise
+from sae_jax.saes import base, batch_topk, init, jumprelu, losses, normalise, penalty
 from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
-from sae_jax.saes.normalise import InputNorm, Scale
+from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import L1Config
 from sae_jax.types import Code, UsageError, Widths
 
 NO_NORM = 1e-12  # of a decoder that a mask bars; the derivative of a norm of 0 would not be finite
 
 
 @dataclass(frozen=True)
-class Config(batch_topk.ThresholdConfig):
-    """Crosscoder; k, AuxK and the threshold are for batch_topk, coefficient, error and initial_norm for relu."""
+class Config(batch_topk.ThresholdConfig, L1Config):
+    """Crosscoder; k, AuxK and the threshold are for batch_topk, the penalty and initial_norm for relu."""
 
     variant: Literal["crosscoder"] = "crosscoder"
-    input_norm: InputNorm = "dataset_sqrt_d"
-    """one constant a source, so that all weigh alike; the coefficient stands for this one"""
     activation: Literal["relu", "batch_topk"] = "relu"
     """which latents are active: all positive ones, which then are penalised, or the strongest of a batch"""
-    l1_coefficient: float = 2.0
-    """weight of the penalty"""
-    sparsity_warmup_steps: int = 0
-    """first steps, over which that weight rises linearly from 0 (a twentieth of the run in the paper)"""
     decoder_norm: Literal["sum", "root"] = "sum"
     """||d_i|| over sources: the sum of their norms, or the root of the sum of squares"""
-    error: losses.Error = "summed"
-    """which squared error l1_coefficient stands beside, see saes/losses.py"""
     mask: Literal["acausal", "weakly_causal", "strictly_causal", "window"] = "acausal"
     """which sources a latent may read and write"""
     window: int = 1
     """places to either side that mask=window leaves open"""
     initial_norm: float = 0.08
     """of a decoder row of one source at the start; lower it for very wide dictionaries"""
-    threshold_decay: float = 0.999
-    """of the running mean of the smallest value kept"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
+    ADAM: ClassVar[Adam] = Adam(lr=5e-5, n_latents=2**17, eps=1e-8)
     UNIT_DECODER: ClassVar[bool] = False  # rows of several sources
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
         if self.input_norm in normalise.PER_VECTOR:
             raise UsageError(
                 f"sae.input_norm={self.input_norm} would mix the sources of a row; use dataset_sqrt_d, dataset_rms or "
@@ -89,6 +78,11 @@ class Config(batch_topk.ThresholdConfig):
             raise UsageError(f"sae.window={self.window} must be >= 0; 0 lets latents read and write one source alone")
         if not 0 < self.initial_norm < math.inf:
             raise UsageError(f"sae.initial_norm={self.initial_norm} must be above 0 and finite, such as 0.08")
+
+    @property
+    def is_led(self) -> bool:
+        """See L1Config."""
+        return self.activation == "relu" and super().is_led
 
     @property
     def n_active(self) -> int | None:
@@ -123,6 +117,7 @@ class Config(batch_topk.ThresholdConfig):
 
     def check(self, widths: Widths, same: bool) -> None:
         """Masks need sources that stand in pairs, and latents for each group."""
+        penalty.check_target(self)
         if self.mask == "acausal":
             return
         n_x, n_y = len(widths.x), len(widths.y)
@@ -183,9 +178,10 @@ class Crosscoder(AbstractSae):
             batch.x, w_enc, w_dec, self._no_pre_bias, latents, _relu, self._dtype, base.FIRED_ABOVE
         )
         y_hat_BY, l1 = tiles.x_hat + self.b_dec[None], tiles.penalty.sum() / n_rows
-        coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
+        coefficient = penalty.weight(config, context, batch.y.shape[1] // len(self.widths.y))
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
-        return loss, Outcome(y_hat_BY, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
+        counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
+        return loss, Outcome(y_hat_BY, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
     def constrained(self) -> Crosscoder:
         """With batch_topk ||d_i|| = 1."""

@@ -33,17 +33,18 @@ from flax import struct
 
 from sae_jax import mesh
 from sae_jax.ops import encode, predictions, sparse, tiled, tuning
-from sae_jax.saes import base, init, losses, normalise
-from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Learns, Outcome, SaeConfig
+from sae_jax.saes import base, init, losses, normalise, penalty
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Learns, Outcome
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import PenaltyConfig
 from sae_jax.types import Code, UsageError
 
 BAR, N_BARS = -1e30, 8  # columns of the encoder; several, as widths that are no multiple of 8 are slow on a GPU
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
+class Config(PenaltyConfig):
     """Trained through the language model, on the token sequences of a set that `sae-jax harvest` made.
 
     `train.batch_size` counts tokens and is a whole number of sequences.
@@ -52,19 +53,20 @@ class Config(SaeConfig):
     variant: Literal["end_to_end"] = "end_to_end"
     objective: Literal["kl", "local"] = "kl"
     """what is kept: the model's predictions, or, for comparison, the activations at the site"""
-    l1_coefficient: float = 1.5
-    """lambda: weight of ||z||_1 / d_model where k = 0; with a k there is no penalty"""
     k: int = 0
-    """active latents a token; 0 = ReLU, as many as the penalty leaves"""
+    """active latents a token, without a penalty; 0 = ReLU, as many as the penalty leaves"""
+    l1_coefficient: float | None = None
+    """lambda: weight of ||z||_1 / d_model where k = 0; None = as heavy as target_l0 needs it"""
     downstream: float = 0.0
     """beta: weight of the squared error in later residual layers"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=5e-4, eps=1e-8)
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient", "downstream")
+    START: ClassVar[float] = 0.1
+    ADAM: ClassVar[Adam] = Adam(lr=5e-4, n_latents=46_080, eps=1e-8)
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = (*PenaltyConfig.COEFFICIENTS, "downstream")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, downstream=self.downstream)
+        losses.check_penalty(downstream=self.downstream)
         if not 0 <= self.k <= self.n_latents:
             raise UsageError(f"sae.k={self.k} must be between 0, for ReLU, and sae.n_latents={self.n_latents}")
         if self.input_norm in normalise.PER_VECTOR:
@@ -74,6 +76,11 @@ class Config(SaeConfig):
             )
         if self.objective == "local" and self.downstream:
             raise UsageError(f"sae.downstream={self.downstream} needs sae.objective=kl; local sees the site alone")
+
+    @property
+    def is_led(self) -> bool:
+        """See PenaltyConfig."""
+        return not self.k and super().is_led
 
     @property
     def n_active(self) -> int | None:
@@ -162,13 +169,15 @@ class EndToEnd(AbstractSae):
                 loss = loss + context.coefficient("downstream") * metrics["downstream"]
         if not self.config.k:
             metrics["l1"] = tiles.penalty.sum() / n_kept
-            loss = loss + context.coefficient("l1_coefficient") / y_BD.shape[1] * metrics["l1"]
+            metrics["coefficient"] = penalty.weight(self.config, context, y_BD.shape[1])
+            loss = loss + metrics["coefficient"] / y_BD.shape[1] * metrics["l1"]
 
         # The mean in the place of rows that are left out: they then add nothing to variance or error.
         mean_1D = (weight_B1 * y_BD).sum(0, keepdims=True) / n_kept
         kept = [jnp.where(weight_B1 > 0, rows_BD, mean_1D) for rows_BD in (y_hat_BD, y_BD)]
-        counters = context.count(tiles.fired, len(y_BD))
-        return loss, Outcome(kept[0], tiles.n_active.sum() / n_kept, counters, metrics, y=kept[1])
+        l0 = tiles.n_active.sum() / n_kept
+        counters = penalty.led(self.config, context, context.count(tiles.fired, len(y_BD)), l0)
+        return loss, Outcome(kept[0], l0, counters, metrics, y=kept[1])
 
     def constrained(self) -> EndToEnd:
         """There are none: rows are scaled in the forward pass."""

@@ -25,33 +25,22 @@ from jax import lax
 
 from sae_jax import mesh
 from sae_jax.ops import sparse, tiled, tuning
-from sae_jax.saes import base, init, jumprelu, losses
-from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes import base, init, jumprelu, losses, penalty
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
-from sae_jax.saes.normalise import InputNorm, Scale
+from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import L1Config
 from sae_jax.types import Code
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
+class Config(L1Config):
     """Gated."""
 
     variant: Literal["gated"] = "gated"
-    input_norm: InputNorm = "dataset_sqrt_d"
-    """the coefficient stands for this one"""
-    l1_coefficient: float = 5.0
-    """weight of ||ReLU(pi_gate)||_1"""
-    sparsity_warmup_steps: int = 0
-    """first steps, over which that weight rises linearly from 0"""
-    error: losses.Error = "summed"
-    """which squared error the coefficient stands beside, see saes/losses.py"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta1=0.0, eps=1e-8)
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+    START: ClassVar[float] = 0.85
+    ADAM: ClassVar[Adam] = Adam(lr=3e-4, n_latents=2**17, beta1=0.0, eps=1e-8)
 
     def init(self, key: jax.Array, sample: Sample) -> Gated:
         """Encoder = transposed decoder of uniform rows, of norm 1; b_dec = geometric median; all else 0."""
@@ -105,10 +94,11 @@ class Gated(AbstractSae):
         x_hat_BD = x_hat_BD + self.b_dec[None]
         gate_error = losses.error(config.error, batch.y - gate_hat_BD - lax.stop_gradient(self.b_dec)[None])
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
+        coefficient = penalty.weight(config, context, batch.y.shape[1])
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * l1 + gate_error
-        metrics = {"l1": l1, "gate_error": gate_error}
-        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), metrics)
+        counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
+        metrics = {"l1": l1, "gate_error": gate_error, "coefficient": coefficient}
+        return loss, Outcome(x_hat_BD, tiles.l0, counters, metrics)
 
     def constrained(self) -> Gated:
         """Unit decoder rows."""
@@ -131,7 +121,11 @@ class Gated(AbstractSae):
             b_dec=self.b_dec,
             log_threshold=jnp.log(threshold_F),
             config=jumprelu.Config(
-                n_latents=config.n_latents, input_norm=config.input_norm, dtype=config.dtype, pre_bias=True
+                n_latents=config.n_latents,
+                input_norm=config.input_norm,
+                dtype=config.dtype,
+                pre_bias=True,
+                l0_coefficient=0.0,
             ),
         )
 

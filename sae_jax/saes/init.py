@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.scipy.special import ndtri
 
 from sae_jax import mesh
 from sae_jax.saes.normalise import InputNorm, Scale, factor, normalise_pair
@@ -116,6 +117,13 @@ def _tangent(w_FD: jax.Array, g_FD: jax.Array) -> tuple[jax.Array]:
 
 
 tangent_to_rows.defvjp(lambda w_FD: (w_FD, w_FD), _tangent)
+
+
+def biases_for(w_FD: jax.Array, sample: Sample, b_pre: jax.Array, n_active: int) -> jax.Array:
+    """f32[F]: so many latents of a row exceed 0, as far as a normal distribution can tell, but at most half of all."""
+    mean_F = (w_FD * (sample.mean - b_pre)[None]).sum(-1)
+    spread_F = jnp.sqrt(sample.variance) * jnp.linalg.norm(w_FD, axis=-1)
+    return -mean_F - ndtri(1 - min(0.5, n_active / len(w_FD))) * spread_F
 
 
 def linear_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:

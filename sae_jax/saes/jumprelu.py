@@ -5,8 +5,10 @@
 
     sparsity   sum_i p_i                      p_i: share of the rows of a batch in which latent i is active
                sum_i p_i (1 + p_i / s)        with frequency_scale s: latents that are always active cost more
-               (sum_i p_i / L0* - 1)^2        with target_l0 L0*
+               (sum_i p_i / L0* - 1)^2        penalty "squared", with target_l0 L0*
                mean sum_i tanh(c z_i ||d_i||) penalty "tanh": p_i is the mean of this smooth count, d_i a decoder row
+
+If no l0_coefficient is given, the square weighs d_model / 4, and that of another penalty is led (penalty.py).
 
 H has no gradient, so the backward pass estimates that of its mean over a batch from the rows near the threshold, with
 K(u) = 1[|u| < 1/2] and bandwidth eps:
@@ -33,70 +35,74 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.scipy.special import ndtri
 
 from sae_jax import mesh
 from sae_jax.ops import encode, sparse, tiled, tuning
-from sae_jax.saes import base, init, losses, normalise
-from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes import base, init, losses, normalise, penalty
+from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
-from sae_jax.saes.normalise import InputNorm, Scale
+from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import PenaltyConfig
 from sae_jax.types import Code, UsageError
 
 STEEPNESS = 4.0  # c of the tanh
+SQUARED = 0.25  # weight of the square, for each dimension
 N_ACTIVE_AT_START = 10_000  # over all latents a row, as far as the tanh's biases can tell
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
+class Config(PenaltyConfig):
     """JumpReLU.
 
-    Thresholds move by at most a factor of exp(train.lr) a step: a run of few steps wants them, and the bandwidth, near
-    the values that it looks for (`--sae.initial_threshold=0.1 --sae.bandwidth=0.1`).
-    The tanh's authors: `--sae.penalty=tanh --sae.input_norm=dataset_sqrt_d --sae.bandwidth=2
-    --sae.initial_threshold=0.1`, coefficient warm-up over the whole run and `train.decay_steps` a fifth of it.
+    Thresholds move by at most a factor of exp(train.lr) a step, so they begin near the values that are looked for.
+    The authors, for runs of a million steps: `--sae.input_norm=dataset_rms --sae.initial_threshold=1e-3
+    --sae.bandwidth=1e-3`. The tanh's: `--sae.penalty=tanh --sae.bandwidth=2 --sae.initial_threshold=0.1
+    --sae.sparsity_warmup=1 --train.decay=0.2`.
     """
 
     variant: Literal["jumprelu"] = "jumprelu"
-    input_norm: InputNorm = "dataset_rms"
-    """coefficient, threshold and bandwidth stand for this one"""
-    l0_coefficient: float = 1e-3
-    """weight of the sparsity"""
-    sparsity_warmup_steps: int = 0
-    """first steps, over which that weight rises linearly from 0 (10,000 in the paper)"""
-    penalty: Literal["l0", "tanh"] = "l0"
-    """how active latents are counted"""
-    target_l0: float | None = None
-    """number of active latents that is aimed at; None = as few as the coefficient makes"""
+    l0_coefficient: float | None = None
+    """weight of the sparsity; None = d_model / 4 if squared, else as heavy as target_l0 needs it"""
+    penalty: Literal["l0", "squared", "tanh"] = "squared"
+    """what counts: active latents, by how much they miss target_l0, or a smooth number of them"""
     frequency_scale: float | None = None
     """share of rows above which an active latent costs more; None = all cost the same"""
     preactivation_coefficient: float = 3e-6
     """with the tanh: weight of how far rows stay below the thresholds"""
-    initial_threshold: float = 1e-3
-    bandwidth: float = 1e-3
+    initial_threshold: float = 0.5
+    bandwidth: float = 2.0
     """width of the window around a threshold whose rows say where it should go"""
     pre_bias: bool = False
     """subtract b_dec before encoding"""
     error: losses.Error = "summed"
     """which squared error the coefficients stand beside, see saes/losses.py"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=2e-4, beta1=0.0, eps=1e-8)  # 7e-5 at the 2^17 latents of the paper
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l0_coefficient", "preactivation_coefficient")
+    ADAM: ClassVar[Adam] = Adam(lr=7e-5, n_latents=2**17, beta1=0.0, eps=1e-8)
+    COEFFICIENT: ClassVar[str] = "l0_coefficient"
+    START: ClassVar[float] = 0.1
+    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l0_coefficient", "target_l0", "preactivation_coefficient")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses.check_penalty(
-            l0_coefficient=self.l0_coefficient,
-            sparsity_warmup_steps=self.sparsity_warmup_steps,
-            preactivation_coefficient=self.preactivation_coefficient,
-        )
-        for name in ("initial_threshold", "bandwidth", "target_l0", "frequency_scale"):
+        losses.check_penalty(preactivation_coefficient=self.preactivation_coefficient)
+        for name in ("initial_threshold", "bandwidth", "frequency_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"sae.{name}={value} must be above 0 and finite")
-        if self.target_l0 is not None and (self.penalty == "tanh" or self.frequency_scale is not None):
-            other = f"penalty={self.penalty}" if self.penalty == "tanh" else f"frequency_scale={self.frequency_scale}"
-            raise UsageError(f"sae.target_l0={self.target_l0} needs the plain count; leave out sae.{other}")
+        if self.penalty == "squared" and self.frequency_scale is not None:
+            raise UsageError(
+                f"sae.frequency_scale={self.frequency_scale} is for numbers of latents; use sae.penalty=l0 or tanh"
+            )
+
+    @property
+    def is_led(self) -> bool:
+        """See penalty.py. The square leads itself: it pushes thresholds down, too."""
+        return self.penalty != "squared" and super().is_led
+
+    def start(self, width: int, target_l0: jax.Array) -> jax.Array:
+        """See penalty.py."""
+        share = SQUARED if self.penalty == "squared" else self.START / target_l0
+        return share * jnp.float32(1 if self.error == "mean" else width)
 
     def init(self, key: jax.Array, sample: Sample) -> JumpRelu:
         """Encoder = transposed decoder of uniform rows, of norm 1; biases 0, b_dec the geometric median if it is used.
@@ -110,10 +116,7 @@ class Config(SaeConfig):
         b_dec = sample.median if self.pre_bias else jnp.zeros_like(sample.median)
         if self.penalty == "tanh":
             w_enc = d_model / self.n_latents * w_dec
-            share = min(0.5, N_ACTIVE_AT_START / self.n_latents)
-            mean_F = (w_enc * (sample.mean - b_dec)[None]).sum(-1)
-            spread_F = jnp.sqrt(sample.variance) * jnp.linalg.norm(w_enc, axis=-1)
-            b_enc = self.initial_threshold - mean_F - ndtri(1 - share) * spread_F
+            b_enc = self.initial_threshold + init.biases_for(w_enc, sample, b_dec, N_ACTIVE_AT_START)
         else:
             w_enc = w_dec = init.unit_rows(w_dec)
         return JumpRelu(
@@ -172,20 +175,21 @@ class JumpRelu(AbstractSae):
             tiles = self._reconstruct(batch.x, init.tangent_to_rows(self.w_dec), self._latents, counting)
             count_F, below_F = tiles.penalty, None
         share_F = count_F / n_rows
-        if config.target_l0 is not None:
-            sparsity = (share_F.sum() / config.target_l0 - 1) ** 2
+        if config.penalty == "squared":
+            sparsity = (share_F.sum() / context.hparams.coefficients["target_l0"] - 1) ** 2
         elif config.frequency_scale is not None:
             sparsity = (share_F * (1 + share_F / config.frequency_scale)).sum()
         else:
             sparsity = share_F.sum()
         x_hat_BD = tiles.x_hat + self.b_dec[None]
-        coefficient = context.coefficient("l0_coefficient", config.sparsity_warmup_steps)
+        coefficient = penalty.weight(config, context, batch.y.shape[1])
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * sparsity
-        metrics = {"sparsity": sparsity, "threshold": self.threshold.mean()}
+        metrics = {"sparsity": sparsity, "threshold": self.threshold.mean(), "coefficient": coefficient}
         if below_F is not None:
             metrics["below"] = below_F.sum() / n_rows
             loss = loss + context.coefficient("preactivation_coefficient") * metrics["below"]
-        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), metrics)
+        counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
+        return loss, Outcome(x_hat_BD, tiles.l0, counters, metrics)
 
     def constrained(self) -> JumpRelu:
         """Unit decoder rows, but for the tanh."""
@@ -228,7 +232,8 @@ def with_threshold(sae: Any, threshold: jax.Array, pre_bias: bool = True) -> Jum
         pre_bias: b_dec is subtracted before encoding.
     """
     config, zeros_F = sae.config, jnp.zeros_like(sae.b_enc)
-    config = Config(n_latents=config.n_latents, input_norm=config.input_norm, dtype=config.dtype, pre_bias=pre_bias)
+    kept = {name: getattr(config, name) for name in ("n_latents", "input_norm", "dtype")}
+    config = Config(**kept, pre_bias=pre_bias, l0_coefficient=0.0)
     return JumpRelu(sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, zeros_F + jnp.log(threshold), config)
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,11 @@ from jax import lax
 
 from sae_jax import mesh
 from sae_jax.ops import resample, sparse, tiled, tuning
-from sae_jax.saes import base, init, losses
-from sae_jax.saes.base import AbstractSae, Batch, ClearRows, Context, Counters, Outcome, SaeConfig, Updated
+from sae_jax.saes import base, init, losses, penalty
+from sae_jax.saes.base import AbstractSae, Batch, ClearRows, Context, Counters, Outcome, Updated
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import L1Config
 from sae_jax.types import Code, UsageError
 
 MAX_RESAMPLED = 8192  # latents at a time: as many rows are kept on every device
@@ -43,26 +44,17 @@ RESAMPLED_NORM = 0.2  # of an encoder row, among the mean of alive ones
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
+class Config(L1Config):
     """ReLU with an L1 penalty."""
 
     variant: Literal["relu"] = "relu"
-    l1_coefficient: float = 5.0
-    """weight of ||z||_1; for the same sparsity it grows with the norm of the activations"""
-    error: losses.Error = "summed"
-    """which squared error l1_coefficient stands beside, see saes/losses.py"""
-    sparsity_warmup_steps: int = 0
-    """first steps, over which l1_coefficient rises linearly from 0"""
     resample_steps: tuple[int, ...] = ()
     """numbers of steps after which dead latents are resampled (25k, 50k, 75k and 100k in the paper); none = never"""
     resample_inputs: int = 819_200
     """rows before each of them that new directions are drawn from"""
 
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
         if any(step < 1 for step in self.resample_steps) or self.resample_inputs < 1:
             raise UsageError(
                 f"sae.resample_steps={self.resample_steps} and sae.resample_inputs={self.resample_inputs} must be at "
@@ -83,11 +75,12 @@ class Config(SaeConfig):
 
     def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
         """Rows to resample from, and the logarithms of their keys (ops/resample.py)."""
+        counters = super().initial_counters(sample)
         if not self.resample_steps:
-            return {}
+            return counters
         n_kept = min(self.n_latents, MAX_RESAMPLED)
         rows_RD = init.zeros((n_kept, sample.median.shape[0]), mesh.REPLICATED)
-        return {"row_keys": init.zeros((n_kept,), mesh.REPLICATED) - jnp.inf, "rows": rows_RD}
+        return {**counters, "row_keys": init.zeros((n_kept,), mesh.REPLICATED) - jnp.inf, "rows": rows_RD}
 
 
 class ReluCode(AbstractSae):
@@ -138,13 +131,13 @@ class Relu(ReluCode):
         tiles = self.in_tiles(batch.x, init.tangent_to_rows(self.w_dec), self.b_dec)
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
+        coefficient = penalty.weight(self.config, context, batch.y.shape[1])
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        counters = context.count(tiles.fired, n_rows)
+        counters = penalty.led(self.config, context, context.count(tiles.fired, n_rows), tiles.l0)
         if self.config.resample_steps:
             error_B = lax.stop_gradient(((batch.y - x_hat_BD) ** 2).sum(-1))
-            counters = replace(counters, extra=self._kept_rows(batch.x, error_B, context))
-        return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1})
+            counters = replace(counters, extra={**counters.extra, **self._kept_rows(batch.x, error_B, context)})
+        return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
     def constrained(self) -> Relu:
         """Unit decoder rows."""
@@ -166,7 +159,7 @@ class Relu(ReluCode):
         return replace(self, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
 
     def _kept_rows(self, x_BD: jax.Array, error_B: jax.Array, context: Context) -> dict[str, jax.Array]:
-        """`Counters.extra` after a batch, whose rows count if the next resampling is near."""
+        """Rows and keys of `Counters.extra` after a batch, whose rows count if the next resampling is near."""
         n_steps = math.ceil(self.config.resample_inputs / len(x_BD))
         left_E = jnp.asarray(self.config.resample_steps, jnp.int32) - context.step
 
@@ -175,7 +168,8 @@ class Relu(ReluCode):
             return {"row_keys": keys_R, "rows": rows_RD}
 
         is_near = ((left_E > 0) & (left_E <= n_steps)).any()
-        return lax.cond(is_near, keep, lambda extra: extra, context.counters.extra)
+        kept = {name: context.counters.extra[name] for name in ("row_keys", "rows")}
+        return lax.cond(is_near, keep, lambda extra: extra, kept)
 
 
 def _resampled(updated: Updated, dead_after: jax.Array, clear_rows: ClearRows) -> Updated:

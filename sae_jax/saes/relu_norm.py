@@ -6,8 +6,8 @@
 Long rows cost as much as large values, so no constraint on them is needed. What a latent contributes is z_i ||d_i||,
 and `folded` moves the norms into the encoder: codes that users see are these, and decoder rows have norm 1.
 
-Source: Conerly et al. 2024, "Circuits Updates - April 2024", its update on training. There the coefficient rises over
-the first 5 % of the steps and the rate falls to 0 over the last 20 %: `sparsity_warmup_steps`, `train.decay_steps`.
+Source: Conerly et al. 2024, "Circuits Updates - April 2024", its update on training: the coefficient 5 for rows of mean
+squared norm d, which rises over the first 5 % of the steps, and a rate that falls to 0 over the last 20 %, as here.
 """
 
 from __future__ import annotations
@@ -20,35 +20,23 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax import mesh
-from sae_jax.saes import init, losses
-from sae_jax.saes.base import Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes import init, losses, penalty
+from sae_jax.saes.base import Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
-from sae_jax.saes.normalise import InputNorm, Scale
+from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import L1Config
 from sae_jax.saes.relu import ReluCode
 
 ROW_NORM = 0.1  # of decoder rows at the start
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
+class Config(L1Config):
     """ReLU with an L1 penalty weighted by decoder norms."""
 
     variant: Literal["relu_norm"] = "relu_norm"
-    input_norm: InputNorm = "dataset_sqrt_d"
-    """the coefficient stands for this one"""
-    l1_coefficient: float = 5.0
-    """weight of sum_i z_i ||d_i||"""
-    sparsity_warmup_steps: int = 500
-    """first steps, over which that weight rises linearly from 0"""
-    error: losses.Error = "summed"
-    """which squared error the coefficient stands beside, see saes/losses.py"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=5e-5, eps=1e-8)
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+    ADAM: ClassVar[Adam] = Adam(lr=5e-5, n_latents=2**17, eps=1e-8)
 
     def init(self, key: jax.Array, sample: Sample) -> ReluNorm:
         """Decoder rows in random directions and of norm 0.1, encoder = transposed decoder, biases 0."""
@@ -85,9 +73,10 @@ class ReluNorm(ReluCode):
         tiles = self.in_tiles(batch.x, self.w_dec, self.b_pre)
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = (tiles.penalty * jnp.linalg.norm(self.w_dec, axis=-1)).sum() / n_rows
-        coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
+        coefficient = penalty.weight(self.config, context, batch.y.shape[1])
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
+        counters = penalty.led(self.config, context, context.count(tiles.fired, n_rows), tiles.l0)
+        return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
     def constrained(self) -> ReluNorm:
         """There are none."""

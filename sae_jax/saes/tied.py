@@ -3,11 +3,13 @@
     z = ReLU(M (x - centre) + b_enc)      x_hat = M^T z + centre      ||M row|| = 1
     loss = error + l1_coefficient * mean ||z||_1
 
-No output bias is learnt. The centre is 0, or with `centre` the mean of a first sample, which stays. Rows have unit
+No output bias is learnt. The centre is the mean of a first sample, which stays, or without `centre` 0. Rows have unit
 norm: their gradient is projected before the moments see it, the rows renormalised after the step.
 
 Source: Cunningham et al. 2023, "Sparse autoencoders find highly interpretable features in language models",
-arXiv 2309.08600, section 2. There rows are normalised where they are used.
+arXiv 2309.08600, section 2. There rows are normalised where they are used, there is no centre, and the coefficient is
+of the order of 8.6e-4 for residual streams and 3.2e-4 for outputs of MLPs as they are: `--sae.no-centre
+--sae.input_norm=none --sae.l1_coefficient=8.6e-4`.
 """
 
 from __future__ import annotations
@@ -21,42 +23,36 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.saes import init, losses
-from sae_jax.saes.base import Adam, Batch, Context, Outcome, SaeConfig
+from sae_jax.saes import init, losses, penalty
+from sae_jax.saes.base import Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import L1Config
 from sae_jax.saes.relu import ReluCode
+
+N_ACTIVE_AT_START = 128  # latents of a row, where biases have far to go for fewer: rows cannot shrink
 
 
 @dataclass(frozen=True)
-class Config(SaeConfig):
+class Config(L1Config):
     """Tied ReLU with an L1 penalty."""
 
     variant: Literal["tied"] = "tied"
-    l1_coefficient: float = 8.6e-4
-    """weight of ||z||_1; of the order of 8.6e-4 for residual streams, 3.2e-4 for outputs of MLPs in the paper"""
-    sparsity_warmup_steps: int = 0
-    """first steps, over which that weight rises linearly from 0"""
-    centre: bool = False
+    centre: bool = True
     """subtract the mean of a first sample, and add it to outputs"""
     error: losses.Error = "mean"
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=1e-3, eps=1e-8)
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+    ADAM: ClassVar[Adam] = Adam(lr=1e-3, n_latents=2048, eps=1e-8)
 
     def init(self, key: jax.Array, sample: Sample) -> Tied:
-        """Xavier-uniform rows, then of norm 1; biases 0."""
-        return Tied(
-            w_enc=init.unit_rows(init.linear_rows(key, self.n_latents, sample.median.shape[0])),
-            b_enc=init.zeros((self.n_latents,), mesh.DICT),
-            b_dec=sample.mean if self.centre else jnp.zeros_like(sample.mean),
-            config=self,
-        )
+        """Xavier-uniform rows, then of norm 1; biases 0, or such that 128 latents are active if the penalty is led."""
+        w_enc = init.unit_rows(init.linear_rows(key, self.n_latents, sample.median.shape[0]))
+        b_dec = sample.mean if self.centre else jnp.zeros_like(sample.mean)
+        b_enc = init.zeros((self.n_latents,), mesh.DICT)
+        if self.is_led:
+            b_enc = b_enc + init.biases_for(w_enc, sample, b_dec, N_ACTIVE_AT_START)
+        return Tied(w_enc=w_enc, b_enc=b_enc, b_dec=b_dec, config=self)
 
 
 @struct.dataclass(repr=False)
@@ -80,9 +76,10 @@ class Tied(ReluCode):
         tiles = replace(self, w_enc=w_FD).in_tiles(batch.x, w_FD, centre_D)
         x_hat_BD = tiles.x_hat + centre_D[None]
         l1 = tiles.penalty.sum() / n_rows
-        coefficient = context.coefficient("l1_coefficient", self.config.sparsity_warmup_steps)
+        coefficient = penalty.weight(self.config, context, batch.y.shape[1])
         loss = losses.error(self.config.error, batch.y - x_hat_BD) + coefficient * l1
-        return loss, Outcome(x_hat_BD, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
+        counters = penalty.led(self.config, context, context.count(tiles.fired, n_rows), tiles.l0)
+        return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
     def constrained(self) -> Tied:
         """Unit rows."""

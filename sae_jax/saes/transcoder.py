@@ -25,35 +25,30 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.ops import encode, sparse, tiled
-from sae_jax.saes import base, init, jumprelu, losses
+from sae_jax.saes import base, init, jumprelu, losses, penalty
 from sae_jax.saes.base import AbstractSae, Batch, Context, KConfig, Outcome
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
+from sae_jax.saes.penalty import L1Config
 from sae_jax.types import Code, UsageError, Widths
 
 
 @dataclass(frozen=True)
-class Config(KConfig):
-    """Transcoder; k and AuxK are for topk, l1_coefficient and error for relu."""
+class Config(KConfig, L1Config):
+    """Transcoder; k and AuxK are for topk, the penalty for relu."""
 
     variant: Literal["transcoder"] = "transcoder"
     activation: Literal["topk", "relu"] = "topk"
     """which latents are active: the k strongest, or all positive ones, which then are penalised"""
     skip: bool = False
     """add a linear map of x"""
-    l1_coefficient: float = 5.0
-    """weight of ||z||_1; for the same sparsity it grows with the norm of the activations"""
-    sparsity_warmup_steps: int = 0
-    """first steps, over which that weight rises linearly from 0"""
-    error: losses.Error = "summed"
-    """which squared error l1_coefficient stands beside, see saes/losses.py"""
 
-    COEFFICIENTS: ClassVar[tuple[str, ...]] = ("l1_coefficient",)
     UNIT_DECODER: ClassVar[bool] = False  # rows lead from the units of x to those of y
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        losses.check_penalty(l1_coefficient=self.l1_coefficient, sparsity_warmup_steps=self.sparsity_warmup_steps)
+    @property
+    def is_led(self) -> bool:
+        """See L1Config."""
+        return self.activation == "relu" and super().is_led
 
     @property
     def n_active(self) -> int | None:
@@ -75,6 +70,7 @@ class Config(KConfig):
             raise UsageError("sae.variant=transcoder reconstructs another source; name it in `reconstruct`")
         if len(widths.x) > 1:
             raise UsageError(f"sae.variant=transcoder encodes one source, not {len(widths.x)}; name one in `site`")
+        penalty.check_target(self)
 
 
 @struct.dataclass(repr=False)
@@ -133,9 +129,10 @@ class Transcoder(AbstractSae):
             *(tiled.relu, self._dtype, base.FIRED_ABOVE),
         )
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
-        coefficient = context.coefficient("l1_coefficient", config.sparsity_warmup_steps)
+        coefficient = penalty.weight(config, context, batch.y.shape[1])
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
-        return loss, Outcome(y_hat_BY, tiles.l0, context.count(tiles.fired, n_rows), {"l1": l1})
+        counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
+        return loss, Outcome(y_hat_BY, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
     def constrained(self) -> Transcoder:
         """Unit decoder rows."""

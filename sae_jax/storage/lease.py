@@ -167,7 +167,10 @@ class Lease:
         with contextlib.suppress(OSError, UserError):
             content = read_bytes(self._file(self._number))
             if content is not None and _parse(content).get("token") == self._me["token"]:
-                delete(self._file(self._number))
+                try:
+                    delete(self._file(self._number))
+                except OSError:  # which may pass
+                    delete(self._file(self._number))
             for folder in self._new_folders:  # a refused command leaves nothing
                 folder.rmdir()
 

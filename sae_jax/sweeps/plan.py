@@ -21,7 +21,7 @@ from sae_jax.sweeps.grid import SweepConfig, cells, due, pack, share
 from sae_jax.sweeps.points import Requested
 from sae_jax.training.expand import NAME, change, expand_members, with_shared
 from sae_jax.training.run import S, TrainJob
-from sae_jax.training.settings import learning_rate, program
+from sae_jax.training.settings import program, settled
 from sae_jax.types import Sites, UsageError
 
 USABLE = 0.8  # share of the memory that may be filled
@@ -116,13 +116,14 @@ def _planned(name: str, member: SweepJob, source: RowSource, lr: Callable[[int],
     sites, widths = choose_sites(source, member.site, member.reconstruct, member.d_model)
     member.sae.check(widths, sites.x == sites.y)
     steps, batch_size = member.train.steps, member.train.batch_size
-    if member.train.decay_steps:
+    if member.train.decay:
         raise UsageError(
-            f"train.decay_steps={member.train.decay_steps}: what is measured on the way must have been trained at a "
-            f"constant rate; leave it at 0"
+            f"train.decay={member.train.decay}: what is measured on the way must have been trained at a constant rate; "
+            f"leave it out"
         )
-    if lr:
-        member = dataclasses.replace(member, train=dataclasses.replace(member.train, lr=lr(member.sae.n_latents)))
+    rate = lr(member.sae.n_latents) if lr else member.train.lr
+    train = dataclasses.replace(member.train, lr=rate, decay=0.0)
+    member = dataclasses.replace(member, train=settled(train, member.sae))
     mesh = meshes.abstract_mesh(dataclasses.replace(member.mesh, member=1), jax.device_count() // member.mesh.member)
     meshes.check_divides(mesh, member.sae.n_latents, batch_size)
     marks = due(member.sweep, steps, batch_size, flops.dense(member.sae, widths))
@@ -133,7 +134,7 @@ def _planned(name: str, member: SweepJob, source: RowSource, lr: Callable[[int],
         "variant": member.sae.variant,
         "n_latents": member.sae.n_latents,
         "k": member.sae.n_active,
-        "lr": learning_rate(member.train, member.sae),
+        "lr": member.train.lr,
         "seed": member.train.seed,
         "d_model": widths.x[0],
         "commit": program_version(),

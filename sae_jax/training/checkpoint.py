@@ -18,6 +18,7 @@ has checkpoints of its own only once the member has left the set. Only this file
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import re
@@ -38,7 +39,7 @@ from sae_jax import storage
 from sae_jax.progress import console
 from sae_jax.record import MembersRecord, RunRecord
 from sae_jax.storage.digests import SEAL, check_file, read_digests, write_digests
-from sae_jax.training.settings import MAY_CHANGE, TrainConfig
+from sae_jax.training.settings import MAY_CHANGE, SHARES, TrainConfig
 from sae_jax.training.state import TrainState
 from sae_jax.types import UsageError, UserError
 
@@ -280,6 +281,13 @@ def read_record(run: Path) -> RunRecord:
     return dataclasses.replace(record, train=configs.to_dict(train))  # with the settings that are newer than the run
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """`train.*` of a run that has begun, {name: value}; nothing of another folder."""
+    content = storage.read_json(run / "config.json") or {}
+    is_run = content.get("kind") == RunRecord.KIND
+    return RunRecord.from_json(content, run / "config.json").train if is_run else {}
+
+
 def members(run: Path) -> list[str]:
     """Names of the members that a set was started with; none for a run of one SAE, or no run."""
     content = storage.read_json(run / "config.json") or {}
@@ -291,10 +299,16 @@ def members(run: Path) -> list[str]:
 def check_resumable(run: Path, record: RunRecord) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, after = (_settings(each) for each in (read_record(run), record))
+    of_length = [key for key in sorted(after) if key in SHARES and after[key]]
     for key in sorted(before.keys() | after.keys()):
-        bound = key == "train.steps" and after.get("train.decay_steps")  # the rate falls towards the last step
-        if (key in MAY_CHANGE and not bound) or before.get(key) == after.get(key):
+        if before.get(key) == after.get(key) or (key in MAY_CHANGE and not (key == "train.steps" and of_length)):
             continue
+        if key == "train.steps":
+            shares = " and ".join(f"{share}={after[share]}" for share in of_length)
+            raise UsageError(
+                f"{run} was started with train.steps={before[key]}, of which {shares} are shares, so it cannot be "
+                f"{after[key]}; keep it to resume, or give another --out, with these at 0 for a run to be prolonged"
+            )
         if key == "data.content":
             where = record.dictionary.data.path if record.dictionary.data else None
             raise UsageError(f"{run} was started on other rows than {where or 'these'}; give another --out")
@@ -378,6 +392,13 @@ def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
     writers = ((name, match) for name in names if not _LIST.fullmatch(name) for match in [_WRITER.match(name)])
     written = [name for name, match in writers if (int(match["process"]) if match else 0) == process]
     write_digests(checkpoint / f"digests-{process}-of-{n}.json", checkpoint, written)
+    _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """What the threads of a save have freed would stay with this process in pieces, more after every save."""
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _problem(checkpoint: Path, parts: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from sae_jax import mesh as meshes
 from sae_jax.activations.source import Batches
 from sae_jax.progress import Progress, console
+from sae_jax.saes import penalty
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
 from sae_jax.storage import Lease
@@ -31,6 +32,9 @@ from sae_jax.training.members import Measurements, MemberSet, check_settings, is
 from sae_jax.training.ownership import owned
 from sae_jax.training.preemption import is_preempted
 from sae_jax.training.state import TrainState
+
+BEGINNING = 0.2  # share of a run in which many latents may be active
+MANY_DEAD = 0.3
 
 
 class Trained(NamedTuple):
@@ -131,7 +135,8 @@ class _Log:
 
     def __init__(self, members: MemberSet, source: Batches, is_first: bool, lease: Lease) -> None:
         self.done = members.start  # steps that were finite for some member
-        self._source = source
+        self._source, self._is_first = source, is_first
+        self._warned: set[tuple[Member, int]] = set()
         self._began = self._last_time = time.monotonic()
         self._last_step, self._last_waited = members.start, source.wait_seconds
         self._open = contextlib.ExitStack()
@@ -169,9 +174,26 @@ class _Log:
             "seconds": round(now - self._began, 3),
         }
         for member in due:
+            if self._is_first:
+                self._warn(member, step, metrics[member])
             self._files[member].write({"step": step, "tokens": step * batch_size, **metrics[member], **wall_clock})
         wait = f"input wait {wall_clock['input_wait']:.0%}"
         self._progress.update(step, f"{rate:,.0f} tokens/s  {_figures(metrics)}  {wait}")
+
+    def _warn(self, member: Member, step: int, values: dict[str, float]) -> None:
+        """Say once, past the beginning, that a member has too many active latents, or too many dead ones."""
+        if step < BEGINNING * member.train.steps:
+            return
+        d_model, l0, dead = max(member.record.dictionary.widths.x), values["l0"], values["dead_fraction"]
+        what = f"{l0:.0f} latents are active in a row of {d_model}, so little is sparse"
+        said = {
+            f"{what}; {penalty.how_to_have_fewer(member.sae)}": l0 > d_model / 2,
+            f"{dead:.0%} of its latents are dead; lower train.lr, or sae.n_latents": dead > MANY_DEAD,
+        }
+        for i, (what, holds) in enumerate(said.items()):
+            if holds and (member, i) not in self._warned:
+                self._warned.add((member, i))
+                console.print(f"{member}: at step {step:,} {what}")
 
     def __enter__(self) -> Self:
         return self

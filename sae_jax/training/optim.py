@@ -35,18 +35,16 @@ class AdamState:
     square: Any  # of squared gradients
 
 
-def schedule(config: TrainConfig) -> optax.Schedule:
+def share_of_rate(config: TrainConfig, step: jax.Array, n_steps: jax.Array) -> jax.Array | float:
     """Share of the peak rate at a step, counted from 1: up over the warm-up, 1, down over the decay."""
-    parts, ends = [optax.constant_schedule(1.0)], []
-    if config.warmup_steps:
-        parts.insert(0, optax.linear_schedule(0.0, 1.0, config.warmup_steps))
-        ends.append(config.warmup_steps)
-    if config.decay_steps:
-        linear = optax.linear_schedule(1.0, config.decay_to, config.decay_steps)
-        cosine = optax.cosine_decay_schedule(1.0, config.decay_steps, config.decay_to)
-        parts.append(linear if config.decay == "linear" else cosine)
-        ends.append(config.steps - config.decay_steps)
-    return optax.join_schedules(parts, ends)
+    done, share = step.astype(jnp.float32) / n_steps.astype(jnp.float32), 1.0
+    if config.warmup:
+        share = jnp.minimum(done / config.warmup, 1.0)
+    if config.decay_share:
+        left = jnp.clip((1 - done) / config.decay_share, 0.0, 1.0)
+        left = left if config.decay_shape == "linear" else (1 - jnp.cos(jnp.pi * left)) / 2
+        share = share * (config.decay_to + (1 - config.decay_to) * left)
+    return share
 
 
 def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> optax.GradientTransformation:
@@ -54,12 +52,12 @@ def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> 
 
     Args:
         config: what is done, and how moments are kept.
-        hparams: peak rate and limit of the norm.
+        hparams: peak rate, number of steps and limit of the norm.
         defaults: Adam's constants where `config` leaves them to the variant.
     """
     b1 = defaults.beta1 if config.beta1 is None else config.beta1
     b2 = defaults.beta2 if config.beta2 is None else config.beta2
-    eps, share = defaults.eps if config.eps is None else config.eps, schedule(config)
+    eps = defaults.eps if config.eps is None else config.eps
 
     def init(weights: Any) -> AdamState:
         mean, square = (zeros_like_moments(weights, config.moments, codebook) for codebook in (MEAN, SQUARE))
@@ -71,7 +69,7 @@ def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> 
         count = state.count + 1
         mean = update_moment(state.mean, gradients, b1, count, salt=0, factor=clip)
         square = update_moment(state.square, gradients, b2, count, salt=1, factor=clip, power=2)
-        rate = -hparams.lr * share(count) / correction(b1, count)
+        rate = -hparams.lr * share_of_rate(config, count, hparams.steps) / correction(b1, count)
         fix_square = lax.rsqrt(correction(b2, count))
 
         def step(m: jax.Array, v: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
@@ -17,7 +17,7 @@ from sae_jax.training import checkpoint, loop
 from sae_jax.training.groups import Member
 from sae_jax.training.loop import Trained
 from sae_jax.training.members import Measurements
-from sae_jax.training.settings import TrainConfig
+from sae_jax.training.settings import TrainConfig, settled
 from sae_jax.types import UsageError
 
 S = TypeVar("S")
@@ -106,6 +106,7 @@ def record_of(job: TrainJob, source: RowSource) -> RunRecord:
         metrics={},
         program=program(),
     )
+    job = replace(job, train=settled(job.train, job.sae))
     settings: dict[str, Any] = {name: configs.to_dict(getattr(job, name)) for name in ("train", "mesh", "engine")}
     return RunRecord(dictionary, **settings, allow_partial=job.allow_partial)
 
@@ -113,4 +114,13 @@ def record_of(job: TrainJob, source: RowSource) -> RunRecord:
 def _member(name: str, job: TrainJob, folder: Path | None, source: RowSource) -> Member:
     if folder is not None and name:
         folder = folder / checkpoint.MEMBERS / name
+    job = replace(job, train=settled(_as_begun(job.train, folder), job.sae))
     return Member(name, job.sae, job.train, folder, record_of(job, source))
+
+
+def _as_begun(train: TrainConfig, folder: Path | None) -> TrainConfig:
+    """What is left out and follows from the number of steps stays as it was, whatever that number is now."""
+    begun = {} if folder is None else checkpoint.settings_of(folder)
+    names = [name for name in ("lr", "dead_after_tokens") if getattr(train, name) is None and name in begun]
+    kept: dict[str, Any] = {name: begun[name] for name in names}
+    return replace(train, **kept)

@@ -13,6 +13,10 @@ from sae_jax.types import UsageError
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
+DECAY = 0.2  # share of a run over which its rate falls
+MAX_DEAD_AFTER = 10_000_000  # tokens (Gao et al. 2024, arXiv 2406.04093, A.3)
+SHORT_RUN = 1.1  # rate of a run of few steps, times the cube root of its latents and the root of its steps
+
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
     *("data.path", "data.text", "data.tokenizer"),  # where the set and what it was made of lie; its content is compared
@@ -26,6 +30,8 @@ MAY_CHANGE = (
     "mesh.latent",
     "mesh.member",
 )
+# Shares of the run: where one is not 0, train.steps may not change either.
+SHARES = ("train.warmup", "train.decay", "sae.sparsity_warmup")
 # What belongs to the one pass over the data that the members of a set share; all other settings are a member's own.
 SHARED = ("batch_size", "order_seed", "checkpoint_every", "log_every", "tensorboard")
 
@@ -39,13 +45,13 @@ class TrainConfig:
     batch_size: int = 8192
     """token activations a step, over all devices"""
     lr: float | None = None
-    """learning rate; None = the variant's own at 2^14 latents (TopK: 2e-4) / sqrt(n_latents / 2^14)"""
-    warmup_steps: int = 0
-    """first steps, over which the rate rises linearly from 0"""
-    decay_steps: int = 0
-    """last steps, over which it falls to lr * decay_to"""
-    decay: Literal["linear", "cosine"] = "linear"
-    """shape of that fall"""
+    """learning rate; None = by width and steps, from the variant's own, see docs/variants.md"""
+    warmup: float = 0.0
+    """share of the steps, the first, over which the rate rises linearly from 0"""
+    decay: float | None = None
+    """share of the steps, the last, over which it falls to lr * decay_to; None = 0.2, and 0 in a sweep"""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """of that fall"""
     decay_to: float = 0.0
     """share of the rate that is left at the end"""
     beta1: float | None = None
@@ -66,8 +72,8 @@ class TrainConfig:
     """how Adam's two moments of each matrix are kept: in 4, 2 or 1 bytes a weight each"""
     ema_dtype: Precision = "float32"
     """how the averaged weights are kept; int8 costs about 1 % of their FVU"""
-    dead_after_tokens: int = 10_000_000
-    """a latent that has not fired for this many tokens is dead"""
+    dead_after_tokens: int | None = None
+    """a latent that has not fired for this many tokens is dead; None = a tenth of the run, at most 10 million"""
     checkpoint_every: int = 1000
     """a run that is killed repeats at most this many steps; saves begin twice as often"""
     log_every: int = 10
@@ -77,16 +83,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "dead_after_tokens", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"train.{name}={getattr(self, name)} must be at least 1")
-        if self.dead_after_tokens + self.batch_size >= 2**31:
+        if (self.dead_after_tokens or 0) + self.batch_size >= 2**31:
             raise UsageError(f"train.dead_after_tokens={self.dead_after_tokens} must stay below 2^31 - batch_size")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"train.lr={self.lr} must be above 0 and finite")
-        if min(self.warmup_steps, self.decay_steps) < 0 or self.warmup_steps + self.decay_steps > self.steps:
+        if not (self.warmup >= 0 and self.decay_share >= 0 and self.warmup + self.decay_share <= 1):
             raise UsageError(
-                f"train.warmup_steps={self.warmup_steps} and train.decay_steps={self.decay_steps} must be >= 0, and "
-                f"together at most train.steps={self.steps}"
+                f"train.warmup={self.warmup} and train.decay={self.decay_share} must be shares of the run, >= 0 and "
+                f"together at most 1"
             )
         if not 0 <= self.decay_to <= 1:
             raise UsageError(f"train.decay_to={self.decay_to} must be in [0, 1]")
@@ -108,21 +114,46 @@ class TrainConfig:
                 raise UsageError(f"train.{name}={getattr(self, name)} must be in [0, 2^31)")
 
     @property
+    def decay_share(self) -> float:
+        """Share of the steps over which the rate falls."""
+        return DECAY if self.decay is None else self.decay
+
+    @property
     def order(self) -> int:
         """Seed of the order of the data."""
         return self.seed if self.order_seed is None else self.order_seed
 
 
+def settled(config: TrainConfig, sae: SaeConfig) -> TrainConfig:
+    """The same with all that may be left out as it is for this dictionary: rate, decay, and when a latent is dead."""
+    return replace(
+        config,
+        lr=learning_rate(config, sae),
+        decay=config.decay_share,
+        dead_after_tokens=config.dead_after_tokens or min(MAX_DEAD_AFTER, -(-config.steps * config.batch_size // 10)),
+    )
+
+
 def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
-    """The configured peak rate, or the variant's / sqrt(n_latents / 2^14) (Gao et al. 2024, arXiv 2406.04093, A.3)."""
-    return config.lr if config.lr is not None else sae.ADAM.lr / (sae.n_latents / 2**14) ** 0.5
+    """The configured peak rate, or the larger of the variant's own at this width and of what a short run needs.
+
+    A variant's own rate is that of its authors at their width, and falls as the root of the number of latents (Gao et
+    al. 2024, arXiv 2406.04093, A.3). It is for runs of many steps. What short runs need was measured here, see
+    experiments/learning_rate.py; it does not depend on the size of batches.
+    """
+    if config.lr is not None:
+        return config.lr
+    own = sae.ADAM.lr * math.sqrt(sae.ADAM.n_latents / sae.n_latents)
+    return max(own, SHORT_RUN / sae.n_latents ** (1 / 3) / math.sqrt(config.steps))
 
 
 def hyperparameters(config: TrainConfig, sae: SaeConfig) -> Hyperparameters:
     """What a compiled program takes as data of these settings."""
+    config = settled(config, sae)
     return Hyperparameters(
         seed=jnp.int32(config.seed),
-        lr=jnp.float32(learning_rate(config, sae)),
+        steps=jnp.int32(config.steps),
+        lr=jnp.float32(config.lr),
         clip=jnp.float32(config.clip),
         ema=jnp.float32(config.ema),
         dead_after=jnp.int32(config.dead_after_tokens),
@@ -134,9 +165,7 @@ def program(config: TrainConfig) -> TrainConfig:
     """What is compiled for this config: settings that are data, or that steps never see, stand at fixed values."""
     return replace(
         config,
-        # How long a run is matters to its steps only where the rate falls at the end.
-        **{"steps": config.steps if config.decay_steps else max(1, config.warmup_steps)},
-        **{"lr": None, "seed": 0, "dead_after_tokens": 1},
+        **{"steps": 1, "lr": None, "seed": 0, "dead_after_tokens": 1, "decay": config.decay_share},
         **{"order_seed": None, "checkpoint_every": 1, "log_every": 1, "tensorboard": False},
         **{"clip": float(config.clip > 0), "ema": 0.5 * (config.ema > 0)},
     )

@@ -19,7 +19,7 @@ HARVEST = [
 ]
 TRAIN = [
     *("train", "--data", "set", "--out", "run", "--sae.n-latents=32", "--sae.k=2", "--train.batch-size=64"),
-    *("--train.steps=3", "--train.log-every=1"),
+    *("--train.decay=0", "--train.lr=1e-2", "--train.steps=3", "--train.log-every=1"),
 ]
 
 

@@ -370,7 +370,7 @@ def test_resume_with_other_settings_is_refused(work, capsys):
 def test_a_run_stays_with_its_rows_wherever_they_lie(work, tmp_path, capsys):
     rng = np.random.default_rng(0)
     sae_jax.write_activations(tmp_path / "a", {"resid_post.1": rng.standard_normal((512, 8))})
-    small = ["--out", tmp_path / "run", "--train.steps"]
+    small = ["--out", tmp_path / "run", "--train.decay=0", "--train.steps"]
     run(work, "train", "--data", tmp_path / "a", *small, 4)
     (tmp_path / "a").rename(tmp_path / "b")
     run(work, "train", "--data", tmp_path / "b", *small, 8)

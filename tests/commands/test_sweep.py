@@ -189,7 +189,7 @@ def test_a_member_that_diverges_is_named_and_the_rest_goes_on(work: Path, capsys
     [
         (["--sweep.grid", "sae.kk=4"], "member kk4: unknown key 'sae.kk'"),
         (["--sweep.grid", "train.batch_size=128 256"], "members share one pass"),
-        (["--train.decay-steps=10"], "train.decay_steps=10: what is measured on the way"),
+        (["--train.decay=0.1"], "train.decay=0.1: what is measured on the way"),
         (["--sweep.lr-from=none.json"], "no learning-rate rule in it"),
         (["--shard=4/4"], "--shard='4/4' must be i/n"),
         (["--out=s3://there"], "a sweep needs a directory"),

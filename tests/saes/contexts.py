@@ -21,7 +21,7 @@ def context_of(
 ) -> Context:
     """The context of the first step of a run with these counters, constants and coefficients."""
     zero = jnp.float32(0)
-    hparams = Hyperparameters(jnp.int32(0), zero, zero, zero, jnp.int32(dead_after), coefficients or {})
+    hparams = Hyperparameters(jnp.int32(0), jnp.int32(100), zero, zero, zero, jnp.int32(dead_after), coefficients or {})
     constants = Constants(jnp.float32(loss_scale), scale)
     return Context(jnp.int32(0), jax.random.key(0), Counters(silent, extra or {}), constants, hparams)
 

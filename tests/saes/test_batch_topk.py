@@ -23,9 +23,7 @@ def make(kind: str = "batch_topk", **settings):
     """Away from its initialisation; rows of very different norms, so that some need the wider search."""
     rng = np.random.default_rng(0)
     module = batch_topk if kind == "batch_topk" else matryoshka
-    config = module.Config(
-        **{"n_latents": F, "k": K, "k_aux": K_AUX, "dtype": "float32", "threshold_start": 2, **KINDS[kind], **settings}
-    )
+    config = module.Config(**{"n_latents": F, "k": K, "k_aux": K_AUX, "dtype": "float32", **KINDS[kind], **settings})
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,))]
     w_enc, b_enc, w_dec, b_dec = map(jnp.asarray, arrays)
     struct = batch_topk.BatchTopK if kind == "batch_topk" else matryoshka.Matryoshka
@@ -132,17 +130,17 @@ def test_the_oracle_gradients_are_finite_differences(kind):
         np.testing.assert_allclose((up - down) / 2, (gradients[name] * step).sum(), rtol=1e-4, err_msg=name)
 
 
-def test_the_threshold_is_a_running_mean_that_begins_late():
+def test_the_threshold_is_a_running_mean():
     selection = batch_topk.BatchSelection(jnp.float32(0), jnp.int32(0), jnp.int32(0))
-    config = batch_topk.Config(n_latents=F, k=K, threshold_decay=0.75, threshold_start=2)
+    config = batch_topk.Config(n_latents=F, k=K, threshold_decay=0.75)
     outcome, threshold, seen = base.Outcome(jnp.zeros(()), jnp.zeros(()), statistics().counters, {}), jnp.float32(0), []
     for step, least in enumerate([5.0, 7.0, 1.0, 2.0, 6.0, 11.0]):
         selection = selection.replace(threshold=jnp.float32(least))
         after = batch_topk.with_threshold(outcome, threshold, selection, jnp.int32(step), config)
         threshold = after.assigned["threshold"]
         seen.append(float(threshold))
-    # The last batch's until step 2; means of 1, 2, 3, 4 batches from there.
-    np.testing.assert_allclose(seen, [5, 7, 1, 1.5, 3, 5], rtol=1e-6)
+    # Means of 1, 2, 3, 4 batches; from there a quarter of each new one.
+    np.testing.assert_allclose(seen, [5, 6, 13 / 3, 3.75, 4.3125, 5.984375], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["batch_topk", "matryoshka"])
@@ -165,7 +163,6 @@ def test_a_row_on_its_own_gets_what_exceeds_the_threshold(kind):
     ("module", "setting"),
     [
         (batch_topk, {"threshold_decay": 1.0}),
-        (batch_topk, {"threshold_start": -1}),
         (batch_topk, {"k": 0}),
         (matryoshka, {"prefixes": (0.5, 0.75)}),
         (matryoshka, {"prefixes": (0.5, 0.5, 1.0)}),

@@ -22,7 +22,7 @@ from tests.runs import bits
 from tests.saes.in_model import batch_for, lowered_for
 
 D, F, B = 16, 64, 32
-SETTINGS = {"n_latents": F, "k": 4, "l1_coefficient": 0.02, "downstream": 1.0, "dtype": "float32"}
+SETTINGS = {"n_latents": F, "k": 4, "target_l0": 4.0, "downstream": 1.0, "dtype": "float32"}
 
 
 @pytest.fixture(params=base.variants())
@@ -60,14 +60,17 @@ def _as_users_have_it():
 @functools.cache
 def programs(config):
     """(initial state, step): compiled once for all tests of a variant, and once for each mesh."""
-    hparams = hyperparameters(TRAIN, config)
     step = Step(config, TRAIN)
-    return jax.jit(lambda sample: initial(config, TRAIN, sample)), lambda state, batch: step(state, hparams, batch)
+
+    def at_rate(state, batch, lr=TRAIN.lr):
+        return step(state, hyperparameters(dataclasses.replace(TRAIN, lr=lr), config), batch)
+
+    return jax.jit(lambda sample: initial(config, TRAIN, sample)), at_rate
 
 
-def start(config, rows):
+def start(config, rows, norm="none"):
     # Two sources side by side: to whoever encodes one, rows of one.
-    return programs(config)[0](init.sample_statistics(rows, "none", widths=WIDTHS))
+    return programs(config)[0](init.sample_statistics(rows, norm, widths=WIDTHS))
 
 
 def test_initial_state_is_finite_and_a_step_changes_no_type(config, planted):
@@ -80,12 +83,32 @@ def test_initial_state_is_finite_and_a_step_changes_no_type(config, planted):
 
 
 def test_loss_falls_on_planted_data(config, planted):
-    state, step, seen = start(config, planted), programs(config)[1], []
+    """At the default rate; and where a penalty is led, to the number of latents that is asked for."""
+    norm = config.input_norm if config.learns == "rows" else "none"
+    state, step, seen = start(config, planted, norm), programs(config)[1], []
     for t in range(TRAIN.steps):
         rows = planted[np.random.default_rng(t).permutation(len(planted))[:B]]
-        state, metrics = step(state, batch_for(config, rows))
-        seen.append(float(metrics["fvu"]))
-    assert np.mean(seen[-20:]) < 0.5 * np.mean(seen[:5])
+        state, metrics = step(state, batch_for(config, rows), lr=None)
+        seen.append([float(metrics[name]) for name in ("fvu", "l0")])
+    fvu, l0 = np.array(seen).T
+    assert fvu[-20:].mean() < 0.5 * fvu[:5].mean()
+    if getattr(config, "is_led", False) and config.learns == "rows":
+        assert l0[-20:].mean() == pytest.approx(config.target_l0, rel=0.3)
+
+
+def test_the_scale_of_the_rows_changes_nothing(config, planted):
+    """By a power of two, which rounds nothing: every weight is the same number in the units of the dictionary."""
+    if config.learns != "rows":
+        pytest.skip("the model says how large rows are")
+    assert config.input_norm == "dataset_sqrt_d"
+    saes, step = [], programs(config)[1]
+    for factor in (1.0, 2.0**-20, 2.0**20):
+        rows = np.float32(factor * planted)
+        state = start(config, rows, config.input_norm)
+        for t in range(10):
+            state, metrics = step(state, batch_for(config, rows[t * B : (t + 1) * B]))
+        saes.append((state.sae, state.counters, metrics["fvu"]))
+    assert bits(saes[1]) == bits(saes[0]) == bits(saes[2])
 
 
 def test_jit_changes_nothing(config, planted):

@@ -32,7 +32,9 @@ def allowed(config, widths):
 def make(widths=TWO, seed: int = 0, **settings) -> crosscoder.Crosscoder:
     """Away from the initialisation, so that a missed bias or norm would show."""
     rng = np.random.default_rng(seed)
-    config = crosscoder.Config(**{"n_latents": F, "l1_coefficient": 0.7, "dtype": "float32", **settings})
+    config = crosscoder.Config(
+        **{"n_latents": F, "l1_coefficient": 0.7, "sparsity_warmup": 0.0, "dtype": "float32", **settings}
+    )
     n_x, n_y = sum(widths.x), sum(widths.y)
     w_enc, b_enc, w_dec, b_dec = (rng.standard_normal(shape) for shape in ((F, n_x), (F,), (F, n_y), (n_y,)))
     reads, writes = (np.repeat(m, w, axis=1) for m, w in zip(allowed(config, widths), widths, strict=True))
@@ -197,7 +199,7 @@ def test_folding_is_exact_where_sources_have_different_scales(settings):
 
 
 def test_the_coefficient_warms_up():
-    sae, (x, y), stats = make(sparsity_warmup_steps=4), rows(TWO), statistics(TWO)
+    sae, (x, y), stats = make(sparsity_warmup=0.04), rows(TWO), statistics(TWO)
     (half, outcome), _ = value_and_gradient(sae, base.Batch(x, y), stats, step=1)
     np.testing.assert_allclose(expected(sae, x, y).loss - half, 0.35 * outcome.metrics["l1"], rtol=1e-5)
 

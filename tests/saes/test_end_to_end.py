@@ -30,7 +30,7 @@ def make(**settings) -> end_to_end.EndToEnd:
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape) for shape in ((F, D), (F,), (F, D), (D,))]
     w_enc, b_enc, w_dec, b_dec = (jnp.asarray(0.4 * array, jnp.float32) for array in arrays)
-    config = end_to_end.Config(**{"n_latents": F, "dtype": "float32", **settings})
+    config = end_to_end.Config(**{"n_latents": F, "sparsity_warmup": 0.0, "dtype": "float32", **settings})
     return end_to_end.EndToEnd(w_enc, b_enc, w_dec, b_dec, config)
 
 
@@ -136,7 +136,7 @@ def test_positions_left_out_count_nowhere(settings):
 @pytest.mark.parametrize(("k", "n_latents"), [(0, 64), (4, 64), (0, 8)])
 def test_initialisation(k, n_latents):
     rows = np.random.default_rng(0).standard_normal((500, D)) + 3
-    config = end_to_end.Config(n_latents=n_latents, k=k, dtype="float32")
+    config = end_to_end.Config(n_latents=n_latents, k=k, target_l0=8.0, dtype="float32")
     sae = jax.jit(config.init)(jax.random.key(0), init.sample_statistics(rows, "none"))
     w = np.asarray(sae.w_dec if n_latents >= D else sae.w_dec.T)
     np.testing.assert_allclose(w.T @ w, np.eye(min(D, n_latents)), atol=1e-4)
@@ -150,7 +150,7 @@ def test_initialisation(k, n_latents):
 
 @pytest.mark.parametrize("k", [0, 5])
 def test_scaled_rows_reach_the_model_in_its_units_and_fold(k):
-    sae, batch = make(k=k, input_norm="dataset_rms"), in_model.random_batch(left_out=0)
+    sae, batch = make(k=k, l1_coefficient=1.5, input_norm="dataset_rms"), in_model.random_batch(left_out=0)
     scale = normalise.Scale(jnp.full(D, 0.25), jnp.full(D, 0.25))
     context = context_of(jnp.zeros(F, jnp.int32), jnp.int32(9), jnp.float32(1), scale, {}, sae.config.coefficients)
     x, y, _ = normalise.normalise_pair(batch.x, None, "dataset_rms", scale)

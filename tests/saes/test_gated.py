@@ -14,7 +14,9 @@ NAMES = ("w_enc", "b_enc", "b_gate", "log_gain", "w_dec", "b_dec")
 
 
 def make(**settings) -> gated.Gated:
-    config = gated.Config(**{"n_latents": F, "l1_coefficient": 0.7, "dtype": "float32", **settings})
+    config = gated.Config(
+        **{"n_latents": F, "l1_coefficient": 0.7, "sparsity_warmup": 0.0, "dtype": "float32", **settings}
+    )
     w_enc, b_enc, b_gate, log_gain, w_dec, b_dec = arrays(0, (F, D), (F,), (F,), (F,), (F, D), (D,))
     return gated.Gated(w_enc, b_enc, b_gate - 2, 0.3 * log_gain, init.unit_rows(w_dec), b_dec, config)
 
@@ -63,5 +65,5 @@ def test_initialisation():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(UsageError, match=r"sae.sparsity_warmup_steps=-1"):
-        gated.Config(sparsity_warmup_steps=-1)
+    with pytest.raises(UsageError, match=r"sae.sparsity_warmup=-1"):
+        gated.Config(sparsity_warmup=-1.0)

@@ -16,11 +16,20 @@ from tests.oracles import jumprelu as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
 
 TANH = {"penalty": "tanh", "preactivation_coefficient": 0.1}
+SQUARED = {"penalty": "squared", "target_l0": 5.0}
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "log_threshold")
 
 
 def make(**settings) -> jumprelu.JumpRelu:
-    settings = {"n_latents": F, "l0_coefficient": 0.3, "bandwidth": 0.8, "dtype": "float32", **settings}
+    settings = {
+        "n_latents": F,
+        "l0_coefficient": 0.3,
+        "sparsity_warmup": 0.0,
+        "penalty": "l0",
+        "bandwidth": 0.8,
+        "dtype": "float32",
+        **settings,
+    }
     w_enc, b_enc, w_dec, b_dec, log_threshold = arrays(0, (F, D), (F,), (F, D), (D,), (F,))
     w_dec = w_dec if settings.get("penalty") == "tanh" else init.unit_rows(w_dec)
     return jumprelu.JumpRelu(w_enc, b_enc - 1, w_dec, b_dec, log_threshold - 1, jumprelu.Config(**settings))
@@ -34,7 +43,7 @@ def expected(sae, x, weights=None) -> oracle.Result:
         coefficient=config.l0_coefficient,
         bandwidth=config.bandwidth,
         pre_bias=config.pre_bias,
-        target_l0=config.target_l0,
+        target_l0=config.target_l0 if config.penalty == "squared" else None,
         frequency_scale=config.frequency_scale,
         tanh=config.penalty == "tanh",
         below_coefficient=config.preactivation_coefficient,
@@ -45,9 +54,9 @@ def expected(sae, x, weights=None) -> oracle.Result:
     ("shape", "settings"),
     [
         (None, {"pre_bias": True}),
-        (None, {"target_l0": 5.0}),
+        (None, SQUARED),
         (None, TANH),
-        ((1, 8), {"target_l0": 5.0, "pre_bias": True}),
+        ((1, 8), {**SQUARED, "pre_bias": True}),
         ((2, 4), {**TANH, "frequency_scale": 0.1}),
         ((8, 1), {"frequency_scale": 0.1}),
     ],
@@ -98,8 +107,8 @@ def planted_run(n_steps=300, **settings):
     directions = init.unit_rows(jnp.asarray(rng.standard_normal((40, 16)), jnp.float32))
     z = rng.random((4096, 40)) * (rng.random((4096, 40)) < 0.06)
     data = np.float32(z @ np.asarray(directions))
-    settings = {"initial_threshold": 0.05, "bandwidth": 0.05, "dtype": "float32", **settings}
-    config = jumprelu.Config(n_latents=64, **settings)
+    settings = {"initial_threshold": 0.05, "bandwidth": 0.05, "input_norm": "dataset_rms", **settings}
+    config = jumprelu.Config(n_latents=64, dtype="float32", **settings)
     train = TrainConfig(steps=n_steps, batch_size=64, lr=3e-3, dead_after_tokens=2000)
     with jax.numpy_dtype_promotion("standard"):
         state = jax.jit(lambda s: initial(config, train, s))(init.sample_statistics(data, config.input_norm))
@@ -111,8 +120,8 @@ def planted_run(n_steps=300, **settings):
 
 
 def test_thresholds_move_and_reach_the_l0_that_is_asked_for():
-    loose, _ = planted_run(l0_coefficient=1e-4)
-    dense, thresholds = planted_run(l0_coefficient=0.01)
+    loose, _ = planted_run(penalty="l0", l0_coefficient=1e-4)
+    dense, thresholds = planted_run(penalty="l0", l0_coefficient=0.01)
     assert dense["l0"] < 0.8 * loose["l0"]
     assert np.abs(np.log(thresholds / 0.05)).mean() > 0.2
     for target in (8.0, 12.0):
@@ -125,7 +134,7 @@ def test_initialisation():
     sae = jumprelu.Config(n_latents=256).init(jax.random.key(0), sample)
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)
-    np.testing.assert_allclose(sae.threshold, 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(sae.threshold, 0.5, rtol=1e-5)
     assert not sae.b_enc.any()
     assert not sae.b_dec.any()
     np.testing.assert_allclose(jumprelu.Config(pre_bias=True).init(jax.random.key(0), sample).b_dec, sample.median)
@@ -146,9 +155,8 @@ def test_biases_of_the_tanh_let_every_latent_be_active_on_its_share_of_rows():
         ({"bandwidth": 0.0}, "sae.bandwidth=0"),
         ({"initial_threshold": float("inf")}, "sae.initial_threshold=inf"),
         ({"target_l0": 0.0}, "sae.target_l0=0"),
-        ({"target_l0": 5.0, "penalty": "tanh"}, "sae.target_l0=5.* sae.penalty=tanh"),
-        ({"target_l0": 5.0, "frequency_scale": 0.1}, "sae.target_l0=5.* sae.frequency_scale=0.1"),
-        ({"sparsity_warmup_steps": -1}, "sae.sparsity_warmup_steps=-1"),
+        ({"frequency_scale": 0.1}, "sae.frequency_scale=0.1 is for .* sae.penalty=l0 or tanh"),
+        ({"sparsity_warmup": -1.0}, "sae.sparsity_warmup=-1"),
     ],
 )
 def test_bad_settings_are_refused(setting, message):

@@ -11,7 +11,7 @@ from sae_jax.training.quantise import dequantise
 from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
 from sae_jax.training.step import Step
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, Widths
 from tests.oracles import relu as oracle
 from tests.saes.contexts import context_of, with_silent
 
@@ -21,7 +21,9 @@ B, D, F, WINDOW = 16, 8, 48, 100
 def make(seed: int = 0, **settings) -> relu.Relu:
     """Away from the initialisation, so that a missed bias or norm would show."""
     rng = np.random.default_rng(seed)
-    config = relu.Config(**{"n_latents": F, "l1_coefficient": 0.7, "dtype": "float32", **settings})
+    config = relu.Config(
+        **{"n_latents": F, "l1_coefficient": 0.7, "sparsity_warmup": 0.0, "dtype": "float32", **settings}
+    )
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (F,), (F, D), (D,))]
     w_enc, b_enc, w_dec, b_dec = map(jnp.asarray, arrays)
     return relu.Relu(w_enc, b_enc - 2, init.unit_rows(w_dec), b_dec, config)
@@ -136,7 +138,7 @@ def test_the_coefficient_means_what_the_error_convention_says_and_warms_up():
     loss = [make(**s).objective(batch, stats.replace(step=jnp.int32(1), key=key))[0] for s in ({}, {"error": "mean"})]
     summed, outcome = make().objective(batch, statistics(0.7 * D).replace(step=jnp.int32(1), key=key))
     np.testing.assert_allclose(loss[1], summed / D, rtol=1e-6)
-    half, _ = make(sparsity_warmup_steps=4).objective(batch, stats.replace(step=jnp.int32(1), key=key))
+    half, _ = make(sparsity_warmup=0.04).objective(batch, stats.replace(step=jnp.int32(1), key=key))
     np.testing.assert_allclose(loss[0] - half, 0.35 * outcome.metrics["l1"], rtol=1e-5)
 
 
@@ -192,9 +194,21 @@ def test_dead_latents_begin_anew_in_directions_that_are_reconstructed_badly():
         {"l1_coefficient": -1.0},
         {"l1_coefficient": float("nan")},
         {"resample_steps": (0,)},
-        {"sparsity_warmup_steps": -1},
+        {"sparsity_warmup": -1.0},
+        {"sparsity_warmup": 1.5},
+        {"target_l0": 0.0},
     ],
 )
 def test_bad_settings_are_refused(setting):
     with pytest.raises(UsageError, match=f"sae.{next(iter(setting))}"):
         relu.Config(**setting)
+
+
+@pytest.mark.parametrize("variant", ["relu", "crosscoder", "transcoder", "jumprelu"])
+def test_a_penalty_is_not_led_to_more_latents_than_there_are(variant):
+    same, own = variant != "transcoder", {"transcoder": {"activation": "relu", "k": 4}, "crosscoder": {"k": 4}}
+    own = own.get(variant, {}) | ({"penalty": "l0"} if variant == "jumprelu" else {})
+    config = base.config_class(variant)(n_latents=16, **own)  # as a container of arrays it may say so
+    with pytest.raises(UsageError, match=r"sae.target_l0=32.0 must be at most sae.n_latents=16; .* sae.l[01]_coeff"):
+        config.check(Widths.one(8), same)
+    base.config_class(variant)(n_latents=16, target_l0=8.0, **own).check(Widths.one(8), same)

@@ -15,7 +15,7 @@ NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 
 def make(**settings) -> relu_norm.ReluNorm:
     config = relu_norm.Config(
-        **{"n_latents": F, "l1_coefficient": 0.7, "sparsity_warmup_steps": 0, "dtype": "float32", **settings}
+        **{"n_latents": F, "l1_coefficient": 0.7, "sparsity_warmup": 0.0, "dtype": "float32", **settings}
     )
     w_enc, b_enc, w_dec, b_dec = arrays(0, (F, D), (F,), (F, D), (D,))
     return relu_norm.ReluNorm(w_enc, b_enc - 2, w_dec, b_dec, config)

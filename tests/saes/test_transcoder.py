@@ -18,7 +18,8 @@ NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "w_skip")
 def make(**settings) -> transcoder.Transcoder:
     rng = np.random.default_rng(0)
     config = transcoder.Config(
-        **{"n_latents": F, "k": K, "skip": True, "l1_coefficient": 0.7, "dtype": "float32"} | settings
+        **{"n_latents": F, "k": K, "skip": True, "l1_coefficient": 0.7, "sparsity_warmup": 0.0, "dtype": "float32"}
+        | settings
     )
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((F, X), (F,), (F, Y), (Y,), (Y, X))]
     w_enc, b_enc, w_dec, b_dec, w_skip = map(jnp.asarray, arrays)

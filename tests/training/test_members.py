@@ -32,7 +32,7 @@ from tests import hlo, runs
 
 SAE = topk.Config(n_latents=64, k=4, dtype="float32")
 TRAIN = TrainConfig(
-    steps=20, batch_size=64, order_seed=0, dead_after_tokens=300, checkpoint_every=10, log_every=1, lr=1e-3
+    steps=20, batch_size=64, order_seed=0, dead_after_tokens=300, checkpoint_every=10, log_every=1, lr=1e-3, decay=0
 )
 # Four that share a program, and one that does not and ends earlier.
 SETTINGS = {

@@ -68,11 +68,11 @@ def test_f32_is_adam(clip):
     np.testing.assert_allclose(weights, want_weights, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine"])
-@pytest.mark.parametrize(("warmup_steps", "decay_steps"), [(0, 0), (10, 0), (10, 20), (30, 70), (0, 100)])
-def test_the_rate_rises_stays_and_falls(decay, warmup_steps, decay_steps):
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0.1, 0), (0.1, 0.2), (0.3, 0.7), (0, 1)])
+def test_the_rate_rises_stays_and_falls(shape, warmup, decay):
     """What the optimiser does of a gradient that is always 1 is the rate itself."""
-    settings = {"steps": 100, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "decay": decay}
+    settings = {"steps": 100, "warmup": warmup, "decay": decay, "decay_shape": shape}
     tx = optimiser(lr=1.0, clip=0.0, decay_to=0.1, **settings)
     weights = jnp.zeros(1)
 
@@ -83,9 +83,9 @@ def test_the_rate_rises_stays_and_falls(decay, warmup_steps, decay_steps):
     with jax.numpy_dtype_promotion("standard"):  # optax
         rates = -np.asarray(jax.lax.scan(step, tx.init(weights), None, 100)[1])
     t = np.arange(1, 101)
-    fallen = np.clip((t - 100 + decay_steps) / max(decay_steps, 1), 0, 1) * (decay_steps > 0)
-    left = 1 - fallen if decay == "linear" else (1 + np.cos(np.pi * fallen)) / 2
-    np.testing.assert_allclose(rates, np.minimum(t / max(warmup_steps, 1), 1) * (0.1 + 0.9 * left), rtol=1e-4)
+    fallen = np.clip((t - 100 + 100 * decay) / max(100 * decay, 1), 0, 1) * (decay > 0)
+    left = 1 - fallen if shape == "linear" else (1 + np.cos(np.pi * fallen)) / 2
+    np.testing.assert_allclose(rates, np.minimum(t / max(100 * warmup, 1), 1) * (0.1 + 0.9 * left), rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])

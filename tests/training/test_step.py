@@ -56,8 +56,16 @@ def test_steps_follow_the_oracle(clip):
 
 
 def test_learning_rate_rule():
-    assert learning_rate(TrainConfig(), topk.Config(n_latents=2**14)) == pytest.approx(2e-4)
-    assert learning_rate(TrainConfig(), topk.Config(n_latents=2**20)) == pytest.approx(2e-4 / 8)
+    long, short = TrainConfig(steps=10**6), TrainConfig(steps=1000)
+    assert learning_rate(long, topk.Config(n_latents=2**14)) == pytest.approx(2e-4)
+    assert learning_rate(long, topk.Config(n_latents=2**20)) == pytest.approx(2e-4 / 8)
+    # Of a short run: the cube root of the width and the root of its length.
+    narrow, wide = (learning_rate(short, topk.Config(n_latents=n)) for n in (2**9, 2**12))
+    assert 2e-4 < narrow / 2 == pytest.approx(wide)
+    assert learning_rate(TrainConfig(steps=4000), topk.Config(n_latents=2**9)) == pytest.approx(narrow / 2)
+    # Each family has its authors' rate at their width.
+    for variant, n_latents, lr in (("relu_norm", 2**17, 5e-5), ("gated", 2**17, 3e-4), ("tied", 2048, 1e-3)):
+        assert learning_rate(long, base.config_class(variant)(n_latents=n_latents)) == pytest.approx(lr)
     assert learning_rate(TrainConfig(lr=1e-3), topk.Config(n_latents=2**20)) == 1e-3
 
 
@@ -67,8 +75,9 @@ def test_learning_rate_rule():
         {"steps": 0},
         {"batch_size": 0},
         {"lr": 0.0},
-        {"warmup_steps": -1},
-        {"decay_steps": 10_001},
+        {"warmup": -0.1},
+        {"warmup": 0.9},
+        {"decay": 1.1},
         {"decay_to": 2.0},
         {"clip": -1.0},
         {"ema": 1.0},
