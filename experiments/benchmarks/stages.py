@@ -84,7 +84,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     """The stages in the order of a step, the parts of the encoder indented below it; the whole step last."""
     n, d, k, b = config.n_latents, config.d, config.k, config.batch_size
     sae_config = Config(n_latents=n, k=k)
-    train_config = TrainConfig(batch_size=b, clip=0, ema=0.999)
+    train_config = TrainConfig(batch_size=b, clip=0, ema=0.999, dead_after_tokens=10_000_000)
     x_BD = jnp.asarray(np.concatenate([*common.structured_rows(b, d, seed=0)]))
     sample = init.sample_statistics(np.asarray(x_BD), "none")
     begin = jax.jit(lambda sample: initial(sae_config, train_config, sample))

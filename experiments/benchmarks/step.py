@@ -134,6 +134,7 @@ class Ours:
             *(f"--sae.n-latents={config.n_latents}", f"--sae.k={config.k}", f"--train.batch-size={config.batch_size}"),
             *(f"--train.lr={config.lr}", "--train.clip=0", "--train.ema=0", f"--train.log-every={common.STEPS_TIMED}"),
             f"--train.checkpoint-every={10**9}",  # only at the end of a turn, after its last step is on record
+            *["--train.decay=0"] * ("decay_share" in (checkout / "sae_jax/training/settings.py").read_text()),
         ]
 
     def train(self, steps: int) -> None:
