@@ -449,7 +449,8 @@ def test_state_in_fewer_bytes(small_set: Path, tmp_path: Path) -> None:
     def train(run: Path, steps: int, data: int = 1) -> None:
         run.mkdir(exist_ok=True)
         mesh = meshes.make_mesh(meshes.MeshConfig(data=data))
-        config = TrainConfig(steps=steps, batch_size=64, log_every=1, moments="int8", ema_dtype="bfloat16")
+        config = TrainConfig(steps=steps, lr=4e-3, decay=0.0, batch_size=64, log_every=1, dead_after_tokens=10**7)
+        config = dataclasses.replace(config, moments="int8", ema_dtype="bfloat16")
         member = Member("", sae_config, config, run, runs.record_of(sae_config, config))
         with source.open(runs.SITES, 64, 0, mesh) as batches:
             loop.train(run, [member], mesh, batches, sample)
