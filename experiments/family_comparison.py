@@ -56,7 +56,14 @@ MEMBERS = {
     "relu": [{"l1_coefficient": c, "sparsity_warmup": 0.0, "lr": lr} for c in PENALTIES for lr in RATES],
     "gated": [{"l1_coefficient": c, "sparsity_warmup": 0.0, "lr": 1e-3} for c in (0.09, 0.15, 0.25, 0.4)],
     "jumprelu": [
-        {"l0_coefficient": c, "sparsity_warmup": 0.0, "initial_threshold": at, "bandwidth": at, "lr": 1e-3}
+        {
+            "penalty": "l0",
+            "l0_coefficient": c,
+            "sparsity_warmup": 0.0,
+            "initial_threshold": at,
+            "bandwidth": at,
+            "lr": 1e-3,
+        }
         for at, coefficients in JUMPS.items()
         for c in coefficients
     ],

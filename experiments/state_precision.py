@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         moments, ema_dtype, seed, bent = RUNS[name]
         run = config.out / name.replace(", ", "-").replace(" ", "-")
         changed = {"steps": steps, "moments": moments, "ema_dtype": ema_dtype, "seed": seed, **small}
-        changed |= {"lr": 1e-3, "decay": 0.0, "input_norm": "none"}
+        changed |= {"lr": 1e-3, "decay": 0.0, "input_norm": "none", "dead_after_tokens": 200_000}
         start = {"sae_config": settings.sae, "train_config": settings.train, "site": settings.site, "out": run}
         with bend(bent):
             live = sae_jax.train(data, **start, **changed)

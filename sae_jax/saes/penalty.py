@@ -7,7 +7,7 @@
 Latents of which target_l0 share the squared norm d of a row have values near sqrt(d / target_l0). An L1 penalty c takes
 what contributes less than about c / 2, one of the number of latents what contributes less than sqrt(c): c_0 follows
 from that. From there c is led by what batches show, over as many steps as the run has, and falls or rises by a factor
-of exp(GAIN) at most. Ours, measured: experiments/untuned.py.
+of exp(GAIN) at most. Ours, chosen on the bundled model.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def how_to_have_fewer(config: SaeConfig) -> str:
     """Active latents, for messages."""
     if not isinstance(config, PenaltyConfig) or config.n_active is not None:
         return "lower sae.k"
-    return "lower sae.target_l0" if config.is_led else f"raise sae.{config.COEFFICIENT}, or leave it out"
+    is_given = getattr(config, config.COEFFICIENT) is not None
+    return f"raise sae.{config.COEFFICIENT}, or leave it out" if is_given else "lower sae.target_l0"
 
 
 def weight(config: PenaltyConfig, context: Context, width: int) -> jax.Array:

@@ -169,7 +169,7 @@ class Lease:
             if content is not None and _parse(content).get("token") == self._me["token"]:
                 try:
                     delete(self._file(self._number))
-                except OSError:  # which may pass
+                except OSError:  # storage may fail for a moment
                     delete(self._file(self._number))
             for folder in self._new_folders:  # a refused command leaves nothing
                 folder.rmdir()

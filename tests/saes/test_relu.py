@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, init, normalise, relu
+from sae_jax.saes import base, init, normalise, penalty, relu
 from sae_jax.training.quantise import dequantise
 from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
@@ -212,3 +212,17 @@ def test_a_penalty_is_not_led_to_more_latents_than_there_are(variant):
     with pytest.raises(UsageError, match=r"sae.target_l0=32.0 must be at most sae.n_latents=16; .* sae.l[01]_coeff"):
         config.check(Widths.one(8), same)
     base.config_class(variant)(n_latents=16, target_l0=8.0, **own).check(Widths.one(8), same)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "cure"),
+    [
+        ("topk", {}, "lower sae.k"),
+        ("relu", {}, "lower sae.target_l0"),
+        ("jumprelu", {}, "lower sae.target_l0"),  # its square aims without being led
+        ("jumprelu", {"l0_coefficient": 1.0}, "raise sae.l0_coefficient, or leave it out"),
+        ("crosscoder", {"activation": "batch_topk"}, "lower sae.k"),
+    ],
+)
+def test_too_many_active_latents_have_a_cure(variant, settings, cure):
+    assert penalty.how_to_have_fewer(base.config_class(variant)(**settings)) == cure
