@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -74,6 +75,14 @@ def _not_lost(unraisable: sys.UnraisableHookArgs) -> None:
         return
     number = signal.SIGINT if issubclass(unraisable.exc_type, KeyboardInterrupt) else signal.SIGTERM
     _heard.clear()
-    # To the main thread, or a system call in which it waits would go on to its end.
-    to_main = [threading.main_thread().ident, number]
-    threading.Timer(SECONDS_UNTIL_AGAIN, signal.pthread_kill, to_main).start()
+    threading.Thread(target=_send_again, args=(number,), daemon=True).start()
+
+
+def _send_again(number: int) -> None:
+    """Until it is heard: one that comes just before a system call lets that wait to its end."""
+    while True:
+        time.sleep(SECONDS_UNTIL_AGAIN)
+        if _heard:
+            return
+        # To the main thread, which alone hears it, and whose waiting only a signal of its own ends.
+        signal.pthread_kill(threading.main_thread().ident, number)

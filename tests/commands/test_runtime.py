@@ -4,7 +4,6 @@ import fnmatch
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -118,15 +117,21 @@ CTRL_C_IN_A_CALLBACK = """
 import gc, signal, sys, time
 from sae_jax.commands import harvest, main, runtime
 
+send = signal.pthread_kill
+
 def once(phase, info):
     gc.callbacks.remove(once)
     signal.raise_signal(signal.SIGINT)
 
 def run(argv):
     runtime.start_distributed()
+    signal.pthread_kill = too_early
     gc.callbacks.append(once)
     gc.collect()
-    time.sleep(60)
+    time.sleep(3600)
+
+def too_early(thread, number):  # just before the sleep begins
+    signal.pthread_kill = send
 
 harvest.run = run
 sys.argv[1:] = ["harvest"]
@@ -136,8 +141,6 @@ main.main()
 
 def test_ctrl_c_is_not_lost_in_a_callback():
     """Python prints and forgets what is raised while the garbage collector calls back, as it does into JAX."""
-    began = time.monotonic()
     code, said = runs.finish(runs.start([sys.executable, "-c", CTRL_C_IN_A_CALLBACK]))
     assert code == signals.INTERRUPTED, said
-    assert time.monotonic() - began < 50, "it slept to its end"
     assert "Traceback" not in said
