@@ -48,7 +48,7 @@ from rich.table import Table
 from scaling_steps import swept
 
 from sae_jax.progress import plain_console
-from sae_jax.scaling import fit, table
+from sae_jax.scaling import fit, frontier, table
 
 WIDTHS = (256, 1024, 4096, 8192)
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -88,7 +88,7 @@ def predicted(points: list[table.Point]) -> dict[str, float | None]:
     for n in sorted({point.n_latents for point in points}):
         own = sorted((point.lr, point.fvu) for point in points if point.n_latents == n)
         lr, fvu = (np.array(column) for column in zip(*own, strict=True))
-        best[n] = fit.valley(lr, fvu)
+        best[n] = frontier.valley(lr, fvu)
     *known, last = best
     inner = [n for n in known if not best[n].at_edge]
     if len(inner) < 2:

@@ -319,6 +319,7 @@ def fit(
     site: str | None = None,
     k: int | None = None,
     tokens_per_latent: float | None = None,
+    leave_out: int | None = None,
 ) -> tuple[laws.Study, list[Path]]:
     """Fit every scaling law that the points of a sweep can identify; writes fit.json, fit.txt and figures beside them.
 
@@ -329,13 +330,15 @@ def fit(
         k: at which the laws of compute and latents are fitted; None: the k with most points.
         tokens_per_latent: compare widths after so many tokens a latent; None: at convergence, or else after the most
             tokens that all have.
+        leave_out: how many of the smallest budgets and widths do not count for the laws of compute and latents; None:
+            those that are off the law which the larger ones follow, by a test.
 
     Returns:
         The laws, and the files that were written.
     """
     folder = Path(folder)
     with storage.Lease(folder / "fit.owner", f"the fit of {folder}") as lease:
-        study = laws.study(table.read(folder), variant, site, k, tokens_per_latent)
+        study = laws.study(table.read(folder), variant, site, k, tokens_per_latent, leave_out)
         lease.check()
         return study, _write_fit(folder, study)
 

@@ -31,14 +31,22 @@ class Fit:
     """fit the laws of latents, and of latents and k, to points after so many tokens a latent; default: to converged
     points, or else to those after the most tokens that all have"""
 
+    leave_out: int | None = None
+    """how many of the smallest budgets and widths do not count for the laws of compute and latents; default: those that
+    are off the law which the larger ones follow, by a test"""
+
     def __post_init__(self) -> None:
         if self.tokens_per_latent is not None and not 0 < self.tokens_per_latent < math.inf:
             raise UsageError(f"--tokens-per-latent={self.tokens_per_latent} must be above 0 and finite")
+        if self.leave_out is not None and self.leave_out < 0:
+            raise UsageError(f"--leave-out={self.leave_out} must be at least 0")
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, fit, write, show."""
     command = config.parse(Fit, argv, "sae-jax fit")
-    study, written = runs.fit(command.dir, command.variant, command.site, command.k, command.tokens_per_latent)
+    study, written = runs.fit(
+        command.dir, command.variant, command.site, command.k, command.tokens_per_latent, command.leave_out
+    )
     sys.stdout.write(report.render(study))
     console.print(f"{command.dir}: {', '.join(path.name for path in written)}")

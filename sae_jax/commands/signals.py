@@ -80,9 +80,11 @@ def _not_lost(unraisable: sys.UnraisableHookArgs) -> None:
 
 def _send_again(number: int) -> None:
     """Until it is heard: one that comes just before a system call lets that wait to its end."""
+    # To the main thread, which alone hears it, and whose waiting only a signal of its own ends.
+    main = threading.main_thread().ident
+    assert main is not None
     while True:
         time.sleep(SECONDS_UNTIL_AGAIN)
         if _heard:
             return
-        # To the main thread, which alone hears it, and whose waiting only a signal of its own ends.
-        signal.pthread_kill(threading.main_thread().ident, number)
+        signal.pthread_kill(main, number)

@@ -18,6 +18,7 @@ from sae_jax.saes import base
 from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import fit
 
+FAR = 10  # times what was fitted: beyond, advice is a guess
 Interval = tuple[float, float] | None  # 90 %; None where the fit has none
 
 
@@ -102,7 +103,14 @@ def _advise(compute: float, path: str, content: dict[str, Any], facts: _Facts, k
     fvu, draws_M, notes = _error(compute, path, laws, n, k, facts.k)
     lr = float(laws["lr"].predict(n)) if "lr" in laws else used["coefficient"] * n ** used["exponent"]
     beyond = {"FLOP": compute / laws["compute"].range["x"][1], "latents": n / facts.widest}
-    notes += [f"{what}: {ratio:,.3g} times the largest that was fitted" for what, ratio in beyond.items() if ratio > 1]
+    for what, ratio in beyond.items():
+        if ratio > FAR:
+            notes.append(
+                f"{what}: {ratio:,.3g} times the largest that was fitted, so this is a guess: nothing shows that the "
+                f"law holds so far, and intervals suppose it; spend at most {FAR} times what was fitted, and fit again"
+            )
+        elif ratio > 1:
+            notes.append(f"{what}: {ratio:,.3g} times the largest that was fitted")
     settings = {"variant": facts.variant, "n_latents": n, **({} if k is None else {"k": k})}
     return Advice(
         compute=compute,
@@ -146,6 +154,4 @@ def _laws(path: str, content: dict[str, Any], facts: _Facts) -> dict[str, fit.La
             reason = next((each for each in facts.warnings if each.startswith(f"{name}: left out")), name)
             raise UserError(f"{path} has too little to advise by: {reason}")
     laws |= {name: content[name] for name in ("joint", "lr") if content[name]}
-    if not compute["has_constant"]:
-        laws["compute"] = compute["without_constant"]
     return {name: fit.Law.from_json(law, content["draws"][name]) for name, law in laws.items()}

@@ -13,6 +13,7 @@ A law that the points cannot identify is left out, with the reason among the war
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sae_jax.errors import UsageError, UserError
-from sae_jax.scaling import fit
+from sae_jax.scaling import fit, frontier
+from sae_jax.scaling.forms import FORMS, UnfitError
 from sae_jax.scaling.table import Point
 
 V = TypeVar("V")
 
+N_MINIMA = 4  # of iso-FLOP curves, from which the law of compute can be fitted
 N_RATES = 3  # that a width must have for its best one to be known
 NEAR = 0.05  # relative distance up to which tokens are as many as were asked for
 LINEAR = 0.02  # relative error up to which FLOP of a token are taken to be linear in n and k
@@ -39,14 +42,6 @@ class Fitted:
     x: tuple[np.ndarray, ...]  # f64[N] each
     y: np.ndarray  # f64[N]
     note: str = ""
-    without: fit.Law | None = None  # the same without its constant
-    has_constant: bool = False  # which of the two is better
-    verdict: str = ""  # and why
-
-    @property
-    def better(self) -> fit.Law:
-        """The law to predict by."""
-        return self.law if self.without is None or self.has_constant else self.without
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +56,8 @@ class Study:
     points: list[Point]  # of the variant
     at_k: list[Point]
     laws: dict[str, Fitted]
-    budgets: list[fit.Budget]
-    rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]]  # width -> rates, losses, their minimum
+    budgets: list[frontier.Budget]
+    rates: dict[int, tuple[np.ndarray, np.ndarray, frontier.Valley]]  # width -> rates, losses, their minimum
     flops_per_token: dict[str, float]
     lr_of_points: dict[str, float]  # coefficient * n^exponent through the rate of each width's best point
     warnings: list[str] = field(default_factory=list)
@@ -94,16 +89,12 @@ class Study:
 
     def draws(self) -> dict[str, list[list[float]]]:
         """The bootstrap draws of each law that is predicted by."""
-        return {name: np.round(fitted.better.draws, 9).tolist() for name, fitted in self.laws.items()}
+        return {name: np.round(fitted.law.draws, 9).tolist() for name, fitted in self.laws.items()}
 
     def _law(self, name: str) -> dict[str, Any] | None:
         if (fitted := self.laws.get(name)) is None:
             return None
-        content = {**fitted.law.to_json(), "note": fitted.note}
-        if fitted.without is not None:
-            content |= {"has_constant": fitted.has_constant, "verdict": fitted.verdict}
-            content["without_constant"] = fitted.without.to_json()
-        return content
+        return {**fitted.law.to_json(), "note": fitted.note}
 
 
 def study(
@@ -112,11 +103,13 @@ def study(
     site: str | None = None,
     k: int | None = None,
     tokens_per_latent: float | None = None,
+    leave_out: int | None = None,
 ) -> Study:
     """Fit every law that the points can identify. None = the variant, then the site, then the k, with most points.
 
     With `tokens_per_latent` the laws of width, and of width and k, are of points that learned from so many tokens a
-    latent.
+    latent. `leave_out` of the smallest budgets and widths do not count for the laws of compute and latents; None = as
+    many as are off the law of the others, by a test.
 
     Raises UsageError if no point has these, UserError if such points are of different activation sets.
     """
@@ -128,17 +121,19 @@ def study(
     def attempt(name: str, make: Callable[[], Fitted]) -> None:
         try:
             laws[name] = make()
-        except fit.UnfitError as reason:
+        except UnfitError as reason:
             warnings.append(f"{name}: left out: {reason}")
         else:
             fitted = laws[name]
-            warnings.extend(f"{name}: {doubt}" for doubt in fitted.better.warnings)
+            warnings.extend(f"{name}: {doubt}" for doubt in fitted.law.warnings)
 
-    budgets = fit.budgets(*_columns(at_k, "n_latents", "flops", "fvu"))
     rates, rate_note = _rates(at_k, warnings)
-    attempt("compute", lambda: _compute(at_k, warnings))
+    best, smooth_N = _believed(at_k, warnings)
+    n_N, flops_N = _columns(best, "n_latents", "flops")
+    budgets = frontier.budgets(n_N, flops_N, smooth_N)
+    attempt("compute", lambda: _compute(best, smooth_N, budgets, leave_out, warnings))
     attempt("best_latents", lambda: _best_latents(budgets))
-    attempt("latents", lambda: _latents(at_k, tokens_per_latent))
+    attempt("latents", lambda: _latents(at_k, tokens_per_latent, leave_out, warnings))
     attempt("tokens", lambda: _tokens(at_k))
     attempt("lr", lambda: _lr(rates, rate_note))
     if k is None:
@@ -201,28 +196,79 @@ def _by(points: Iterable[Point], *names: str) -> dict[tuple, list[Point]]:
     return dict(sorted(groups.items()))
 
 
-def _with_and_without(x_N: np.ndarray, loss_N: np.ndarray, note: str) -> Fitted:
-    law, without = fit.decay_constant(x_N, loss_N), fit.decay(x_N, loss_N)
-    has_constant, verdict = fit.better(law, without)
-    return Fitted(law, (x_N,), loss_N, note, without, has_constant, verdict)
+def _believed(at_k: list[Point], warnings: list[str]) -> tuple[list[Point], np.ndarray]:
+    """The best point of each width and mark over rates and seeds, and its error f64[N] by a smooth surface over all.
+
+    A point far off that surface does not count, and the next best takes its place: of many points the luckiest would
+    lead the frontier.
+    """
+    points = list(at_k)
+    while True:
+        best = [min(group, key=lambda point: point.fvu) for group in _by(points, "n_latents", "tokens").values()]
+        smooth_N, is_believed_N = frontier.smooth(*_columns(best, "n_latents", "tokens", "fvu"))
+        for point, smooth in zip(best, smooth_N, strict=True):
+            if not is_believed_N[best.index(point)]:
+                points.remove(point)
+                warnings.append(
+                    f"compute: {point.name} at {point.tokens:,} tokens is {point.fvu / smooth - 1:+.0%} off a smooth "
+                    f"surface through all points and does not count"
+                )
+        if is_believed_N.all():
+            return best, smooth_N
 
 
-def _compute(at_k: list[Point], warnings: list[str]) -> Fitted:
-    n_N, flops_N, fvu_N = _columns(at_k, "n_latents", "flops", "fvu")
-    on = fit.frontier(flops_N, fvu_N)
-    fitted = _with_and_without(flops_N[on], fvu_N[on], f"{len(on)} budgets on the frontier of {len(at_k)} points")
+def _decaying(name: str, x_N: np.ndarray, loss_N: np.ndarray, leave_out: int | None, warnings: list[str]) -> Fitted:
+    """The law of points without the smallest x, as many as asked, or as are off it."""
+    values = np.unique(x_N)
+    n_off = fit.n_smallest_off(x_N, loss_N)
+    n_out = n_off if leave_out is None else leave_out
+    if n_out >= len(values):
+        raise UnfitError(f"--leave-out={n_out} leaves nothing of {len(values)} {name}")
+    if n_off > n_out:
+        warnings.append(
+            f"{name}: {_smallest(values, n_off)} off the law of the larger ones; --leave-out={n_off} is due"
+        )
+    elif n_out:
+        why = "are off the law of the larger ones and" if leave_out is None else "were to be left out and"
+        warnings.append(f"{name}: {_smallest(values, n_out, why)} do not count")
+    keep_N = x_N >= values[n_out]
+    return Fitted(fit.decay_constant(x_N[keep_N], loss_N[keep_N]), (x_N[keep_N],), loss_N[keep_N])
+
+
+def _smallest(values: np.ndarray, n: int, what: str = "are") -> str:
+    return f"the smallest {n} ({', '.join(f'{value:.3g}' for value in values[:n])}) {what}"
+
+
+def _compute(
+    best: list[Point],
+    smooth_N: np.ndarray,
+    budgets: list[frontier.Budget],
+    leave_out: int | None,
+    warnings: list[str],
+) -> Fitted:
+    """Of the minima of iso-FLOP curves; where these are few, of points on the frontier, which lie a little higher."""
+    n_N, flops_N, fvu_N = _columns(best, "n_latents", "flops", "fvu")
+    on = frontier.frontier(flops_N, smooth_N)  # not by luck
+    inner = [budget for budget in budgets if not budget.best.at_edge]
+    if len(inner) >= N_MINIMA:
+        flops_N, fvu_N = (np.array(each) for each in zip(*((b.flops, b.best.loss) for b in inner), strict=True))
+        fitted = _decaying("compute", flops_N, fvu_N, leave_out, warnings)
+        note = f"{len(fitted.y)} budgets, at the minima of their iso-FLOP curves"
+    else:
+        fitted = _decaying("compute", flops_N[on], fvu_N[on], leave_out, warnings)
+        note = f"{len(fitted.y)} budgets on the frontier of {len(best)} points"
     if widest := int((n_N[on] == n_N.max()).sum()):
         warnings.append(
             f"compute: {widest} of {len(on)} budgets are best spent on the largest width, {int(n_N.max())}: wider "
             f"autoencoders may do better there"
         )
-    return fitted
+    return dataclasses.replace(fitted, note=note)
 
 
-def _best_latents(budgets: list[fit.Budget]) -> Fitted:
+def _best_latents(budgets: list[frontier.Budget]) -> Fitted:
     inner = [budget for budget in budgets if not budget.best.at_edge]
     if len(inner) < 2:
-        raise fit.UnfitError(
+        raise UnfitError(
             f"{len(inner)} of {len(budgets)} budgets have their best width between two others, and 2 are needed; add "
             f"widths beyond the best ones, and token marks at which they cost the same"
         )
@@ -247,7 +293,7 @@ def _settled(
     else:
         shared = set.intersection(*({point.tokens for point in group} for group in groups.values()))
         if not shared:
-            raise fit.UnfitError(
+            raise UnfitError(
                 f"{n_done} of {len(groups)} are trained to convergence, and there are no tokens at which all were "
                 f"measured"
             )
@@ -266,34 +312,43 @@ def _in_proportion(groups: list[list[Point]], per_latent: float) -> tuple[list[P
     best = [min(group, key=lambda point: (distance(point), point.fvu)) for group in near if group]
     note = f"at {per_latent:g} tokens a latent"
     if not best:
-        raise fit.UnfitError(f"no point is {note}, to {NEAR:.0%}")
+        raise UnfitError(f"no point is {note}, to {NEAR:.0%}")
     if len(best) < len(groups):
         note += f"; {len(groups) - len(best)} of {len(groups)} were not measured there and are left out"
     return best, note
 
 
-def _latents(at_k: list[Point], per_latent: float | None) -> Fitted:
-    best, note = _settled(at_k, ("n_latents",), fit.FORMS["decay_constant"].distinct["x"], per_latent)
+def _latents(at_k: list[Point], per_latent: float | None, leave_out: int | None, warnings: list[str]) -> Fitted:
+    best, note = _settled(at_k, ("n_latents",), FORMS["decay_constant"].distinct["x"], per_latent)
     n_N, fvu_N = _columns(best, "n_latents", "fvu")
-    return _with_and_without(n_N, fvu_N, f"{len(best)} widths {note}")
+    fitted = _decaying("latents", n_N, fvu_N, leave_out, warnings)
+    return dataclasses.replace(fitted, note=f"{len(fitted.y)} widths {note}")
 
 
 def _tokens(at_k: list[Point]) -> Fitted:
     done = _by([point for point in at_k if point.converged], "n_latents")
     best = [min(group, key=lambda point: point.fvu) for group in done.values()]
     if len(best) < 2:
-        raise fit.UnfitError(f"{len(best)} widths are trained to convergence, and 2 are needed")
+        raise UnfitError(f"{len(best)} widths are trained to convergence, and 2 are needed")
     n_N, tokens_N = _columns(best, "n_latents", "tokens")
-    return Fitted(fit.growth(n_N, tokens_N), (n_N,), tokens_N, f"{len(best)} widths trained to convergence")
+    # Convergence is seen at a mark, and was reached after the one before.
+    before_N = np.array(
+        [max((p.tokens for p in at_k if p.name == at.name and p.tokens < at.tokens), default=0) for at in best],
+        np.float64,
+    )
+    note = f"{len(best)} widths trained to convergence, each between two marks"
+    return Fitted(fit.growth(n_N, tokens_N, before_N), (n_N,), tokens_N, note)
 
 
 def _joint(points: list[Point], per_latent: float | None) -> Fitted:
-    best, note = _settled(points, ("n_latents", "k"), len(fit.FORMS["joint"].coefficients) + 1, per_latent)
+    best, note = _settled(points, ("n_latents", "k"), len(FORMS["joint"].coefficients) + 1, per_latent)
     n_N, k_N, fvu_N = _columns(best, "n_latents", "k", "fvu")
     return Fitted(fit.joint(n_N, k_N, fvu_N), (n_N, k_N), fvu_N, f"{len(best)} pairs of n and k {note}")
 
 
-def _rates(at_k: list[Point], warnings: list[str]) -> tuple[dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], str]:
+def _rates(
+    at_k: list[Point], warnings: list[str]
+) -> tuple[dict[int, tuple[np.ndarray, np.ndarray, frontier.Valley]], str]:
     """For each width with enough rates: the rates, their errors (means over seeds) at common tokens, the minimum."""
     widths = {n: _by(group, "lr") for (n,), group in _by(at_k, "n_latents").items()}
     widths = {n: rates for n, rates in widths.items() if len(rates) >= N_RATES}
@@ -305,7 +360,7 @@ def _rates(at_k: list[Point], warnings: list[str]) -> tuple[dict[int, tuple[np.n
     for n, rates in widths.items():
         errors = [np.mean([p.fvu for p in group if p.tokens == max(shared)]) for group in rates.values()]
         lr_N, fvu_N = np.array([lr for (lr,) in rates]), np.array(errors)
-        searches[n] = (lr_N, fvu_N, fit.valley(lr_N, fvu_N))
+        searches[n] = (lr_N, fvu_N, frontier.valley(lr_N, fvu_N))
         if searches[n][2].at_edge:
             warnings.append(
                 f"lr: the best rate at n_latents={n} is the {'smallest' if fvu_N.argmin() == 0 else 'largest'} of the "
@@ -314,10 +369,10 @@ def _rates(at_k: list[Point], warnings: list[str]) -> tuple[dict[int, tuple[np.n
     return searches, f"at {max(shared):,} tokens"
 
 
-def _lr(rates: dict[int, tuple[np.ndarray, np.ndarray, fit.Valley]], note: str) -> Fitted:
+def _lr(rates: dict[int, tuple[np.ndarray, np.ndarray, frontier.Valley]], note: str) -> Fitted:
     inner = {n: best for n, (_, _, best) in rates.items() if not best.at_edge}
     if len(inner) < 2:
-        raise fit.UnfitError(
+        raise UnfitError(
             f"{len(inner)} widths have their best rate between two others, and 2 are needed, each with at least "
             f"{N_RATES} rates at the same tokens"
         )

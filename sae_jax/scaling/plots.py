@@ -59,18 +59,25 @@ def _latents(axis: Any, study: Study) -> None:
 
 
 def _law(axis: Any, fitted: Fitted) -> None:
-    """Points, the better law a little beyond them, its interval, and the other law."""
+    """Points, the law a little beyond them, and its interval."""
     (x_N,) = fitted.x
-    x = np.geomspace(x_N.min() / 1.5, x_N.max() * 4, 100)
-    law = fitted.better
-    axis.plot(x_N, fitted.y, "o", color="C0", markersize=4, label="fitted points")
-    axis.plot(x, law.predict(x), color="C1", label=law.form.replace("_", " + "))
+    x, law = np.geomspace(x_N.min() / 1.5, x_N.max() * 4, 100), fitted.law
+    out = list(law.outliers)
+    axis.plot(np.delete(x_N, out), np.delete(fitted.y, out), "o", color="C0", markersize=4, label="fitted points")
+    if out:
+        axis.plot(x_N[out], fitted.y[out], "x", color="C3", label="outliers, which do not count")
+    axis.plot(x, law.predict(x), color="C1", label=_formula(law))
     if len(law.draws):
         low, high = np.quantile(law.draw(x), (0.5 - fit.LEVEL / 2, 0.5 + fit.LEVEL / 2), axis=0)
         axis.fill_between(x, low, high, color="C1", alpha=0.2, linewidth=0, label=f"{fit.LEVEL:.0%} interval")
-    if fitted.without is not None:
-        other = fitted.without if fitted.has_constant else fitted.law
-        axis.plot(x, other.predict(x), "--", color="0.4", linewidth=1, label=other.form.replace("_", " + "))
+
+
+def _formula(law: fit.Law) -> str:
+    constant = law.coefficients.get("constant", 0.0)
+    return (
+        f"{constant:.3g} + " * (constant > 0)
+        + f"{law.coefficients['coefficient']:.3g} $x^{{-{law.coefficients['exponent']:.3g}}}$"
+    )
 
 
 def _isoflop(axis: Any, study: Study) -> None:
@@ -112,7 +119,7 @@ def _residuals(axis: Any, study: Study) -> None:
         if (fitted := study.laws.get(name)) is None:
             continue
         order = np.argsort(fitted.x[0], kind="stable")
-        above_N = 100 * (fitted.y / fitted.better.predict(*fitted.x) - 1)
+        above_N = 100 * (fitted.y / fitted.law.predict(*fitted.x) - 1)
         axis.plot(np.linspace(0, 1, len(order)), above_N[order], ".-", linewidth=0.5, label=name)
     axis.axhline(0, color="0.4", linewidth=1)
     axis.set(xscale="linear", yscale="linear", title=study.variant)

@@ -20,6 +20,7 @@ FORMULAS = {
     "joint": "FVU of n and k: exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)",
 }
 WIDTH = 120
+NOISIER = 3.0  # is worth saying
 
 
 def render(study: Study) -> str:
@@ -53,17 +54,17 @@ def render(study: Study) -> str:
 def _law(console: Console, formula: str, fitted: Fitted) -> None:
     console.print(formula)
     table = Table("", "value", "90 % interval")
-    laws = [("", fitted.law)] + ([("without: ", fitted.without)] if fitted.without else [])
-    for prefix, law in laws:
-        for name, value in law.coefficients.items():
-            ends = law.interval.get(name)
-            table.add_row(prefix + name, f"{value:.5g}", f"{ends[0]:.5g} to {ends[1]:.5g}" if ends else "none")
+    law = fitted.law
+    for name, value in law.coefficients.items():
+        ends = law.interval.get(name)
+        table.add_row(name, f"{value:.5g}", f"{ends[0]:.5g} to {ends[1]:.5g}" if ends else "none")
     console.print(table)
     console.print(fitted.note)
-    if fitted.verdict:
-        console.print(fitted.verdict)
-    law = fitted.better
+    if law.chance is not None:
+        console.print(f"that the error does not fall to nought has a probability of {law.chance:.2f}")
     quality = f"R2 of ln {law.r2:.5f}, residuals {law.rmse_log:.2%}"
+    if law.noise_growth > NOISIER:
+        quality += f", {law.noise_growth:.1f} times as noisy at the largest as at the smallest"
     if law.largest_out is not None:
         quality += f"; the largest, predicted without it, is off by {law.largest_out:.2%}"
         if law.carried is not None:

@@ -23,6 +23,8 @@ import dataclasses
 import itertools
 import re
 import shutil
+import time
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +74,7 @@ class Checkpoints:
         self._forget_what_was_cut()
         self._set_unreadable_aside()
         _keep_no_counters()
+        _time_by_a_clock_that_nobody_sets()
         self._lease.check()  # Orbax removes what it has not put in place
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
@@ -381,6 +384,15 @@ def _keep_no_counters() -> None:
 
         # Orbax logs nothing of 0.
         tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0  # pyrefly: ignore[bad-assignment]
+
+
+def _time_by_a_clock_that_nobody_sets() -> None:
+    """Orbax gives a save up that takes too long by the time of day, which also jumps when a computer wakes up."""
+    with contextlib.suppress(ImportError):
+        from orbax.checkpoint._src.futures import future, signaling_client
+
+        clock: Any = types.SimpleNamespace(**{**vars(time), "time": time.monotonic})
+        future.time = signaling_client.time = clock
 
 
 def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:

@@ -16,6 +16,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 DECAY = 0.2  # share of a run over which its rate falls
 MAX_DEAD_AFTER = 10_000_000  # tokens (Gao et al. 2024, arXiv 2406.04093, A.3)
 SHORT_RUN = 1.1  # rate of a run of few steps, times the cube root of its latents and the root of its steps
+FITTED = 8192  # latents up to which that was measured
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
@@ -139,12 +140,15 @@ def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
 
     A variant's own rate is that of its authors at their width, and falls as the root of the number of latents (Gao et
     al. 2024, arXiv 2406.04093, A.3). It is for runs of many steps. What short runs need is fitted to TopK of 256 to
-    8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py); elsewhere it is a guess.
+    8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py); elsewhere it is a guess, which
+    falls as theirs beyond that width.
     """
     if config.lr is not None:
         return config.lr
     own = sae.ADAM.lr * math.sqrt(sae.ADAM.n_latents / sae.n_latents)
-    return max(own, SHORT_RUN / sae.n_latents ** (1 / 3) / math.sqrt(config.steps))
+    beyond = max(1.0, sae.n_latents / FITTED)
+    short = SHORT_RUN / (sae.n_latents / beyond) ** (1 / 3) / beyond ** (1 / 2) / math.sqrt(config.steps)
+    return max(own, short)
 
 
 def hyperparameters(config: TrainConfig, sae: SaeConfig) -> Hyperparameters:
