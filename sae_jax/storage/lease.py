@@ -87,6 +87,12 @@ class Lease:
         newest = None if self._path is None else self._newest()
         return "" if newest is None else _named(_parse(newest.content))
 
+    def forget_the_dead(self) -> None:
+        """Remove what a holder that died just before its end has left, where there is nothing more to do for others."""
+        with contextlib.suppress(OSError, UserError):
+            if self._path is not None and (holder := self._newest()) is not None and not self._lives(holder):
+                delete(self._file(holder.number))
+
     def __enter__(self) -> Self:
         if self._path is not None:
             if not is_url(self._path):

@@ -18,6 +18,7 @@ from sae_jax.commands import main as cli
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import unseen_rows
 from sae_jax.scaling import table
+from sae_jax.storage import Lease
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -107,6 +108,15 @@ def test_killed_at_any_moment_it_goes_on(work: Path) -> None:
     assert code == 3, said
     assert times
     assert found(work / "killed") == found(work / "whole")
+
+
+def test_a_worker_that_died_at_the_end_of_a_pass_leaves_no_lease(work: Path) -> None:
+    """Nobody has to succeed it, as the pass is done."""
+    (path,) = (work / "whole" / "passes").glob("*/config.json")
+    left = path.with_name("owner.0.json")
+    left.write_text(json.dumps({**Lease(left, "a pass")._me, "pid": 2**22 + 1}))  # no process has such a number
+    assert sweep(work, work / "recipe.yaml", "whole") == 3
+    assert not left.exists()
 
 
 @pytest.mark.long
