@@ -141,13 +141,14 @@ ClearRows = Callable[[Any, jax.Array, tuple[str, ...]], Any]
 
 
 class Adam(NamedTuple):
-    """What a variant's authors train it with, in runs of many steps; `train.*` overrides each."""
+    """What a variant's authors train it with, in runs of many steps, and ours of few; `train.*` overrides each."""
 
     lr: float = 2e-4
     n_latents: int = 2**14  # at this width; it falls as the square root of their number
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
+    short_run: float = 1.1  # rate of a run of few steps, times the cube root of its latents and the root of its steps
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Config(L1Config):
     variant: Literal["gated"] = "gated"
 
     START: ClassVar[float] = 0.85
-    ADAM: ClassVar[Adam] = Adam(lr=3e-4, n_latents=2**17, beta1=0.0, eps=1e-8)
+    ADAM: ClassVar[Adam] = Adam(lr=3e-4, n_latents=2**17, beta1=0.0, eps=1e-8, short_run=1.5)
 
     def init(self, key: jax.Array, sample: Sample) -> Gated:
         """Encoder = transposed decoder of uniform rows, of norm 1; b_dec = geometric median; all else 0."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jax import lax
 from sae_jax import mesh
 from sae_jax.ops import resample, sparse, tiled, tuning
 from sae_jax.saes import base, init, losses, penalty
-from sae_jax.saes.base import AbstractSae, Batch, ClearRows, Context, Counters, Outcome, Updated
+from sae_jax.saes.base import AbstractSae, Adam, Batch, ClearRows, Context, Counters, Outcome, Updated
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
 from sae_jax.saes.penalty import L1Config
@@ -48,6 +48,7 @@ class Config(L1Config):
     """ReLU with an L1 penalty."""
 
     variant: Literal["relu"] = "relu"
+    ADAM: ClassVar[Adam] = Adam(short_run=1.5)
     resample_steps: tuple[int, ...] = ()
     """numbers of steps after which dead latents are resampled (25k, 50k, 75k and 100k in the paper); none = never"""
     resample_inputs: int = 819_200

@@ -36,7 +36,7 @@ class Config(L1Config):
 
     variant: Literal["relu_norm"] = "relu_norm"
 
-    ADAM: ClassVar[Adam] = Adam(lr=5e-5, n_latents=2**17, eps=1e-8)
+    ADAM: ClassVar[Adam] = Adam(lr=5e-5, n_latents=2**17, eps=1e-8, short_run=1.5)
 
     def init(self, key: jax.Array, sample: Sample) -> ReluNorm:
         """Decoder rows in random directions and of norm 0.1, encoder = transposed decoder, biases 0."""

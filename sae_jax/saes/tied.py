@@ -43,7 +43,7 @@ class Config(L1Config):
     error: losses.Error = "mean"
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=1e-3, n_latents=2048, eps=1e-8)
+    ADAM: ClassVar[Adam] = Adam(lr=1e-3, n_latents=2048, eps=1e-8, short_run=1.5)
 
     def init(self, key: jax.Array, sample: Sample) -> Tied:
         """Xavier-uniform rows, then of norm 1; biases 0, or such that 128 latents are active if the penalty is led."""

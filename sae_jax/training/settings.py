@@ -15,8 +15,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 DECAY = 0.2  # share of a run over which its rate falls
 MAX_DEAD_AFTER = 10_000_000  # tokens (Gao et al. 2024, arXiv 2406.04093, A.3)
-SHORT_RUN = 1.1  # rate of a run of few steps, times the cube root of its latents and the root of its steps
-FITTED = 8192  # latents up to which that was measured
+FITTED = 8192  # latents up to which rates of short runs were measured
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
@@ -140,14 +139,14 @@ def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
 
     A variant's own rate is that of its authors at their width, and falls as the root of the number of latents (Gao et
     al. 2024, arXiv 2406.04093, A.3). It is for runs of many steps. What short runs need is fitted to TopK of 256 to
-    8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py); elsewhere it is a guess, which
-    falls as theirs beyond that width.
+    8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py), and 1.5 / 1.1 times as much for
+    L1 penalties at 1,024 latents; elsewhere it is a guess, which falls as theirs beyond FITTED.
     """
     if config.lr is not None:
         return config.lr
     own = sae.ADAM.lr * math.sqrt(sae.ADAM.n_latents / sae.n_latents)
     beyond = max(1.0, sae.n_latents / FITTED)
-    short = SHORT_RUN / (sae.n_latents / beyond) ** (1 / 3) / beyond ** (1 / 2) / math.sqrt(config.steps)
+    short = sae.ADAM.short_run / (sae.n_latents / beyond) ** (1 / 3) / beyond ** (1 / 2) / math.sqrt(config.steps)
     return max(own, short)
 
 

@@ -63,6 +63,10 @@ def test_learning_rate_rule():
     narrow, wide = (learning_rate(short, topk.Config(n_latents=n)) for n in (2**9, 2**12))
     assert 2e-4 < narrow / 2 == pytest.approx(wide)
     assert learning_rate(TrainConfig(steps=4000), topk.Config(n_latents=2**9)) == pytest.approx(narrow / 2)
+    # Beyond the widths that were measured as the paper's, so that its own runs have its own rate.
+    widest = [learning_rate(short, topk.Config(n_latents=n)) for n in (2**20, 2**22)]
+    assert widest[0] == pytest.approx(2 * widest[1])
+    assert learning_rate(TrainConfig(steps=300_000), topk.Config(n_latents=2**24)) == pytest.approx(2e-4 / 32)
     # Each family has its authors' rate at their width.
     for variant, n_latents, lr in (("relu_norm", 2**17, 5e-5), ("gated", 2**17, 3e-4), ("tied", 2048, 1e-3)):
         assert learning_rate(long, base.config_class(variant)(n_latents=n_latents)) == pytest.approx(lr)
