@@ -111,6 +111,32 @@ def test_the_scale_of_the_rows_changes_nothing(config, planted):
     assert bits(saes[1]) == bits(saes[0]) == bits(saes[2])
 
 
+@pytest.mark.long
+def test_nor_does_it_over_two_hundred_steps(config, planted):
+    """To the bit by powers of two; by powers of ten, which round, to what is asked of a dictionary."""
+    if config.learns != "rows":
+        pytest.skip("the model says how large rows are")
+    step = programs(config)[1]
+
+    def trained(factor):
+        rows, seen = np.float32(factor * planted), []
+        state = start(config, rows, config.input_norm)
+        for t in range(200):
+            of_step = np.random.default_rng(t).permutation(len(rows))[:B]
+            state, metrics = step(state, batch_for(config, rows[of_step]), lr=None)
+            seen.append([float(metrics[name]) for name in ("fvu", "l0", "dead_fraction")])
+        return state, np.mean(seen[-50:], axis=0)
+
+    plain, (fvu, l0, dead) = trained(1.0)
+    for factor in (2.0**-20, 2.0**-10, 2.0**10, 2.0**20):
+        assert bits(trained(factor)[0].sae) == bits(plain.sae), factor
+    for factor in (1e-6, 1e-3, 1e3, 1e6):
+        found = trained(factor)[1]
+        assert found[0] == pytest.approx(fvu, rel=0.01), factor
+        assert found[1] == pytest.approx(l0, rel=0.02), factor
+        assert found[2] == pytest.approx(dead, abs=0.01), factor
+
+
 def test_jit_changes_nothing(config, planted):
     """Nor does a config that says of coefficients only whether they are 0, as that of a state in training does."""
     state = start(config, planted)
