@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import re
 import shutil
+import sys
 import time
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -388,11 +389,10 @@ def _keep_no_counters() -> None:
 
 def _time_by_a_clock_that_nobody_sets() -> None:
     """Orbax gives a save up that takes too long by the time of day, which also jumps when a computer wakes up."""
-    with contextlib.suppress(ImportError):
-        from orbax.checkpoint._src.futures import future, signaling_client
-
-        clock: Any = types.SimpleNamespace(**{**vars(time), "time": time.monotonic})
-        future.time = signaling_client.time = clock
+    clock = types.SimpleNamespace(**{**vars(time), "time": time.monotonic})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("orbax.checkpoint.") and getattr(module, "time", None) is time:
+            module.time = clock  # pyrefly: ignore[missing-attribute]
 
 
 def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -277,6 +278,17 @@ def test_descriptors_and_threads_do_not_grow_with_saves(copied: Path) -> None:
     assert counts[-1] <= counts[4]
     assert runs.checkpoints(copied) == [310, 311]
     assert [path.name for path in (copied / "checkpoints").iterdir() if not path.name.isdigit()] == []
+
+
+def test_the_time_of_day_may_jump_while_a_save_is_under_way(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a computer wakes up, or asks others for the time: Orbax takes it for a save that takes too long."""
+    state, now = runs.state_of(copied), time.time()
+    days = itertools.count()
+    with Checkpoints(copied) as checkpoints:
+        monkeypatch.setattr(time, "time", lambda: now + 24 * 3600 * next(days))
+        checkpoints.save(300, {"": state})
+        checkpoints.wait()
+    assert runs.checkpoints(copied) == [200, 300]
 
 
 @pytest.mark.parametrize("damage", [_empty, _of_another_type, _halve("run/manifest.ocdbt")], ids=range(3))
