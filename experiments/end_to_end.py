@@ -45,6 +45,7 @@ import tyro
 from bundled import demo_recipe, harvested
 
 import sae_jax
+from sae_jax import figures
 from sae_jax.progress import console
 
 matplotlib.use("Agg")
@@ -116,14 +117,19 @@ def name(kind: str, rate: float) -> str:
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """What the model loses against what is left of the activations, a point for each run, full for the chosen ones."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for kind, chosen in results.items():
         colour = axes.scatter([], [], label=kind).get_facecolor()
         for row in chosen["all"]:
             face = colour if row["lr"] == chosen["lr"] else "none"
             axes.scatter(row["fvu"], row["ce_sae"] - row["ce_clean"], facecolors=face, edgecolors=colour)
-    axes.set(xlabel="variance unexplained at the site", ylabel="cross-entropy lost, nats a token", xscale="log")
-    axes.legend()
+    for face, label in (("0.4", "at the rate that was chosen"), ("none", "at other rates")):
+        axes.scatter([], [], facecolors=face, edgecolors="0.4", label=label)
+    axes.set(xlabel="FVU at the site, share of variance", ylabel="cross-entropy lost, nats a token", xscale="log")
+    figures.label_logarithmic(axes.xaxis)
+    axes.set_title("What does the model lose, beside what is left of the activations?", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -38,6 +38,7 @@ from bundled import demo_recipe, harvested, held_out_rows
 from rich.table import Table
 
 import sae_jax
+from sae_jax import figures
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.progress import plain_console
 
@@ -150,9 +151,19 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         members = [found for found in results if found["variant"] == variant]
         axis.plot([m["l0"] for m in members], [m["fvu"] for m in members], "o", color=f"C{i}", markersize=3, alpha=0.4)
         axis.plot(*front(results, variant).T, color=f"C{i}", label=variant)
-    axis.set(xscale="log", yscale="log", xlabel="active latents a token", ylabel="FVU of held-out rows")
+    axis.plot([], [], "o", color="0.4", markersize=3, alpha=0.4, label="one dictionary")
+    axis.plot([], [], color="0.4", label="the best of a variant, joined")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="L0, active latents a token",
+        ylabel="FVU of held-out rows, share of variance",
+    )
+    axis.set_title("What do the variants leave unexplained with as many active latents?", fontsize=10)
+    for each in (axis.xaxis, axis.yaxis):
+        figures.label_logarithmic(each)
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -29,12 +29,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import tyro
 from bundled import demo_recipe, harvested, held_out_rows
 
 import sae_jax
+from sae_jax import figures
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.progress import console
 
@@ -89,17 +91,30 @@ def main(config: Config) -> None:
         console.print("  ".join(f"{key} {value:.4g}" for key, value in results[-1].items()))
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for lr in config.rates:
+    plot(results, config.out / "norm_l1.png")
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """FVU against L0, a line for each rate, its coefficients written beside the points."""
+    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    for lr in sorted({found["lr"] for found in results}):
         own = [found for found in results if found["lr"] == lr]
         axis.plot([found["l0"] for found in own], [found["fvu"] for found in own], "o-", label=f"rate {lr:g}")
         for found in own:
-            axis.annotate(f"  {found['coefficient']:g}", (found["l0"], found["fvu"]))
-    axis.set(xscale="log", xlabel="active latents a token", ylabel="FVU of held-out rows", ylim=(0, 1))
+            axis.annotate(f"  {found['coefficient']:g}", (found["l0"], found["fvu"]), fontsize=8)
+    title = "What does a larger L1 coefficient cost?\nrelu_norm, bundled model; the numbers are coefficients"
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="L0, active latents a token",
+        ylabel="FVU of held-out rows, share of variance",
+    )
+    axis.set_title(title, fontsize=10)
+    figures.label_logarithmic(axis.yaxis)
     axis.set(xticks=(ticks := (1, 2, 5, 10, 20, 50)), xticklabels=ticks)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(config.out / "norm_l1.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

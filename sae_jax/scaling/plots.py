@@ -12,6 +12,7 @@ from sae_jax import figures
 from sae_jax.scaling import fit
 from sae_jax.scaling.laws import Fitted, Study
 
+FVU = "FVU of held-out rows, share of variance"
 N_WIDTHS = 6  # curves of the joint law that are told apart by colour
 
 
@@ -49,13 +50,15 @@ def draw(study: Study, folder: Path) -> list[Path]:
 def _compute(axis: Any, study: Study) -> None:
     axis.plot([p.flops for p in study.at_k], [p.fvu for p in study.at_k], ".", color="0.8", label="all points")
     _law(axis, study.laws["compute"])
-    axis.set(xlabel="FLOP", ylabel="FVU", title=_title(study))
+    axis.set(xlabel="FLOP of training", ylabel=FVU)
+    _title(axis, study, "What does compute buy?")
 
 
 def _latents(axis: Any, study: Study) -> None:
     _law(axis, study.laws["latents"])
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="latents", ylabel="FVU", title=_title(study))
+    axis.set(xlabel="latents", ylabel=FVU)
+    _title(axis, study, "What does width buy?")
 
 
 def _law(axis: Any, fitted: Fitted) -> None:
@@ -84,11 +87,24 @@ def _isoflop(axis: Any, study: Study) -> None:
     for i, budget in enumerate(study.budgets):
         colour = f"C{i % 10}"
         axis.plot(budget.n, budget.loss, ".-", color=colour, linewidth=1, label=f"{budget.flops:.2g} FLOP")
-        if not budget.best.at_edge:
+        if budget.best.at_edge:
+            axis.plot(budget.best.x, budget.best.loss, "o", color=colour, markerfacecolor="none", markersize=8)
+        else:
             axis.plot(budget.best.x, budget.best.loss, "*", color=colour, markersize=10)
     _explain_stars(axis, "widths")
+    axis.plot(
+        [],
+        [],
+        "o",
+        color="0.3",
+        markerfacecolor="none",
+        markersize=8,
+        linestyle="none",
+        label="the best, at the edge: may lie beyond",
+    )
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="latents", ylabel="FVU", title=_title(study))
+    axis.set(xlabel="latents", ylabel=FVU)
+    _title(axis, study, "Which width is best for a budget?")
 
 
 def _joint(axis: Any, study: Study) -> None:
@@ -102,7 +118,9 @@ def _joint(axis: Any, study: Study) -> None:
         axis.plot(k_N[at], fitted.y[at], "o", color=f"C{i}", markersize=4, label=f"n = {int(n)}")
         axis.plot(k, fitted.law.predict(n, k), color=f"C{i}", linewidth=1)
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="k", ylabel="FVU", title=f"{study.variant}: the joint law")
+    axis.plot([], [], color="0.4", linewidth=1, label="the law")
+    axis.set(xlabel="k, active latents a row", ylabel=FVU)
+    _title(axis, study, "What do width and active latents buy together?", at_k=False)
 
 
 def _rates(axis: Any, study: Study) -> None:
@@ -111,7 +129,8 @@ def _rates(axis: Any, study: Study) -> None:
         if not best.at_edge:
             axis.plot(best.x, best.loss, "*", color=f"C{i % 10}", markersize=10)
     _explain_stars(axis, "rates")
-    axis.set(xlabel="learning rate", ylabel="FVU", title=_title(study))
+    axis.set(xlabel="learning rate", ylabel=FVU)
+    _title(axis, study, "Which learning rate is best for a width?")
 
 
 def _residuals(axis: Any, study: Study) -> None:
@@ -122,7 +141,8 @@ def _residuals(axis: Any, study: Study) -> None:
         above_N = 100 * (fitted.y / fitted.law.predict(*fitted.x) - 1)
         axis.plot(np.linspace(0, 1, len(order)), above_N[order], ".-", linewidth=0.5, label=name)
     axis.axhline(0, color="0.4", linewidth=1)
-    axis.set(xscale="linear", yscale="linear", title=study.variant)
+    axis.set(xscale="linear", yscale="linear")
+    _title(axis, study, "Do the points follow their laws?", at_k=False)
     axis.set(xlabel="points, from the smallest budget or width to the largest", ylabel="point above its law, %")
 
 
@@ -131,5 +151,7 @@ def _explain_stars(axis: Any, tried: str) -> None:
     axis.plot([], [], "*", color="0.3", markersize=10, linestyle="none", label=label)
 
 
-def _title(study: Study) -> str:
-    return study.variant if study.k is None else f"{study.variant}, k = {study.k}"
+def _title(axis: Any, study: Study, question: str, at_k: bool = True) -> None:
+    site = f" of {study.site}" if study.site else ""
+    k = f", k = {study.k}" if at_k and study.k is not None else ""
+    axis.set_title(f"{question}\n{study.variant}{site}{k}", fontsize=10)

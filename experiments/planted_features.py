@@ -1,0 +1,87 @@
+"""Are planted features found with the defaults alone?
+
+Question: rows of a few of G unit features in d dimensions, G twice to three times d. A user sets the variant, twice as
+many latents as there are features, and how many are active at a time. How near does the nearest decoder row come to
+each feature, on average?
+Guess: 0.9 for topk, batch_topk and gated, 0.85 for matryoshka, relu, relu_norm, jumprelu and tied.
+Command: python experiments/planted_features.py --out OUT
+Answer: not run in full yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.table import Table
+
+import sae_jax
+from sae_jax.evaluation.dictionaries import closest
+from sae_jax.evaluation.evaluate import on_rows
+from sae_jax.progress import plain_console
+from sae_jax.testbeds import SparseFeatures
+
+VARIANTS = ("topk", "batch_topk", "gated", "matryoshka", "relu", "relu_norm", "jumprelu", "tied")
+BEDS = (  # all features fire equally often
+    SparseFeatures(d_model=64, n_features=128, mean_active=4, decay=1.0),
+    SparseFeatures(d_model=96, n_features=256, mean_active=6, decay=1.0),
+    SparseFeatures(d_model=128, n_features=384, mean_active=12, decay=1.0),
+)
+ROWS, UNSEEN = 262_144, 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which, and how long."""
+
+    out: Path = Path("build/planted_features")
+    """Folder for results.json."""
+    variants: tuple[str, ...] = VARIANTS
+    """Which to train."""
+    steps: int = 1500
+    """Optimiser steps, of 1,024 rows."""
+    smoke: bool = False
+    """Twenty steps on one bed: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train all on each bed in one pass, write OUT/results.json."""
+    steps, n_rows, beds = (20, 4096, BEDS[:1]) if config.smoke else (config.steps, ROWS, BEDS)
+    config.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for bed in beds:
+        rng, active = np.random.default_rng(1), int(bed.mean_active)
+        rows_ND, unseen_ND = bed.draw(n_rows, rng).rows, bed.draw(UNSEEN, rng).rows
+        members = {variant: {"variant": variant, **number(variant, active)} for variant in config.variants}
+        settings = {"n_latents": 2 * bed.n_features, "steps": steps, "batch_size": 1024, "ema": 0.0, "dtype": "float32"}
+        for variant, d in sae_jax.train_members(rows_ND, members, **settings).items():
+            found = on_rows(d.sae, unseen_ND)
+            cosine_G = closest(bed.directions, np.asarray(d.w_dec))[1]
+            where = {"d_model": bed.d_model, "n_features": bed.n_features, "active": active, "variant": variant}
+            measured = {"cosine": float(cosine_G.mean()), "found": float((cosine_G > 0.9).mean())}
+            results.append({**where, **measured, **{name: found[name] for name in ("l0", "fvu", "silent_fraction")}})
+        (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+
+
+def number(variant: str, active: int) -> dict[str, Any]:
+    """How a variant is told how many latents are active."""
+    return {"k": active} if variant in ("topk", "batch_topk", "matryoshka") else {"target_l0": float(active)}
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """A line each."""
+    table = Table("d", "features", "active", "variant", "cosine", "above 0.9", "L0", "FVU", "silent")
+    for row in results:
+        of_bed = (str(row[name]) for name in ("d_model", "n_features", "active", "variant"))
+        numbers = f"{row['cosine']:.3f}", f"{row['found']:.1%}", f"{row['l0']:.1f}", f"{row['fvu']:.4f}"
+        table.add_row(*of_bed, *numbers, f"{row['silent_fraction']:.1%}")
+    plain_console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
