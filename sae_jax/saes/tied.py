@@ -38,12 +38,14 @@ class Config(L1Config):
     """Tied ReLU with an L1 penalty."""
 
     variant: Literal["tied"] = "tied"
+    sparsity_warmup: float = 0.35
+    """share of the run, the first, over which the penalty rises from 0: rows turn before it takes latents away"""
     centre: bool = True
     """subtract the mean of a first sample, and add it to outputs"""
     error: losses.Error = "mean"
     """which squared error the coefficient stands beside, see saes/losses.py"""
 
-    ADAM: ClassVar[Adam] = Adam(lr=1e-3, n_latents=2048, eps=1e-8, short_run=1.5)
+    ADAM: ClassVar[Adam] = Adam(lr=1e-3, n_latents=2048, eps=1e-8, short_run=2.2)
 
     def init(self, key: jax.Array, sample: Sample) -> Tied:
         """Xavier-uniform rows, then of norm 1; biases 0, or such that 128 latents are active if the penalty is led."""

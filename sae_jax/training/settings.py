@@ -139,8 +139,8 @@ def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
 
     A variant's own rate is that of its authors at their width, and falls as the root of the number of latents (Gao et
     al. 2024, arXiv 2406.04093, A.3). It is for runs of many steps. What short runs need is fitted to TopK of 256 to
-    8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py), and 1.5 / 1.1 times as much for
-    L1 penalties at 1,024 latents; elsewhere it is a guess, which falls as theirs beyond FITTED.
+    8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py), and up to twice as much for L1
+    penalties at 1,024 latents; elsewhere it is a guess, which falls as theirs beyond FITTED.
     """
     if config.lr is not None:
         return config.lr
