@@ -4,12 +4,11 @@ Question: do open descriptors, threads and resident memory of a process grow wit
 the steps that it takes, and with the shards that it writes or harvests?
 Guess: no; a thousand of each leave as many descriptors and threads as a few did, and memory within a few MiB.
 Command: python experiments/faults/saves.py --out OUT      (--without "ended saves": to see it find something)
-Answer: descriptors and threads do not, nor does memory with steps and shards (at most 0.4 MiB over the last 700 of
-1,000, figures/saves.png). With saves memory does: 12 MiB over the last 700, 0.018 MiB a save, of some 480. It was
+Answer: descriptors and threads do not, nor does memory with steps and shards (at most 1.9 MiB over the last 700 of
+1,000, figures/saves.png). With saves memory does a little: 8 MiB over the last 700, 0.011 MiB a save, of 350. It was
 0.13 MiB a save before Orbax was kept from asking tensorstore for its counters, which loses 110 lists each time
-(`tensorstore.experimental_collect_matching_metrics` by itself shows it). The rest was memory that threads of saves had
-freed and glibc kept: what is in use was flat. Each save gives it back now, and 500 saves showed no growth after the
-first 300; the thousand and the figure were not repeated.
+(`tensorstore.experimental_collect_matching_metrics` by itself shows it), and 0.018 before each save gave back what its
+threads had freed and glibc kept. What is in use was flat over 500 saves, to 0.1 MiB; the rest is pieces.
 """
 
 from __future__ import annotations
