@@ -5,7 +5,7 @@ the best rate of each width on a power law, and does that of 256, 1,024 and 4,09
 Guess: yes, within one step (a factor of two) of the grid; the exponent is near the -1/2 that others use.
 Command: python experiments/learning_rate.py --out OUT
 Cost: 24 minutes on two cores that had other work.
-Answer: yes, 0.3 steps apart; the exponent is -0.38 of the three, -0.34 of all four (90 % interval -0.45 to -0.23).
+Answer: yes, 0.3 steps apart; the exponent is -0.38 of the three, -0.31 of all four (90 % interval -0.46 to -0.13).
 resid_post.2, d_model 128, batch 2048, 999,424 tokens of 3.1 million, one seed; FVU of 32,768 held-out tokens (JAX
 0.10.2, CPU; figures/learning_rate.png):
 
@@ -20,7 +20,7 @@ resid_post.2, d_model 128, batch 2048, 999,424 tokens of 3.1 million, one seed; 
     0.032     0.1174   0.1136   0.1139   0.1171
     best      0.0147   0.0075   0.0051   0.0045     (of the parabola through the best three)
 
-The law of the first three says 0.0037 for 8,192. The two largest rates were run as a sweep of their own, on the same
+The law of the first three says 0.0038 for 8,192. The two largest rates were run as a sweep of their own, on the same
 set and batches; a member equals its solo run.
 
 Longer runs want lower rates, and wide autoencoders lose latents at them. After 3,000,320 tokens, dead in brackets

@@ -33,10 +33,12 @@ by 9.9 %:
     alpha 1.84 (1.17 to 2.58), beta_k -0.45 (-0.73 to -0.16), beta_n -0.47 (-0.61 to -0.34),
     gamma -0.007 (-0.061 to 0.046), zeta -1.83 (-2.13 to -1.53), eta -0.40 (-0.52 to -0.30); residuals 1.2 %
 
-Only the first determines the sign of gamma. Likewise whether the error falls faster with n at larger k, as at the
-paper's scale: between 512 and 4,096 latents the law's slope -d ln L / d ln n is, at k = 7, 10, 14 and 20, 0.311, 0.320,
-0.326, 0.332 at equal tokens a latent, by 0.020 (0.012 to 0.028) from the first to the last; at convergence 0.247, 0.245,
-0.241, 0.238, by -0.009 (-0.021 to 0.003), so there is no telling. What spoils the law, from earlier sweeps of these widths:
+Only the first determines the sign of gamma, and whether the error falls faster with n at larger k, as at the paper's
+scale. Between 512 and 4,096 latents the slope -d ln L / d ln n of the law, at k = 7, 10, 14 and 20, is 0.311, 0.320,
+0.326 and 0.332 at equal tokens a latent, a rise of 0.020 (0.012 to 0.028); at convergence 0.247, 0.245, 0.241 and
+0.238, a rise of -0.009 (-0.021 to 0.003).
+
+What spoils the law, from earlier sweeps of these widths:
 - Equal tokens: the widest have learned least. After three million (k = 4, 8, 16, 32) it is off by 3.3 %, carrying over
   by 3.9 %; after five (k = 8, 12, 20, 32) 4.1 and 6.2 %; after ten 5.7 and 7.4 %.
 - k near d_model, towards which the error falls to nothing, ever faster, for which the law has no term: after five

@@ -10,9 +10,9 @@ Answer: the first half yes; of the exponents nothing can be said. 2,000,896 toke
 held-out tokens (JAX 0.10.2, CPU; figures/scaling_subject_model.png), with 90 % intervals of the laws:
 
     d_model  bits a byte  64      128     256     512     1024 latents  constant               exponent
-    32       1.70         0.1122  0.1001  0.0866  0.0797  0.0741        0.057 (0 to 0.072)     0.43 (0.16 to 0.81)
-    64       1.46         0.2433  0.1963  0.1565  0.1350  0.1187        0.084 (0.047 to 0.103) 0.55 (0.38 to 0.74)
-    128      1.28         0.3707  0.2962  0.2404  0.2014  0.1716        0.093 (0.083 to 0.101) 0.45 (0.42 to 0.49)
+    32       1.70         0.1122  0.1001  0.0866  0.0797  0.0741        0.059 (0.030 to 0.069) 0.47 (0.22 to 0.73)
+    64       1.46         0.2433  0.1963  0.1565  0.1350  0.1187        0.085 (0.056 to 0.096) 0.57 (0.39 to 0.67)
+    128      1.28         0.3707  0.2962  0.2404  0.2014  0.1716        0.092 (0.080 to 0.103) 0.45 (0.42 to 0.49)
 
 Twice the width costs 1.4 to 2.2 times the error, and four times the latents make up for it in one of six cases. k = 8
 is a quarter of 32 dimensions and a sixteenth of 128, which is part of the reason.
