@@ -12,6 +12,7 @@ Answer: not run in full yet.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -160,10 +161,10 @@ def main(config: Config) -> None:
     names, trials = (names[1::8], 2) if config.smoke else (names, config.trials)
     config.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with contextlib.ExitStack() as stack:
+        each = map if config.smoke else stack.enter_context(ProcessPoolExecutor(os.cpu_count())).map
         for name in names:
-            found = list(pool.map(trial, [name] * trials, range(trials), chunksize=max(1, trials // 40)))
-            results[name] = judged(found)
+            results[name] = judged(list(each(trial, [name] * trials, range(trials))))
             show({name: results[name]})
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     show(results)

@@ -431,10 +431,11 @@ def test_a_run_from_before_a_setting_has_its_default(tmp_path: Path) -> None:
 LAW = {
     **{"form": "growth", "coefficient": 1.0, "exponent": 0.25, "interval": {}, "range": {"x": [1e9, 1e12]}},
     **{"r2": 1.0, "rmse_log": 0.0, "n_points": 4, "largest_out": None, "carried": None, "warnings": []},
+    **{"chance": None, "noise_growth": 1.0, "outliers": []},
 }
 FIT = {
     **{"variant": "topk", "k": 4, "d_model": 8, "widest": 512, "joint": None, "lr": None, "warnings": []},
-    "compute": {**LAW, "form": "decay", "has_constant": True, "best_latents": LAW},
+    "compute": {**LAW, "form": "decay", "best_latents": LAW},
     "flops_per_token": {"per_latent": 96.0, "per_active": 0.0},
     "lr_of_points": {"coefficient": 1e-3, "exponent": 0.0},
     "draws": {"compute": [], "best_latents": []},

@@ -92,6 +92,11 @@ def test_nothing_imports_an_experiment():
 
 
 def test_scaling_fit_imports_numpy_and_scipy_alone():
-    """So that it serves points from anywhere."""
-    roots = {name.split(".")[0] for name in names_of(PACKAGE / "scaling" / "fit.py")}
-    assert roots <= {"__future__", "collections", "dataclasses", "typing", "numpy", "scipy"}
+    """Nor does what it is made of, so that it serves points from anywhere."""
+    parts = ("fit", "forms", "solve", "chance", "frontier")
+    for part in parts:
+        names = names_of(PACKAGE / "scaling" / f"{part}.py")
+        ours = {name for name in names if name.startswith("sae_jax.scaling.")}
+        assert {name.split(".")[2] for name in ours} <= {*parts}, part
+        roots = {name.split(".")[0] for name in names - ours}
+        assert roots <= {"__future__", "collections", "dataclasses", "typing", "numpy", "scipy"}, part
