@@ -24,7 +24,7 @@ import scipy
 
 N_WALKERS = 200
 N_BEGUN = 2000  # places, of which walkers begin at the likelier
-N_MOVES = 100  # of each walker before the first draws
+N_MOVES = 200  # of each walker before the first draws
 BETWEEN = 60  # and then between draws
 GROWTH = 1.0
 OUTLIERS = 0.02
@@ -92,8 +92,9 @@ def draws(
     beside_W2 = _roughly(off_N, points.position, p) + z_W2 * (min(1 / max(n - p, 1) ** 0.5, 0.7), 0.5)
     begun_WQ = np.concatenate([begun_WP, beside_W2], 1)
     gain_W = log_density(begun_WQ) - log_begun_W + 0.5 * (z_W2**2).sum(1)
-    share_W = np.exp(gain_W - gain_W.max())
-    walkers_WQ = begun_WQ[rng.choice(w, N_WALKERS, p=share_W / share_W.sum())]
+    # By chance in proportion to their density, but none twice: walkers that stand in one place cannot leave it.
+    first = np.argsort(-(gain_W + rng.gumbel(size=w)), kind="stable")
+    walkers_WQ = begun_WQ[first[:N_WALKERS]]
     walkers_WQ, kept = _moved(log_density, walkers_WQ, N_MOVES, rng), []
     for _ in range(-(-m // N_WALKERS)):
         walkers_WQ = _moved(log_density, walkers_WQ, BETWEEN, rng)

@@ -31,7 +31,7 @@ from sae_jax.scaling.solve import Solved, jacobian, log_sum
 LEVEL = 0.9  # of intervals
 N_DRAWS = 400
 SIGNED = ("beta_k", "beta_n", "gamma", "eta", "exponent")  # coefficients of which the first question is the sign
-ROUNDING = 1e-9  # of a coefficient
+ROUNDING = 1e-6  # of a coefficient
 SMALLEST_OFF = 0.01  # probability, by chance, of a test that says that the smallest points are off the law
 
 
@@ -167,7 +167,7 @@ def _fit(name: str, y_N: np.ndarray, x: tuple[np.ndarray, ...], seen_before_N: n
             theta_P = np.median(draws_MP, axis=0)
         else:
             weight_N = np.where(outlier_N, 0.0, np.exp(-2 * noise.growth * chance.position(x[0])))
-            theta_P = solved.reweighted(weight_N, has_constant=name == "joint" or (chance_of_constant or 1) >= 0.5)
+            theta_P = solved.reweighted(weight_N, name == "joint" or (chance_of_constant or 1) >= 0.5, draws_MP)
     natural_P = form.natural(theta_P)
     drawn_PM = form.natural(draws_MP).T
     interval = {key: both for key, each_M in zip(form.coefficients, drawn_PM, strict=True) if (both := ends(each_M))}
@@ -231,14 +231,16 @@ def _doubts(form: Form, coefficients: dict[str, float], interval: dict[str, tupl
         n = len(coefficients)
         return (f"as many points as coefficients ({n}): no intervals; add points",)
     # Where the value at x = 1 is cut off, points say no more of the exponent than that it is large.
-    is_cut_off = abs(np.log(coefficients.get("coefficient", 1.0))) > LARGEST - 1
+    is_cut_off = abs(np.log(max(coefficients.get("coefficient", 1.0), chance.TINY))) > LARGEST - 1
     doubts = []
     for name, cure in form.cures.items():
         low, high = interval[name]
         value = coefficients[name]
-        tolerated = max(abs(value), 1.0 if name in ("alpha", "zeta") else 0.0)
+        tolerated = min(max(abs(value), 1.0), 10.0) if name in ("alpha", "zeta") else abs(value)
+        # Draws keep to what is of order one: where the least squares do not, that decides, and not the points.
+        is_elsewhere = not low - ROUNDING * (1 + abs(low)) <= value <= high + ROUNDING * (1 + abs(high))
         if name in SIGNED and low < -ROUNDING and high > ROUNDING:
             doubts.append(f"{name} may be 0 ({value:.3g}, interval {low:.3g} to {high:.3g}): needs {cure}")
-        elif high - low > tolerated or (name == "exponent" and is_cut_off):
+        elif high - low > tolerated or is_elsewhere or (name == "exponent" and is_cut_off):
             doubts.append(f"{name} is not determined ({value:.3g}, interval {low:.3g} to {high:.3g}): needs {cure}")
     return tuple(doubts)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sae_jax.progress import plain_console
 from sae_jax.scaling import fit
+from sae_jax.scaling.forms import LARGEST
 from sae_jax.scaling.laws import Fitted, Study
 
 FORMULAS = {
@@ -51,13 +52,17 @@ def render(study: Study) -> str:
     return text.getvalue()
 
 
+def _written(value: float) -> str:
+    return "-inf" if value <= -LARGEST else f"{value:.5g}"
+
+
 def _law(console: Console, formula: str, fitted: Fitted) -> None:
     console.print(formula)
     table = Table("", "value", "90 % interval")
     law = fitted.law
     for name, value in law.coefficients.items():
         ends = law.interval.get(name)
-        table.add_row(name, f"{value:.5g}", f"{ends[0]:.5g} to {ends[1]:.5g}" if ends else "none")
+        table.add_row(name, _written(value), f"{_written(ends[0])} to {_written(ends[1])}" if ends else "none")
     console.print(table)
     console.print(fitted.note)
     if law.chance is not None:

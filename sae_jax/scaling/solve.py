@@ -16,10 +16,14 @@ from sae_jax.scaling.forms import LARGEST, Form, UnfitError
 
 ROUGH = 1e-8  # relative tolerance for starts: a tighter one takes long where a law is barely determined
 EXACT = 1e-10  # noise that comes from rounding
-SHARES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)  # of the least error, where the second term starts
-N_JITTERED = 3  # starts beside each of these
+SHARES = (1e-3, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of y, at most, of a second term
+SLOPES = (-1.5, -1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.7)  # of a second term
+N_STARTS = 8  # the best of these
 N_REWEIGHTED = 30  # fits, before the points that are far off no longer count
 FAR_OFF = 6.0  # times the noise
+ABOVE = 1.2  # times the least y, a constant at most
+STEEPEST = 5.0  # slope of a second term near which walkers begin
+SINGULAR = 1e-12  # share of a matrix's scale below which its eigenvalues are rounding
 LEAST = 0.02  # share of y that is left to the first term where the second takes all
 
 
@@ -46,7 +50,8 @@ class Solved:
         if any(rank < term.shape[1] for rank, term in zip(ranks, terms, strict=True)):
             raise UnfitError("the points lie on one line; vary n and k apart")
         flat, back = _orthonormal(terms)
-        rough = [_least_squares(flat, log_y_N, start_P, ROUGH) for start_P in _starts(flat, log_y_N)]
+        starts = [_flat_of(flat, terms, theta_P) for theta_P in _starts(terms, log_y_N)]
+        rough = [_least_squares(flat, log_y_N, start_P, ROUGH) for start_P in starts]
         best_P = min(rough, key=lambda solution: solution[1])[0]
         all_N = np.ones_like(log_y_N)
         if len(y_N) < 2 * len(best_P) + 2:
@@ -77,8 +82,18 @@ class Solved:
         slopes_NP = jacobian(self.terms, self.theta) * self.weight[:, None]
         return np.linalg.pinv(slopes_NP.T @ slopes_NP) * self.size**2
 
-    def reweighted(self, weight_N: np.ndarray, has_constant: bool) -> np.ndarray:
-        """theta f64[P] of the points with these weights, the constant nought if there is none."""
+    def reweighted(self, weight_N: np.ndarray, has_constant: bool, draws_MP: np.ndarray) -> np.ndarray:
+        """theta f64[P] of the points with these weights, the constant nought if there is none.
+
+        The best of the draws where points determine so little that coefficients of order one would run away.
+        """
+        theta_P = self._least(weight_N, has_constant)
+        if np.abs(theta_P[[*self.form.order_one]]).max() <= STEEPEST:
+            return theta_P
+        off_MN = np.array([log_sum(self.terms, draw_P) for draw_P in draws_MP]) - self.log_y
+        return draws_MP[np.argmin((off_MN**2 * weight_N).sum(1))]
+
+    def _least(self, weight_N: np.ndarray, has_constant: bool) -> np.ndarray:
         flat, back = _orthonormal(self.terms if has_constant else self.terms[:1])
         if has_constant:
             start_P = _flat_of(flat, self.terms, self.theta)
@@ -126,7 +141,9 @@ class _TwoTerms:
         self._c = self._first.shape[1]
         self._middle = last[:, 1:].mean(0)
         self._around = last[:, 1:] - self._middle
-        self._most = float(np.exp(solved.log_y[solved.weight > 0].min()))  # of the constant
+        slopes_P = np.clip(solved.theta[self._c + 1 :], -STEEPEST, STEEPEST)
+        under_N = (solved.log_y - self._around @ slopes_P)[solved.weight > 0]
+        self._most = ABOVE * float(np.exp(under_N.min()))  # of the constant, so that no point lies far below it
 
     def draws(self, points: chance.Points, m: int, rng: np.random.Generator) -> tuple[np.ndarray, chance.Noise]:
         """(theta f64[M, P], noise)."""
@@ -150,64 +167,80 @@ class _TwoTerms:
 
     def _began(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Places to begin at f64[W, P] and ln of their density: half of them near the fit, half with any constant."""
-        solved, c, w = self._solved, self._c, chance.N_BEGUN
-        near_P = np.concatenate(
-            [[np.exp(self._middle @ solved.theta[c + 1 :] + solved.theta[c])], solved.theta[c + 1 :]]
-        )
-        near_P[0] = min(near_P[0], self._most)
-        covariance_PP = self._covariance(near_P)[c:, c:]
-        last_WP = rng.multivariate_normal(near_P, covariance_PP, w, method="eigh")
+        solved, c, w, most = self._solved, self._c, chance.N_BEGUN, self._most
+        slopes_P = np.clip(solved.theta[c + 1 :], -STEEPEST, STEEPEST)
+        constant = np.exp(min(self._middle @ slopes_P + solved.theta[c], np.log(most)))
+        near_P, root_PP = np.array([constant, *slopes_P]), self._root_near(constant, slopes_P)
+        z_WP = rng.standard_normal((w, len(near_P)))
+        last_WP = near_P + z_WP @ root_PP.T
         any_W = rng.random(w) < 0.5
-        last_WP[any_W, 0] = rng.uniform(-self._most, self._most, any_W.sum())
-        last_WP[any_W, 1:] = rng.standard_normal((any_W.sum(), len(near_P) - 1))
-        near_W = scipy.stats.multivariate_normal(near_P, covariance_PP, allow_singular=True).logpdf(last_WP)
-        of_any_W = scipy.stats.norm.logpdf(last_WP[:, 1:]).sum(1) - np.log(2 * self._most)
-        log_density_W = np.logaddexp(near_W, of_any_W) - np.log(2)
+        last_WP[any_W, 0] = rng.uniform(-most, most, any_W.sum())
+        last_WP[any_W, 1:] = rng.standard_normal((any_W.sum(), len(slopes_P)))
+        z_WP = (last_WP - near_P) @ np.linalg.pinv(root_PP).T
+        near_W = -0.5 * (z_WP**2).sum(1) - np.linalg.slogdet(root_PP)[1] - 0.5 * np.log(2 * np.pi)
+        of_any_W = -0.5 * (last_WP[:, 1:] ** 2).sum(1) - np.log(2 * most)
+        log_density_W = np.logaddexp(near_W, of_any_W)
         # The first term by least squares of what the second leaves.
         y_N, weight_N = np.exp(solved.log_y), solved.weight
-        second_WN = np.maximum(last_WP[:, :1], 0.0) * np.exp(last_WP[:, 1:] @ self._around.T)
+        q_NP, r_PP = np.linalg.qr(self._first)
+        second_WN = np.maximum(last_WP[:, :1], 0.0) * np.exp(np.minimum(last_WP[:, 1:] @ self._around.T, LARGEST))
         rest_WN = np.maximum(y_N - second_WN, LEAST * y_N)
         weight_WN = weight_N * (rest_WN / y_N) ** 2
-        square_WPP = np.einsum("wn,np,nq->wpq", weight_WN, self._first, self._first)
-        right_WP = np.einsum("wn,np,wn->wp", weight_WN, self._first, np.log(rest_WN))
-        first_WP = np.linalg.solve(square_WPP, right_WP[..., None])[..., 0]
-        off_WN = (np.log(rest_WN) - first_WP @ self._first.T) * np.sqrt(weight_WN)
+        root_WPP, log_det_W = _root_of_inverse(np.einsum("wn,np,nq->wpq", weight_WN, q_NP, q_NP))
+        right_WP = np.einsum("wn,np,wn->wp", weight_WN, q_NP, np.log(rest_WN))
+        first_WP = np.einsum("wpr,wqr,wq->wp", root_WPP, root_WPP, right_WP)
+        off_WN = (np.log(rest_WN) - first_WP @ q_NP.T) * np.sqrt(weight_WN)
         size_W = np.maximum(np.sqrt((off_WN**2).sum(1) / max(weight_N.sum() - c, 1)), solved.size)
         size_W = np.minimum(size_W, 3 * solved.size + chance.SMALLEST)
-        lower_WPP = np.linalg.cholesky(np.linalg.inv(square_WPP) * size_W[:, None, None] ** 2)
         z_WP = rng.standard_normal((w, c))
-        first_WP = first_WP + np.einsum("wpq,wq->wp", lower_WPP, z_WP)
-        log_density_W += scipy.stats.norm.logpdf(z_WP).sum(1) - np.log(np.einsum("wpp->wp", lower_WPP)).sum(1)
-        return np.concatenate([first_WP, last_WP], 1), log_density_W
+        first_WP = first_WP + size_W[:, None] * np.einsum("wpq,wq->wp", root_WPP, z_WP)
+        log_density_W -= 0.5 * (z_WP**2).sum(1) + log_det_W + c * np.log(size_W)
+        return np.concatenate([np.linalg.solve(r_PP, first_WP.T).T, last_WP], 1), log_density_W
 
-    def _covariance(self, near_P: np.ndarray) -> np.ndarray:
-        """f64[P, P] near the fit, where the walkers move."""
+    def _root_near(self, constant: float, slopes_P: np.ndarray) -> np.ndarray:
+        """A root f64[P, P] of the covariance, near the fit, of the second term at the middle and its slopes."""
         solved, c = self._solved, self._c
-        slopes_NP = jacobian(solved.terms, solved.theta)
-        slopes_NP[:, c] = np.exp(near_P[1:] @ self._around.T - solved.log_y)
-        slopes_NP[:, c + 1 :] = near_P[0] * slopes_NP[:, c : c + 1] * self._around
-        slopes_NP = slopes_NP * solved.weight[:, None]
-        information_PP = slopes_NP.T @ slopes_NP / max(solved.size, chance.SMALLEST) ** 2
+        part_NP = jacobian(solved.terms, solved.theta)
+        part_NP[:, c] = np.exp(self._around @ slopes_P - solved.log_y)
+        part_NP[:, c + 1 :] = constant * part_NP[:, c : c + 1] * self._around
+        part_NP[:, :c] = np.exp(self._first @ solved.theta[:c] - solved.log_y)[:, None] * np.linalg.qr(self._first)[0]
+        part_NP = part_NP * solved.weight[:, None] / max(solved.size, chance.SMALLEST)
+        information_PP = part_NP.T @ part_NP
         information_PP[c, c] += 3 / self._most**2
         information_PP[self._steep, self._steep] += 1
-        return np.linalg.pinv(information_PP, hermitian=True)
+        root_PP, _ = _root_of_inverse(information_PP)
+        return _root_of_inverse(np.linalg.pinv((root_PP @ root_PP.T)[c:, c:], hermitian=True))[0]
+
+
+def _root_of_inverse(square_XPP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R f64[..., P, P], ln det R), R R^T the inverse of a matrix that may be nearly singular."""
+    scale_XP = 1 / np.sqrt(np.maximum(np.einsum("...pp->...p", square_XPP), chance.TINY))
+    values_XP, vectors_XPP = np.linalg.eigh(square_XPP * scale_XP[..., :, None] * scale_XP[..., None, :])
+    values_XP = np.maximum(values_XP, SINGULAR)
+    root_XPP = scale_XP[..., :, None] * vectors_XPP / np.sqrt(values_XP)[..., None, :]
+    return root_XPP, np.log(scale_XP).sum(-1) - 0.5 * np.log(values_XP).sum(-1)
 
 
 def _starts(terms: tuple[np.ndarray, ...], log_y_N: np.ndarray) -> list[np.ndarray]:
-    """Where to begin: the last term shaped like y but below it, the first fitted to the rest; and places nearby."""
+    """Where to begin, theta f64[P] each: the best of a grid of second terms, first terms fitted to what these leave.
+
+    Axis key, beside that of the file: G places of the grid.
+    """
     if len(terms) == 1:
         return [np.linalg.lstsq(terms[0], log_y_N)[0]]
-    rng, starts = np.random.default_rng(0), []
     first, last = terms
-    like_P = np.linalg.lstsq(last, log_y_N)[0]
-    for share in SHARES:
-        for jitter in range(1 + N_JITTERED):
-            slope_P = like_P * (1 if jitter == 0 else rng.normal(1, 0.1, like_P.shape))
-            low_N = last @ slope_P
-            low_N += (log_y_N - low_N).min() + np.log(share)
-            rest_N = np.log(-np.expm1(low_N - log_y_N)) + log_y_N
-            starts.append(np.concatenate([np.linalg.lstsq(first, rest_N)[0], np.linalg.lstsq(last, low_N)[0]]))
-    return starts
+    middle, n_slopes = last[:, 1:].mean(0), last.shape[1] - 1
+    shares, *slopes = np.meshgrid(SHARES, *[SLOPES] * n_slopes)
+    slope_GP = np.stack([each.ravel() for each in slopes], 1) if slopes else np.zeros((shares.size, 0))
+    shape_GN = slope_GP @ (last[:, 1:] - middle).T
+    at_middle_G = (log_y_N - shape_GN).min(1) + np.log(shares.ravel())
+    second_GN = at_middle_G[:, None] + shape_GN
+    q_NP, r_PP = np.linalg.qr(first)
+    first_GP = (np.log(-np.expm1(second_GN - log_y_N)) + log_y_N) @ q_NP
+    off_GN = np.logaddexp(first_GP @ q_NP.T, second_GN) - log_y_N
+    best = np.argsort((off_GN**2).sum(1), kind="stable")[:N_STARTS]
+    at_1_G = at_middle_G - slope_GP @ middle
+    return [np.array([*np.linalg.solve(r_PP, first_GP[g]), at_1_G[g], *slope_GP[g]]) for g in best]
 
 
 def _least_squares(
