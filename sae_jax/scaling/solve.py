@@ -183,7 +183,7 @@ class _TwoTerms:
         # The first term by least squares of what the second leaves.
         y_N, weight_N = np.exp(solved.log_y), solved.weight
         q_NP, r_PP = np.linalg.qr(self._first)
-        second_WN = np.maximum(last_WP[:, :1], 0.0) * np.exp(np.minimum(last_WP[:, 1:] @ self._around.T, LARGEST))
+        second_WN = np.maximum(last_WP[:, :1], 0.0) * np.exp(np.minimum(last_WP[:, 1:] @ self._around.T, LARGEST / 2))
         rest_WN = np.maximum(y_N - second_WN, LEAST * y_N)
         weight_WN = weight_N * (rest_WN / y_N) ** 2
         root_WPP, log_det_W = _root_of_inverse(np.einsum("wn,np,nq->wpq", weight_WN, q_NP, q_NP))
