@@ -26,7 +26,7 @@ N_WALKERS = 200
 N_BEGUN = 2000  # places, of which walkers begin at the likelier
 N_MOVES = 200  # of each walker before the first draws
 BETWEEN = 60  # and then between draws
-GROWTH = 1.0
+GROWTH = 1.0  # this and the next three: see above
 OUTLIERS = 0.02
 WIDE = 5.0
 COARSE = 0.05
@@ -54,7 +54,6 @@ class Points:
 class Noise(NamedTuple):
     """Means over the draws."""
 
-    size: float  # s
     growth: float
     outlier: np.ndarray  # f64[N], probability that a point is one
 
@@ -105,7 +104,7 @@ def draws(
     if has_outliers:
         plain_MN, wild_MN = _log_parts(points.log_y - log_f(drawn_MQ[:, :p]), log_s_MN)
         outlier_N = scipy.special.expit(wild_MN - plain_MN).mean(0)
-    return drawn_MQ[:, :p], Noise(float(np.exp(drawn_MQ[:, p]).mean()), float(drawn_MQ[:, p + 1].mean()), outlier_N)
+    return drawn_MQ[:, :p], Noise(float(drawn_MQ[:, p + 1].mean()), outlier_N)
 
 
 def _roughly(off_N: np.ndarray, position_N: np.ndarray, p: int) -> tuple[float, float]:

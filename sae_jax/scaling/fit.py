@@ -7,10 +7,10 @@
 
 Source: Gao et al. 2024, arXiv 2406.04093, sections 3.1 (compute, tokens to convergence) and 3.2 (joint).
 
-Every law is a sum of exponentials, each linear in its coefficients: y = sum over terms of exp(X theta). The
-value of a coefficient is by least squares of ln y, each point weighted by its noise and outliers left out (solve.py).
-What else it may be, and which points are outliers, is drawn in chance.py; intervals are of 90 % of these draws. The
-second term of a law, its constant, may be nought, and is with probability 1/2 before the points are seen.
+Every law is a sum of exponentials, each linear in its coefficients: y = sum over terms of exp(X theta). A coefficient
+is found by least squares of ln y, each point weighted by its noise and outliers left out (solve.py). What else it may
+be, and which points are outliers, is drawn in chance.py: intervals are those of 90 % of the draws. The second term of a
+law, its constant, is nought with probability 1/2 before the points are seen.
 
 numpy and scipy alone, float64. Axes: N points, P coefficients, M draws.
 """
@@ -162,6 +162,8 @@ def _fit(name: str, y_N: np.ndarray, x: tuple[np.ndarray, ...], seen_before_N: n
     outlier_N, chance_of_constant = np.zeros(n, bool), None
     if len(draws_MP):
         outlier_N = noise.outlier > 0.5
+        if outlier_N.sum() > n // 3:  # that is no law with a few exceptions
+            outlier_N[:] = False
         chance_of_constant = float((draws_MP[:, form.constant] > -LARGEST).mean()) if form.constant else None
         if seen_before_N is not None:
             theta_P = np.median(draws_MP, axis=0)
@@ -172,8 +174,6 @@ def _fit(name: str, y_N: np.ndarray, x: tuple[np.ndarray, ...], seen_before_N: n
     drawn_PM = form.natural(draws_MP).T
     interval = {key: both for key, each_M in zip(form.coefficients, drawn_PM, strict=True) if (both := ends(each_M))}
     coefficients = dict(zip(form.coefficients, natural_P.tolist(), strict=True))
-    if outlier_N.sum() > n // 3:  # that is no law with a few exceptions
-        outlier_N[:] = False
     residual_N = (solved.log_y - log_sum(solved.terms, theta_P))[~outlier_N]
     squares, log_y_N = float(residual_N @ residual_N), solved.log_y[~outlier_N]
     spread = float(((log_y_N - log_y_N.mean()) ** 2).sum())

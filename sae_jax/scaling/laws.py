@@ -206,8 +206,8 @@ def _believed(at_k: list[Point], warnings: list[str]) -> tuple[list[Point], np.n
     while True:
         best = [min(group, key=lambda point: point.fvu) for group in _by(points, "n_latents", "tokens").values()]
         smooth_N, is_believed_N = frontier.smooth(*_columns(best, "n_latents", "tokens", "fvu"))
-        for point, smooth in zip(best, smooth_N, strict=True):
-            if not is_believed_N[best.index(point)]:
+        for point, smooth, is_believed in zip(best, smooth_N, is_believed_N, strict=True):
+            if not is_believed:
                 points.remove(point)
                 warnings.append(
                     f"compute: {point.name} at {point.tokens:,} tokens is {point.fvu / smooth - 1:+.0%} off a smooth "

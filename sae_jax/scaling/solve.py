@@ -106,9 +106,9 @@ class Solved:
         """(theta f64[M, P], noise); none where points are no more than coefficients."""
         n, p = len(self.log_y), len(self.theta)
         if n <= p:
-            return np.zeros((0, p)), chance.Noise(0.0, 0.0, np.zeros(n))
+            return np.zeros((0, p)), chance.Noise(0.0, np.zeros(n))
         if self.size < EXACT and seen_before_N is None:
-            return np.tile(self._exact(), (m, 1)), chance.Noise(0.0, 0.0, (np.abs(self.off) > ROUGH).astype(np.float64))
+            return np.tile(self._exact(), (m, 1)), chance.Noise(0.0, (np.abs(self.off) > ROUGH).astype(np.float64))
         low_N = self.log_y
         if seen_before_N is not None:
             low_N = np.where(seen_before_N > 0, np.log(np.maximum(seen_before_N, chance.TINY)), chance.ALONE)
@@ -317,11 +317,6 @@ def _without_the_far(
     return theta_P, (off_N <= limit).astype(np.float64)
 
 
-def _flat_of(
-    flat: tuple[np.ndarray, ...], terms: tuple[np.ndarray, ...], theta_P: np.ndarray, floor: float = 0.0
-) -> np.ndarray:
-    """theta in the orthonormal designs, each term raised until it has a share `floor` of y somewhere."""
-    logs = _split(terms, theta_P)
-    whole_N = np.logaddexp.reduce(logs)
-    lifts = [max(0.0, np.log(floor) - float((part_N - whole_N).max())) if floor else 0.0 for part_N in logs]
-    return np.concatenate([q.T @ (part_N + lift) for q, part_N, lift in zip(flat, logs, lifts, strict=True)])
+def _flat_of(flat: tuple[np.ndarray, ...], terms: tuple[np.ndarray, ...], theta_P: np.ndarray) -> np.ndarray:
+    """theta in the orthonormal designs."""
+    return np.concatenate([q.T @ part_N for q, part_N in zip(flat, _split(terms, theta_P), strict=True)])

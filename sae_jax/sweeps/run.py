@@ -82,8 +82,10 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
                 points.collect(out)
     if is_first:
         for folder in passes:
-            if not _to_train(out, path := out / "passes" / folder, passes[folder], planned):
-                Lease(path / "owner", path, is_patient=False).forget_the_dead()
+            path = out / "passes" / folder
+            left = Lease(path / "owner", path, is_patient=False)
+            if left.holder() and not _to_train(out, path, passes[folder], planned):
+                left.forget_the_dead()
         n, total = points.collect(out), sum(len(m.requested.marks) for m in planned.values())
         say(f"{out / 'results.jsonl'}: {n} points of {total}")
     if held and not n_trained and not is_stopped:
