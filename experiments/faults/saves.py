@@ -75,7 +75,8 @@ def main(config: Config) -> None:
     for what, grown in growths.items():
         table.add_row(what, *(f"{grown[name]:+g}" for name in MAY_GROW))
     Console(width=100).print(table)
-    if any(grown[name] > limit for grown in growths.values() for name, limit in MAY_GROW.items()):
+    grows = any(grown[name] > limit for grown in growths.values() for name, limit in MAY_GROW.items())
+    if grows and not config.smoke:  # twenty times are too few to tell: threads still start, and pools still fill
         raise SystemExit("something grows with each repetition, see above")
 
 
