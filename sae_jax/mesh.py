@@ -48,6 +48,8 @@ LM_AXES: dict[str, str | tuple[str, ...] | None] = {
     "layer": None,
     "model": None,  # d_model
     "heads": None,  # all heads of attention, side by side
+    "kv_heads": None,  # those of keys and values
+    "head": None,  # one of them
     "mlp": None,
     "vocab": None,
     "position": None,

@@ -10,12 +10,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import mesh as meshes
-from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, generate, place, run
+from sae_jax.lm import Hook, LanguageModel, cross_entropy, generate, place, points, run
 from sae_jax.types import UsageError, UserError
 from tests.lm.tiny import SPEC, jit_run, random_model
 from tests.oracles import gpt2
 
-EVERYWHERE = [Hook(layer, point) for layer in range(SPEC.n_layers) for point in POINTS]
+EVERYWHERE = [Hook(layer, point) for layer in range(SPEC.n_layers) for point in points(SPEC)]
 
 
 def oracle(model, ids_BT, edits=None):
@@ -65,7 +65,7 @@ def test_early_exit_gives_the_same_activation_and_reads_no_later_layer(model, id
 
 
 def test_edits_replace_what_follows(model, ids_BT):
-    hooks = [Hook(1, point) for point in POINTS]
+    hooks = [Hook(1, point) for point in points(SPEC)]
     # Another factor at each, so that one applied in the place of another shows.
     edits = {hook: functools.partial(operator.mul, 0.5 + 0.1 * i) for i, hook in enumerate(hooks)}
     expected, acts = oracle(model, ids_BT, edits=edits)
