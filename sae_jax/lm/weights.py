@@ -33,6 +33,7 @@ from sae_jax.progress import say_once
 from sae_jax.types import UserError
 
 _ALIGNMENT = 64  # bytes
+BLOCK_BYTES = 32 << 20  # of a file that are in memory at a time
 MAX_SIZE = 1 << 24  # of any axis of a model
 N_NAMED = 5  # tensors that a message names
 
@@ -124,11 +125,11 @@ def _read(stored: Checkpoint, info: ArrayInfo, spec: Spec, dtype: DTypeLike, whe
     for layer in _layers(info, spec):
         values = _view(stored, info, spec, layer)
         for key, index in indices.items():
-            if in_layers:
-                parts[key][layer] = values[index[1:]]
-            else:
-                parts[key][...] = values[index]
-        stored.forget()
+            part, source = (parts[key][layer], values[index[1:]]) if in_layers else (parts[key], values[index])
+            n_rows = max(BLOCK_BYTES // max(source[:1].nbytes, 1), 1)
+            for first in range(0, len(source), n_rows):
+                part[first : first + n_rows] = source[first : first + n_rows]
+                stored.forget()
     return jax.make_array_from_callback(info.shape, where, lambda index: parts[str(index)])
 
 
