@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sae_jax.activations.fields import COLUMN, Fields
 from sae_jax.storage import as_type, parse_json
 from sae_jax.types import UsageError, UserError
 
@@ -92,7 +93,7 @@ class SetSpec:
     tokenizer_digest: str | None = None
     text: str | None = None
     text_digest: str | None = None
-    text_column: str | None = None  # of JSON records and hub datasets; None: "text"
+    text_column: str | None = None  # of JSON records, tables and hub datasets; None: "text"
     heldout: str | None = None  # text for evaluation, in the same notation as `text`
     heldout_digest: str | None = None
     context: int | None = None  # tokens
@@ -130,6 +131,11 @@ class SetSpec:
                     f"a shard of {array.path} has {array.shard_bytes:,} bytes; at most {MAX_SHARD_BYTES:,}: lower "
                     f"shard_rows"
                 )
+
+    @property
+    def fields(self) -> Fields:
+        """What of a record of the text is the document."""
+        return Fields(self.text_column or COLUMN)
 
     @property
     def has_text(self) -> bool:
