@@ -51,6 +51,8 @@ class HarvestConfig:
     """`stdlib`, a file, folder or glob (files in order of name), or hf:dataset[@revision][:split]"""
     text_column: str = COLUMN
     """field of JSON records, or column of a table or hub dataset, that holds the text"""
+    text_template: str | None = None
+    """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)
@@ -71,6 +73,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         self.models()  # refuses names that are not
+        self.fields()
         if not self.hooks:
             raise UsageError("harvest.hooks is empty; name at least one hook, such as resid_post.2")
         if self.context < 2:
@@ -87,8 +90,15 @@ class HarvestConfig:
             raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1 and finite, or none")
 
     def fields(self) -> Fields:
-        """What of a record of the text is the document."""
-        return Fields(self.text_column)
+        """What of a record of the text is the document. Raises UsageError for a template that names no field."""
+        if self.text_template is None:
+            return Fields(self.text_column)
+        if self.text_column != COLUMN:
+            raise UsageError(
+                f"harvest.text_column={self.text_column!r} and harvest.text_template={self.text_template!r} both say "
+                f"what the text is; leave out one of them"
+            )
+        return Fields(template=self.text_template.replace(r"\n", "\n").replace(r"\t", "\t"))
 
     def models(self) -> dict[str, str]:
         """{name: reference}; a single model has the name "". Raises UsageError."""
@@ -260,6 +270,7 @@ def plan(
         text=text,
         text_digest=scanned.digest,
         text_column=None if config.text_column == COLUMN else config.text_column,
+        text_template=config.fields().template,
         heldout=heldout,
         heldout_digest=heldout_digest,
         context=config.context,

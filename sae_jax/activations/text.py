@@ -143,7 +143,7 @@ def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], 
     Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
     if reference.startswith("hf:") and not os.path.isabs(_hub(reference)["id"]):
-        return Scan(reference if fields == TEXT_FIELD else f"{reference} {fields.column}", 0)
+        return Scan(reference if fields == TEXT_FIELD else f"{reference} {fields.template or fields.column}", 0)
     content = _Content()
     if _is_elsewhere(reference):
         for document in _documents_elsewhere(reference, fields):

@@ -20,9 +20,12 @@ import pytest
 from sae_jax import lm
 from sae_jax.activations import blocks
 from sae_jax.activations.fields import TEXT_FIELD, Fields
+from sae_jax.activations.harvest import HarvestConfig, harvest
+from sae_jax.activations.spec import SetSpec, SourceSpec
+from sae_jax.activations.store import open_activations
 from sae_jax.activations.text import documents, scan
 from sae_jax.activations.tokens import sequences
-from sae_jax.types import UserError
+from sae_jax.types import UsageError, UserError
 
 TEXTS = ['one, "quoted"', "two\nlines\n", "three\ttabs é 語", "x" * 200_000]
 
@@ -250,3 +253,66 @@ def test_a_document_in_blocks_has_the_tokens_of_the_whole(tmp_path, monkeypatch)
     ids = [tokenizer.separator_id, *ids]
     got = np.concatenate(list(sequences(str(tmp_path / "a.txt"), tokenizer, 7)))
     np.testing.assert_array_equal(got, ids[: len(ids) // 7 * 7])
+
+
+RECORDS = [{"title": "A", "text": "one", "year": 1}, {"title": None, "text": "two", "year": 2}]
+TEMPLATE = Fields(template="# {title}\n{text} {{{text}}}")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_template_makes_one_text_of_several_fields(tmp_path, name):
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist([*RECORDS, {"title": "", "text": None}]), tmp_path / name)
+    elif name == "a.jsonl":
+        put(tmp_path / name, "\n".join(map(json.dumps, [*RECORDS, {"title": "", "text": None}])).encode())
+    else:
+        put(tmp_path / name, b"title,year,text\nA,1,one\n,2,two\n,3,\n")
+    assert list(documents(str(tmp_path / name), TEMPLATE)) == ["# A\none {one}", "# \ntwo {two}"]
+    assert scan(str(tmp_path / name), TEMPLATE).n_empty == 1
+    assert scan(str(tmp_path / name), TEMPLATE).digest != scan(str(tmp_path / name)).digest
+    there = "has no column .*; it has title, (year, )?text; choose one with harvest.text_template"
+    if name == "a.jsonl":
+        there = r'a\.jsonl:1 has no string "body"; it has title, text; choose one with harvest.text_template'
+    refused(tmp_path / name, there, Fields(template="{title} {body}"))
+
+
+def test_a_field_of_a_template_that_is_no_text_is_refused(tmp_path):
+    path = put(tmp_path / "a.jsonl", json.dumps(RECORDS[0]).encode())
+    refused(path, r'no string "year" \(it holds int\)', Fields(template="{text} {year}"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["", "no field", "{}", "{text", "text}", "{text!r}", "{text:>9}", "{text.upper}", "{text[0]}", "{{text}}"],
+)
+def test_a_template_has_names_of_fields_alone(tmp_path, template):
+    """What reaches into a field is the name of one that is not there."""
+    path = put(tmp_path / "a.jsonl", b'{"text": "a"}')
+    with pytest.raises(UserError, match=r"harvest\.text_template") as caught:
+        list(documents(str(path), Fields(template=template)))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_template_is_part_of_the_set(tmp_path):
+    lines = "".join(json.dumps({"title": f"import m{i}", "text": "print(m)"}) + "\n" for i in range(60))
+    settings = {"context": 16, "batch_tokens": 64, "hooks": ("resid_pre.0",)}
+    settings["text"] = str(put(tmp_path / "a.jsonl", lines.encode()))
+    spec = harvest(HarvestConfig(text_template=r"{title}\n{text}", **settings), str(tmp_path / "set"))
+    assert spec.text_template == "{title}\n{text}"
+    assert spec.fields == Fields(template="{title}\n{text}")
+    assert open_activations(tmp_path / "set").spec == spec
+    with pytest.raises(UsageError, match="is already a set in which"):
+        harvest(HarvestConfig(text_template="{text}", **settings), str(tmp_path / "set"))
+    with pytest.raises(UsageError, match="both say what the text is; leave out one"):
+        HarvestConfig(text_template="{text}", text_column="title", **settings)
+    with pytest.raises(UsageError, match="names no field"):
+        HarvestConfig(text_template="text", **settings)
+
+
+def test_sets_without_a_template_have_the_digest_they_had():
+    source = SourceSpec("resid_post.2", 64, "bfloat16", "bundled", "ab", "resid_post.2")
+    text = {"tokenizer": "bundled", "tokenizer_digest": "cd", "text": "stdlib", "text_digest": "ef"}
+    spec = SetSpec((source,), 4, 64, 8, **text, context=16, sequences_per_shard=4)
+    assert spec.sha256 == "1c3c6257cbea123cf9e182f9b1132f8a6d4f2ed315ccae648ebf4616470812a0"
+    assert "text_template" not in spec.to_json()
+    assert SetSpec.from_json(spec.to_json().encode()) == spec
