@@ -554,7 +554,7 @@ def test_what_is_said_on_the_way_shows_characters_alone(capsys: pytest.CaptureFi
 
 def test_text(tmp_path: Path) -> None:
     path = put(tmp_path / "t.jsonl", '{"text":' * 100_000)
-    refused(path, lambda: list(documents_of(path, "text")))
+    refused(path, lambda: list(documents_of(path)))
 
 
 def test_rows_without_a_width(tmp_path: Path) -> None:

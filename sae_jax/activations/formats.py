@@ -2,97 +2,193 @@
 
     .jsonl .ndjson .jsonlines     one JSON object a line, a document in a field of each
     .json                         the same, or an array of such objects
-    any other name                one document of plain text, if it looks like that
+    .csv .tsv                     a table whose first row names the columns, a document in a column of each row
+    .parquet                      the same
+    .txt .md .py, any other name  one document of plain text, if it looks like that
 
-Case does not matter. What is none of these is refused: packed files, tables, binary files, JSON under another name.
+Each may be packed: `.jsonl.gz`, `.txt.zst`. Case does not matter. What is none of these is refused: archives, binary
+files, JSON under another name. All but a .json array is read in a stream.
 """
 
 from __future__ import annotations
 
-import codecs
+import csv
+import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_jax.types import UserError
+from sae_jax.activations.blocks import (
+    PACKED,
+    OnPosition,
+    UnreadableError,
+    blocks_of,
+    damaged,
+    head_of,
+    kind,
+    lines_of,
+    unpacked,
+)
+from sae_jax.activations.fields import TEXT_FIELD, Fields
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
-PLAIN = (".txt", ".py")
-IN_FOLDERS = (*PLAIN, ".json", *JSON_LINES)  # what a folder gives
+TABLES = {".csv": ",", ".tsv": "\t"}
+IN_FOLDERS = (".txt", ".md", ".py", ".json", *JSON_LINES, *TABLES, ".parquet")  # what a folder gives, packed or not
 # Text in another form, which read as it stands would be other text.
 _OTHER_FORMATS = (
-    *(".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"),
-    *(".parquet", ".arrow", ".feather", ".avro", ".orc", ".csv", ".tsv", ".xls", ".xlsx", ".ods", ".sqlite", ".db"),
+    *(*PACKED, ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"),
+    *(".arrow", ".feather", ".avro", ".orc", ".xls", ".xlsx", ".ods", ".sqlite", ".db"),
     *(".pkl", ".pickle", ".npy", ".npz", ".h5", ".hdf5", ".pt", ".bin", ".safetensors"),
     *(".pdf", ".doc", ".docx", ".odt", ".epub", ".rtf", ".ipynb"),
 )
-_HEAD = 2**20  # characters that tell what a file is
-_BLOCK_BYTES = 2**20
+_ROWS = 64  # of a Parquet file that are in memory
+
+Document = Iterable[str]  # its text in blocks; can be gone through again
 
 
-@dataclass
-class TextFiles:
-    """The files of a text that are read, in order, and those that are left out, by the reason."""
+@dataclass(frozen=True)
+class _LongText:
+    """A file of plain text as one document, which is never whole in memory."""
 
-    read: list[Path] = field(default_factory=list)
-    left_out: dict[str, list[Path]] = field(default_factory=dict)
+    path: Path
+    on_position: OnPosition
+
+    def __iter__(self) -> Iterator[str]:
+        return blocks_of(self.path, self.on_position)
 
 
-def choose(paths: list[Path], column: str) -> TextFiles:
-    """Of several files those that hold documents; the others are left out.
+def documents_of(
+    path: Path, fields: Fields = TEXT_FIELD, on_position: OnPosition = lambda n_bytes: None
+) -> Iterator[Document]:
+    """The documents of a file, also empty ones. Raises UnreadableError for a file that holds none, or is damaged.
 
-    `column` has to be in the records of a .json file, which may be anything else; one of .jsonl without it is refused.
+    Args:
+        path: of the file.
+        fields: of its records that make a document.
+        on_position: called with the bytes of the file that have been read.
     """
-    files = TextFiles()
-    for path in paths:
-        head = _head(path)
-        reason = _problem(path, head) or ("" if _is_utf8(path) else "not UTF-8")
-        if not reason and path.suffix.lower() == ".json" and not isinstance(_first_object(head).get(column), str):
-            reason = f'JSON without records that have a string "{column}"'
-        if reason:
-            files.left_out.setdefault(reason, []).append(path)
-        else:
-            files.read.append(path)
-    return files
-
-
-def documents_of(path: Path, column: str) -> Iterator[str]:
-    """The documents of a file. Raises UserError for a file that holds none, or is damaged."""
-    head, suffix = _head(path), path.suffix.lower()
-    if problem := _problem(path, head):
-        raise UserError(f"{path} cannot be read: {problem}; make it plain text or JSON Lines (.jsonl), or name others")
-    try:
-        if suffix in JSON_LINES or (suffix == ".json" and not head.lstrip().startswith("[")):
-            with path.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_field(_parse(line), column, f"{path}:{number}")
-        elif suffix == ".json":
-            for number, record in enumerate(_parse(path.read_text(encoding="utf-8-sig")) or ()):
-                yield _text_field(record, column, f"{path}, record {number},")
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            if "\0" in text:
-                raise UserError(f"{path} has zero bytes: it is binary, or text in UTF-16; convert it to UTF-8")
-            yield text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it, or name other files") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _problem(path: Path, head: str) -> str:
-    """Why a file is not read, by its name and how it begins; "" if it may be."""
-    suffix = path.suffix.lower()
+    suffix = kind(path)
     if suffix in _OTHER_FORMATS:
-        return f"{suffix} is not a format that is read"
-    if suffix == ".json" and head.strip() and not _first_object(head):
-        return "neither JSON Lines nor an array of JSON objects"
-    if suffix not in (".json", *JSON_LINES) and _first_object(head):
-        return "JSON objects under a name that does not end in .json or .jsonl"
-    return ""
+        raise _of_another_format(path, f"{suffix} is not a format that is read")
+    if suffix == ".parquet":
+        yield from _of_parquet(path, fields, on_position)
+    elif suffix in TABLES:
+        yield from _of_table(path, TABLES[suffix], fields, blocks_of(path, on_position))
+    elif suffix in (".json", *JSON_LINES):
+        yield from _of_json(path, suffix, fields, on_position)
+    else:
+        if _first_object(head_of(path)):
+            raise _of_another_format(path, "JSON objects under a name that does not end in .json or .jsonl")
+        blocks = blocks_of(path, on_position)
+        first = list(itertools.islice(blocks, 2))
+        yield ("".join(first),) if len(first) < 2 else _LongText(path, on_position)
+
+
+def _of_another_format(path: Path, problem: str) -> UnreadableError:
+    cure = "make it plain text, JSON Lines (.jsonl), CSV or Parquet, or name others"
+    return UnreadableError(str(path), f"cannot be read: {problem}", cure, problem, is_other=True)
+
+
+def _of_json(path: Path, suffix: str, fields: Fields, on_position: OnPosition) -> Iterator[Document]:
+    head = head_of(path) if suffix == ".json" else ""
+    if head.strip() and not _first_object(head):
+        raise _of_another_format(path, "neither JSON Lines nor an array of JSON objects")
+    blocks = blocks_of(path, on_position)
+    if head.lstrip().startswith("["):
+        records = _parse("".join(blocks))
+        if not isinstance(records, list):
+            raise UnreadableError(str(path), "is not a whole JSON array", "get it again", "damaged or cut short")
+        placed = ((f"{path}, record {number},", record) for number, record in enumerate(records))
+    else:
+        placed = ((f"{path}:{number}", _parse(line)) for number, line in enumerate(lines_of(blocks), 1) if line.strip())
+    for number, (place, record) in enumerate(placed):
+        try:
+            document = fields.document(record, place)
+        except UnreadableError as error:
+            # A .json file may be anything, and JSON Lines are records.
+            error.is_other = suffix == ".json" and number == 0
+            error.reason = f"JSON without records that have {fields.what}" if error.is_other else error.reason
+            raise
+        yield (document,)
+
+
+def _of_table(path: Path, delimiter: str, fields: Fields, blocks: Iterable[str]) -> Iterator[Document]:
+    reader = csv.reader((line + "\n" for line in lines_of(blocks)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while (row := _next_row(reader, path)) is not None:
+        if not row:
+            continue
+        if header is None:
+            header = row
+            _check_columns(path, fields, header, header, is_other=True)
+        elif len(row) != len(header):
+            raise UnreadableError(
+                f"{path}:{reader.line_num}",
+                f"has {len(row)} fields, and the header {len(header)}",
+                "put what holds a delimiter in double quotes",
+            )
+        else:
+            yield (fields.document(dict(zip(header, row, strict=True)), f"{path}:{reader.line_num}"),)
+
+
+def _next_row(reader: Any, path: Path) -> list[str] | None:
+    limit = csv.field_size_limit(2**31 - 1)  # of the whole process; documents may be longer than it is
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise UnreadableError(
+            f"{path}:{reader.line_num}", f"is not CSV: {error}", "write quotes inside of quotes twice"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_columns(path: Path, fields: Fields, columns: list[str], texts: list[str], is_other: bool) -> None:
+    """Refuse a table that does not have each of the fields, once. `texts`: the columns that could be fields."""
+    for name in fields.names:
+        if columns.count(name) != 1 or name not in texts:
+            has = "has no column" if name not in columns else "has no text in column"
+            problem = f'has two columns "{name}"' if columns.count(name) > 1 else f'{has} "{name}"'
+            cure = fields.cure(dict.fromkeys(texts, ""))
+            raise UnreadableError(str(path), problem, cure, f"which {problem}; {cure}", is_other)
+
+
+def _of_parquet(path: Path, fields: Fields, on_position: OnPosition) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    with unpacked(path) as (file, stream), tempfile.TemporaryFile() as seekable:
+        if stream is not file:
+            shutil.copyfileobj(stream, seekable)
+            stream = seekable
+        number, size = 0, path.stat().st_size
+        try:
+            table = parquet.ParquetFile(stream, buffer_size=2**20)
+            schema = table.schema_arrow
+            _check_columns(path, fields, schema.names, [each.name for each in schema if _is_text(each.type)], False)
+            for batch in table.iter_batches(_ROWS, columns=[*fields.names], use_threads=False):
+                for record in batch.to_pylist():
+                    yield (fields.document(record, f"{path}, row {number},"),)
+                    number += 1
+                on_position(size * number // table.metadata.num_rows)
+        except UnicodeDecodeError:
+            raise UnreadableError(
+                f"{path}, row {number} or after it,", "is not UTF-8", "convert it", "not UTF-8"
+            ) from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise damaged(path, error) from None
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type of pyarrow is text, or null, as a column that nobody filled in."""
+    import pyarrow.types as types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(value) or types.is_large_string(value) or types.is_string_view(value) or types.is_null(value)
 
 
 def _first_object(head: str) -> dict[str, Any]:
@@ -107,47 +203,8 @@ def _first_object(head: str) -> dict[str, Any]:
     return value if isinstance(value, dict) and after in ("", *(",]" if head.startswith("[") else "{")) else {}
 
 
-def _head(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return file.read(_HEAD)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _is_utf8(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                if b"\0" in block:
-                    return False
-                decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return True
-
-
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _text_field(record: Any, column: str, place: str) -> str:
-    record = record if isinstance(record, dict) else {}
-    text = record.get(column)
-    if not isinstance(text, str):
-        texts = [key for key, value in record.items() if isinstance(value, str)]
-        cure = f"it has {', '.join(texts)}; choose one with harvest.text_column" if texts else "every line must be one"
-        raise UserError(f'{place} is not a JSON object with a string "{column}"; {cure}')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        escape = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(f"{place} has {escape}, half of a surrogate pair, which is no text; remove it") from None
-    return text

@@ -31,6 +31,7 @@ from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
+from sae_jax.activations.fields import COLUMN, Fields
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
@@ -48,8 +49,10 @@ class HarvestConfig:
     """`bundled`, a local Hugging Face folder, or hub-id[@revision]; several, with one tokenizer, as name=reference"""
     text: str = "stdlib"
     """`stdlib`, a file, folder or glob (files in order of name), or hf:dataset[@revision][:split]"""
-    text_column: str = texts.COLUMN
-    """field of JSON records, or column of a hub dataset, that holds the text"""
+    text_column: str = COLUMN
+    """field of JSON records, or column of a table or hub dataset, that holds the text"""
+    text_template: str | None = None
+    """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)
@@ -70,6 +73,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         self.models()  # refuses names that are not
+        self.fields()
         if not self.hooks:
             raise UsageError("harvest.hooks is empty; name at least one hook, such as resid_post.2")
         if self.context < 2:
@@ -84,6 +88,17 @@ class HarvestConfig:
             raise UsageError(f"harvest.dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.max_norm_multiple is not None and not 1 < self.max_norm_multiple < math.inf:
             raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1 and finite, or none")
+
+    def fields(self) -> Fields:
+        """What of a record of the text is the document. Raises UsageError for a template that names no field."""
+        if self.text_template is None:
+            return Fields(self.text_column)
+        if self.text_column != COLUMN:
+            raise UsageError(
+                f"harvest.text_column={self.text_column!r} and harvest.text_template={self.text_template!r} both say "
+                f"what the text is; leave out one of them"
+            )
+        return Fields(template=self.text_template.replace(r"\n", "\n").replace(r"\t", "\t"))
 
     def models(self) -> dict[str, str]:
         """{name: reference}; a single model has the name "". Raises UsageError."""
@@ -224,8 +239,8 @@ def plan(
     hooks = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
-    scanned = _scan(text, config.text_column)
-    apart = None if heldout is None else _scan(heldout, config.text_column)
+    scanned = _scan(text, config.fields())
+    apart = None if heldout is None else _scan(heldout, config.fields())
     heldout_digest = None if apart is None else apart.digest
     if heldout_digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
@@ -233,7 +248,7 @@ def plan(
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
     n_sequences = config.tokens // config.context
     if not n_sequences:
-        n_sequences = _count(config, text, tokenizer, scanned.n_bytes)
+        n_sequences = _count(config, text, tokenizer, scanned)
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // config.context))
@@ -254,7 +269,8 @@ def plan(
         tokenizer_digest=tokenizer.digest,
         text=text,
         text_digest=scanned.digest,
-        text_column=None if config.text_column == texts.COLUMN else config.text_column,
+        text_column=None if config.text_column == COLUMN else config.text_column,
+        text_template=config.fields().template,
         heldout=heldout,
         heldout_digest=heldout_digest,
         context=config.context,
@@ -264,32 +280,37 @@ def plan(
     return spec, scanned
 
 
-def _scan(text: str, column: str) -> texts.Scan:
-    """What a text is made of; says which files are left out."""
+def _scan(text: str, fields: Fields) -> texts.Scan:
+    """What a text is made of; says what is left out."""
     n_bytes = texts.local_bytes(text)
     with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
-        scanned = texts.scan(text, column, progress.update)
+        scanned = texts.scan(text, fields, progress.update)
     if not scanned.n_bytes:  # of the hub: whether it can be read at all, before anything is written
-        next(texts.documents(text, column))
+        next(texts.documents(text, fields))
     n_files = len(scanned.files) + sum(map(len, scanned.left_out.values()))
     for reason, paths in scanned.left_out.items():
         named = ", ".join(map(str, paths[:N_FILES_NAMED]))
         more = f" and {len(paths) - N_FILES_NAMED} more" if len(paths) > N_FILES_NAMED else ""
         say_once(f"{len(paths)} of {n_files} files are left out, {reason}: {named}{more}")
+    if scanned.n_empty:
+        n = scanned.n_documents + scanned.n_empty
+        say_once(f"{scanned.n_empty:,} of {n:,} documents of {text} are empty, and left out")
     return scanned
 
 
-def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, n_bytes: int) -> int:
+def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, scanned: texts.Scan) -> int:
     """Sequences of a whole text."""
     n_read = 0
-    with Progress("counting tokens", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
+    silent = not scanned.n_bytes
+    with Progress("counting tokens", scanned.n_bytes, "bytes", silent=silent, first="") as progress:
 
         def on_read(file: str, n_bytes: int) -> None:
             nonlocal n_read
             n_read += n_bytes
             progress.update(n_read)
 
-        stream = tokens.sequences(text, tokenizer, config.context, column=config.text_column, on_read=on_read)
+        fields, files = config.fields(), scanned.files
+        stream = tokens.sequences(text, tokenizer, config.context, fields=fields, files=files, on_read=on_read)
         return sum(1 for _ in stream)
 
 
@@ -386,7 +407,8 @@ def _shards(
     def on_read(file: str, n_bytes: int) -> None:
         unread.pop(file, None)
 
-    stream = tokens.sequences(spec.text, tokenizer, config.context, start, stop, config.text_column, on_read)
+    files = tuple(unread)
+    stream = tokens.sequences(spec.text, tokenizer, config.context, start, stop, config.fields(), files, on_read)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
         if shard in remaining:
             remaining.remove(shard)

@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sae_jax.activations.fields import COLUMN, Fields
 from sae_jax.storage import as_type, parse_json
 from sae_jax.types import UsageError, UserError
 
@@ -34,6 +35,9 @@ DTYPES = {
 INDEX_NAMES = ("token", "seq", "pos")
 # Fields that say where something lies, by the field with the digest that says what it is.
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
+
+# Fields that were added to format 3: recorded where they say something, so that the SHA-256 of older sets is the same.
+ADDED = ("text_template",)
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -92,7 +96,8 @@ class SetSpec:
     tokenizer_digest: str | None = None
     text: str | None = None
     text_digest: str | None = None
-    text_column: str | None = None  # of JSON records and hub datasets; None: "text"
+    text_column: str | None = None  # of JSON records, tables and hub datasets; None: "text"
+    text_template: str | None = None  # over several fields, as "{title}\n{text}"; None: `text_column` alone
     heldout: str | None = None  # text for evaluation, in the same notation as `text`
     heldout_digest: str | None = None
     context: int | None = None  # tokens
@@ -132,6 +137,11 @@ class SetSpec:
                 )
 
     @property
+    def fields(self) -> Fields:
+        """What of a record of the text is the document."""
+        return Fields(self.text_column or COLUMN, self.text_template)
+
+    @property
     def has_text(self) -> bool:
         """Whether every row knows its token, sequence and position."""
         return self.context is not None
@@ -146,12 +156,16 @@ class SetSpec:
     @property
     def sha256(self) -> str:
         """SHA-256, hex, of the canonical JSON (sorted keys, no spaces) of all but the places of what has a digest."""
-        return _sha256(_without_places(asdict(self)))
+        return _sha256(_without_places(self._recorded()))
+
+    def _recorded(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ADDED or value is not None}
 
     def to_json(self) -> str:
         """The text of dataset.json."""
-        digests = {"sha256": self.sha256, "sha256_with_places": _sha256(asdict(self))}
-        return json.dumps({"format": FORMAT, **digests, "spec": asdict(self)}, indent=1)
+        spec = self._recorded()
+        digests = {"sha256": self.sha256, "sha256_with_places": _sha256(spec)}
+        return json.dumps({"format": FORMAT, **digests, "spec": spec}, indent=1)
 
     @classmethod
     def from_json(cls, text: bytes) -> SetSpec:
@@ -169,7 +183,7 @@ class SetSpec:
             spec = as_type(values, cls, "spec")
         except UserError as error:
             raise ValueError(f"{error}") from error
-        if digests != [spec.sha256, _sha256(asdict(spec))]:
+        if digests != [spec.sha256, _sha256(spec._recorded())]:
             raise ValueError("its spec does not match its sha256; it was edited or cut")
         return spec
 

@@ -4,11 +4,12 @@
     heldout                     the bundled text, which the bundled model was never trained on
     a file, directory or glob   formats.py says what a file is; a directory gives those with usual names, at any depth
     hf:dataset[@revision][:split]
-                                a column of a hub dataset, streamed; the split is `train` by default
+                                fields of a hub dataset, streamed; the split is `train` by default
 
 What a user writes is made a reference that means the same in any folder (`resolve`), once: it is read and recorded.
 Files come in order of path, not shuffled, so that a set can be resumed and made again; `harvest` says which of them it
-did not reach. Of several files those that are not text are left out, and named; a single one is refused.
+did not reach. Of several files those that are not text are left out, and named; a single one is refused. `scan` reads
+all of them and finds that out, once: what is read later are the files that it names.
 
 Files of the standard library are held out by a hash of their name. The same rule excludes them from `stdlib`
 and from the bundled model's training text, and chose `heldout`, so these never overlap, whatever the version
@@ -17,22 +18,24 @@ of Python.
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sae_jax.activations.formats import IN_FOLDERS, TextFiles, choose, documents_of
+from sae_jax.activations.blocks import PACKED, UnreadableError, kind
+from sae_jax.activations.fields import TEXT_FIELD, Fields
+from sae_jax.activations.formats import IN_FOLDERS, Document, documents_of
 from sae_jax.progress import say_once
 from sae_jax.storage import absolute
 from sae_jax.types import UsageError, UserError
 
 HELDOUT = Path(__file__).parent.parent / "assets" / "bundled_lm" / "heldout.jsonl"
-COLUMN = "text"  # of JSON records and hub datasets, unless another one is asked for
 WORDS = ("stdlib", "heldout")
 
 # Tests and codec tables repeat themselves; the others are not part of the library or mostly its tests.
@@ -50,6 +53,7 @@ _STDLIB_SKIPPED = frozenset(
     }
 )
 _STDLIB_CHARACTERS = range(200, 900_001)  # stubs and generated tables left out
+_NAMES = f"{', '.join(IN_FOLDERS)} (or these with {' or '.join(PACKED)})"
 _HUB = re.compile(r"hf:(?P<id>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>.+))?")
 
 
@@ -59,6 +63,8 @@ class Scan:
 
     digest: str  # what identifies its content: sha256 (hex) over its documents, or the name of a dataset of the hub
     n_bytes: int  # of its documents, and one for each; 0 for a dataset of the hub, which is not read
+    n_documents: int = 0
+    n_empty: int = 0  # documents beside those, which are left out
     files: tuple[str, ...] = ()  # that have documents; none where it is not made of local files
     left_out: dict[str, list[Path]] = field(default_factory=dict)  # files, by the reason
 
@@ -93,57 +99,119 @@ def is_there(reference: str) -> bool:
     return not os.path.isabs(path) or os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
-def documents(reference: str, column: str = COLUMN) -> Iterator[str]:
-    """The non-empty documents of a text, in a fixed order.
+def documents(reference: str, fields: Fields = TEXT_FIELD) -> Iterator[str]:
+    """The non-empty documents of a text, each whole, in a fixed order; errors as `named_documents`."""
+    return ("".join(document) for _, document in named_documents(reference, fields))
+
+
+def named_documents(
+    reference: str, fields: Fields = TEXT_FIELD, files: Sequence[str] = ()
+) -> Iterator[tuple[str, Document]]:
+    """(file, document) of the non-empty documents of a text, in a fixed order.
+
+    Args:
+        reference: see the head of this file.
+        fields: of records that make a document.
+        files: those that `scan` found to have documents; without them it is asked first.
+
+    Yields: the file is "" where the text is not made of local files.
 
     Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
-    return (document for _, document in named_documents(reference, column))
-
-
-def named_documents(reference: str, column: str = COLUMN) -> Iterator[tuple[str, str]]:
-    """(file, document), as `documents`. The file is "" where the text is not made of local files."""
-    return _named_documents(reference, column, None if _is_elsewhere(reference) else _local_files(reference, column))
-
-
-def _named_documents(reference: str, column: str, files: TextFiles | None) -> Iterator[tuple[str, str]]:
-    if reference == "stdlib":
-        pairs: Iterator[tuple[str, str]] = (("", text) for _, text in stdlib_files(held_out=False))
-    elif reference == "heldout":
-        pairs = (("", text) for text in documents_of(HELDOUT, COLUMN))
-    elif files is None:
-        pairs = (("", text) for text in _from_hub(reference, column))
+    if _is_elsewhere(reference):
+        pairs = (("", document) for document in _documents_elsewhere(reference, fields))
     else:
-        pairs = ((str(path), text) for path in files.read for text in documents_of(path, column))
+        files = files or scan(reference, fields).files
+        pairs = ((file, document) for file in files for document in documents_of(Path(file), fields))
     empty = True
-    for name, text in pairs:
-        if text:
+    for file, document in pairs:
+        if any(document):
             empty = False
-            yield name, text
+            yield file, document
     if empty:
-        raise UserError(f"text {reference!r} is empty; name a text with at least one document")
+        raise _empty(reference)
 
 
-def scan(reference: str, column: str = COLUMN, progress: Callable[[int], None] = lambda n_bytes: None) -> Scan:
+def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], None] = lambda n_bytes: None) -> Scan:
     """Read all of a text that is here. A dataset of the hub is not read: without a revision it may change.
 
     Args:
         reference: see the head of this file.
-        column: of JSON records and hub datasets.
-        progress: called with the bytes read so far.
+        fields: of records that make a document.
+        progress: called with the bytes that have been read, of `local_bytes`.
+
+    Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
     if reference.startswith("hf:") and not os.path.isabs(_hub(reference)["id"]):
-        return Scan(reference if column == COLUMN else f"{reference} {column}", 0)
-    local = None if _is_elsewhere(reference) else _local_files(reference, column)
-    sha, n_bytes, files = hashlib.sha256(), 0, {}
-    for name, text in _named_documents(reference, column, local):
-        data = text.encode("utf-8")
-        sha.update(len(data).to_bytes(8, "little"))  # so that moving a document boundary changes the digest
-        sha.update(data)
-        n_bytes += len(data) + 1
-        files[name] = None
-        progress(n_bytes)
-    return Scan(sha.hexdigest(), n_bytes, tuple(files) if local else (), local.left_out if local else {})
+        return Scan(reference if fields == TEXT_FIELD else f"{reference} {fields.template or fields.column}", 0)
+    content = _Content()
+    if _is_elsewhere(reference):
+        for document in _documents_elsewhere(reference, fields):
+            content.add(document)
+        return content.scanned(reference, (), {})
+    paths, left_out = _paths(reference)
+    is_single = paths == [Path(reference)]
+    if is_single and kind(paths[0]) not in IN_FOLDERS:
+        say_once(f"{reference} is read as one document of plain text, if it is text")
+    files, unreadable, n_before = [], set(), 0
+    for path in paths:
+        furthest, before, size = 0, content.copy(), path.stat().st_size
+
+        def on_position(n_bytes: int) -> None:
+            nonlocal furthest
+            furthest = max(furthest, n_bytes)  # a long document is gone through twice
+            progress(n_before + furthest)
+
+        try:
+            for document in documents_of(path, fields, on_position):
+                content.add(document)
+        except UnreadableError as error:
+            if is_single or not error.is_other:
+                raise
+            content = before
+            left_out.setdefault(error.reason, []).append(path)
+            unreadable.add(path)
+        if content.n_documents > before.n_documents:
+            files.append(str(path))
+        n_before += size
+        progress(n_before)
+    if not content.n_documents and len(unreadable) == len(paths):
+        reasons = "; ".join(f"{len(left)} {why}" for why, left in left_out.items())
+        raise UserError(f"text {reference!r} has no file that can be read ({reasons}); name others")
+    return content.scanned(reference, tuple(files), left_out)
+
+
+class _Content:
+    """The documents of a text as `scan` goes through them."""
+
+    def __init__(self) -> None:
+        self.n_bytes = self.n_documents = self.n_empty = 0
+        self._sha = hashlib.sha256()
+
+    def copy(self) -> _Content:
+        copied = copy.copy(self)
+        copied._sha = self._sha.copy()
+        return copied
+
+    def add(self, document: Document) -> None:
+        n_bytes = sum(len(block.encode("utf-8")) for block in document)
+        if not n_bytes:
+            self.n_empty += 1
+            return
+        self._sha.update(n_bytes.to_bytes(8, "little"))  # so that moving a document boundary changes the digest
+        for block in document:
+            self._sha.update(block.encode("utf-8"))
+        self.n_bytes += n_bytes + 1
+        self.n_documents += 1
+
+    def scanned(self, reference: str, files: tuple[str, ...], left_out: dict[str, list[Path]]) -> Scan:
+        if not self.n_documents:
+            raise _empty(reference)
+        return Scan(self._sha.hexdigest(), self.n_bytes, self.n_documents, self.n_empty, files, left_out)
+
+
+def _empty(reference: str) -> UserError:
+    return UserError(f"text {reference!r} is empty; name a text with at least one document")
 
 
 def local_bytes(reference: str) -> int:
@@ -184,19 +252,11 @@ def _is_elsewhere(reference: str) -> bool:
     return reference in WORDS or reference.startswith("hf:")
 
 
-def _local_files(reference: str, column: str) -> TextFiles:
-    """The files of a reference. A single one is read whatever it is, and may be refused then."""
-    paths, left_out = _paths(reference)
-    if paths == [Path(reference)]:
-        if paths[0].suffix.lower() not in IN_FOLDERS:
-            say_once(f"{reference} is read as one document of plain text, if it is text")
-        return TextFiles(paths)
-    files = choose(paths, column)
-    files.left_out |= left_out
-    if not files.read:
-        reasons = "; ".join(f"{len(left)} {why}" for why, left in files.left_out.items())
-        raise UserError(f"text {reference!r} has no file that can be read ({reasons}); name others")
-    return files
+def _documents_elsewhere(reference: str, fields: Fields) -> Iterator[Document]:
+    """The documents of a text that is not made of local files."""
+    if reference == "stdlib":
+        return ((text,) for _, text in stdlib_files(held_out=False))
+    return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields)
 
 
 def _paths(reference: str) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -214,14 +274,14 @@ def _paths(reference: str) -> tuple[list[Path], dict[str, list[Path]]]:
             reason = "links to folders" if is_folder else "folders"
         elif not each.is_file():
             reason = "no regular files"
-        elif is_folder and each.suffix.lower() not in IN_FOLDERS:
-            reason = f"not named {', '.join(IN_FOLDERS)}"
+        elif is_folder and kind(each) not in IN_FOLDERS:
+            reason = f"not named {_NAMES}"
         if reason:
             left_out.setdefault(reason, []).append(each)
         else:
             files.append(each)
     if not files and is_folder:
-        raise UserError(f"directory {reference!r} holds no text; it needs files in {', '.join(IN_FOLDERS)}")
+        raise UserError(f"directory {reference!r} holds no text; it needs files in {_NAMES}")
     if not files:
         raise _missing(reference)
     return files, left_out
@@ -255,7 +315,7 @@ def _hub(reference: str) -> re.Match[str]:
     return match
 
 
-def _from_hub(reference: str, column: str) -> Iterator[str]:
+def _from_hub(reference: str, fields: Fields) -> Iterator[Document]:
     match = _hub(reference)
     import datasets
 
@@ -264,13 +324,7 @@ def _from_hub(reference: str, column: str) -> Iterator[str]:
             match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True
         )
         for number, row in enumerate(rows):
-            if not isinstance(text := row.get(column), str):
-                what = f"row {number} holds {type(text).__name__}" if column in row else "it is not there"
-                raise UserError(
-                    f'dataset {reference!r} has no column "{column}" of text ({what}), but {", ".join(row)}; choose '
-                    f"one with harvest.text_column"
-                )
-            yield text
+            yield (fields.document(row, f"dataset {reference!r}, row {number},"),)
     except UserError:
         raise
     except Exception as error:

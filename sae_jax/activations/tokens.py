@@ -13,7 +13,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from sae_jax.activations.text import COLUMN, named_documents
+from sae_jax.activations.fields import TEXT_FIELD, Fields
+from sae_jax.activations.formats import Document
+from sae_jax.activations.text import named_documents
 from sae_jax.progress import console
 from sae_jax.types import UsageError, UserError
 
@@ -54,7 +56,8 @@ def sequences(
     context: int,
     start: int = 0,
     stop: int | None = None,
-    column: str = COLUMN,
+    fields: Fields = TEXT_FIELD,
+    files: Sequence[str] = (),
     on_read: Callable[[str, int], None] = lambda file, n_bytes: None,
 ) -> Iterator[np.ndarray]:
     """Sequences `start` to `stop` - 1 of a text, each i32[context]; what is left over at the end is dropped.
@@ -67,12 +70,13 @@ def sequences(
         context: tokens of a sequence.
         start: first sequence.
         stop: where to end; None: with the text.
-        column: of .jsonl files and hub datasets.
+        fields: of records that make a document.
+        files: that `text.scan` found to have documents; without them it is asked first.
         on_read: called with the file and the bytes of each part of it, once it has got into a sequence or is left over.
 
     Raises:
         UsageError: for a context below 1 or a range that is none.
-        UserError: as `documents`, and if the whole text is shorter than one context.
+        UserError: as `named_documents`, and if the whole text is shorter than one context.
     """
     if context < 1:
         raise UsageError(f"context={context} is not a length; use 1 or more")
@@ -82,7 +86,7 @@ def sequences(
         return
     number, rest = 0, np.zeros(0, np.int32)
     unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
-    for parts in _batches(_parts(reference, column, tokenizer)):
+    for parts in _batches(_parts(reference, fields, files, tokenizer)):
         pieces, end = [rest], number * context + len(rest)
         for part, ids in zip(parts, tokenizer.encode([part.text for part in parts]), strict=True):
             unread.append((end, part))
@@ -105,15 +109,29 @@ def sequences(
         raise UserError(f"text {reference!r} has {len(rest)} tokens, less than one context of {context}; use more text")
 
 
-def _parts(reference: str, column: str, tokenizer: Encoder) -> Iterator[_Part]:
-    for file, document in named_documents(reference, column):
-        for number, text in enumerate(tokenizer.parts(document)):
+def _parts(reference: str, fields: Fields, files: Sequence[str], tokenizer: Encoder) -> Iterator[_Part]:
+    for file, document in named_documents(reference, fields, files):
+        for number, text in enumerate(_parts_of(document, tokenizer)):
             if len(text) > _LONG:
                 console.print(
                     f"{file or reference}: {len(text):,} characters are tokenised at once, since this tokenizer does "
                     f"not part them at white space"
                 )
             yield _Part(file, text, number == 0)
+
+
+def _parts_of(document: Document, tokenizer: Encoder) -> Iterator[str]:
+    """The parts of a document that comes in blocks, of which no more than a few are in memory if it can be parted."""
+    held, n_held, n_enough = [], 0, 1
+    for block in document:
+        if n_held >= n_enough:
+            *whole, rest = tokenizer.parts("".join(held))
+            yield from whole
+            # What cannot be parted is tried again at twice the length, so that trying takes no longer than reading.
+            held, n_held, n_enough = [rest], len(rest), 2 * len(rest)
+        held.append(block)
+        n_held += len(block)
+    yield from tokenizer.parts("".join(held))
 
 
 def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

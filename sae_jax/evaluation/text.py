@@ -12,7 +12,6 @@ from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
 from sae_jax.activations.harvest import keep, read_hooks
 from sae_jax.activations.store import ActivationSet, open_activations
-from sae_jax.activations.text import COLUMN
 from sae_jax.progress import console, say_once
 from sae_jax.record import Record
 from sae_jax.storage import Files
@@ -121,8 +120,7 @@ def held_out(
         say_or_refuse(
             f"the tokenizer of {reference} is not that which {activations.path} was made with", model, "model"
         )
-    column = spec.text_column or COLUMN
-    _check_text(activations, heldout, text, column)
+    files = _check_text(activations, heldout, text)
     n_sequences = max(n_tokens // spec.context, 1)
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(
@@ -130,22 +128,25 @@ def held_out(
         model=loaded,
         encoded=encoded,
         reconstructed=reconstructed,
-        sequences=np.stack(list(tokens.sequences(heldout, tokenizer, spec.context, 0, n_sequences, column))),
+        sequences=np.stack(
+            list(tokens.sequences(heldout, tokenizer, spec.context, 0, n_sequences, spec.fields, files))
+        ),
         special=np.asarray(tokenizer.special_ids, np.int32),
         max_norm_multiple=spec.max_norm_multiple,
     )
 
 
-def _check_text(activations: ActivationSet, heldout: str, given: str | None, column: str) -> None:
-    """The held-out text has to be there, and to be what the set names."""
+def _check_text(activations: ActivationSet, heldout: str, given: str | None) -> tuple[str, ...]:
+    """The files of the held-out text, which has to be there, and to be what the set names."""
     if not texts.is_there(heldout):
         raise UserError(
             f"the held-out text {heldout} is not there; say where it is now with --heldout, or repeat the "
             f"harvest with its new place"
         )
-    expected = activations.spec.heldout_digest
-    if expected is not None and texts.scan(heldout, column).digest != expected:
+    expected, scanned = activations.spec.heldout_digest, texts.scan(heldout, activations.spec.fields)
+    if expected is not None and scanned.digest != expected:
         say_or_refuse(f"{heldout} is not the held-out text that {activations.path} was made with", given, "heldout")
+    return scanned.files
 
 
 def say_or_refuse(difference: str, given: str | None, flag: str) -> None:

@@ -107,10 +107,11 @@ class Tokenizer:
         It is cut before white space, where words are told apart first and then tokenised one by one. A tokeniser that
         does not do so gets the text whole: what it makes of a part depends on all that stands around it.
         """
-        begin = 0
-        while (low := begin + PART) + PART <= len(text) and (cut := self._cut(text, low)):
-            yield text[begin:cut]
-            begin = cut
+        begin = low = 0
+        while (low := low + PART) + PART + AROUND <= len(text):
+            if cut := self._cut(text, low):
+                yield text[begin:cut]
+                begin = low = cut
         yield text[begin:]
 
     def _cut(self, text: str, low: int) -> int | None:

@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from sae_jax.activations.fields import Fields
+from sae_jax.activations.formats import IN_FOLDERS
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.text import documents, is_there, resolve, scan
 from sae_jax.types import UsageError, UserError
@@ -41,8 +43,12 @@ def test_an_array_of_objects_is_read_record_by_record(tmp_path):
         ("a.jsonl", ARRAY, r"a\.jsonl:1 is not a JSON object"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1 is not a JSON object"),
         ("a.txt", "h\0e\0l\0l\0o\0", "zero bytes"),
-        *((f"a.{suffix}", "text", rf"\.{suffix} is not a format") for suffix in ("gz", "zst", "csv", "tsv", "parquet")),
-        ("a.jsonl.GZ", LINES, r"\.gz is not a format"),
+        *((f"a.{suffix}", "text", rf"\.{suffix} is not a format") for suffix in ("xz", "zip", "xlsx", "arrow", "pdf")),
+        ("a.jsonl.GZ", LINES, r"not packed as \.gz files are"),
+        ("a.zst", LINES, r"not packed as \.zst files are"),
+        ("a.parquet", LINES, "damaged or cut short"),
+        ("a.json", ARRAY[:-1], "not a whole JSON array"),
+        ("a.txt", "PAR1 and so on", r"parquet under a name that does not end in \.parquet"),
     ],
 )
 def test_what_is_not_known_is_refused_and_never_taken_as_plain_text(tmp_path, name, content, message):
@@ -60,9 +66,9 @@ def test_text_may_begin_like_json(tmp_path):
 
 
 def test_plain_text_under_another_name_is_said_to_be_taken_for_it(tmp_path, capsys):
-    (tmp_path / "a.md").write_text("# head")
-    assert list(documents(str(tmp_path / "a.md"))) == ["# head"]
-    assert "a.md is read as one document of plain text" in capsys.readouterr().err
+    (tmp_path / "a.rst").write_text("# head")
+    assert list(documents(str(tmp_path / "a.rst"))) == ["# head"]
+    assert "a.rst is read as one document of plain text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
 
 def test_files_that_are_left_out_are_counted_and_named(tmp_path, capsys):
     contents = {"a.txt": b"import os\n" * 50, "b.txt": b"\xe9", "c.csv": b"x,y", "d.TXT": b"x\0"}
-    contents |= {"e.json": b'{"name": "settings"}', "f.gz": b"\x1f\x8b", "g.txt": LINES.encode()}
+    contents |= {"e.json": b'{"name": "settings"}', "f.xz": b"\xfd7zXZ", "g.txt": LINES.encode()}
     folder = tmp_path / "text"
     folder.mkdir()
     for name, content in contents.items():
@@ -84,16 +90,17 @@ def test_files_that_are_left_out_are_counted_and_named(tmp_path, capsys):
         "not UTF-8": ["b.txt", "d.TXT"],
         'JSON without records that have a string "text"': ["e.json"],
         "JSON objects under a name that does not end in .json or .jsonl": ["g.txt"],
-        "not named .txt, .py, .json, .jsonl, .ndjson, .jsonlines": ["c.csv", "f.gz"],
+        'which has no column "text"; it has x, y; choose one with harvest.text_column': ["c.csv"],
+        f"not named {', '.join(IN_FOLDERS)} (or these with .gz or .zst)": ["f.xz"],
     }
     found = scan(str(folder)).left_out
     assert {why: [path.name for path in paths] for why, paths in found.items()} == left_out
     in_glob = scan(f"{folder}/*").left_out
-    assert [path.name for path in in_glob[".gz is not a format that is read"]] == ["f.gz"]
+    assert [path.name for path in in_glob[".xz is not a format that is read"]] == ["f.xz"]
     harvest(HarvestConfig(text=str(folder), context=16, hooks=("resid_pre.0",)), str(tmp_path / "set"))
     said = capsys.readouterr().err
     assert f"2 of 7 files are left out, not UTF-8: {folder}/b.txt, {folder}/d.TXT\n" in said
-    assert f"{folder}/c.csv, {folder}/f.gz\n" in said
+    assert f"it has x, y; choose one with harvest.text_column: {folder}/c.csv\n" in said
 
 
 def test_what_is_no_file_is_left_out_and_named(tmp_path):
@@ -175,14 +182,14 @@ def test_a_column_that_is_not_text_is_one_line(tmp_path, monkeypatch):
     """From a local dataset, as from the hub."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    for number, values in enumerate(([1, 2], [["a"], ["b"]], [None, "a"])):
+    for number, values in enumerate(([1, 2], [["a"], ["b"]], [[None], None])):
         folder = tmp_path / str(number)
         folder.mkdir()
         pq.write_table(pa.table({"text": values, "body": ["x", "y"]}), folder / "train.parquet")
-        with pytest.raises(UserError, match=r'no column "text" of text \(row 0 holds .*\), but text, body') as caught:
+        with pytest.raises(UserError, match=r'row 0, has no string "text" \(it holds \w+\); it has body;') as caught:
             next(documents(f"hf:{folder}"))
         assert "\n" not in str(caught.value)
-        assert list(itertools.islice(documents(f"hf:{folder}", "body"), 2)) == ["x", "y"]
+        assert list(itertools.islice(documents(f"hf:{folder}", Fields("body")), 2)) == ["x", "y"]
 
 
 def test_a_dataset_that_is_here_is_known_by_its_content(tmp_path, monkeypatch):

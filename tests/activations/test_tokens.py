@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_jax.activations import text as texts
+from sae_jax.activations.fields import Fields
 from sae_jax.activations.text import documents, scan, stdlib_files
 from sae_jax.activations.tokens import sequences
 from sae_jax.lm import tokenizer
@@ -109,7 +110,7 @@ def test_a_text_that_does_not_exist_is_refused(reference):
 
 
 def test_a_directory_without_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"needs files in \.txt, \.py, \.json, \.jsonl"):
+    with pytest.raises(UserError, match=r"needs files in \.txt, \.md, \.py, \.json, \.jsonl"):
         next(documents(str(tmp_path)))
 
 
@@ -164,7 +165,7 @@ def test_a_dataset_streams_the_split_and_revision_it_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
     assert list(itertools.islice(documents("hf:owner/data@abc:validation"), 2)) == ["a", "b"]
-    with pytest.raises(UserError, match=r'no column "text" of text \(it is not there\), but body; choose'):
+    with pytest.raises(UserError, match=r'row 2, has no string "text"; it has body; choose'):
         list(documents("hf:owner/data"))
     assert asked == [("owner/data", "abc", "validation", True), ("owner/data", None, "train", True)]
 
@@ -189,12 +190,12 @@ def test_the_text_may_be_in_another_field(tmp_path, monkeypatch):
     import datasets
 
     (tmp_path / "a.jsonl").write_text('{"content": "one", "id": 3}\n', encoding="utf-8")
-    assert list(documents(str(tmp_path / "a.jsonl"), "content")) == ["one"]
-    with pytest.raises(UserError, match='a string "text"; it has content; choose one with'):
+    assert list(documents(str(tmp_path / "a.jsonl"), Fields("content"))) == ["one"]
+    with pytest.raises(UserError, match='no string "text"; it has content; choose one with'):
         list(documents(str(tmp_path / "a.jsonl")))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"content": "two"}]))
-    assert list(documents("hf:owner/data", "content")) == ["two"]
-    assert scan("hf:owner/data", "content") != scan("hf:owner/data")
+    assert list(documents("hf:owner/data", Fields("content"))) == ["two"]
+    assert scan("hf:owner/data", Fields("content")) != scan("hf:owner/data")
 
 
 def test_it_is_said_what_has_been_read(tmp_path):

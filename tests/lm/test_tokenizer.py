@@ -107,13 +107,22 @@ def test_the_parts_of_a_long_text_have_the_tokens_of_the_whole(monkeypatch, chan
         assert "".join(parts) == text
         assert [i for ids in cut.encode(parts) for i in ids] == cut.encode([text])[0]
         assert in_parts in (None, len(parts) > 3)
-        assert max(map(len, parts[:-1]), default=0) <= 80
+        assert max(map(len, parts[:-1]), default=0) <= 120
 
 
 def test_a_text_without_spaces_is_one_part(monkeypatch, vocabulary):
     monkeypatch.setattr(MODULE, "PART", 40)
     assert [*vocabulary.parts("x" * 1000)] == ["x" * 1000]
     assert [*vocabulary.parts("")] == [""]
+
+
+def test_what_comes_after_a_stretch_without_spaces_is_cut_again(monkeypatch, vocabulary):
+    monkeypatch.setattr(MODULE, "PART", 40)
+    monkeypatch.setattr(MODULE, "AROUND", 20)
+    text = "a word " * 20 + "x" * 1000 + " and more" * 20
+    parts = [*vocabulary.parts(text)]
+    assert len(parts) > 5
+    assert [i for ids in vocabulary.encode(parts) for i in ids] == vocabulary.encode([text])[0]
 
 
 @pytest.fixture
