@@ -25,7 +25,7 @@ def sizes(config: Mapping[str, Any], family: str, defaults: Mapping[str, Any] | 
         family: its model_type.
         defaults: of keys that it may leave out, where they differ from Llama's.
     """
-    config = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(defaults or {}) | dict(config)
+    config = dict[str, Any](rms_norm_eps=1e-6, tie_word_embeddings=False) | dict(defaults or {}) | dict(config)
     n_heads, d_model = config["num_attention_heads"], config["hidden_size"]
     n_kv_heads = config.get("num_key_value_heads") or n_heads
     d_head = config.get("head_dim") or head_width(d_model, n_heads)
@@ -105,7 +105,7 @@ def rotary(config: Mapping[str, Any], layer_type: str | None = None, theta: floa
     elif layer_type is not None and layer_type in stated:
         stated = stated[layer_type] or {}
     kind = stated.get("rope_type") or stated.get("type") or "default"
-    settings = {"theta": float(stated.get("rope_theta") or theta), "kind": kind}
+    settings: dict[str, Any] = {"theta": float(stated.get("rope_theta") or theta), "kind": kind}
     if kind in ("linear", "llama3"):
         settings["factor"] = float(stated["factor"])
     if kind == "llama3":

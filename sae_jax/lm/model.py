@@ -74,7 +74,7 @@ def load(
 
 
 def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
-    """The model on the devices of a mesh, each parameter where mesh.LM_AXES says."""
+    """The model on the devices of a mesh, each parameter where params.shardings says."""
     return dataclasses.replace(model, params=jax.device_put(model.params, params.shardings(model.spec, mesh)))
 
 

@@ -29,7 +29,7 @@ Start = Literal["normal", "writes_to_stream", "ones", "zeros"]
 class ArrayInfo:
     """One parameter."""
 
-    axes: tuple[str, ...]  # names in mesh.LM_AXES
+    axes: tuple[str, ...]  # by name; mesh.LM_SPLIT says which are split
     shape: tuple[int, ...]
     start: Start  # see `init`
     stored: Stored
@@ -107,5 +107,6 @@ def init(spec: Spec, key: jax.Array) -> dict[str, Any]:
 
 
 def shardings(spec: Spec, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-    """Where each parameter lies on a mesh (mesh.LM_AXES)."""
-    return jax.tree.map(lambda info: meshes.sharding(mesh, meshes.lm_role(info.axes)), parameters(spec))
+    """Where each parameter lies on a mesh (mesh.lm_role)."""
+    units = {"heads": spec.n_heads, "kv_heads": spec.n_kv, "mlp": spec.d_mlp, "vocab": spec.n_vocab}
+    return jax.tree.map(lambda info: meshes.sharding(mesh, meshes.lm_role(mesh, info.axes, units)), parameters(spec))

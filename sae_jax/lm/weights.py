@@ -120,7 +120,7 @@ def _tensor(info: ArrayInfo, layer: int) -> tuple[str, tuple[int, ...]]:
 def _read(stored: Checkpoint, info: ArrayInfo, spec: Spec, dtype: DTypeLike, where: jax.sharding.Sharding) -> jax.Array:
     """One parameter, on its devices."""
     in_layers = info.axes[0] == "layer"  # an axis that is never split
-    indices = {str(index): index for index in where.addressable_devices_indices_map(info.shape).values()}
+    indices = {str(index): index or () for index in where.addressable_devices_indices_map(info.shape).values()}
     parts = {key: _aligned(_size(info.shape, index), dtype) for key, index in indices.items()}
     for layer in _layers(info, spec):
         values = _view(stored, info, spec, layer)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import mesh as meshes
@@ -126,12 +126,12 @@ def test_an_explicit_mesh_splits_rows_and_changes_no_number(model, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
-def test_another_table_of_axes_splits_the_parameters(model, ids_BT, monkeypatch):
-    monkeypatch.setattr(meshes, "LM_AXES", meshes.LM_AXES | {"heads": "latent", "mlp": "latent"})
-    mesh = jax.make_mesh((2,), ("latent",), axis_types=(AxisType.Auto,))
+def test_a_model_is_split_over_the_devices_of_a_copy_where_heads_stay_whole(model, ids_BT):
+    mesh = meshes.lm_mesh(2, jax.devices()[:4])
     split = place(model, mesh)
-    assert split.params["layers"]["q.w"].sharding.spec == P(None, None, "latent")
-    assert split.params["layers"]["down.w"].sharding.spec == P(None, "latent", None)
+    assert split.params["layers"]["q.w"].sharding.spec == P(None, None, "model")
+    assert split.params["layers"]["down.w"].sharding.spec == P(None, "model", None)
+    assert split.params["embed"].sharding.spec == P(None, None)  # 23 rows
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(jit_run(split, ids_BT).logits, oracle(model, ids_BT)[0], atol=2e-5)
 

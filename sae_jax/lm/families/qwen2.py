@@ -21,7 +21,7 @@ from sae_jax.lm.spec import Attention, Spec
 
 
 def _read_spec(config: Mapping[str, Any]) -> Spec:
-    biases = {"qkv_bias": True, "out_bias": False, "mlp_bias": False}
+    biases: dict[str, Any] = {"qkv_bias": True, "out_bias": False, "mlp_bias": False}
     return Spec(**sizes(config, "qwen2") | biases | attention(config))
 
 
