@@ -53,6 +53,8 @@ class HarvestConfig:
     """field of JSON records, or column of a table or hub dataset, that holds the text"""
     text_template: str | None = None
     """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
+    skip_unreadable: bool = False
+    """of several files leave out those that are damaged, instead of refusing the text; they are named and counted"""
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)
@@ -239,8 +241,8 @@ def plan(
     hooks = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
-    scanned = _scan(text, config.fields())
-    apart = None if heldout is None else _scan(heldout, config.fields())
+    scanned = _scan(text, config)
+    apart = None if heldout is None else _scan(heldout, config)
     heldout_digest = None if apart is None else apart.digest
     if heldout_digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
@@ -280,11 +282,11 @@ def plan(
     return spec, scanned
 
 
-def _scan(text: str, fields: Fields) -> texts.Scan:
+def _scan(text: str, config: HarvestConfig) -> texts.Scan:
     """What a text is made of; says what is left out."""
-    n_bytes = texts.local_bytes(text)
+    fields, n_bytes = config.fields(), texts.local_bytes(text)
     with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
-        scanned = texts.scan(text, fields, progress.update)
+        scanned = texts.scan(text, fields, progress.update, config.skip_unreadable)
     if not scanned.n_bytes:  # of the hub: whether it can be read at all, before anything is written
         next(texts.documents(text, fields))
     n_files = len(scanned.files) + sum(map(len, scanned.left_out.values()))

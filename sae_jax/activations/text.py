@@ -132,13 +132,19 @@ def named_documents(
         raise _empty(reference)
 
 
-def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], None] = lambda n_bytes: None) -> Scan:
+def scan(
+    reference: str,
+    fields: Fields = TEXT_FIELD,
+    progress: Callable[[int], None] = lambda n_bytes: None,
+    skip_unreadable: bool = False,
+) -> Scan:
     """Read all of a text that is here. A dataset of the hub is not read: without a revision it may change.
 
     Args:
         reference: see the head of this file.
         fields: of records that make a document.
         progress: called with the bytes that have been read, of `local_bytes`.
+        skip_unreadable: leave out any file that is damaged, of several. The content is that of the others.
 
     Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
@@ -166,7 +172,7 @@ def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], 
             for document in documents_of(path, fields, on_position):
                 content.add(document)
         except UnreadableError as error:
-            if is_single or not error.is_other:
+            if is_single or not (error.is_other or skip_unreadable):
                 raise
             content = before
             left_out.setdefault(error.reason, []).append(path)
