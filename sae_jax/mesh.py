@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -42,16 +43,11 @@ ROWS = P((DATA, *LATENT))
 CODE = P(DATA, LATENT)  # [B, K]: each latent shard's own slots for the rows of its data shard
 REPLICATED = P()
 
-# Language models: the mesh axis that each named axis of a parameter is split over (sae_jax/lm/params.py). None is split
-# today: a model lies whole on every device, and its batches are ROWS. Tensor parallelism is a change of this table.
-LM_AXES: dict[str, str | tuple[str, ...] | None] = {
-    "layer": None,
-    "model": None,  # d_model
-    "heads": None,  # all heads of attention, side by side
-    "mlp": None,
-    "vocab": None,
-    "position": None,
-}
+# A language model that is split has a mesh of its own: copies of the model side by side, each over several devices. Its
+# axes are Auto: where the parameters lie decides what the compiler does in between (Shoeybi et al. 2019, arXiv
+# 1909.08053: two sums over the devices of a copy in each block).
+COPIES, MODEL = "copies", "model"
+LM_SPLIT = ("heads", "kv_heads", "mlp", "vocab")  # axes of parameters (sae_jax/lm/params.py) that are split over MODEL
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,27 @@ def sharding(mesh: Mesh | AbstractMesh, role: P) -> NamedSharding:
     return NamedSharding(mesh, role)
 
 
-def lm_role(axes: tuple[str, ...]) -> P:
-    """The role of a language model's parameter with these axes of LM_AXES."""
-    return P(*(LM_AXES[name] for name in axes))
+def lm_mesh(split: int, devices: list[jax.Device]) -> Mesh:
+    """Where a language model runs, each copy over `split` devices. Raises UsageError if they do not divide."""
+    if split == 1:
+        return make_mesh(MeshConfig(), devices)
+    if len(devices) % split:
+        raise UsageError(f"harvest.split={split} does not divide {len(devices)} devices; use a divisor of it")
+    return jax.make_mesh((len(devices) // split, split), (COPIES, MODEL), (AxisType.Auto,) * 2, devices=devices)
+
+
+def lm_rows(mesh: Mesh | AbstractMesh) -> P:
+    """Where the sequences lie that a language model reads on this mesh."""
+    return P(COPIES) if COPIES in mesh.shape else ROWS
+
+
+def lm_role(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], units: Mapping[str, int]) -> P:
+    """The role of a language model's parameter: split over the devices of a copy where its units divide over them.
+
+    `units`: of each axis in LM_SPLIT the number of parts that must stay whole, such as heads.
+    """
+    n = mesh.shape.get(MODEL, 1)
+    return P(*(MODEL if name in LM_SPLIT and n > 1 and units[name] % n == 0 else None for name in axes))
 
 
 def input_rows(mesh: Mesh | AbstractMesh) -> P:

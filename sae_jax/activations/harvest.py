@@ -19,9 +19,9 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,9 @@ from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
+from sae_jax.activations.ahead import Ahead
 from sae_jax.activations.fields import COLUMN, Fields
+from sae_jax.activations.sinks import MULTIPLE, Sinks, keep
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
@@ -39,6 +41,7 @@ from sae_jax.types import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 N_FILES_NAMED = 5
+SHARDS_AHEAD = 1  # that are tokenised while one is computed
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,22 @@ class HarvestConfig:
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)
-    """where in the model, as point.layer; all are stored with the same rows. Points of a block: resid_pre, attn_z,
-    attn_out, resid_mid, mlp_act, mlp_out, resid_post (sae_jax/lm/hooks.py); layers count from 0"""
+    """where in the model, as point.layer; all are stored with the same rows. Points of a block: resid_pre, attn_in,
+    attn_z, attn_raw, attn_out, resid_mid, mlp_in, mlp_act, mlp_raw, mlp_out, resid_post. `sae-jax hooks MODEL` says
+    which a model has; layers count from 0"""
     context: int = 128
     """tokens of a sequence"""
     tokens: int = 0
     """tokens to run; 0 = all of the text"""
     dtype: str = "bfloat16"
     """of the stored rows: bfloat16, float16 or float32"""
-    max_norm_multiple: float | None = None
-    """leave out rows whose norm exceeds this multiple of the shard's median (attention sinks)"""
+    max_norm_multiple: float | Literal["auto"] | None = "auto"
+    """leave out rows whose norm exceeds this multiple of the shard's median (attention sinks); auto: 10 if the first
+    sequences have such rows, none if not"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the model's parameters and products"""
+    split: int = 1
+    """devices that each copy of a model is split over; 1 = it lies whole on each"""
     batch_tokens: int = 4096
     """tokens of one forward pass"""
     seed: int = 0
@@ -88,8 +97,11 @@ class HarvestConfig:
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"harvest.dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
-        if self.max_norm_multiple is not None and not 1 < self.max_norm_multiple < math.inf:
-            raise UsageError(f"harvest.max_norm_multiple={self.max_norm_multiple} must be above 1 and finite, or none")
+        multiple = self.max_norm_multiple
+        if not (multiple is None or multiple == "auto" or 1 < multiple < math.inf):
+            raise UsageError(f"harvest.max_norm_multiple={multiple} must be above 1 and finite, auto or none")
+        if self.split < 1:
+            raise UsageError(f"harvest.split={self.split} must be at least 1")
 
     def fields(self) -> Fields:
         """What of a record of the text is the document. Raises UsageError for a template that names no field."""
@@ -136,9 +148,16 @@ def harvest(
 
 
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
-    models = {name: lm.load(lm.resolve(reference), recorded=True) for name, reference in config.models().items()}
+    mesh = meshes.lm_mesh(config.split, jax.local_devices())
+    models = {
+        name: lm.load(lm.resolve(reference), config.precision, recorded=True, mesh=mesh)
+        for name, reference in config.models().items()
+    }
     tokenizer = shared_tokenizer(models)
     spec, scanned = plan(config, models, tokenizer)
+    forward = _Forward(models, config, mesh)
+    if config.max_norm_multiple == "auto":
+        spec = replace(spec, max_norm_multiple=_multiple(config, out, spec, forward, tokenizer))
     writer = store.create(out, spec)
     done = writer.committed()
     mine = range(shard[0], spec.n_shards, shard[1])
@@ -151,7 +170,8 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
         stream = () if stop() else _shards(config, tokenizer, todo, spec, unread)
         stream = itertools.takewhile(lambda _: not stop(), stream)
-        _write_shards(config, models, tokenizer, spec, writer, stream, progress, start)
+        with Ahead(stream, SHARDS_AHEAD, "tokenise") as ahead:
+            _write_shards(forward, tokenizer, spec, writer, ahead, progress, start)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
     elif not stop():
@@ -165,28 +185,55 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     return spec
 
 
+def _multiple(
+    config: HarvestConfig, out: str, spec: SetSpec, forward: _Forward, tokenizer: lm.Tokenizer
+) -> float | None:
+    """What `auto` means for this set: what was decided when it was begun, or what the first sequences show."""
+    files = Files(out)
+    if files.read("dataset.json") is not None:
+        return store.read_spec(files).max_norm_multiple
+    assert spec.text is not None
+    stream = tokens.sequences(spec.text, tokenizer, config.context, 0, forward.batch, config.fields())
+    ids_ST = np.stack(list(stream))
+    sinks = Sinks(np.asarray(tokenizer.special_ids, np.int32))
+    for _, norm_BTS in forward(ids_ST):
+        sinks.add(ids_ST, norm_BTS)
+    if not sinks.n:
+        return None
+    console.print(
+        f"first {len(ids_ST)} sequences: {sinks.told(tokenizer)}. Rows above {MULTIPLE:g} medians are left out of this "
+        f"set; harvest.max_norm_multiple=none keeps them"
+    )
+    return MULTIPLE
+
+
 def _write_shards(
-    config: HarvestConfig,
-    models: dict[str, lm.LanguageModel],
+    forward: _Forward,
     tokenizer: lm.Tokenizer,
     spec: SetSpec,
     writer: store.Writer,
-    stream: Iterator[tuple[int, np.ndarray]],
+    stream: Ahead[tuple[int, np.ndarray]],
     progress: Progress,
     done: int,
 ) -> None:
     """Run shard after shard through the models, and write each while the next one is computed."""
-    forward = _Forward(models, config)
     special = np.asarray(tokenizer.special_ids, np.int32)
-    per_shard = spec.sequences_per_shard or 0
+    sinks, per_shard, context = Sinks(special), spec.sequences_per_shard or 0, spec.context or 0
     rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
+    disk_seconds = 0.0
 
     def show() -> None:
         nonlocal first
         now = time.monotonic()
-        first = first or (done, now)
-        rate = f"  {(done - first[0]) / (now - first[1]):,.0f} tokens/s" if done > first[0] else ""
-        progress.update(done, f"{rows_written:,} rows written{rate}")
+        first = first or (done, now, stream.wait_seconds)
+        if done == first[0]:
+            progress.update(done, f"{rows_written:,} rows written")
+            return
+        seconds = now - first[1]
+        text, disk = (stream.wait_seconds - first[2]) / seconds, disk_seconds / seconds
+        waits = f"waits for text {text:.0%}, disk {disk:.0%}"
+        rate = f"{(done - first[0]) / seconds:,.0f} tokens/s"
+        progress.update(done, f"{rows_written:,} rows written  {rate}  {waits}")
 
     with ThreadPoolExecutor(1) as disk:
         for number, ids_ST in stream:
@@ -196,10 +243,13 @@ def _write_shards(
                 for name, block in acts.items():
                     blocks[name].append(block)
                 norms.append(norm_BTS)
-                done += norm_BTS.shape[0] * config.context
+                done += norm_BTS.shape[0] * context
                 if sum(map(len, norms)) < len(ids_ST):
                     show()
-            keep_ST = keep(ids_ST, np.concatenate(norms) if norms else None, special, config.max_norm_multiple)
+            norm_STS = np.concatenate(norms) if norms else None
+            if norm_STS is not None:
+                sinks.add(ids_ST, norm_STS)
+            keep_ST = keep(ids_ST, norm_STS, special, spec.max_norm_multiple)
             seq_N, pos_N = np.nonzero(keep_ST)
             rows = {
                 name: np.concatenate(block)[keep_ST] if block else np.zeros((0, spec.source(name).d), np.float32)
@@ -207,12 +257,18 @@ def _write_shards(
             }
             index = {"token": ids_ST[keep_ST], "seq": seq_N + number * per_shard, "pos": pos_N}
             if pending is not None:
+                began = time.monotonic()
                 pending.result()
+                disk_seconds += time.monotonic() - began
             pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
             rows_written += len(seq_N)
             show()
         if pending is not None:
             pending.result()
+    if sinks.n:
+        multiple = spec.max_norm_multiple
+        what = "kept" if multiple is None else f"above {multiple:g} medians they are left out"
+        console.print(f"{sinks.told(tokenizer)}; {what}")
 
 
 def shared_tokenizer(models: dict[str, lm.LanguageModel]) -> lm.Tokenizer:
@@ -277,7 +333,8 @@ def plan(
         heldout_digest=heldout_digest,
         context=config.context,
         sequences_per_shard=-(-n_sequences // n_shards),
-        max_norm_multiple=config.max_norm_multiple,
+        max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
+        precision=None if config.precision == "float32" else config.precision,
     )
     return spec, scanned
 
@@ -316,19 +373,6 @@ def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, scanned: t
         return sum(1 for _ in stream)
 
 
-def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, multiple: float | None) -> np.ndarray:
-    """Which positions count, bool [S, T]: no special tokens, and no norms far above the median at any hook.
-
-    The first token of a sequence draws attention from everywhere and can carry a hundred times the usual norm; a
-    few such rows would make up most of the variance.
-    """
-    keep_ST = ~np.isin(ids_ST, special)
-    if multiple is None or norm_STS is None or not keep_ST.any():
-        return keep_ST
-    median_S = np.median(norm_STS[keep_ST], axis=0)
-    return keep_ST & (norm_STS <= multiple * median_S).all(-1)
-
-
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
 def read_hooks(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
     """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
@@ -353,27 +397,26 @@ def _source(model: str, hook: lm.Hook | str) -> str:
 
 
 class _Forward:
-    """Runs sequences through the models on all local devices, one batch ahead of the one being fetched."""
+    """Runs sequences through the models on the devices of a mesh, one batch ahead of the one being fetched."""
 
-    def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig) -> None:
-        devices = jax.local_devices()
-        self._mesh = meshes.make_mesh(meshes.MeshConfig(), devices)
-        self._models = {name: lm.place(model, self._mesh) for name, model in models.items()}
+    def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig, mesh: jax.sharding.Mesh) -> None:
+        self._mesh, self._models = mesh, models
         self._hooks = {name: _hooks(config, model) for name, model in models.items()}
         self._dtype = config.dtype
         self.names = tuple(_source(name, hook) for name, hooks in self._hooks.items() for hook in hooks)
-        self._batch = max(config.batch_tokens // config.context // len(devices), 1) * len(devices)
+        n_copies = mesh.size // config.split
+        self.batch = max(config.batch_tokens // config.context // n_copies, 1) * n_copies  # sequences
 
     def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
         """({name: [b, T, D]}, norms [b, T, hooks]) block by block, on the host."""
         queued: tuple[int, Any] | None = None
-        for first in range(0, len(ids_ST), self._batch):
-            ids_BT = ids_ST[first : first + self._batch]
+        for first in range(0, len(ids_ST), self.batch):
+            ids_BT = ids_ST[first : first + self.batch]
             n = len(ids_BT)
             # A short last batch is filled up: another shape would compile the model again.
-            ids_BT = np.concatenate([ids_BT, np.zeros((self._batch - n, ids_BT.shape[1]), np.int32)])
+            ids_BT = np.concatenate([ids_BT, np.zeros((self.batch - n, ids_BT.shape[1]), np.int32)])
             with jax.set_mesh(self._mesh):
-                placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.ROWS))
+                placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.lm_rows(self._mesh)))
                 result = [
                     read_hooks(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()
                 ]

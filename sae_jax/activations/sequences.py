@@ -142,7 +142,7 @@ def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -
     spec = activations.source(source)
     if spec.model is None or spec.hook is None:
         raise UsageError(f"{source} of {activations.path} names no language model; use a set of sae-jax harvest")
-    model = lm.load(spec.model, recorded=True)
+    model = lm.load(spec.model, activations.spec.precision or "float32", recorded=True)
     if model.digest != spec.model_digest:
         raise UserError(
             f"the weights of {spec.model} are not those that {activations.path} was made with; harvest again"

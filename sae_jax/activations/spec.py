@@ -37,7 +37,7 @@ INDEX_NAMES = ("token", "seq", "pos")
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
 
 # Fields that were added to format 3: recorded where they say something, so that the SHA-256 of older sets is the same.
-ADDED = ("text_template",)
+ADDED = ("text_template", "precision")
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -102,6 +102,7 @@ class SetSpec:
     heldout_digest: str | None = None
     context: int | None = None  # tokens
     sequences_per_shard: int | None = None
+    precision: str | None = None  # of the language model; None: float32
     max_norm_multiple: float | None = None  # rows above this multiple of the median norm were left out
 
     def __post_init__(self) -> None:

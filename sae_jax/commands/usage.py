@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "hooks": "where activations of a language model can be read, and what other libraries call it",
     "harvest": "text through a language model into an activation set on disk",
     "plan": "compile the train step for machines that are not there: does it fit, what does it do",
     "train": "a sparse autoencoder on an activation set; repeat the command to resume",

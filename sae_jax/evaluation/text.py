@@ -10,7 +10,8 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
-from sae_jax.activations.harvest import keep, read_hooks
+from sae_jax.activations.harvest import read_hooks
+from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.progress import console, say_once
 from sae_jax.record import Record
@@ -112,7 +113,7 @@ def held_out(
     if another is not None and another.model.reference == reference:
         encoded, reconstructed = _hooks(hooks, sites, another.model)
         return replace(another, encoded=encoded, reconstructed=reconstructed)
-    loaded = lm.load(reference, recorded=True)
+    loaded = lm.load(reference, spec.precision or "float32", recorded=True)
     tokenizer = lm.tokenizer(reference, loaded.spec, recorded=True)
     if loaded.digest != sources[0].model_digest:
         say_or_refuse(f"the weights of {reference} are not those that {activations.path} was made with", model, "model")

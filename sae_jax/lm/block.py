@@ -1,8 +1,11 @@
 """One decoder block, with a tap on every intermediate, and the norm that the head shares.
 
-Products accumulate in f32 and are returned in the dtype of the stream; norms and softmax are computed in f32.
+Products accumulate in f32 and are returned in the dtype of the stream; norms, rotations and softmax are computed in
+f32. What a model has beyond GPT-2 is a field of its Spec; each source stands there or beside the function.
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3;
-LayerNorm after Ba et al. 2016, arXiv 1607.06450.
+LayerNorm after Ba et al. 2016, arXiv 1607.06450; RMSNorm after Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; gated
+MLP after Shazeer 2020, arXiv 2002.05202, eq. 6; shared keys and values after Ainslie et al. 2023, arXiv 2305.13245;
+the cap of scores after Gemma Team 2024, arXiv 2408.00118, section 2.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
-from sae_jax.lm.spec import Spec
+from sae_jax.lm.spec import Rotary, Spec
 
 Tap = Callable[[str, jax.Array], jax.Array]
 Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -27,8 +32,30 @@ _ACTIVATIONS = {
 _MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
 
 
+@struct.dataclass
+class Positions:
+    """What the place of T tokens among S means to layers of one kind; with a leading axis, of every kind."""
+
+    mask: jax.Array  # bool[T, S], which keys each query sees
+    cos: jax.Array | None  # f32[T, d_rotary / 2], of the angle that each pair of a head is turned by
+    sin: jax.Array | None
+
+
+def positions_of(spec: Spec, position_T: jax.Array, n_slots: int) -> Positions:
+    """Of every kind of layer, stacked in the order of `spec.attention`, for S = n_slots keys."""
+    back_TS = position_T[:, None] - jnp.arange(n_slots, dtype=jnp.int32)[None, :]
+    windows = [n_slots if kind.window is None else kind.window for kind in spec.attention]
+    mask_ATS = jnp.stack([(back_TS >= 0) & (back_TS < window) for window in windows])
+    if spec.positions != "rotary":
+        return Positions(mask_ATS, None, None)
+    n = spec.d_head if spec.d_rotary is None else spec.d_rotary
+    frequency_Ap = np.stack([frequencies(kind.rotary or Rotary(), n) for kind in spec.attention])
+    angle_ATp = position_T.astype(jnp.float32)[None, :, None] * jnp.asarray(frequency_Ap, jnp.float32)[:, None, :]
+    return Positions(mask_ATS, jnp.cos(angle_ATp), jnp.sin(angle_ATp))
+
+
 def block(
-    spec: Spec, layer: Mapping[str, jax.Array], x_BTD: jax.Array, mask_TS: jax.Array, tap: Tap, extend: Extend
+    spec: Spec, layer: Mapping[str, jax.Array], x_BTD: jax.Array, positions: Positions, tap: Tap, extend: Extend
 ) -> jax.Array:
     """The residual stream after one block.
 
@@ -36,51 +63,104 @@ def block(
         spec: the model's sizes and kinds.
         layer: this layer's parameters, as in params.py without the layer axis.
         x_BTD: the residual stream before the block.
-        mask_TS: bool, which of the S keys each of the T queries sees.
-        tap: called as tap(point, value) on every intermediate of hooks.POINTS; what it returns is used.
-        extend: maps the keys and values of these T positions to those of all S, [B, S, H, d] each.
+        positions: of its kind of layer.
+        tap: called as tap(point, value) on every intermediate of hooks.points; what it returns is used.
+        extend: maps the keys and values of these T positions to those of all S, [B, S, G, d] each.
     """
-    act = _ACTIVATIONS[spec.activation]
-    heads = (*x_BTD.shape[:2], spec.n_heads, spec.d_head)
+    act, width = _ACTIVATIONS[spec.activation], x_BTD.shape[:2]
 
     x_BTD = tap("resid_pre", x_BTD)
-    h_BTD = norm(spec, layer, "norm1", x_BTD)
-    q_BTHd = _linear(layer, "q", h_BTD).reshape(heads)
-    k_BSHd, v_BSHd = extend(*(_linear(layer, name, h_BTD).reshape(heads) for name in "kv"))
-    z_BTHd = tap("attn_z", _attend(q_BTHd, k_BSHd, v_BSHd, mask_TS))
-    out_BTD = tap("attn_out", _linear(layer, "o", z_BTHd.reshape(*heads[:2], -1)))
+    h_BTD = tap("attn_in", norm(spec, layer, "norm1", x_BTD))
+    q_BTHd, k_BTGd, v_BTGd = (
+        _linear(layer, name, h_BTD).reshape(*width, n, spec.d_head)
+        for name, n in (("q", spec.n_heads), ("k", spec.n_kv), ("v", spec.n_kv))
+    )
+    if spec.qk_norm:
+        q_BTHd, k_BTGd = norm(spec, layer, "q_norm", q_BTHd), norm(spec, layer, "k_norm", k_BTGd)
+    q_BTHd, k_BTGd = _rotate(q_BTHd, positions), _rotate(k_BTGd, positions)
+    k_BSGd, v_BSGd = extend(k_BTGd, v_BTGd)
+    z_BTHd = tap("attn_z", _attend(spec, q_BTHd, k_BSGd, v_BSGd, positions.mask))
+    out_BTD = _linear(layer, "o", z_BTHd.reshape(*width, -1))
+    if spec.post_norms:
+        out_BTD = norm(spec, layer, "attn_norm", tap("attn_raw", out_BTD))
+    attn_BTD = tap("attn_out", out_BTD)
 
-    x_BTD = tap("resid_mid", x_BTD + out_BTD)
-    h_BTD = norm(spec, layer, "norm2", x_BTD)
-    act_BTM = tap("mlp_act", act(_linear(layer, "up", h_BTD)))
-    out_BTD = tap("mlp_out", _linear(layer, "down", act_BTM))
-    return tap("resid_post", x_BTD + out_BTD)
+    mid_BTD = x_BTD if spec.parallel else tap("resid_mid", x_BTD + attn_BTD)
+    h_BTD = tap("mlp_in", norm(spec, layer, "norm2", mid_BTD))
+    if spec.gated:
+        act_BTM = act(_linear(layer, "gate", h_BTD)) * _linear(layer, "up", h_BTD)
+    else:
+        act_BTM = act(_linear(layer, "up", h_BTD))
+    out_BTD = _linear(layer, "down", tap("mlp_act", act_BTM))
+    if spec.post_norms:
+        out_BTD = norm(spec, layer, "mlp_norm", tap("mlp_raw", out_BTD))
+    mlp_BTD = tap("mlp_out", out_BTD)
+    return tap("resid_post", (mid_BTD + attn_BTD if spec.parallel else mid_BTD) + mlp_BTD)
 
 
-def norm(spec: Spec, params: Mapping[str, jax.Array], name: str, x_BTD: jax.Array) -> jax.Array:
-    """The norm of that name over the last axis: LayerNorm (biased variance), in f32, returned in x's dtype."""
-    w_D, b_D = (params[f"{name}.{part}"].astype(jnp.float32) for part in "wb")
-    x32_BTD = x_BTD.astype(jnp.float32)
-    centred_BTD = x32_BTD - x32_BTD.mean(-1, keepdims=True)
-    variance_BT1 = jnp.square(centred_BTD).mean(-1, keepdims=True)
-    y_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + spec.norm_eps)
-    return (y_BTD * _row(w_D) + _row(b_D)).astype(x_BTD.dtype)
+def norm(spec: Spec, params: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    """The norm of that name over the last axis, in f32, returned in x's dtype.
+
+    LayerNorm: (x - mean) / sqrt(variance + eps) w + b, with the biased variance. RMSNorm: x / sqrt(mean square + eps)
+    (w + spec.norm_offset).
+    """
+    x32 = x.astype(jnp.float32)
+    if spec.norm == "layer_norm":
+        x32 = x32 - x32.mean(-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + spec.norm_eps)
+    y = y * _row(params[f"{name}.w"].astype(jnp.float32) + spec.norm_offset, x)
+    if spec.norm == "layer_norm":
+        y = y + _row(params[f"{name}.b"].astype(jnp.float32), x)
+    return y.astype(x.dtype)
 
 
-def _attend(q_BTHd: jax.Array, k_BSHd: jax.Array, v_BSHd: jax.Array, mask_TS: jax.Array) -> jax.Array:
-    scores_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHd, k_BSHd, preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(mask_TS[None, None], scores_BHTS * q_BTHd.shape[-1] ** -0.5, _MASKED)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHd.dtype)
-    z_BTHd = jnp.einsum("bhts,bshd->bthd", weights_BHTS, v_BSHd, preferred_element_type=jnp.float32)
-    return z_BTHd.astype(v_BSHd.dtype)
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """`x`, or cap * tanh(x / cap)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _attend(spec: Spec, q_BTHd: jax.Array, k_BSGd: jax.Array, v_BSGd: jax.Array, mask_TS: jax.Array) -> jax.Array:
+    """Attention outputs per head; heads are in groups that share keys and values."""
+    rows, n_new, n_heads, width = q_BTHd.shape
+    scale = width**-0.5 if spec.query_scale is None else spec.query_scale
+    q_BTGrd = q_BTHd.reshape(rows, n_new, spec.n_kv, n_heads // spec.n_kv, width)
+    scores_BGrTS = jnp.einsum("btgrd,bsgd->bgrts", q_BTGrd, k_BSGd, preferred_element_type=jnp.float32)
+    scores_BGrTS = jnp.where(mask_TS[None, None, None], capped(scores_BGrTS * scale, spec.attn_cap), _MASKED)
+    weights_BGrTS = jax.nn.softmax(scores_BGrTS, axis=-1).astype(v_BSGd.dtype)
+    z_BTGrd = jnp.einsum("bgrts,bsgd->btgrd", weights_BGrTS, v_BSGd, preferred_element_type=jnp.float32)
+    return z_BTGrd.reshape(q_BTHd.shape).astype(v_BSGd.dtype)
+
+
+def _rotate(x_BTHd: jax.Array, positions: Positions) -> jax.Array:
+    """The first numbers of each head turned: number i and number i + n/2 of n are a pair."""
+    if positions.cos is None or positions.sin is None:
+        return x_BTHd
+    cos_1T1p, sin_1T1p = positions.cos[None, :, None], positions.sin[None, :, None]
+    n = 2 * cos_1T1p.shape[-1]
+    a, b = (x_BTHd[..., part].astype(jnp.float32) for part in (slice(n // 2), slice(n // 2, n)))
+    turned = jnp.concatenate([a * cos_1T1p - b * sin_1T1p, b * cos_1T1p + a * sin_1T1p], axis=-1)
+    return jnp.concatenate([turned.astype(x_BTHd.dtype), x_BTHd[..., n:]], axis=-1)
+
+
+def frequencies(rotary: Rotary, n: int) -> np.ndarray:
+    """f64[n / 2]: radians that each pair turns by, a position."""
+    frequency = rotary.theta ** -(np.arange(0, n, 2) / n)
+    if rotary.kind == "linear":
+        return frequency / rotary.factor
+    if rotary.kind == "llama3":
+        turns = rotary.original_context * frequency / (2 * np.pi)
+        low, high = rotary.low_freq_factor, rotary.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequency * (kept + (1 - kept) / rotary.factor)
+    return frequency
 
 
 def _linear(layer: Mapping[str, jax.Array], name: str, x_BTi: jax.Array) -> jax.Array:
     y_BTo = jnp.einsum("bti,io->bto", x_BTi, layer[f"{name}.w"], preferred_element_type=jnp.float32)
     if f"{name}.b" in layer:  # see Spec.qkv_bias, out_bias and mlp_bias
-        y_BTo = y_BTo + _row(layer[f"{name}.b"].astype(jnp.float32))
+        y_BTo = y_BTo + _row(layer[f"{name}.b"].astype(jnp.float32), y_BTo)
     return y_BTo.astype(x_BTi.dtype)
 
 
-def _row(v_D: jax.Array) -> jax.Array:
-    return v_D[None, None, :]
+def _row(v_D: jax.Array, like: jax.Array) -> jax.Array:
+    return v_D.reshape(*(1,) * (like.ndim - 1), -1)

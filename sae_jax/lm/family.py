@@ -18,11 +18,13 @@ from sae_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a checkpoint holds a parameter: in all of a tensor, or in one of the equal parts of its last axis."""
+    """Where a checkpoint holds a parameter, and how."""
 
     name: str  # of the tensor in a full checkpoint; "{layer}" stands for the number of the layer
-    part: int = 0
+    transposed: bool = False  # a matrix is (out, in) there
+    part: int = 0  # of n_parts equal ones, side by side on the axis of outputs
     n_parts: int = 1
+    by_head: bool = False  # the parts alternate: all of the first head, all of the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Family:
     write_config: Callable[[Spec], dict[str, Any]]  # the inverse
     prefix: str  # that tensors of full checkpoints have and those of base checkpoints lack
     stored: Mapping[str, Stored]  # parameter (params.py) -> tensor
+    modules: Mapping[str, str]  # point -> the module of transformers that has this input or output; see hooks.py
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a tensor in some files -> in others
     buffers: tuple[str, ...] = ()  # tensors of a block, without prefix, that hold no weight, such as the causal mask
 
 

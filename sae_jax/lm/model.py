@@ -1,4 +1,4 @@
-"""A language model and how to get one: `bundled`, a local folder, or a hub model as `id` or `id@revision`.
+"""A language model and how to get one: `bundled`, a local folder or .gguf file, or a hub model as `id[@revision]`.
 
 What a user writes is made a reference that means the same in any folder (`resolve`), once: that one is recorded.
 """
@@ -27,7 +27,7 @@ from sae_jax.types import UsageError, UserError, check_indices
 BUNDLED = Path(__file__).parent.parent / "assets" / "bundled_lm"
 
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 @struct.dataclass
@@ -48,13 +48,16 @@ class LanguageModel:
         )
 
 
-def load(reference: str, dtype: DTypeLike = jnp.float32, *, recorded: bool = False) -> LanguageModel:
-    """The language model that `reference` names, with parameters in `dtype` on the default device.
+def load(
+    reference: str, dtype: DTypeLike = jnp.float32, *, recorded: bool = False, mesh: Mesh | None = None
+) -> LanguageModel:
+    """The language model that `reference` names, with parameters in `dtype`.
 
     Args:
-        reference: `bundled`, a folder, or hub-id[@revision].
+        reference: `bundled`, a folder, a .gguf file, or hub-id[@revision].
         dtype: of the parameters.
         recorded: it is what `resolve` made of a reference.
+        mesh: where to put the parameters, each device reading its part; None: whole on the default device.
 
     Raises UsageError for a reference that names nothing, or two things, and UserError for a model that cannot be
     fetched, is damaged, or belongs to a family that is not supported.
@@ -62,7 +65,7 @@ def load(reference: str, dtype: DTypeLike = jnp.float32, *, recorded: bool = Fal
     folder = locate(reference, recorded=recorded)
     spec = weights.read_spec(folder)
     return LanguageModel(
-        params=weights.read_params(folder, spec, dtype),
+        params=weights.read_params(folder, spec, dtype, None if mesh is None else params.shardings(spec, mesh)),
         spec=spec,
         reference=reference,
         digest=weights.digest(folder),
@@ -71,7 +74,7 @@ def load(reference: str, dtype: DTypeLike = jnp.float32, *, recorded: bool = Fal
 
 
 def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
-    """The model on the devices of a mesh, each parameter where mesh.LM_AXES says."""
+    """The model on the devices of a mesh, each parameter where params.shardings says."""
     return dataclasses.replace(model, params=jax.device_put(model.params, params.shardings(model.spec, mesh)))
 
 
@@ -102,18 +105,22 @@ def resolve(reference: str) -> str:
     Raises UsageError for a reference that names nothing, and for one that could be a word or a hub id and is a folder
     too.
     """
-    is_folder = bool(reference) and Path(reference).is_dir()  # an empty name would be the current folder
+    is_here = bool(reference) and Path(reference).is_dir()  # an empty name would be the current folder
+    if Path(reference).suffix == ".gguf" and Path(reference).is_file():
+        return str(storage.absolute(reference))
     is_hub = _HUB.fullmatch(reference) is not None
-    if is_folder and is_hub:
+    if is_here and is_hub:
         other = (
             "run elsewhere for the bundled model" if reference == "bundled" else f"{reference}@main for that of the hub"
         )
         raise UsageError(
             f"model {reference!r} is a folder here and could be another; write ./{reference} for the folder, or {other}"
         )
-    if not (is_folder or is_hub):
-        raise UsageError(f"model {reference!r} is no folder; use bundled, a folder, or hub-id[@revision]")
-    return str(storage.absolute(reference)) if is_folder else reference
+    if not (is_here or is_hub):
+        raise UsageError(
+            f"model {reference!r} is no folder and no .gguf file; use bundled, a folder, or hub-id[@revision]"
+        )
+    return str(storage.absolute(reference)) if is_here else reference
 
 
 def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = False) -> Path:
@@ -122,7 +129,7 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
     if reference == "bundled":
         return BUNDLED
     if os.path.isabs(reference):
-        if not Path(reference).is_dir():
+        if not Path(reference).exists():
             raise UserError(
                 f"the model {reference} is not there; say where it is now with --model, or repeat the harvest with its "
                 f"new place"

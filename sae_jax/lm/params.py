@@ -29,7 +29,7 @@ Start = Literal["normal", "writes_to_stream", "ones", "zeros"]
 class ArrayInfo:
     """One parameter."""
 
-    axes: tuple[str, ...]  # names in mesh.LM_AXES
+    axes: tuple[str, ...]  # by name; mesh.LM_SPLIT says which are split
     shape: tuple[int, ...]
     start: Start  # see `init`
     stored: Stored
@@ -42,6 +42,8 @@ def parameters(spec: Spec) -> dict[str, Any]:
         "layer": spec.n_layers,
         "model": spec.d_model,
         "heads": spec.n_heads * spec.d_head,
+        "kv_heads": spec.n_kv * spec.d_head,
+        "head": spec.d_head,
         "mlp": spec.d_mlp,
         "vocab": spec.n_vocab,
         "position": spec.n_context,
@@ -50,28 +52,32 @@ def parameters(spec: Spec) -> dict[str, Any]:
     def array(name: str, axes: tuple[str, ...], start: Start = "normal") -> dict[str, ArrayInfo]:
         return {name: ArrayInfo(axes, tuple(sizes[axis] for axis in axes), start, stored[name])}
 
-    def norm(name: str, *layer: str) -> dict[str, ArrayInfo]:
-        # spec.norm is layer_norm; another kind need not have a bias.
-        return array(f"{name}.w", (*layer, "model"), "ones") | array(f"{name}.b", (*layer, "model"), "zeros")
+    def norm(name: str, *axes: str) -> dict[str, ArrayInfo]:
+        weight = array(f"{name}.w", axes, "zeros" if spec.norm_offset else "ones")
+        return weight | (array(f"{name}.b", axes, "zeros") if spec.norm == "layer_norm" else {})
 
     def linear(name: str, axis_in: str, axis_out: str, bias: bool, start: Start = "normal") -> dict[str, ArrayInfo]:
         weight = array(f"{name}.w", ("layer", axis_in, axis_out), start)
         return weight | (array(f"{name}.b", ("layer", axis_out), "zeros") if bias else {})
 
     layers = {
-        **norm("norm1", "layer"),
+        **norm("norm1", "layer", "model"),
         **linear("q", "model", "heads", spec.qkv_bias),
-        **linear("k", "model", "heads", spec.qkv_bias),
-        **linear("v", "model", "heads", spec.qkv_bias),
+        **linear("k", "model", "kv_heads", spec.qkv_bias),
+        **linear("v", "model", "kv_heads", spec.qkv_bias),
+        **(norm("q_norm", "layer", "head") | norm("k_norm", "layer", "head") if spec.qk_norm else {}),
         **linear("o", "heads", "model", spec.out_bias, "writes_to_stream"),
-        **norm("norm2", "layer"),
+        **(norm("attn_norm", "layer", "model") if spec.post_norms else {}),
+        **norm("norm2", "layer", "model"),
+        **(linear("gate", "model", "mlp", spec.mlp_bias) if spec.gated else {}),
         **linear("up", "model", "mlp", spec.mlp_bias),
         **linear("down", "mlp", "model", spec.mlp_bias, "writes_to_stream"),
+        **(norm("mlp_norm", "layer", "model") if spec.post_norms else {}),
     }
     return {
         **array("embed", ("vocab", "model")),
         **(array("positions", ("position", "model")) if spec.positions == "learned" else {}),
-        **norm("norm"),
+        **norm("norm", "model"),
         **({} if spec.tied else array("unembed", ("vocab", "model"))),
         "layers": layers,
     }
@@ -85,7 +91,7 @@ def abstract(spec: Spec, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
 def init(spec: Spec, key: jax.Array) -> dict[str, Any]:
     """Random f32 parameters: normal with deviation 0.02, smaller by sqrt(2L) for what writes to the residual stream.
 
-    Norm weights are 1 and biases 0.
+    Norms multiply by 1 and biases are 0.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
@@ -101,5 +107,6 @@ def init(spec: Spec, key: jax.Array) -> dict[str, Any]:
 
 
 def shardings(spec: Spec, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-    """Where each parameter lies on a mesh (mesh.LM_AXES)."""
-    return jax.tree.map(lambda info: meshes.sharding(mesh, meshes.lm_role(info.axes)), parameters(spec))
+    """Where each parameter lies on a mesh (mesh.lm_role)."""
+    units = {"heads": spec.n_heads, "kv_heads": spec.n_kv, "mlp": spec.d_mlp, "vocab": spec.n_vocab}
+    return jax.tree.map(lambda info: meshes.sharding(mesh, meshes.lm_role(mesh, info.axes, units)), parameters(spec))

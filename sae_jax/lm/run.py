@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.lm.block import Tap, block
+from sae_jax.lm.block import Positions, Tap, block, positions_of
 from sae_jax.lm.hooks import Hook, check_hook
 from sae_jax.lm.logits import unembed
 from sae_jax.lm.model import LanguageModel
@@ -33,8 +34,8 @@ Edits = Mapping[tuple[int, str], Callable[[jax.Array], jax.Array]]
 class Cache:
     """Keys and values of the positions seen so far: S slots, of which the first `length` are set."""
 
-    keys: jax.Array  # [L, B, S, H, d]
-    values: jax.Array  # [L, B, S, H, d]
+    keys: jax.Array  # [L, B, S, G, d]
+    values: jax.Array  # [L, B, S, G, d]
     length: jax.Array  # i32[]
 
 
@@ -87,8 +88,9 @@ def run(
 
     first = jnp.int32(0) if cache is None else cache.length
     position_T = first + jnp.arange(n_new, dtype=jnp.int32)
-    mask_TS = jnp.arange(n_slots, dtype=jnp.int32)[None, :] <= position_T[:, None]
     x_BTD = _lookup(model.params["embed"], ids_BT)
+    if spec.scaled_embedding:  # rounded to the stream's dtype, as the authors do
+        x_BTD = x_BTD * jnp.asarray(spec.d_model**0.5, x_BTD.dtype)
     if spec.positions == "learned":
         x_BTD = x_BTD + model.params["positions"][position_T][None]
 
@@ -103,7 +105,7 @@ def run(
         return value
 
     taps = {hook.layer: partial(tap, hook.layer) for hook in {*edit_at, *captured} if hook.layer < n_layers}
-    x_BTD, cache = _run_layers(model, x_BTD, mask_TS, cache, taps, n_layers)
+    x_BTD, cache = _run_layers(model, x_BTD, positions_of(spec, position_T, n_slots), cache, taps, n_layers)
     return Output(
         acts=acts,
         logits=unembed(model.params, spec, x_BTD) if logits and n_layers == spec.n_layers else None,
@@ -120,7 +122,7 @@ def check_ids(ids: Any, spec: Spec) -> None:
 def _run_layers(
     model: LanguageModel,
     x_BTD: jax.Array,
-    mask_TS: jax.Array,
+    positions: Positions,
     cache: Cache | None,
     taps: Mapping[int, Tap],
     n_layers: int,
@@ -129,21 +131,25 @@ def _run_layers(
 
     Layers without a tap are scanned.
     """
+    kinds = model.spec.layer_kinds
+    kind_L = jnp.asarray(kinds, jnp.int32)
 
     def run_layer(x_BTD, cache, layer, tap):
-        def extend(k_BTHd, v_BTHd):
+        def extend(k_BTGd, v_BTGd):
             nonlocal cache
             if cache is None:
-                return k_BTHd, v_BTHd
+                return k_BTGd, v_BTGd
             keys, values = (
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, cache.length, 0, 0))
-                for old, new in ((cache.keys, k_BTHd), (cache.values, v_BTHd))
+                for old, new in ((cache.keys, k_BTGd), (cache.values, v_BTGd))
             )
             cache = Cache(keys, values, cache.length)
             return keys[layer], values[layer]
 
         params = jax.tree.map(lambda stack: stack[layer], model.params["layers"])
-        return block(model.spec, params, x_BTD, mask_TS, tap, extend), cache
+        kind = kinds[layer] if isinstance(layer, int) else kind_L[layer]
+        its_positions = jax.tree.map(lambda stack: stack[kind], positions)
+        return block(model.spec, params, x_BTD, its_positions, tap, extend), cache
 
     begin = 0
     for end in (*sorted(taps), n_layers):
@@ -163,9 +169,9 @@ def _run_layers(
 def empty_cache(model: LanguageModel, ids_BT: jax.Array, n_slots: int) -> Cache:
     """A cache with no position in it, for the rows of `ids` (split as they are), of `n_slots` tokens each."""
     spec = model.spec
-    shape = (spec.n_layers, ids_BT.shape[0], n_slots, spec.n_heads, spec.d_head)
-    ids_sharding = jax.typeof(ids_BT).sharding
-    sharding = None if ids_sharding.mesh.empty else P(None, ids_sharding.spec[0])
+    shape = (spec.n_layers, ids_BT.shape[0], n_slots, spec.n_kv, spec.d_head)
+    where = _explicit(ids_BT)
+    sharding = None if where is None else P(None, where[0])
     keys, values = (jnp.zeros(shape, model.params["embed"].dtype, out_sharding=sharding) for _ in range(2))
     return Cache(keys=keys, values=values, length=jnp.int32(0))
 
@@ -194,7 +200,11 @@ def _same_type(new: jax.Array, old: jax.Array, hook: Hook) -> jax.Array:
 
 def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     # On an explicit mesh a gather does not say where its result lives: it lives where the ids do.
+    where = _explicit(ids_BT)
+    return table_VD[ids_BT] if where is None else table_VD.at[ids_BT].get(out_sharding=P(*where, None))
+
+
+def _explicit(ids_BT: jax.Array) -> P | None:
+    """How ids are split over a mesh of Explicit axes; None without one: then the compiler decides."""
     sharding = jax.typeof(ids_BT).sharding
-    if sharding.mesh.empty:
-        return table_VD[ids_BT]
-    return table_VD.at[ids_BT].get(out_sharding=P(*sharding.spec, None))
+    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None

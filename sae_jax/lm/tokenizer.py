@@ -24,7 +24,8 @@ import numpy as np
 import tokenizers
 
 from sae_jax import storage
-from sae_jax.lm import trial
+from sae_jax.lm import gguf_file, trial
+from sae_jax.lm.checkpoint import gguf_of
 from sae_jax.lm.files import read_json
 from sae_jax.progress import say_once
 from sae_jax.types import UserError
@@ -219,11 +220,17 @@ def _said_by_library(what: str) -> Iterator[None]:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; UserError if it has none that can be read."""
+    if folder.is_file() and (folder.parent / "tokenizer.json").exists():
+        folder = folder.parent  # beside a .gguf file
     stated = _stated(folder)
     try:
         if (folder / "tokenizer.json").exists():
             state = read_json(folder / "tokenizer.json")
             backend, digest = _backend(state, stated.special, is_ours=folder.resolve().is_relative_to(_ASSETS))
+        elif (path := gguf_of(folder)) is not None:
+            state, bos, eos, special = gguf_file.tokenizer(path)
+            stated = stated._replace(bos=bos, eos=eos, special={*special})
+            backend, digest = _backend(state, stated.special)
         else:
             converted = trial.convert(folder)
             stated = stated._replace(

@@ -1,25 +1,30 @@
-"""Reading and writing the parameters of a language model as a Hugging Face safetensors folder, without torch.
+"""Reading the parameters of a language model from its folder, and writing them as safetensors, without torch.
 
-Which tensor holds which parameter is said in params.py. Every parameter must be there, once, as floats and in the shape
-that the config implies. What no parameter needs is named, or refused where the model would be another one without it: a
-tensor inside a block, or a head that is not the embedding although they are tied.
+Which tensor holds which parameter is said in params.py, which kinds of files there are in checkpoint.py. Every
+parameter must be there, once, as floats and in the shape that the config implies. What no parameter needs is named, or
+refused where the model would be another one without it: a tensor inside a block, or a head that is not the embedding
+although they are tied.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from sae_jax import storage
+from sae_jax.lm import gguf_file
+from sae_jax.lm.checkpoint import Checkpoint, gguf_of, weight_files
 from sae_jax.lm.family import family, family_of
 from sae_jax.lm.files import read_json
 from sae_jax.lm.params import ArrayInfo, parameters
@@ -27,98 +32,133 @@ from sae_jax.lm.spec import Spec
 from sae_jax.progress import say_once
 from sae_jax.types import UserError
 
-_INDEX = "model.safetensors.index.json"
-_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+_ALIGNMENT = 64  # bytes
+BLOCK_BYTES = 32 << 20  # of a file that are in memory at a time
 MAX_SIZE = 1 << 24  # of any axis of a model
 N_NAMED = 5  # tensors that a message names
 
 
 def read_spec(folder: Path) -> Spec:
-    """The Spec that a folder's config.json states; UserError for an unsupported family or setting."""
+    """The Spec that a folder's config.json or .gguf file states; UserError for an unsupported family or setting."""
     path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder")
-    config = read_json(path)
+    if path.exists():
+        config = read_json(path)
+    elif (path := gguf_of(folder)) is not None:
+        config = gguf_file.config(path)
+    else:
+        raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder, or a .gguf file")
     try:
         spec = family_of(config, str(folder)).read_spec(config)
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; get the file again") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{path} has a value of another kind ({error}); get the file again") from None
     storage.as_type(dataclasses.asdict(spec), Spec, path)
-    for name, value in dataclasses.asdict(spec).items():
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < MAX_SIZE:
-            raise UserError(f"{path}: {name}={value} must be above 0 and below {MAX_SIZE:,}; get the file again")
+    _check_sizes(spec, path)
     return spec
 
 
-def read_params(folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """The parameters (params.py) in a folder's safetensors, cast to `dtype`, on the default device.
+def _check_sizes(spec: Spec, path: Path) -> None:
+    """Raises UserError for numbers that no model has."""
+    windows = {f"window of layers {i}": kind.window for i, kind in enumerate(spec.attention)}
+    for name, value in (dataclasses.asdict(spec) | windows).items():
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < MAX_SIZE:
+            raise UserError(f"{path}: {name}={value} must be above 0 and below {MAX_SIZE:,}; get the file again")
+    n_rotary = spec.d_head if spec.d_rotary is None else spec.d_rotary
+    if spec.positions == "rotary" and (n_rotary % 2 or n_rotary > spec.d_head):
+        raise UserError(f"{path}: {n_rotary} of {spec.d_head} numbers of a head rotate; they must be pairs of them")
+    if len(spec.layer_kinds) != spec.n_layers:
+        raise UserError(
+            f"{path}: layer_types has {len(spec.layer_kinds)} layers of {spec.n_layers}; get the file again"
+        )
 
-    The host holds one parameter of all layers at a time (those that share a tensor together).
+
+def read_params(
+    folder: Path, spec: Spec, dtype: DTypeLike = jnp.float32, placement: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The parameters (params.py) in a folder's weight files, cast to `dtype`.
+
+    Each device's part of a parameter is read by itself, once for all devices that hold it, and nothing else is kept on
+    the host.
+
+    Args:
+        folder: of the model, or its .gguf file.
+        spec: what its config.json states.
+        dtype: of the parameters.
+        placement: the sharding of each, a tree like the parameters; None: whole, on the default device.
 
     Raises UserError, naming the file, for a missing, damaged or incomplete set of weight files, and for tensors that
     make another model than the config says.
     """
-    params: dict[str, Any] = {"layers": {}}
-    with contextlib.ExitStack() as opened:
-        stored = _StoredTensors(folder, family(spec.family).prefix, opened)
-        for tensor in _tensors(spec):
-            if tensor.in_layers:
-                # The first that is missing ends it, however many layers the config claims.
-                names = (tensor.name.format(layer=layer) for layer in range(spec.n_layers))
-                values = np.stack([stored.read(name, tensor.shape) for name in names])
-            else:
-                values = stored.read(tensor.name, tensor.shape)
-            for name, part in zip(tensor.parts, np.split(values, len(tensor.parts), axis=-1), strict=True):
-                (params["layers"] if tensor.in_layers else params)[name] = jnp.asarray(part, dtype)
-        if spec.tied:
-            _check_head(stored, spec)
-        _check_ignored(stored, spec)
+    stored = Checkpoint(folder, family(spec.family))
+    infos = parameters(spec)
+    for info in jax.tree.leaves(infos):  # all must be there before the first is read
+        for layer in _layers(info, spec):
+            stored.check(*_tensor(info, layer))
+    if placement is None:
+        here = SingleDeviceSharding(jnp.zeros(()).devices().pop())
+        placement = jax.tree.map(lambda _: here, infos)
+    params = jax.tree.map(lambda info, where: _read(stored, info, spec, dtype, where), infos, placement)
+    if spec.tied:
+        _check_head(stored, spec)
+    _check_ignored(stored, spec)
     return params
 
 
-class _StoredTensors:
-    """The tensors of a folder, by their names without the prefix of full checkpoints."""
-
-    def __init__(self, folder: Path, prefix: str, opened: contextlib.ExitStack) -> None:
-        self.folder, self._prefix = folder, prefix
-        self._file_of: dict[str, tuple[Any, str]] = {}
-        self.unread: dict[str, str] = {}  # {name without prefix: name}
-        for path in weight_files(folder):
-            file = opened.enter_context(storage.open_safetensors(path))
-            for key in file.keys():  # noqa: SIM118, no dict
-                if (name := self._bare(key)) in self._file_of:
-                    raise UserError(
-                        f"{folder} has {name!r} twice, the second time in {path.name}; leave one of the two"
-                    )
-                self._file_of[name], self.unread[name] = (file, key), key
-
-    def __contains__(self, name: str) -> bool:
-        return self._bare(name) in self._file_of
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor of floats. Raises UserError if it is not there, or not of this shape."""
-        if name not in self:
-            raise UserError(f"{self.folder} has no tensor {name!r}; its safetensors and config.json do not match")
-        file, key = self._file_of[self._bare(name)]
-        header = file.get_slice(key)
-        if (kind := header.get_dtype()) not in _FLOATS:
-            raise UserError(
-                f"{self.folder} has {name!r} as {kind}, which is no plain weight; get the model as {', '.join(_FLOATS)}"
-            )
-        if (stored_shape := tuple(header.get_shape())) != shape:
-            raise UserError(f"{self.folder} has {name!r} in shape {stored_shape}; its config.json implies {shape}")
-        if kind == "F64":
-            say_once(f"{self.folder}: weights in float64 are rounded to float32")
-        self.unread.pop(self._bare(name), None)
-        return file.get_tensor(key)
-
-    def _bare(self, name: str) -> str:
-        return name.removeprefix(self._prefix)
+def _layers(info: ArrayInfo, spec: Spec) -> range:
+    """Layers that have a tensor of a parameter; a single one where it is of no layer."""
+    return range(spec.n_layers if info.axes[0] == "layer" else 1)
 
 
-def _check_head(stored: _StoredTensors, spec: Spec) -> None:
+def _tensor(info: ArrayInfo, layer: int) -> tuple[str, tuple[int, ...]]:
+    """(name, shape) of the tensor that has a parameter, or a part of one."""
+    place, shape = info.stored, info.shape[1:] if info.axes[0] == "layer" else info.shape
+    whole = (*shape[:-1], shape[-1] * place.n_parts)
+    return place.name.format(layer=layer), whole[::-1] if place.transposed else whole
+
+
+def _read(stored: Checkpoint, info: ArrayInfo, spec: Spec, dtype: DTypeLike, where: jax.sharding.Sharding) -> jax.Array:
+    """One parameter, on its devices."""
+    in_layers = info.axes[0] == "layer"  # an axis that is never split
+    indices = {str(index): index or () for index in where.addressable_devices_indices_map(info.shape).values()}
+    parts = {key: _aligned(_size(info.shape, index), dtype) for key, index in indices.items()}
+    for layer in _layers(info, spec):
+        values = _view(stored, info, spec, layer)
+        for key, index in indices.items():
+            part, source = (parts[key][layer], values[index[1:]]) if in_layers else (parts[key], values[index])
+            n_rows = max(BLOCK_BYTES // max(source[:1].nbytes, 1), 1)
+            for first in range(0, len(source), n_rows):
+                part[first : first + n_rows] = source[first : first + n_rows]
+                stored.forget()
+    return jax.make_array_from_callback(info.shape, where, lambda index: parts[str(index)])
+
+
+def _size(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(len(range(size)[part]) for size, part in zip(shape, index, strict=True))
+
+
+def _view(stored: Checkpoint, info: ArrayInfo, spec: Spec, layer: int) -> np.ndarray:
+    """A parameter, of a layer if it is of one, as a view of its tensor where that can be."""
+    place, tensor = info.stored, stored.read(*_tensor(info, layer))
+    tensor = tensor.T if place.transposed else tensor
+    if place.n_parts == 1:
+        return tensor
+    width = tensor.shape[-1] // place.n_parts
+    if place.by_head:
+        by_head = tensor.reshape(*tensor.shape[:-1], spec.n_heads, place.n_parts, -1)
+        return by_head[..., place.part, :].reshape(*tensor.shape[:-1], width)
+    return tensor[..., place.part * width : (place.part + 1) * width]
+
+
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Memory that a CPU device takes as it is, without a copy."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + n_bytes].view(dtype).reshape(shape)
+
+
+def _check_head(stored: Checkpoint, spec: Spec) -> None:
     """Raises UserError if a head is stored that is not the embedding, although they are tied."""
     infos = family(spec.family).stored
     head, embedding = (infos[name].name for name in ("unembed", "embed"))
@@ -130,7 +170,7 @@ def _check_head(stored: _StoredTensors, spec: Spec) -> None:
         )
 
 
-def _check_ignored(stored: _StoredTensors, spec: Spec) -> None:
+def _check_ignored(stored: Checkpoint, spec: Spec) -> None:
     """Names the tensors that were not read.
 
     Raises UserError for one in a block, or beside a parameter: the model would be another one without it.
@@ -173,12 +213,23 @@ def save(
         settings: further keys of config.json that do not concern the forward pass, such as `eos_token_id`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    infos, by_tensor = parameters(spec), {}
+    layers = infos.pop("layers")
+    for tree, of_tree in ((infos, params), (layers, params["layers"])):
+        for name, info in tree.items():
+            by_tensor.setdefault(info.stored.name, []).append((info, np.asarray(of_tree[name])))
     stored = {}
-    for tensor in _tensors(spec):
-        tree = params["layers"] if tensor.in_layers else params
-        values = np.concatenate([np.asarray(tree[name]) for name in tensor.parts], axis=-1)
-        for layer, one in enumerate(values if tensor.in_layers else [values]):
-            stored[tensor.name.format(layer=layer)] = np.ascontiguousarray(one, dtype=dtype)
+    for name, parts in by_tensor.items():
+        parts.sort(key=lambda item: item[0].stored.part)
+        place, in_layers = parts[0][0].stored, parts[0][0].axes[0] == "layer"
+        values = [part for _, part in parts]
+        if place.by_head:
+            by_head = [part.reshape(*part.shape[:-1], spec.n_heads, -1) for part in values]
+            value = np.stack(by_head, axis=-2).reshape(*values[0].shape[:-1], -1)
+        else:
+            value = np.concatenate(values, axis=-1)
+        for layer, one in enumerate(value if in_layers else [value]):
+            stored[name.format(layer=layer)] = np.ascontiguousarray(one.T if place.transposed else one, dtype=dtype)
     storage.write_safetensors(folder / "model.safetensors", stored, {"format": "pt"})
     config = {
         "architectures": [family(spec.family).architecture],
@@ -201,51 +252,3 @@ def digest(folder: Path) -> str:
             while block := file.read(1 << 22):
                 sha.update(block)
     return sha.hexdigest()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index lists, model.safetensors, or all there are; UserError if none.
-
-    A folder may hold the same weights a second time, under another name.
-    """
-    index = folder / _INDEX
-    if index.exists():
-        names = {*storage.as_type(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map").values()}
-        if elsewhere := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{index} names {min(elsewhere)!r}, which is no file of this folder; get the file again")
-        if (folder / "model.safetensors").exists() and "model.safetensors" not in names:
-            raise UserError(
-                f"{index} names other files than model.safetensors, which is there, too; remove one of the two"
-            )
-        return [folder / name for name in sorted(names)]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder} has no *.safetensors; convert the model's weights to safetensors first")
-    return paths
-
-
-class _Tensor(NamedTuple):
-    """A tensor of a checkpoint, or if `in_layers` that of each layer."""
-
-    name: str  # see family.Stored
-    parts: tuple[str, ...]  # the parameters in it, side by side on its last axis
-    shape: tuple[int, ...]
-    in_layers: bool
-
-
-def _tensors(spec: Spec) -> list[_Tensor]:
-    """Every tensor that a checkpoint of this spec has to hold."""
-    tree = parameters(spec)
-    layers = tree.pop("layers")
-    infos: dict[str, ArrayInfo] = {**tree, **layers}
-    parts_of: dict[str, list[str]] = {}
-    for name, info in sorted(infos.items(), key=lambda item: item[1].stored.part):
-        parts_of.setdefault(info.stored.name, []).append(name)
-    tensors = []
-    for stored_name, parts in parts_of.items():
-        in_layers = parts[0] in layers
-        shape = infos[parts[0]].shape[in_layers:]
-        tensors.append(_Tensor(stored_name, tuple(parts), (*shape[:-1], shape[-1] * len(parts)), in_layers))
-    return tensors

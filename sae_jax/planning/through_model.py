@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from sae_jax import lm
+from sae_jax import lm, storage
 from sae_jax import mesh as meshes
 from sae_jax.activations.sequences import model_rows
 from sae_jax.lm import params
@@ -61,8 +61,8 @@ class ThroughModel:
     @property
     def token_flop(self) -> int:
         """Of the products of both passes and of the gradient with respect to activations."""
-        spec, d_attn = self.spec, self.spec.n_heads * self.spec.d_head
-        block = 2 * spec.d_model * (4 * d_attn + 2 * spec.d_mlp) + 4 * self.context * d_attn
+        spec, d_attn, d_kv = self.spec, self.spec.n_heads * self.spec.d_head, self.spec.n_kv * self.spec.d_head
+        block = 2 * spec.d_model * (2 * d_attn + 2 * d_kv + (2 + spec.gated) * spec.d_mlp) + 4 * self.context * d_attn
         unembed = 2 * spec.d_model * spec.n_vocab
         return (spec.n_layers + 2 * self.n_blocks_after) * block + 3 * unembed
 
@@ -73,7 +73,12 @@ class ThroughModel:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ThroughModel:
         """The inverse of `to_json`."""
-        return cls(lm.Spec(**values["spec"]), lm.Hook(*values["hook"]), values["context"], values["later"])
+        return cls(
+            storage.as_type(values["spec"], lm.Spec, "the language model's sizes"),
+            lm.Hook(*values["hook"]),
+            values["context"],
+            values["later"],
+        )
 
     def lower(
         self, step: Any, state: Any, hparams: Any, batch_size: int, mesh: Mesh | AbstractMesh

@@ -5,16 +5,21 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sae_jax import lm
+from sae_jax import mesh as meshes
 from sae_jax.activations import harvest as module
 from sae_jax.activations.commits import committed_shards
-from sae_jax.activations.harvest import HarvestConfig, harvest, keep
+from sae_jax.activations.harvest import HarvestConfig, harvest
+from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import open_activations
+from sae_jax.evaluation.text import held_out
 from sae_jax.storage import Files
-from sae_jax.types import UsageError, UserError
+from sae_jax.types import Sites, UsageError, UserError
 
 
 def test_special_tokens_and_large_norms_are_left_out():
@@ -183,6 +188,8 @@ def test_models_with_another_tokenizer_are_refused(text, tuned, tmp_path):
         {"tokens": 3},
         {"dtype": "int8"},
         {"max_norm_multiple": 0.5},
+        {"split": 0},
+        {"split": 3},
         {"batch_tokens": 4},
         {"context": 4096, "batch_tokens": 8192},
     ],
@@ -198,9 +205,10 @@ def test_bad_settings_are_refused(text, tmp_path, settings):
 def test_batches_come_back_in_order(text):
     from sae_jax import lm
 
-    model = lm.load("bundled")
+    mesh = meshes.lm_mesh(1, jax.local_devices())
+    model = lm.load("bundled", mesh=mesh)
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
-    forward = module._Forward({"": model}, small(text))
+    forward = module._Forward({"": model}, small(text), mesh)
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
@@ -286,3 +294,68 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(text, t
     with pytest.raises(UserError, match=r"token id 2048 is outside 0 to 2047; the embedding has 2048 rows"):
         harvest(small(text, model=(str(other),)), str(tmp_path / "set"))
     assert not (tmp_path / "set").exists()
+
+
+@pytest.fixture(scope="module")
+def with_sinks(tmp_path_factory):
+    """The bundled model with a first position that is a hundred times larger than the others."""
+    folder = tmp_path_factory.mktemp("sinks") / "model"
+    shutil.copytree(lm.load("bundled").path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wpe.weight"][0] = 100
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_sinks_are_found_told_and_left_out_by_default(text, with_sinks, tmp_path, capsys):
+    settings = {"model": (str(with_sinks),), "hooks": ("resid_post.0",)}
+    spec = harvest(small(text, **settings), str(tmp_path / "set"))
+    said = capsys.readouterr().err
+    assert spec.max_norm_multiple == 10
+    n_sequences = sum(commit.n_sequences for commit in open_activations(tmp_path / "set").commits.values())
+    assert re.search(r"first \d+ sequences: .* times the median norm: most often [\d,]+ at position 0; tokens", said)
+    assert f"{n_sequences:,} at position 0" in said
+    assert "above 10 medians they are left out\n" in said
+    assert 0 not in np.concatenate([index["pos"] for index in indices(tmp_path / "set")])
+    harvest(small(text, **settings, max_norm_multiple=None), str(tmp_path / "all"))
+    assert "; kept\n" in capsys.readouterr().err
+    assert 0 in np.concatenate([index["pos"] for index in indices(tmp_path / "all")])
+
+
+def test_what_was_decided_on_sinks_holds_for_later_workers(text, with_sinks, tmp_path, monkeypatch):
+    config = small(text, model=(str(with_sinks),), hooks=("resid_post.0",))
+    harvest(config, str(tmp_path / "set"), (0, 2))
+    monkeypatch.setattr("sae_jax.activations.sinks.MULTIPLE", 1e9)  # another machine might round otherwise
+    harvest(config, str(tmp_path / "set"), (1, 2))
+    assert open_activations(tmp_path / "set").spec.max_norm_multiple == 10
+
+
+def test_a_model_without_sinks_keeps_every_row(text, tmp_path):
+    assert harvest(small(text), str(tmp_path / "set")).max_norm_multiple is None
+
+
+def test_a_split_model_gives_the_same_rows(text, tmp_path):
+    hooks = ("resid_post.1", "mlp_act.0", "attn_z.1")
+    for split in (1, 2):
+        harvest(small(text, split=split, hooks=hooks, dtype="float32"), str(tmp_path / str(split)))
+    whole, split = (open_activations(tmp_path / name) for name in "12")
+    for hook in hooks:
+        for chunk in range(whole.n_chunks):
+            rows = [each.read_chunk(hook, chunk) for each in (whole, split)]
+            np.testing.assert_allclose(*rows, atol=1e-4)
+
+
+def test_precision_is_part_of_what_a_set_is(text, tmp_path):
+    spec = harvest(small(text, precision="bfloat16"), str(tmp_path / "set"))
+    assert spec.precision == "bfloat16"
+    with pytest.raises(UsageError, match="already a set in which precision"):
+        harvest(small(text), str(tmp_path / "set"))
+    sites = Sites(("resid_post.0",), ("resid_post.0",))
+    harvest(small(text, precision="bfloat16", heldout="heldout"), str(tmp_path / "apart"))
+    found = held_out(open_activations(tmp_path / "apart"), sites, 64)
+    assert found.model.params["embed"].dtype == jax.numpy.bfloat16
+
+
+def indices(path):
+    activations = open_activations(path)
+    return [activations.read_index(chunk) for chunk in range(activations.n_chunks)]

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import mesh as meshes
-from sae_jax.lm import POINTS, Hook, LanguageModel, cross_entropy, generate, place, run
+from sae_jax.lm import Hook, LanguageModel, cross_entropy, generate, place, points, run
 from sae_jax.types import UsageError, UserError
 from tests.lm.tiny import SPEC, jit_run, random_model
 from tests.oracles import gpt2
 
-EVERYWHERE = [Hook(layer, point) for layer in range(SPEC.n_layers) for point in POINTS]
+EVERYWHERE = [Hook(layer, point) for layer in range(SPEC.n_layers) for point in points(SPEC)]
 
 
 def oracle(model, ids_BT, edits=None):
@@ -65,7 +65,7 @@ def test_early_exit_gives_the_same_activation_and_reads_no_later_layer(model, id
 
 
 def test_edits_replace_what_follows(model, ids_BT):
-    hooks = [Hook(1, point) for point in POINTS]
+    hooks = [Hook(1, point) for point in points(SPEC)]
     # Another factor at each, so that one applied in the place of another shows.
     edits = {hook: functools.partial(operator.mul, 0.5 + 0.1 * i) for i, hook in enumerate(hooks)}
     expected, acts = oracle(model, ids_BT, edits=edits)
@@ -126,12 +126,12 @@ def test_an_explicit_mesh_splits_rows_and_changes_no_number(model, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
-def test_another_table_of_axes_splits_the_parameters(model, ids_BT, monkeypatch):
-    monkeypatch.setattr(meshes, "LM_AXES", meshes.LM_AXES | {"heads": "latent", "mlp": "latent"})
-    mesh = jax.make_mesh((2,), ("latent",), axis_types=(AxisType.Auto,))
+def test_a_model_is_split_over_the_devices_of_a_copy_where_heads_stay_whole(model, ids_BT):
+    mesh = meshes.lm_mesh(2, jax.devices()[:4])
     split = place(model, mesh)
-    assert split.params["layers"]["q.w"].sharding.spec == P(None, None, "latent")
-    assert split.params["layers"]["down.w"].sharding.spec == P(None, "latent", None)
+    assert split.params["layers"]["q.w"].sharding.spec == P(None, None, "model")
+    assert split.params["layers"]["down.w"].sharding.spec == P(None, "model", None)
+    assert split.params["embed"].sharding.spec == P(None, None)  # 23 rows
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(jit_run(split, ids_BT).logits, oracle(model, ids_BT)[0], atol=2e-5)
 

@@ -96,10 +96,10 @@ def damage_config(**change):
     ("damage", "message"),
     [
         (damage_truncate, r"model\.safetensors: cannot be read"),
-        (damage_config(model_type="opt"), r"'opt', which is not supported; supported: gpt2"),
+        (damage_config(model_type="opt"), r"'opt', which is not supported; supported: gemma, "),
         (damage_config(scale_attn_by_inverse_layer_idx=True), r"scale_attn_by_inverse_layer_idx=True"),
         (damage_config(activation_function="swish2"), r"'swish2' is not implemented.*gelu_new"),
-        (damage_config(n_layer=5), r"no tensor 'transformer\.h\.4\.ln_1\.weight'"),
+        (damage_config(n_layer=5), r"no tensor 'transformer\.h\.4\.mlp\.c_proj\.bias'"),
         (damage_config(vocab_size=24), r"'transformer\.wte\.weight' in shape \(23, 16\)"),
         (damage_config(n_head=3), r"n_head=3 does not divide n_embd=16"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),

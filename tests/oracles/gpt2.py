@@ -35,12 +35,12 @@ def forward(params, ids_BT, n_heads, activation="gelu_new", eps=1e-5, edits=None
     for i in range(layers["q.w"].shape[0]):
         w = {name: value[i] for name, value in layers.items()}
         x = point(i, "resid_pre", x)
-        h = layer_norm(x, w["norm1.w"], w["norm1.b"], eps)
+        h = point(i, "attn_in", layer_norm(x, w["norm1.w"], w["norm1.b"], eps))
         q, k, v = (h @ w[f"{name}.w"] + w.get(f"{name}.b", 0) for name in "qkv")
         z = point(i, "attn_z", attention(q, k, v, n_heads))
         out = point(i, "attn_out", z.reshape(*z.shape[:2], -1) @ w["o.w"] + w.get("o.b", 0))
         x = point(i, "resid_mid", x + out)
-        h = layer_norm(x, w["norm2.w"], w["norm2.b"], eps)
+        h = point(i, "mlp_in", layer_norm(x, w["norm2.w"], w["norm2.b"], eps))
         act = point(i, "mlp_act", ACTIVATIONS[activation](h @ w["up.w"] + w.get("up.b", 0)))
         x = point(i, "resid_post", x + point(i, "mlp_out", act @ w["down.w"] + w.get("down.b", 0)))
     head = params.get("unembed", params["embed"])

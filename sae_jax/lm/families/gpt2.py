@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sae_jax.lm.family import Family, Stored
+from sae_jax.lm.llama_like import activation
 from sae_jax.lm.spec import Spec
 from sae_jax.types import UserError
 
@@ -33,7 +34,7 @@ def _read_spec(config: Mapping[str, Any]) -> Spec:
         n_vocab=config["vocab_size"],
         n_context=config["n_positions"],
         # The library's own defaults: a config.json may leave out what equals them.
-        activation=config.get("activation_function", "gelu_new"),
+        activation=activation(config.get("activation_function", "gelu_new")),  # type: ignore[arg-type]
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
         tied=config.get("tie_word_embeddings", True),
     )
@@ -57,8 +58,8 @@ def _of_layer(name: str, module: str, part: int = 0, n_parts: int = 1) -> dict[s
     """Weight and bias of a module that every layer has."""
     path = f"transformer.h.{{layer}}.{module}"
     return {
-        f"{name}.w": Stored(f"{path}.weight", part, n_parts),
-        f"{name}.b": Stored(f"{path}.bias", part, n_parts),
+        f"{name}.w": Stored(f"{path}.weight", False, part, n_parts),
+        f"{name}.b": Stored(f"{path}.bias", False, part, n_parts),
     }
 
 
@@ -81,6 +82,17 @@ FAMILY = Family(
         **_of_layer("norm2", "ln_2"),
         **_of_layer("up", "mlp.c_fc"),
         **_of_layer("down", "mlp.c_proj"),
+    },
+    modules={
+        "resid_pre": "transformer.h.{layer} (input)",
+        "attn_in": "transformer.h.{layer}.ln_1",
+        "attn_z": "transformer.h.{layer}.attn.c_proj (input)",
+        "attn_out": "transformer.h.{layer}.attn",
+        "resid_mid": "transformer.h.{layer}.ln_2 (input)",
+        "mlp_in": "transformer.h.{layer}.ln_2",
+        "mlp_act": "transformer.h.{layer}.mlp.c_proj (input)",
+        "mlp_out": "transformer.h.{layer}.mlp",
+        "resid_post": "transformer.h.{layer}",
     },
     buffers=("h.{layer}.attn.bias", "h.{layer}.attn.masked_bias"),
 )

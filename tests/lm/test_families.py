@@ -1,0 +1,111 @@
+"""Every family and setting against transformers' torch models, by golden numbers (tests/golden/make_families.py)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax.lm import Hook, generate, load, points
+from sae_jax.lm.family import families, family
+from sae_jax.lm.weights import read_spec, save
+from tests.golden.make_families import GOLDEN, N_NEW
+from tests.lm.tiny import jit_run
+from tests.lm.variants import CONFIGS, OLDER, ids_of, write_folder
+
+# Its text is generated, too: windows, groups and rotations meet the cache there.
+GENERATED = ("neox", "qwen2-windows", "gemma3")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def folder_of(golden, tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name):
+        shapes = json.loads(golden[f"{name}/shapes"].tobytes())
+        return root / name if (root / name).exists() else write_folder(root / name, CONFIGS[name], shapes)
+
+    return folder
+
+
+def relative_error(found, true):
+    return float(np.abs(np.asarray(found, np.float64) - true).max() / np.abs(true).max())
+
+
+def test_every_family_has_a_variant():
+    assert {config["model_type"] for config in CONFIGS.values()} == {*families()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_streams_are_those_of_torch(name, golden, folder_of):
+    model = load(str(folder_of(name)))
+    hooks = tuple(Hook(layer, "resid_post") for layer in range(model.spec.n_layers))
+    ids_BT = jnp.asarray(ids_of(CONFIGS[name]), jnp.int32)
+    found = jit_run(model, ids_BT, capture=hooks[:: max(len(hooks) - 1, 1)])
+    assert relative_error(found.logits[:, 3::4], golden[f"{name}/logits"]) < 5e-6
+    for hook, stream in found.acts.items():
+        assert relative_error(stream[0, 3::4], golden[f"{name}/streams"][hook.layer]) < 5e-6, hook
+    if name in GENERATED:
+        text = generate(model, ids_BT, N_NEW, jax.random.key(0))[:, ids_BT.shape[1] :]
+        np.testing.assert_array_equal(text, golden[f"{name}/text"])
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_config_of_before_says_the_same(name, folder_of, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OLDER[name]))
+    assert read_spec(tmp_path) == read_spec(folder_of(name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_is_read_back(name, folder_of, tmp_path):
+    model = load(str(folder_of(name)))
+    save(tmp_path, model.spec, model.params)
+    again = load(str(tmp_path))
+    assert again.spec == model.spec
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_point_has_a_module(name, folder_of):
+    spec = read_spec(folder_of(name))
+    assert {*points(spec)} <= {*family(spec.family).modules}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"rotary positions of kind 'yarn'.*llama3"),
+        ("llama", {"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5}, r"=5 does not divide hidden_size=32"),
+        ("llama", {"head_dim": 7}, r"7 of 7 numbers of a head rotate; they must be pairs"),
+        ("llama", {"intermediate_size": 57}, r"down_proj\.weight' in shape \(32, 56\); its config\.json implies"),
+        ("llama", {"num_hidden_layers": 4}, r"no tensor 'model\.layers\.3\.mlp\.down_proj\.weight'"),
+        ("llama", {"num_hidden_layers": 2}, r"a tensor 'model\.layers\.2\..*which a llama of 2 layers"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"config\.json lacks 'factor'"),
+        ("llama", {"hidden_act": "swiglu"}, r"activation function 'swiglu' is not implemented"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, r"'chunked_attention', which is not implemented"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has 2 layers of 3"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, r"Mistral with layer_types"),
+        ("mistral", {"sliding_window": 0}, r"window of layers 0=0 must be above 0"),
+        ("gemma", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=true is not implemented"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping=30\.0 is not implemented"),
+        ("neox", {"rotary_pct": 1.5}, r"12 of 8 numbers of a head rotate"),
+        ("qwen3", {"model_type": "qwen3_moe"}, r"'qwen3_moe', which is not supported.*write_activations"),
+    ],
+)
+def test_a_config_that_is_not_implemented_or_contradicts_its_tensors_is_refused(
+    name, change, message, golden, tmp_path
+):
+    shapes = json.loads(golden[f"{name}/shapes"].tobytes())
+    write_folder(tmp_path, CONFIGS[name] | change, shapes)
+    with pytest.raises(Exception, match=message) as caught:
+        load(str(tmp_path))
+    assert type(caught.value).__name__ == "UserError"
+    assert "\n" not in str(caught.value)
