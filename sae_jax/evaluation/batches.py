@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
+from sae_jax.activations.sinks import MULTIPLE, above, keep
 from sae_jax.activations.store import ActivationSet
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation.base import EvalBatch, Subject, TextBatch
@@ -93,8 +94,14 @@ def of_text(
             batch = {}
             for sites, text in texts.items():
                 here = [name for name, candidate in candidates.items() if candidate.sites == sites]
-                site, x_NX = _at_site(text, ids_ST, filled_ST, acts, logits_STV)
-                text_batch = TextBatch(site, _counted(ids_ST, len(filled_ST), text.special), subjects[here[0]].mean)
+                site, x_NX, is_sink_ST = _at_site(text, ids_ST, filled_ST, acts, logits_STV)
+                text_batch = TextBatch(
+                    model=site,
+                    is_text=_as_rows(keep(ids_ST, None, text.special, None), len(filled_ST)),
+                    is_sink=_as_rows(is_sink_ST, len(filled_ST)),
+                    counted=_counted(ids_ST, len(filled_ST), text.special),
+                    mean=subjects[here[0]].mean,
+                )
                 for name in here:
                     sae, y_NY = candidates[name].sae, site.rows
                     batch[name] = EvalBatch(sae, x_NX, y_NY, site.keep.reshape(-1), text_batch)
@@ -105,11 +112,13 @@ def of_text(
 
 def _at_site(
     text: HeldOut, ids_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[lm.Hook, jax.Array], logits_STV: jax.Array
-) -> tuple[lm.ReplacedSite, jax.Array]:
-    """(the model, ready for other rows where a dictionary writes; what it encodes)."""
+) -> tuple[lm.ReplacedSite, jax.Array, np.ndarray]:
+    """(the model, ready for other rows where a dictionary writes; what it encodes; which positions are sinks)."""
     hooks = tuple(dict.fromkeys(text.encoded + text.reconstructed))
     norms = [_norms(acts[hook])[: len(ids_ST)] for hook in hooks]
-    keep_ST = text.keep(ids_ST, np.stack(jax.device_get(norms), axis=-1))
+    norm_STS = np.stack(jax.device_get(norms), axis=-1)
+    is_sink_ST = above(norm_STS, keep(ids_ST, None, text.special, None), MULTIPLE)
+    keep_ST = text.keep(ids_ST, norm_STS)
     keep_ST = np.pad(keep_ST, ((0, len(filled_ST) - len(ids_ST)), (0, 0)))  # what is filled up counts nowhere
 
     def site(hooks: tuple[lm.Hook, ...]) -> lm.ReplacedSite:
@@ -118,7 +127,12 @@ def _at_site(
             text.model, jnp.asarray(filled_ST, jnp.int32), jnp.asarray(keep_ST), here, logits_STV, (), hooks
         )
 
-    return site(text.reconstructed), site(text.encoded).rows
+    return site(text.reconstructed), site(text.encoded).rows, is_sink_ST
+
+
+def _as_rows(mask_ST: np.ndarray, size: int) -> jax.Array:
+    """bool[size * T]: what is filled up counts nowhere."""
+    return jnp.asarray(np.pad(mask_ST, ((0, size - len(mask_ST)), (0, 0)))).reshape(-1)
 
 
 def _counted(ids_ST: np.ndarray, size: int, special: np.ndarray) -> jax.Array:

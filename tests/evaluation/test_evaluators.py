@@ -48,7 +48,12 @@ def text_batches(sae, subject):
     candidate = Candidate(sae, SITES, Widths.one(D), activations=None)  # pyrefly: ignore
     n, batches = of_text({"": candidate}, {"": subject}, {SITES: text}, batch_tokens=24, shard=(0, 1))
     assert n == 4
-    return list(batches)
+    return [{"": with_sinks(batch[""])} for batch in batches]
+
+
+def with_sinks(batch):
+    is_sink_N = jnp.arange(batch.y.shape[0]) % 5 == 0
+    return dataclasses.replace(batch, text=dataclasses.replace(batch.text, is_sink=is_sink_N))
 
 
 def sums_of(subject, batches):
@@ -173,3 +178,24 @@ def test_what_people_print_is_readable(rows, sae, subject, text_batches):
     shown = repr(Measured(subject, {}, sums_of(subject, text_batches)))
     assert shown.count("\n") < 20
     assert "loss recovered" in shown
+
+
+def test_rows_far_above_the_median_are_reported_with_and_without(sae, subject, text_batches):
+    """Against plain numpy; a batch without any reports nothing."""
+    evaluator = EVALUATORS["sinks"](subject)
+    batches = [batch[""] for batch in text_batches]
+    sums = {}
+    for batch in batches:
+        sums = base.add(sums, evaluator.measure(batch))
+    found = {metric.name: metric.value for metric in evaluator.metrics(sums)}
+    y, y_hat, text, sink = (
+        np.concatenate([np.asarray(part(batch), np.float64) for batch in batches])
+        for part in (lambda b: b.y, lambda b: b.y_hat, lambda b: b.text.is_text, lambda b: b.text.is_sink)
+    )
+    assert found["n_sinks"] == (text * sink).sum()
+    for name, rows in (("fvu_without_sinks", (text == 1) & (sink == 0)), ("fvu_with_sinks", text == 1)):
+        expected = ((y - y_hat)[rows] ** 2).sum() / ((y[rows] - y[rows].mean(0)) ** 2).sum()
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+    nothing = dataclasses.replace(batches[0].text, is_sink=jnp.zeros(batches[0].y.shape[0], bool))
+    sums = base.add({}, evaluator.measure(dataclasses.replace(batches[0], text=nothing)))
+    assert [*evaluator.metrics(sums)] == []
