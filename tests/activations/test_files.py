@@ -138,8 +138,8 @@ def test_a_zst_file_may_begin_with_what_is_to_be_skipped(tmp_path):
         ("a.parquet", CONTENTS[".parquet"][:-1], "damaged or cut short"),
         ("a.parquet", CONTENTS[".parquet"][:40] + b"\xff" * 400 + CONTENTS[".parquet"][440:], "damaged or cut short"),
         ("a.parquet.gz", gzip.compress(CONTENTS[".parquet"])[:-9], "damaged or cut short"),
-        ("a.parquet", parquet([1, 2]), r'has no text in column "text"; it has body; choose one with'),
-        ("a.parquet", parquet([["a"]]), r'has no text in column "text"; it has body; choose one with'),
+        ("a.parquet", parquet([1, 2]), r'has no string in column "text"; it has body; choose one with'),
+        ("a.parquet", parquet([["a"]]), r'has no string in column "text"; it has body; choose one with'),
         ("a.parquet", parquet([None, ""]), "is empty"),
     ],
 )
