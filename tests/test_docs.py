@@ -21,7 +21,10 @@ from tests import runs
 from tests.commands.test_fit import planted
 
 ROOT = runs.ROOT
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "variants", "python", "metrics"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics")),
+]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling")]
 SMALL = {
     "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],

@@ -2,7 +2,7 @@
 
 from sae_jax.lm import intervene
 from sae_jax.lm.generate import generate
-from sae_jax.lm.hooks import POINTS, Hook, check_hook, hook_width, names_elsewhere, parse_hook, points
+from sae_jax.lm.hooks import POINTS, READ_BY_BLOCK, Hook, check_hook, hook_width, names_elsewhere, parse_hook, points
 from sae_jax.lm.intervene import ReplacedSite, later_hooks, replaced_site
 from sae_jax.lm.logits import logit_effect
 from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, resolve, tokenizer
@@ -14,6 +14,7 @@ from sae_jax.ops.predictions import cross_entropy, kl_divergence
 
 __all__ = [
     "POINTS",
+    "READ_BY_BLOCK",
     "Cache",
     "Hook",
     "LanguageModel",

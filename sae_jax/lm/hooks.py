@@ -26,6 +26,7 @@ POINTS = (
     *("resid_pre", "attn_in", "attn_z", "attn_raw", "attn_out"),
     *("resid_mid", "mlp_in", "mlp_act", "mlp_raw", "mlp_out", "resid_post"),
 )
+READ_BY_BLOCK = ("attn_in", "mlp_in")  # copies of the stream: what is there does not join it
 # As TransformerLens calls them, in its own words for a block; the width of heads stands apart there, too.
 _TRANSFORMER_LENS = {
     "resid_pre": "hook_resid_pre",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.lm import block
-from sae_jax.lm.hooks import check_hook
+from sae_jax.lm.hooks import READ_BY_BLOCK, check_hook
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.spec import Spec
 from sae_jax.types import UsageError
@@ -47,7 +47,7 @@ def logit_effect(model: LanguageModel, hook: tuple[int, str], directions_ND: jax
     spec, layers = model.spec, model.params["layers"]
     inside = {"mlp_act": "down.w", "attn_z": "o.w"}.get(point)
     directions_ND = directions_ND.astype(jnp.float32)
-    if point in ("attn_in", "mlp_in"):
+    if point in READ_BY_BLOCK:
         raise UsageError(f"{point} is read by the block and does not add to the stream; choose another hook")
     if inside is not None:
         directions_ND = directions_ND @ layers[inside][layer].astype(jnp.float32)

@@ -19,7 +19,7 @@ from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import open_set, say_or_refuse
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
-from sae_jax.progress import Progress
+from sae_jax.progress import Progress, say_once
 from sae_jax.record import Record, SourceRecord
 from sae_jax.types import UsageError, check_indices
 
@@ -72,7 +72,12 @@ def _write_site(
     vocabulary, reference = lm.tokenizer(tokenizer, recorded=True), model or target.model
     if activations.spec.tokenizer_digest not in (None, vocabulary.digest):
         say_or_refuse(f"the tokenizer of {tokenizer} is not that of {activations.path}", model, "model")
-    effects = _logit_effects(reference, target, activations.path, model) if reference and target.hook else None
+    reads = target.hook is not None and target.hook.rpartition(".")[0] in lm.READ_BY_BLOCK
+    effects = None
+    if reads:
+        say_once(f"{target.hook} does not join the residual stream: its latents have no direct effect on the logits")
+    elif reference and target.hook:
+        effects = _logit_effects(reference, target, activations.path, model)
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)
     cure = f"{tokenizer} is not the tokenizer of {activations.path}; name the one that is with --model"

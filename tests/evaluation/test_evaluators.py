@@ -196,7 +196,7 @@ def test_rows_far_above_the_median_are_reported_with_and_without(sae, subject, t
     assert found["n_sinks"] == (text * sink).sum()
     for name, rows in (("fvu_without_sinks", (text == 1) & (sink == 0)), ("fvu_with_sinks", text == 1)):
         expected = ((y - y_hat)[rows] ** 2).sum() / ((y[rows] - y[rows].mean(0)) ** 2).sum()
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3)
     nothing = dataclasses.replace(batches[0].text, is_sink=jnp.zeros(batches[0].y.shape[0], bool))
     sums = base.add({}, evaluator.measure(dataclasses.replace(batches[0], text=nothing)))
     assert [*evaluator.metrics(sums)] == []

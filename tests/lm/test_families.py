@@ -10,18 +10,12 @@ import pytest
 from sae_jax.lm import Hook, generate, load, points
 from sae_jax.lm.family import families, family
 from sae_jax.lm.weights import read_spec, save
-from tests.golden.make_families import GOLDEN, N_NEW
+from tests.golden.make_families import N_NEW
 from tests.lm.tiny import jit_run
 from tests.lm.variants import CONFIGS, OLDER, ids_of, write_folder
 
 # Its text is generated, too: windows, groups and rotations meet the cache there.
 GENERATED = ("neox", "qwen2-windows", "gemma3")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN) as file:
-        return dict(file)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,33 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sae_jax.lm import Hook, logit_effect, run
-from tests.lm.tiny import jit_run
+from sae_jax.types import UsageError
+from tests.lm.tiny import SPEC, jit_run, random_model
+
+GEMMA = dataclasses.replace(
+    SPEC,
+    family="gemma2",
+    norm="rms_norm",
+    norm_offset=1.0,
+    post_norms=True,
+    positions="rotary",
+    gated=True,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+)
 
 
-def test_logit_effect_is_the_slope_of_the_logits_up_to_the_norm_s_scale(model, ids_BT):
-    last = Hook(model.spec.n_layers - 1, "resid_post")
+@pytest.mark.parametrize("spec", [SPEC, GEMMA], ids=["layer_norm", "rms_norm"])
+def test_logit_effect_is_the_slope_of_the_logits_up_to_the_norm_s_scale(spec, ids_BT):
+    model, last = random_model(spec), Hook(spec.n_layers - 1, "resid_post")
     x_D = jit_run(model, ids_BT, (last,)).acts[last][0, -1]
-    centred_D = x_D - x_D.mean()
+    centred_D = x_D - x_D.mean() if spec.norm == "layer_norm" else x_D
     direction_D = jax.random.normal(jax.random.key(3), x_D.shape)
     # Along x itself the norm's scale moves as well; orthogonally to it the scale stands still.
     direction_D -= centred_D * (direction_D @ centred_D) / (centred_D @ centred_D)
@@ -38,3 +55,16 @@ def test_logit_effect_inside_a_block_passes_its_output_matrix(model, point, matr
 def test_logit_effect_of_a_half_precision_model_is_f32(model):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), model)
     assert logit_effect(half, (0, "mlp_act"), jnp.ones((2, 40))).dtype == jnp.float32
+
+
+def test_logit_effect_before_a_post_norm_passes_its_weight():
+    model, layer = random_model(GEMMA), GEMMA.n_layers - 1
+    direction_D = jax.random.normal(jax.random.key(2), (GEMMA.d_model,))
+    after_D = direction_D * (model.params["layers"]["mlp_norm.w"][layer] + 1)
+    before = logit_effect(model, (layer, "mlp_raw"), direction_D[None])
+    np.testing.assert_allclose(before, logit_effect(model, (layer, "mlp_out"), after_D[None]), atol=1e-5)
+
+
+def test_what_a_block_reads_has_no_direct_effect(model):
+    with pytest.raises(UsageError, match=r"mlp_in is read by the block and does not add to the stream"):
+        logit_effect(model, (1, "mlp_in"), jnp.ones((1, 16)))
