@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from sae_jax.activations import conversations
 from sae_jax.activations.blocks import UnreadableError
 from sae_jax.types import UsageError
 
@@ -20,6 +21,7 @@ class Fields:
 
     column: str = COLUMN
     template: str | None = None  # as "{title}\n{text}"; then `column` has no use
+    is_chat: bool = False  # whether the field is a conversation, a list of messages
 
     def __post_init__(self) -> None:
         if self.template is not None and not self.names:
@@ -49,19 +51,28 @@ class Fields:
     @property
     def what(self) -> str:
         """What a record has to have, in words."""
-        return f"a string {' and '.join(map(quoted, self.names))}"
+        return f"a {self.kind} {' and '.join(map(quoted, self.names))}"
+
+    @property
+    def kind(self) -> str:
+        """What such a field holds, in words."""
+        return "list of messages" if self.is_chat else "string"
 
     def document(self, record: Any, place: str) -> str:
         """The text of a record, which lies at `place`. Raises UnreadableError for one without."""
         if not isinstance(record, Mapping):
             raise UnreadableError(place, "is not a JSON object", f"every record has to be one, with {self.what}")
         for name in self.names:
-            if name not in record or not isinstance(record[name], str | None):
+            if name not in record or not (record[name] is None or self._suits(record[name])):
                 held = f" (it holds {type(record[name]).__name__})" if name in record else ""
-                raise UnreadableError(place, f"has no string {quoted(name)}{held}", self.cure(record))
+                there = [each for each, value in record.items() if self._suits(value)]
+                raise UnreadableError(place, f"has no {self.kind} {quoted(name)}{held}", self.cure(there))
         if not any(record[name] for name in self.names):
             return ""
-        text = "".join(literal + ((name and record[name]) or "") for literal, name in self._pieces)
+        if self.is_chat:
+            text = conversations.as_document(record[self.column], place)
+        else:
+            text = "".join(literal + ((name and record[name]) or "") for literal, name in self._pieces)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -71,11 +82,13 @@ class Fields:
             ) from None
         return text
 
-    def cure(self, there: Mapping[str, Any]) -> str:
-        """What to do about a field that is missing; `there`: the fields that are there, with a value of each."""
-        names = [name for name, value in there.items() if isinstance(value, str)]
+    def _suits(self, value: Any) -> bool:
+        return isinstance(value, list if self.is_chat else str)
+
+    def cure(self, suitable: Sequence[str]) -> str:
+        """What to do about a field that is missing; `suitable`: the fields that could be meant."""
         setting = "harvest.text_column" if self.template is None else "harvest.text_template"
-        return f"it has {', '.join(names) or 'no string'}; choose one with {setting}"
+        return f"it has {', '.join(suitable) or f'no {self.kind}'}; choose one with {setting}"
 
 
 def quoted(name: str) -> str:

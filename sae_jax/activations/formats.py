@@ -74,6 +74,9 @@ def documents_of(
     suffix = kind(path)
     if suffix in _OTHER_FORMATS:
         raise _of_another_format(path, f"{suffix} is not a format that is read")
+    if fields.is_chat and suffix not in (".json", *JSON_LINES, ".parquet"):
+        cure = "use JSON Lines or Parquet with a list of messages in each record, or leave out harvest.chat"
+        raise UnreadableError(str(path), "can hold no conversations", cure, "without conversations", is_other=True)
     if suffix == ".parquet":
         yield from _of_parquet(path, fields, on_position)
     elif suffix in TABLES:
@@ -151,9 +154,9 @@ def _check_columns(path: Path, fields: Fields, columns: list[str], texts: list[s
     """Refuse a table that does not have each of the fields, once. `texts`: the columns that could be fields."""
     for name in fields.names:
         if columns.count(name) != 1 or name not in texts:
-            has = "has no column" if name not in columns else "has no text in column"
+            has = "has no column" if name not in columns else f"has no {fields.kind} in column"
             problem = f'has two columns "{name}"' if columns.count(name) > 1 else f'{has} "{name}"'
-            cure = fields.cure(dict.fromkeys(texts, ""))
+            cure = fields.cure(texts)
             raise UnreadableError(str(path), problem, cure, f"which {problem}; {cure}", is_other)
 
 
@@ -169,7 +172,8 @@ def _of_parquet(path: Path, fields: Fields, on_position: OnPosition) -> Iterator
         try:
             table = parquet.ParquetFile(stream, buffer_size=2**20)
             schema = table.schema_arrow
-            _check_columns(path, fields, schema.names, [each.name for each in schema if _is_text(each.type)], False)
+            suitable = [each.name for each in schema if _suits(each.type, fields.is_chat)]
+            _check_columns(path, fields, schema.names, suitable, is_other=False)
             for batch in table.iter_batches(_ROWS, columns=[*fields.names], use_threads=False):
                 for record in batch.to_pylist():
                     yield (fields.document(record, f"{path}, row {number},"),)
@@ -183,12 +187,13 @@ def _of_parquet(path: Path, fields: Fields, on_position: OnPosition) -> Iterator
             raise damaged(path, error) from None
 
 
-def _is_text(kind: Any) -> bool:
-    """Whether a type of pyarrow is text, or null, as a column that nobody filled in."""
-    import pyarrow.types as types
+def _suits(kind: Any, is_chat: bool) -> bool:
+    """Whether a type of pyarrow can be a document, or is null, as of a column that nobody filled in."""
+    from pyarrow import types
 
     value = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(value) or types.is_large_string(value) or types.is_string_view(value) or types.is_null(value)
+    tests = (types.is_list, types.is_large_list) if is_chat else (types.is_string, types.is_large_string)
+    return any(test(value) for test in (*tests, types.is_null))
 
 
 def _first_object(head: str) -> dict[str, Any]:

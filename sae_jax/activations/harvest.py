@@ -32,15 +32,18 @@ from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
 from sae_jax.activations.ahead import Ahead
+from sae_jax.activations.conversations import ALL, Conversations, roles_of
 from sae_jax.activations.fields import COLUMN, Fields
 from sae_jax.activations.sinks import MULTIPLE, Sinks, keep
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
+from sae_jax.lm.chat import first_template
 from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 N_FILES_NAMED = 5
+N_CONVERSATIONS_TRIED = 100  # of a dataset of the hub, in which a role has to be
 SHARDS_AHEAD = 1  # that are tokenised while one is computed
 
 
@@ -56,6 +59,11 @@ class HarvestConfig:
     """field of JSON records, or column of a table or hub dataset, that holds the text"""
     text_template: str | None = None
     """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
+    chat: str = ""
+    """for conversations (text_column holds a list of messages with "role" and "content"), as the model's chat template
+    writes them: a role, such as assistant, whose tokens rows are made of, or `all`"""
+    skip_unreadable: bool = False
+    """of several files leave out those that are damaged, instead of refusing the text; they are named and counted"""
     heldout: str | None = None
     """text that evaluation uses, in the same notation; never put it into `text`"""
     hooks: tuple[str, ...] = ("resid_post.2",)
@@ -104,7 +112,11 @@ class HarvestConfig:
     def fields(self) -> Fields:
         """What of a record of the text is the document. Raises UsageError for a template that names no field."""
         if self.text_template is None:
-            return Fields(self.text_column)
+            return Fields(self.text_column, is_chat=bool(self.chat))
+        if self.chat:
+            raise UsageError(
+                "harvest.text_template makes texts, and harvest.chat reads messages; leave out one of them"
+            )
         if self.text_column != COLUMN:
             raise UsageError(
                 f"harvest.text_column={self.text_column!r} and harvest.text_template={self.text_template!r} both say "
@@ -147,15 +159,18 @@ def harvest(
 
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
     mesh = meshes.lm_mesh(config.split, jax.local_devices())
+    references = {name: lm.resolve(reference) for name, reference in config.models().items()}
+    template = first_template([*references.values()]) if config.chat else None
     models = {
-        name: lm.load(lm.resolve(reference), config.precision, recorded=True, mesh=mesh)
-        for name, reference in config.models().items()
+        name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
     }
     tokenizer = shared_tokenizer(models)
-    spec, scanned = plan(config, models, tokenizer)
+    n_vocab = min(model.spec.n_vocab for model in models.values())
+    chat = None if template is None else Conversations(template, tokenizer, config.chat, n_vocab)
+    spec, scanned, text = plan(config, models, tokenizer, chat)
     forward = _Forward(models, config, mesh)
     if config.max_norm_multiple == "auto":
-        spec = replace(spec, max_norm_multiple=_multiple(config, out, spec, forward, tokenizer))
+        spec = replace(spec, max_norm_multiple=_multiple(out, text, forward))
     writer = store.create(out, spec)
     done = writer.committed()
     mine = range(shard[0], spec.n_shards, shard[1])
@@ -166,7 +181,7 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
-        stream = () if stop() else _shards(config, tokenizer, todo, spec, unread)
+        stream = () if stop() else _shards(config, text, todo, spec, unread)
         stream = itertools.takewhile(lambda _: not stop(), stream)
         with Ahead(stream, SHARDS_AHEAD, "tokenise") as ahead:
             _write_shards(forward, tokenizer, spec, writer, ahead, progress, start)
@@ -183,24 +198,20 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     return spec
 
 
-def _multiple(
-    config: HarvestConfig, out: str, spec: SetSpec, forward: _Forward, tokenizer: lm.Tokenizer
-) -> float | None:
+def _multiple(out: str, text: tokens.PackedText, forward: _Forward) -> float | None:
     """What `auto` means for this set: what was decided when it was begun, or what the first sequences show."""
     files = Files(out)
     if files.read("dataset.json") is not None:
         return store.read_spec(files).max_norm_multiple
-    assert spec.text is not None
-    stream = tokens.sequences(spec.text, tokenizer, config.context, 0, forward.batch, config.fields())
-    ids_ST = np.stack(list(stream))
-    sinks = Sinks(np.asarray(tokenizer.special_ids, np.int32))
+    ids_ST, text_ST = text.stacked(0, forward.batch)
+    sinks = Sinks()
     for _, norm_BTS in forward(ids_ST):
-        sinks.add(ids_ST, norm_BTS)
+        sinks.add(ids_ST, text_ST, norm_BTS)
     if not sinks.n:
         return None
     console.print(
-        f"first {len(ids_ST)} sequences: {sinks.told(tokenizer)}. Rows above {MULTIPLE:g} medians are left out of this "
-        f"set; harvest.max_norm_multiple=none keeps them"
+        f"first {len(ids_ST)} sequences: {sinks.told(text.tokenizer)}. Rows above {MULTIPLE:g} medians are left out of "
+        f"this set; harvest.max_norm_multiple=none keeps them"
     )
     return MULTIPLE
 
@@ -210,13 +221,12 @@ def _write_shards(
     tokenizer: lm.Tokenizer,
     spec: SetSpec,
     writer: store.Writer,
-    stream: Ahead[tuple[int, np.ndarray]],
+    stream: Ahead[tuple[int, np.ndarray, np.ndarray]],
     progress: Progress,
     done: int,
 ) -> None:
     """Run shard after shard through the models, and write each while the next one is computed."""
-    special = np.asarray(tokenizer.special_ids, np.int32)
-    sinks, per_shard, context = Sinks(special), spec.sequences_per_shard or 0, spec.context or 0
+    sinks, per_shard, context = Sinks(), spec.sequences_per_shard or 0, spec.context or 0
     rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
     disk_seconds = 0.0
 
@@ -234,7 +244,7 @@ def _write_shards(
         progress.update(done, f"{rows_written:,} rows written  {rate}  {waits}")
 
     with ThreadPoolExecutor(1) as disk:
-        for number, ids_ST in stream:
+        for number, ids_ST, text_ST in stream:
             blocks = {name: [] for name in forward.names}
             norms: list[np.ndarray] = []
             for acts, norm_BTS in forward(ids_ST):
@@ -244,10 +254,10 @@ def _write_shards(
                 done += norm_BTS.shape[0] * context
                 if sum(map(len, norms)) < len(ids_ST):
                     show()
-            norm_STS = np.concatenate(norms) if norms else None
-            if norm_STS is not None:
-                sinks.add(ids_ST, norm_STS)
-            keep_ST = keep(ids_ST, norm_STS, special, spec.max_norm_multiple)
+            keep_ST = text_ST
+            if norms:
+                sinks.add(ids_ST, text_ST, np.concatenate(norms))
+                keep_ST = keep(text_ST, np.concatenate(norms), spec.max_norm_multiple)
             seq_N, pos_N = np.nonzero(keep_ST)
             rows = {
                 name: np.concatenate(block)[keep_ST] if block else np.zeros((0, spec.source(name).d), np.float32)
@@ -289,22 +299,30 @@ def shared_tokenizer(models: dict[str, lm.LanguageModel]) -> lm.Tokenizer:
 
 
 def plan(
-    config: HarvestConfig, models: dict[str, lm.LanguageModel], tokenizer: lm.Tokenizer
-) -> tuple[SetSpec, texts.Scan]:
-    """The set that these settings describe, the same on every machine, and what its text is made of."""
+    config: HarvestConfig,
+    models: dict[str, lm.LanguageModel],
+    tokenizer: lm.Tokenizer,
+    chat: Conversations | None = None,
+) -> tuple[SetSpec, texts.Scan, tokens.PackedText]:
+    """The set that these settings describe, the same on every machine, what its text is made of, and its sequences."""
     hooks = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
-    scanned = _scan(text, config.fields())
-    apart = None if heldout is None else _scan(heldout, config.fields())
+    scanned = _scan(text, config)
+    if config.chat not in ("", ALL, *scanned.roles):
+        raise UsageError(
+            f"harvest.chat={config.chat!r} is the role of no message; use one of {', '.join((*scanned.roles, ALL))}"
+        )
+    apart = None if heldout is None else _scan(heldout, config)
     heldout_digest = None if apart is None else apart.digest
     if heldout_digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
+    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat)
     n_sequences = config.tokens // config.context
     if not n_sequences:
-        n_sequences = _count(config, text, tokenizer, scanned)
+        n_sequences = _count(packed, scanned.n_bytes)
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // config.context))
@@ -327,6 +345,8 @@ def plan(
         text_digest=scanned.digest,
         text_column=None if config.text_column == COLUMN else config.text_column,
         text_template=config.fields().template,
+        chat=config.chat or None,
+        chat_template_digest=None if chat is None else chat.template.digest,
         heldout=heldout,
         heldout_digest=heldout_digest,
         context=config.context,
@@ -334,16 +354,18 @@ def plan(
         max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
         precision=None if config.precision == "float32" else config.precision,
     )
-    return spec, scanned
+    return spec, scanned, packed
 
 
-def _scan(text: str, fields: Fields) -> texts.Scan:
+def _scan(text: str, config: HarvestConfig) -> texts.Scan:
     """What a text is made of; says what is left out."""
-    n_bytes = texts.local_bytes(text)
+    fields, n_bytes = config.fields(), texts.local_bytes(text)
     with Progress("reading text", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
-        scanned = texts.scan(text, fields, progress.update)
+        scanned = texts.scan(text, fields, progress.update, config.skip_unreadable)
     if not scanned.n_bytes:  # of the hub: whether it can be read at all, before anything is written
-        next(texts.documents(text, fields))
+        first = list(itertools.islice(texts.documents(text, fields), N_CONVERSATIONS_TRIED if fields.is_chat else 1))
+        roles = set().union(*map(roles_of, first)) if fields.is_chat else ()
+        scanned = replace(scanned, roles=tuple(sorted(roles)))
     n_files = len(scanned.files) + sum(map(len, scanned.left_out.values()))
     for reason, paths in scanned.left_out.items():
         named = ", ".join(map(str, paths[:N_FILES_NAMED]))
@@ -355,20 +377,17 @@ def _scan(text: str, fields: Fields) -> texts.Scan:
     return scanned
 
 
-def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, scanned: texts.Scan) -> int:
+def _count(text: tokens.PackedText, n_bytes: int) -> int:
     """Sequences of a whole text."""
     n_read = 0
-    silent = not scanned.n_bytes
-    with Progress("counting tokens", scanned.n_bytes, "bytes", silent=silent, first="") as progress:
+    with Progress("counting tokens", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
 
         def on_read(file: str, n_bytes: int) -> None:
             nonlocal n_read
             n_read += n_bytes
             progress.update(n_read)
 
-        fields, files = config.fields(), scanned.files
-        stream = tokens.sequences(text, tokenizer, config.context, fields=fields, files=files, on_read=on_read)
-        return sum(1 for _ in stream)
+        return sum(1 for _ in text.sequences(on_read=on_read))
 
 
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
@@ -435,9 +454,9 @@ class _Forward:
 
 
 def _shards(
-    config: HarvestConfig, tokenizer: lm.Tokenizer, todo: list[int], spec: SetSpec, unread: dict[str, None]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(shard, its sequences i32[<= per_shard, T]) for the shards `todo`, in one pass over the text.
+    config: HarvestConfig, text: tokens.PackedText, todo: list[int], spec: SetSpec, unread: dict[str, None]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(shard, its sequences i32[n, T], bool[n, T]: which are text) for the shards `todo`, in one pass over the text.
 
     Files that a sequence has reached leave `unread`.
     """
@@ -445,19 +464,18 @@ def _shards(
         return
     per_shard, remaining = spec.sequences_per_shard or 0, set(todo)
     start, stop = todo[0] * per_shard, (todo[-1] + 1) * per_shard
-    assert spec.text is not None
 
     def on_read(file: str, n_bytes: int) -> None:
         unread.pop(file, None)
 
-    files = tuple(unread)
-    stream = tokens.sequences(spec.text, tokenizer, config.context, start, stop, config.fields(), files, on_read)
+    stream = text.sequences(start, stop, on_read)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
         if shard in remaining:
             remaining.remove(shard)
-            yield shard, np.stack([ids_T for _, ids_T in group])
+            ids, marks = zip(*(pair for _, pair in group), strict=True)
+            yield shard, np.stack(ids), np.stack(marks)
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
         console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
-        yield shard, np.zeros((0, config.context), np.int32)
+        yield shard, np.zeros((0, config.context), np.int32), np.zeros((0, config.context), bool)

@@ -16,40 +16,34 @@ MULTIPLE = 10.0  # of the median norm: what is beyond it is called a sink
 N_NAMED = 3  # positions and tokens that are told
 
 
-def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, multiple: float | None) -> np.ndarray:
-    """Which positions count, bool [S, T]: no special tokens, and no norms far above the median at any hook.
+def keep(text_ST: np.ndarray, norm_STS: np.ndarray, multiple: float | None) -> np.ndarray:
+    """Which positions count, bool [S, T]: those of text, without norms far above the median at any hook.
 
     Args:
-        ids_ST: i32, token ids.
+        text_ST: bool, positions of text.
         norm_STS: f32, of the activations at each hook.
-        special: ids that stand for no text.
-        multiple: of the median over positions that count; None: all norms do.
+        multiple: of the median over positions of text; None: all norms count.
     """
-    keep_ST = ~np.isin(ids_ST, special)
-    if multiple is None or norm_STS is None:
-        return keep_ST
-    return keep_ST & ~above(norm_STS, keep_ST, multiple)
+    return text_ST if multiple is None else text_ST & ~above(norm_STS, text_ST, multiple)
 
 
-def above(norm_STS: np.ndarray, keep_ST: np.ndarray, multiple: float) -> np.ndarray:
-    """bool[S, T]: whether a norm exceeds `multiple` of the median over `keep_ST`, at any hook."""
-    if not keep_ST.any():
-        return np.zeros_like(keep_ST)
-    return np.any(norm_STS > multiple * np.median(norm_STS[keep_ST], axis=0), axis=-1)
+def above(norm_STS: np.ndarray, text_ST: np.ndarray, multiple: float) -> np.ndarray:
+    """bool[S, T]: whether a norm exceeds `multiple` of the median over `text_ST`, at any hook."""
+    if not text_ST.any():
+        return np.zeros_like(text_ST)
+    return np.any(norm_STS > multiple * np.median(norm_STS[text_ST], axis=0), axis=-1)
 
 
 class Sinks:
     """Counts rows above MULTIPLE of the median norm by position and token."""
 
-    def __init__(self, special: np.ndarray) -> None:
-        self._special = special
+    def __init__(self) -> None:
         self._positions: Counter[int] = Counter()
         self._tokens: Counter[int] = Counter()
         self._n_rows = self.n = 0
 
-    def add(self, ids_ST: np.ndarray, norm_STS: np.ndarray) -> None:
-        """The sequences of a shard, or of a sample."""
-        text_ST = keep(ids_ST, None, self._special, None)
+    def add(self, ids_ST: np.ndarray, text_ST: np.ndarray, norm_STS: np.ndarray) -> None:
+        """The sequences of a shard, or of a sample; see `keep`."""
         sink_ST = text_ST & above(norm_STS, text_ST, MULTIPLE)
         self._n_rows += int(text_ST.sum())
         self.n += int(sink_ST.sum())

@@ -37,7 +37,7 @@ INDEX_NAMES = ("token", "seq", "pos")
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
 
 # Fields that were added to format 3: recorded where they say something, so that the SHA-256 of older sets is the same.
-ADDED = ("text_template", "precision")
+ADDED = ("text_template", "chat", "chat_template_digest", "precision")
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -98,6 +98,8 @@ class SetSpec:
     text_digest: str | None = None
     text_column: str | None = None  # of JSON records, tables and hub datasets; None: "text"
     text_template: str | None = None  # over several fields, as "{title}\n{text}"; None: `text_column` alone
+    chat: str | None = None  # the texts are conversations, with rows of this role, or of "all" tokens
+    chat_template_digest: str | None = None
     heldout: str | None = None  # text for evaluation, in the same notation as `text`
     heldout_digest: str | None = None
     context: int | None = None  # tokens
@@ -140,7 +142,7 @@ class SetSpec:
     @property
     def fields(self) -> Fields:
         """What of a record of the text is the document."""
-        return Fields(self.text_column or COLUMN, self.text_template)
+        return Fields(self.text_column or COLUMN, self.text_template, self.chat is not None)
 
     @property
     def has_text(self) -> bool:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_jax.activations.blocks import PACKED, UnreadableError, kind
+from sae_jax.activations.conversations import roles_of
 from sae_jax.activations.fields import TEXT_FIELD, Fields
 from sae_jax.activations.formats import IN_FOLDERS, Document, documents_of
 from sae_jax.progress import say_once
@@ -67,6 +68,7 @@ class Scan:
     n_empty: int = 0  # documents beside those, which are left out
     files: tuple[str, ...] = ()  # that have documents; none where it is not made of local files
     left_out: dict[str, list[Path]] = field(default_factory=dict)  # files, by the reason
+    roles: tuple[str, ...] = ()  # of conversations
 
 
 def resolve(reference: str) -> str:
@@ -132,19 +134,25 @@ def named_documents(
         raise _empty(reference)
 
 
-def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], None] = lambda n_bytes: None) -> Scan:
+def scan(
+    reference: str,
+    fields: Fields = TEXT_FIELD,
+    progress: Callable[[int], None] = lambda n_bytes: None,
+    skip_unreadable: bool = False,
+) -> Scan:
     """Read all of a text that is here. A dataset of the hub is not read: without a revision it may change.
 
     Args:
         reference: see the head of this file.
         fields: of records that make a document.
         progress: called with the bytes that have been read, of `local_bytes`.
+        skip_unreadable: leave out any file that is damaged, of several. The content is that of the others.
 
     Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
     if reference.startswith("hf:") and not os.path.isabs(_hub(reference)["id"]):
         return Scan(reference if fields == TEXT_FIELD else f"{reference} {fields.template or fields.column}", 0)
-    content = _Content()
+    content = _Content(fields.is_chat)
     if _is_elsewhere(reference):
         for document in _documents_elsewhere(reference, fields):
             content.add(document)
@@ -166,7 +174,7 @@ def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], 
             for document in documents_of(path, fields, on_position):
                 content.add(document)
         except UnreadableError as error:
-            if is_single or not error.is_other:
+            if is_single or not (error.is_other or skip_unreadable):
                 raise
             content = before
             left_out.setdefault(error.reason, []).append(path)
@@ -184,13 +192,14 @@ def scan(reference: str, fields: Fields = TEXT_FIELD, progress: Callable[[int], 
 class _Content:
     """The documents of a text as `scan` goes through them."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_chat: bool) -> None:
         self.n_bytes = self.n_documents = self.n_empty = 0
+        self._roles: set[str] | None = set() if is_chat else None
         self._sha = hashlib.sha256()
 
     def copy(self) -> _Content:
         copied = copy.copy(self)
-        copied._sha = self._sha.copy()
+        copied._sha, copied._roles = self._sha.copy(), copy.copy(self._roles)
         return copied
 
     def add(self, document: Document) -> None:
@@ -203,11 +212,14 @@ class _Content:
             self._sha.update(block.encode("utf-8"))
         self.n_bytes += n_bytes + 1
         self.n_documents += 1
+        if self._roles is not None:
+            self._roles |= roles_of("".join(document))
 
     def scanned(self, reference: str, files: tuple[str, ...], left_out: dict[str, list[Path]]) -> Scan:
         if not self.n_documents:
             raise _empty(reference)
-        return Scan(self._sha.hexdigest(), self.n_bytes, self.n_documents, self.n_empty, files, left_out)
+        roles = tuple(sorted(self._roles or ()))
+        return Scan(self._sha.hexdigest(), self.n_bytes, self.n_documents, self.n_empty, files, left_out, roles)
 
 
 def _empty(reference: str) -> UserError:
@@ -254,6 +266,8 @@ def _is_elsewhere(reference: str) -> bool:
 
 def _documents_elsewhere(reference: str, fields: Fields) -> Iterator[Document]:
     """The documents of a text that is not made of local files."""
+    if fields.is_chat and reference in WORDS:
+        raise UsageError(f"text {reference!r} has no conversations; name another one, or leave out harvest.chat")
     if reference == "stdlib":
         return ((text,) for _, text in stdlib_files(held_out=False))
     return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields)

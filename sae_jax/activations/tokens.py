@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from sae_jax.activations.conversations import Conversations
 from sae_jax.activations.fields import TEXT_FIELD, Fields
 from sae_jax.activations.formats import Document
 from sae_jax.activations.text import named_documents
+from sae_jax.lm import Tokenizer
 from sae_jax.progress import console
 from sae_jax.types import UsageError, UserError
 
@@ -23,6 +26,8 @@ from sae_jax.types import UsageError, UserError
 _BATCH_TEXTS = 64
 _BATCH_CHARACTERS = 2**20
 _LONG = 2**23  # characters that take a tokeniser seconds
+
+OnRead = Callable[[str, int], None]
 
 
 class Encoder(Protocol):
@@ -50,7 +55,37 @@ class _Part(NamedTuple):
     is_first: bool
 
 
-def sequences(
+@dataclass(frozen=True)
+class PackedText:
+    """A text as sequences for the language models with one tokenizer, as `marked_sequences`."""
+
+    reference: str
+    tokenizer: Tokenizer
+    context: int
+    fields: Fields = TEXT_FIELD
+    files: Sequence[str] = ()
+    chat: Conversations | None = None
+
+    def sequences(
+        self, start: int = 0, stop: int | None = None, on_read: OnRead = lambda file, n_bytes: None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids i32[context], bool[context]: which are text that rows are made of, and no special tokens)."""
+        special, text = np.asarray(self.tokenizer.special_ids, np.int32), (self.reference, self.tokenizer, self.context)
+        for ids_T, of_role_T in marked_sequences(*text, start, stop, self.fields, self.files, on_read, self.chat):
+            yield ids_T, of_role_T & ~np.isin(ids_T, special)
+
+    def stacked(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """These sequences of a text that has some: ids i32[n, context], and bool[n, context]."""
+        ids, marks = zip(*self.sequences(start, stop), strict=True)
+        return np.stack(ids), np.stack(marks)
+
+
+def sequences(reference: str, tokenizer: Encoder, context: int, *args: Any, **settings: Any) -> Iterator[np.ndarray]:
+    """The ids of `marked_sequences`."""
+    return (ids_T for ids_T, _ in marked_sequences(reference, tokenizer, context, *args, **settings))
+
+
+def marked_sequences(
     reference: str,
     tokenizer: Encoder,
     context: int,
@@ -58,9 +93,12 @@ def sequences(
     stop: int | None = None,
     fields: Fields = TEXT_FIELD,
     files: Sequence[str] = (),
-    on_read: Callable[[str, int], None] = lambda file, n_bytes: None,
-) -> Iterator[np.ndarray]:
-    """Sequences `start` to `stop` - 1 of a text, each i32[context]; what is left over at the end is dropped.
+    on_read: OnRead = lambda file, n_bytes: None,
+    chat: Conversations | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sequences `start` to `stop` - 1 of a text: ids i32[context], and bool[context], the tokens that rows are made of.
+
+    These are all tokens of a text, and of conversations those of one role. What is left over at the end is dropped.
 
     Skipping costs as much as reading: the text before `start` is tokenised and discarded.
 
@@ -73,10 +111,11 @@ def sequences(
         fields: of records that make a document.
         files: that `text.scan` found to have documents; without them it is asked first.
         on_read: called with the file and the bytes of each part of it, once it has got into a sequence or is left over.
+        chat: makes tokens of the documents of `fields` that are conversations.
 
     Raises:
         UsageError: for a context below 1 or a range that is none.
-        UserError: as `named_documents`, and if the whole text is shorter than one context.
+        UserError: as `named_documents` and Conversations.encode, and if the whole text is shorter than one context.
     """
     if context < 1:
         raise UsageError(f"context={context} is not a length; use 1 or more")
@@ -84,15 +123,21 @@ def sequences(
         raise UsageError(f"sequences {start} to {stop} are no range; use 0 <= start <= stop")
     if stop == start:
         return
-    number, rest = 0, np.zeros(0, np.int32)
+    number, rest, rest_marks = 0, np.zeros(0, np.int32), np.zeros(0, bool)
     unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
+    separator = np.array([tokenizer.separator_id], np.int32)
     for parts in _batches(_parts(reference, fields, files, tokenizer)):
-        pieces, end = [rest], number * context + len(rest)
-        for part, ids in zip(parts, tokenizer.encode([part.text for part in parts]), strict=True):
+        pieces, marks, end = [rest], [rest_marks], number * context + len(rest)
+        for part, (ids, of_role) in zip(parts, _encoded(parts, tokenizer, chat), strict=True):
             unread.append((end, part))
-            pieces += [np.array([tokenizer.separator_id] * part.is_first, np.int32), np.asarray(ids, np.int32)]
-            end += part.is_first + len(ids)
-        stream = np.concatenate(pieces)
+            if part.is_first and not (
+                chat and ids[:1].tolist() == [tokenizer.separator_id]
+            ):  # a chat template may write its own
+                ids, of_role = np.concatenate([separator, ids]), np.append(True, of_role)
+            pieces.append(ids)
+            marks.append(of_role)
+            end += len(ids)
+        stream, stream_marks = np.concatenate(pieces), np.concatenate(marks)
         n_whole = len(stream) // context
         for i in range(n_whole):
             if number + i == stop:
@@ -101,16 +146,35 @@ def sequences(
                 _, part = unread.popleft()
                 on_read(part.file, len(part.text.encode()))
             if number + i >= start:
-                yield stream[i * context : (i + 1) * context].copy()  # a view would keep the whole stream alive
-        number, rest = number + n_whole, stream[n_whole * context :]
+                here = slice(i * context, (i + 1) * context)
+                yield stream[here].copy(), stream_marks[here].copy()  # a view would keep the whole stream alive
+        number, rest, rest_marks = number + n_whole, stream[n_whole * context :], stream_marks[n_whole * context :]
     for _, part in unread:
         on_read(part.file, len(part.text.encode()))
     if number == 0:
         raise UserError(f"text {reference!r} has {len(rest)} tokens, less than one context of {context}; use more text")
 
 
+def _encoded(
+    parts: list[_Part], tokenizer: Encoder, chat: Conversations | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, which of them rows are made of) of each part."""
+    if chat is None:
+        for ids in tokenizer.encode([part.text for part in parts]):
+            yield np.asarray(ids, np.int32), np.ones(len(ids), bool)
+        return
+    for part in parts:
+        try:
+            yield chat.encode(part.text)
+        except UserError as error:
+            raise UserError(f"{part.file}: {error}" if part.file else str(error)) from None
+
+
 def _parts(reference: str, fields: Fields, files: Sequence[str], tokenizer: Encoder) -> Iterator[_Part]:
     for file, document in named_documents(reference, fields, files):
+        if fields.is_chat:
+            yield _Part(file, "".join(document), True)
+            continue
         for number, text in enumerate(_parts_of(document, tokenizer)):
             if len(text) > _LONG:
                 console.print(

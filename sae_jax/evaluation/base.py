@@ -72,7 +72,7 @@ class TextBatch:
     """
 
     model: lm.ReplacedSite  # with the logits of the model as it is
-    is_text: jax.Array  # bool[S * T]: no special token, and not filled up
+    is_text: jax.Array  # bool[S * T]: no special token, of the role that counts, and not filled up
     is_sink: jax.Array  # bool[S * T]: a norm far above the median (activations/sinks.py)
     counted: jax.Array  # f32[S, T - 1]: 1 where the next token and the one it is predicted from are text
     mean: np.ndarray  # f64[Y], of the rows of the set

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.activations.sinks import MULTIPLE, above, keep
+from sae_jax.activations.sinks import MULTIPLE, above
 from sae_jax.activations.store import ActivationSet
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation.base import EvalBatch, Subject, TextBatch
@@ -94,12 +94,13 @@ def of_text(
             batch = {}
             for sites, text in texts.items():
                 here = [name for name, candidate in candidates.items() if candidate.sites == sites]
-                site, x_NX, is_sink_ST = _at_site(text, ids_ST, filled_ST, acts, logits_STV)
+                text_ST = text.text[start : start + size]
+                site, x_NX, is_sink_ST = _at_site(text, text_ST, filled_ST, acts, logits_STV)
                 text_batch = TextBatch(
                     model=site,
-                    is_text=_as_rows(keep(ids_ST, None, text.special, None), len(filled_ST)),
+                    is_text=_as_rows(text_ST, len(filled_ST)),
                     is_sink=_as_rows(is_sink_ST, len(filled_ST)),
-                    counted=_counted(ids_ST, len(filled_ST), text.special),
+                    counted=_counted(text_ST, len(filled_ST)),
                     mean=subjects[here[0]].mean,
                 )
                 for name in here:
@@ -111,15 +112,15 @@ def of_text(
 
 
 def _at_site(
-    text: HeldOut, ids_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[lm.Hook, jax.Array], logits_STV: jax.Array
+    text: HeldOut, text_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[lm.Hook, jax.Array], logits_STV: jax.Array
 ) -> tuple[lm.ReplacedSite, jax.Array, np.ndarray]:
     """(the model, ready for other rows where a dictionary writes; what it encodes; which positions are sinks)."""
     hooks = tuple(dict.fromkeys(text.encoded + text.reconstructed))
-    norms = [_norms(acts[hook])[: len(ids_ST)] for hook in hooks]
+    norms = [_norms(acts[hook])[: len(text_ST)] for hook in hooks]
     norm_STS = np.stack(jax.device_get(norms), axis=-1)
-    is_sink_ST = above(norm_STS, keep(ids_ST, None, text.special, None), MULTIPLE)
-    keep_ST = text.keep(ids_ST, norm_STS)
-    keep_ST = np.pad(keep_ST, ((0, len(filled_ST) - len(ids_ST)), (0, 0)))  # what is filled up counts nowhere
+    is_sink_ST = above(norm_STS, text_ST, MULTIPLE)
+    keep_ST = text.keep(text_ST, norm_STS)
+    keep_ST = np.pad(keep_ST, ((0, len(filled_ST) - len(text_ST)), (0, 0)))  # what is filled up counts nowhere
 
     def site(hooks: tuple[lm.Hook, ...]) -> lm.ReplacedSite:
         here = {hook: acts[hook] for hook in hooks}
@@ -135,11 +136,10 @@ def _as_rows(mask_ST: np.ndarray, size: int) -> jax.Array:
     return jnp.asarray(np.pad(mask_ST, ((0, size - len(mask_ST)), (0, 0)))).reshape(-1)
 
 
-def _counted(ids_ST: np.ndarray, size: int, special: np.ndarray) -> jax.Array:
+def _counted(text_ST: np.ndarray, size: int) -> jax.Array:
     """f32[size, T - 1]: 1 for the prediction of text from text."""
-    text_ST = ~np.isin(ids_ST, special)
     counted_ST = text_ST[:, :-1] & text_ST[:, 1:]
-    return jnp.asarray(np.pad(counted_ST, ((0, size - len(ids_ST)), (0, 0))), jnp.float32)
+    return jnp.asarray(np.pad(counted_ST, ((0, size - len(text_ST)), (0, 0))), jnp.float32)
 
 
 @partial(jax.jit, static_argnames="hooks")

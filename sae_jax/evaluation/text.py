@@ -10,9 +10,11 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
+from sae_jax.activations.conversations import Conversations
 from sae_jax.activations.harvest import read_hooks
 from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import ActivationSet, open_activations
+from sae_jax.lm.chat import first_template
 from sae_jax.progress import console, say_once
 from sae_jax.record import Record
 from sae_jax.storage import Files
@@ -28,7 +30,7 @@ class HeldOut:
     encoded: tuple[lm.Hook, ...]  # the sources side by side in what is encoded
     reconstructed: tuple[lm.Hook, ...]
     sequences: np.ndarray  # i32[n, T], packed as in the set
-    special: np.ndarray  # i32[...], token ids the set leaves out
+    text: np.ndarray  # bool[n, T], no special tokens, and of conversations those of the role that the set has rows of
     max_norm_multiple: float | None  # as in the set
 
     def __repr__(self) -> str:
@@ -36,9 +38,9 @@ class HeldOut:
         hooks = ", ".join(map(str, dict.fromkeys(self.encoded + self.reconstructed)))
         return f"HeldOut {self.name}: {n} sequences of {context} tokens, {hooks} of {self.model}"
 
-    def keep(self, ids_BT: np.ndarray, norm_BTS: np.ndarray) -> np.ndarray:
+    def keep(self, text_BT: np.ndarray, norm_BTS: np.ndarray) -> np.ndarray:
         """bool[B, T]: what the set would hold, norms compared with the median of these sequences, not of a shard."""
-        return keep(ids_BT, norm_BTS, self.special, self.max_norm_multiple)
+        return keep(text_BT, norm_BTS, self.max_norm_multiple)
 
     def rows(self) -> np.ndarray:
         """Activations f32[N, X] of what is encoded, at all positions that the set would hold."""
@@ -48,9 +50,9 @@ class HeldOut:
         """Activations f32[N, D] of each hook, at all positions that the set would hold."""
         blocks = []
         for first in range(0, len(self.sequences), 64):
-            ids_BT = self.sequences[first : first + 64]
+            ids_BT, text_BT = self.sequences[first : first + 64], self.text[first : first + 64]
             acts, norm_BTS = read_hooks(self.model, ids_BT, hooks, "float32")
-            keep_BT = self.keep(ids_BT, np.asarray(norm_BTS))
+            keep_BT = self.keep(text_BT, np.asarray(norm_BTS))
             blocks.append([np.asarray(acts[str(hook)])[keep_BT] for hook in hooks])
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
 
@@ -122,19 +124,34 @@ def held_out(
             f"the tokenizer of {reference} is not that which {activations.path} was made with", model, "model"
         )
     files = _check_text(activations, heldout, text)
-    n_sequences = max(n_tokens // spec.context, 1)
+    chat = _conversations(activations, loaded, tokenizer, model)
+    packed = tokens.PackedText(heldout, tokenizer, spec.context, spec.fields, files, chat)
+    ids_NT, text_NT = packed.stacked(0, max(n_tokens // spec.context, 1))
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(
         name=heldout,
         model=loaded,
         encoded=encoded,
         reconstructed=reconstructed,
-        sequences=np.stack(
-            list(tokens.sequences(heldout, tokenizer, spec.context, 0, n_sequences, spec.fields, files))
-        ),
-        special=np.asarray(tokenizer.special_ids, np.int32),
+        sequences=ids_NT,
+        text=text_NT,
         max_norm_multiple=spec.max_norm_multiple,
     )
+
+
+def _conversations(
+    activations: ActivationSet, model: lm.LanguageModel, tokenizer: lm.Tokenizer, given: str | None
+) -> Conversations | None:
+    """What makes tokens of held-out conversations: the chat template of the set. None for other text."""
+    spec = activations.spec
+    if spec.chat is None:
+        return None
+    others = [source.model for source in spec.sources if source.model is not None and given is None]
+    template = first_template(list(dict.fromkeys([*others, model.reference])))
+    if template.digest != spec.chat_template_digest:
+        what = f"the chat template of {template.name} is not that which {activations.path} was made with"
+        say_or_refuse(what, given, "model")
+    return Conversations(template, tokenizer, spec.chat, model.spec.n_vocab)
 
 
 def _check_text(activations: ActivationSet, heldout: str, given: str | None) -> tuple[str, ...]:
@@ -144,7 +161,9 @@ def _check_text(activations: ActivationSet, heldout: str, given: str | None) -> 
             f"the held-out text {heldout} is not there; say where it is now with --heldout, or repeat the "
             f"harvest with its new place"
         )
-    expected, scanned = activations.spec.heldout_digest, texts.scan(heldout, activations.spec.fields)
+    expected = activations.spec.heldout_digest
+    # The digest tells whether what can be read is what the set names, whatever was left out then.
+    scanned = texts.scan(heldout, activations.spec.fields, skip_unreadable=expected is not None)
     if expected is not None and scanned.digest != expected:
         say_or_refuse(f"{heldout} is not the held-out text that {activations.path} was made with", given, "heldout")
     return scanned.files

@@ -140,6 +140,95 @@ class Tokenizer:
         ids = iter(self._encode([piece for of_text in pieces for piece in of_text]))
         return [[i for _ in of_text for i in next(ids)] for of_text in pieces]
 
+    def encode_with_special(self, text: str, spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
+        """Token ids of a text in which special tokens are written out, as a chat template does.
+
+        Args:
+            text: of template and messages.
+            spans: (begin, end, number) of the messages in it, in order. Special tokens in these are text.
+
+        Returns: the ids, and for each the number of the span that it has characters of, or -1.
+        """
+        owner = np.full(len(text) + 1, -1)
+        for begin, end, number in spans:
+            owner[begin:end] = number
+        cuts = [0, *(place for begin, end, _ in spans for place in (begin, end)), len(text)]
+        meant = {
+            (begin + found.start(), begin + found.end())
+            for begin, end in zip(cuts[::2], cuts[1::2], strict=True)
+            for found in self._special_text.finditer(text[begin:end])
+        }
+        not_meant = [found.start() for found in self._special_text.finditer(text) if found.span() not in meant]
+        ids: list[int] = []
+        owners: list[int] = []
+
+        def add(begin: int, end: int, as_text: bool) -> None:
+            part = text[begin:end]
+            for i, first, last in self._encode_inner(part, begin > 0) if as_text else self._encode_special(part):
+                ids.append(i)
+                owners.append(int(owner[begin + first : begin + last].max(initial=-1)))
+
+        # What stands between two special tokens that are meant is text where it has the characters of others.
+        at = 0
+        ends = sorted(meant)
+        for (_, begin), (end, _) in itertools.pairwise([(0, 0), *ends, (len(text), len(text))]):
+            if any(begin <= place < end for place in not_meant):
+                if at < begin:
+                    add(at, begin, as_text=False)
+                add(begin, end, as_text=True)
+                at = end
+        if at < len(text):
+            add(at, len(text), as_text=False)
+        return ids, owners
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text has the characters of a special token."""
+        return self._special_text.search(text) is not None
+
+    def _encode_special(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, its first character, one after its last) of a text in which special tokens are what they look like."""
+        with _said_by_library("encode this text"):
+            encoded = self._with_special.encode(text, add_special_tokens=False)
+        return [(i, *place) for i, place in zip(encoded.ids, encoded.offsets, strict=True)]
+
+    def _encode_inner(self, text: str, goes_on: bool) -> list[tuple[int, int, int]]:
+        """The same where none are; `goes_on`: something stands before it, so that no space is put there."""
+        cuts = self._inside_markers.finditer(text) if self._inside_markers else ()
+        places = [0, *(found.start() for found in cuts), len(text)]
+        tokens = []
+        for begin, end in itertools.pairwise(places):
+            tokens += [
+                (i, begin + a, begin + b) for i, a, b in self._encode_after(text[begin:end], goes_on or begin > 0)
+            ]
+        return tokens
+
+    def _encode_after(self, text: str, goes_on: bool) -> list[tuple[int, int, int]]:
+        with _said_by_library("encode this text"):
+            line, after = (self._backend.encode(each, add_special_tokens=False) for each in ("\n", "\n" + text))
+            n = len(line.ids)
+            if (
+                goes_on and after.ids[:n] == line.ids
+            ):  # as `transformers` keeps SentencePiece from putting a space first
+                return [(i, a - 1, b - 1) for i, (a, b) in zip(after.ids[n:], after.offsets[n:], strict=True)]
+            encoded = self._backend.encode(text, add_special_tokens=False)
+        return [(i, a, b) for i, (a, b) in zip(encoded.ids, encoded.offsets, strict=True)]
+
+    @cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        """Special tokens as a template writes them."""
+        contents = sorted({self._backend.id_to_token(i) or "" for i in self.special_ids} - {""}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents)) or "(?!)")  # the longest first; (?!) is nowhere
+
+    @cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        """The backend as it finds special tokens in a text."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        known = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        others = [token for i in self.special_ids if i not in known and (token := backend.id_to_token(i))]
+        backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in others])
+        return backend
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         with _said_by_library("encode this text"):  # as for a word that it has no token for
             return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -304,21 +393,21 @@ def _stated(folder: Path) -> _Stated:
     decoder = named.get("added_tokens_decoder")
     decoder = decoder if isinstance(decoder, dict) else {}
     marked = [token for token in decoder.values() if isinstance(token, dict) and token.get("special")]
-    tokens = {key: _contents(value) for key, value in named.items() if key.endswith(("_token", "_special_tokens"))}
+    tokens = {key: token_contents(value) for key, value in named.items() if key.endswith(("_token", "_special_tokens"))}
     ids = {key: _ids(value) for key, value in numbered.items() if key.endswith("_token_id")}
     bos, eos = (next(iter(tokens.get(key, ())), None) for key in ("bos_token", "eos_token"))
     bos_id, eos_id = (next(iter(ids.get(key, ())), None) for key in ("bos_token_id", "eos_token_id"))
-    special = {content for contents in (*tokens.values(), _contents(marked)) for content in contents}
+    special = {content for contents in (*tokens.values(), token_contents(marked)) for content in contents}
     return _Stated(special, bos, eos, {i for of_key in ids.values() for i in of_key}, bos_id, eos_id)
 
 
-def _contents(value: Any) -> list[str]:
+def token_contents(value: Any) -> list[str]:
     """The tokens in "<s>", in {"content": "<s>", ...} as older files spell it, and in a list or dict of these."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
         value = [value["content"]] if "content" in value else list(value.values())
-    return [content for part in value for content in _contents(part)] if isinstance(value, list) else []
+    return [content for part in value for content in token_contents(part)] if isinstance(value, list) else []
 
 
 def _ids(value: Any) -> list[int]:

@@ -138,8 +138,8 @@ def test_a_zst_file_may_begin_with_what_is_to_be_skipped(tmp_path):
         ("a.parquet", CONTENTS[".parquet"][:-1], "damaged or cut short"),
         ("a.parquet", CONTENTS[".parquet"][:40] + b"\xff" * 400 + CONTENTS[".parquet"][440:], "damaged or cut short"),
         ("a.parquet.gz", gzip.compress(CONTENTS[".parquet"])[:-9], "damaged or cut short"),
-        ("a.parquet", parquet([1, 2]), r'has no text in column "text"; it has body; choose one with'),
-        ("a.parquet", parquet([["a"]]), r'has no text in column "text"; it has body; choose one with'),
+        ("a.parquet", parquet([1, 2]), r'has no string in column "text"; it has body; choose one with'),
+        ("a.parquet", parquet([["a"]]), r'has no string in column "text"; it has body; choose one with'),
         ("a.parquet", parquet([None, ""]), "is empty"),
     ],
 )
@@ -316,3 +316,44 @@ def test_sets_without_a_template_have_the_digest_they_had():
     assert spec.sha256 == "1c3c6257cbea123cf9e182f9b1132f8a6d4f2ed315ccae648ebf4616470812a0"
     assert "text_template" not in spec.to_json()
     assert SetSpec.from_json(spec.to_json().encode()) == spec
+
+
+def test_files_that_are_damaged_are_skipped_if_asked(tmp_path, capsys):
+    """Wherever the damage lies; the set is that of the other files."""
+    folder, whole = tmp_path / "text", tmp_path / "whole"
+    folder.mkdir()
+    whole.mkdir()
+    lines = b'{"text": "import os, sys"}\n' * 50
+    for name in ("a.jsonl", "e.jsonl.gz"):
+        for each in (folder, whole):
+            put(each / name, gzip.compress(lines) if name.endswith(".gz") else lines)
+    damaged = {
+        "b.jsonl": lines + b'{"text": 3}\n',
+        "c.jsonl.gz": gzip.compress(lines)[:-4],
+        "d.parquet": CONTENTS[".parquet"][:-1],
+        "f.csv": b'id,text\n1,"open\n',
+    }
+    for name, data in damaged.items():
+        put(folder / name, data)
+    settings = {"context": 16, "batch_tokens": 64, "hooks": ("resid_pre.0",), "text": str(folder)}
+    with pytest.raises(UserError, match=r"b\.jsonl:51 has no string"):
+        harvest(HarvestConfig(**settings), str(tmp_path / "set"))
+    assert not (tmp_path / "set").exists()
+    spec = harvest(HarvestConfig(**settings, skip_unreadable=True), str(tmp_path / "set"))
+    said = capsys.readouterr().err
+    assert f"2 of 6 files are left out, damaged or cut short: {folder}/c.jsonl.gz, {folder}/d.parquet\n" in said
+    assert f"1 of 6 files are left out, which is not CSV: unexpected end of data: {folder}/f.csv\n" in said
+    assert "1 of 6 files are left out, which has no string" in said
+    other = harvest(HarvestConfig(**{**settings, "text": str(whole)}), str(tmp_path / "set"))
+    assert other.sha256 == spec.sha256
+    put(folder / "b.jsonl", lines)
+    with pytest.raises(UsageError, match="is already a set in which"):
+        harvest(HarvestConfig(**settings, skip_unreadable=True), str(tmp_path / "set"))
+
+
+def test_a_single_file_that_is_damaged_is_refused_all_the_same(tmp_path):
+    path = put(tmp_path / "c.jsonl.gz", gzip.compress(LINES)[:-4])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        scan(str(path), skip_unreadable=True)
+    with pytest.raises(UserError, match=r"no file that can be read \(1 damaged or cut short\)"):
+        scan(str(tmp_path), skip_unreadable=True)

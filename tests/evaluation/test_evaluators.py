@@ -44,7 +44,8 @@ def subject(sae, rows):
 def text_batches(sae, subject):
     """Four batches of text, the last one short, some positions of special tokens."""
     sequences = RNG.integers(0, SPEC.n_vocab, (11, 8)).astype(np.int32)
-    text = HeldOut("text", random_model(SPEC), (HOOK,), (HOOK,), sequences, np.array([0, 1]), None)
+    is_text = ~np.isin(sequences, [0, 1])
+    text = HeldOut("text", random_model(SPEC), (HOOK,), (HOOK,), sequences, is_text, None)
     candidate = Candidate(sae, SITES, Widths.one(D), activations=None)  # pyrefly: ignore
     n, batches = of_text({"": candidate}, {"": subject}, {SITES: text}, batch_tokens=24, shard=(0, 1))
     assert n == 4
@@ -172,7 +173,7 @@ def test_an_interval_covers_the_truth_nine_times_in_ten():
 
 def test_what_people_print_is_readable(rows, sae, subject, text_batches):
     model = random_model(SPEC)
-    text = HeldOut("text", model, (HOOK,), (HOOK,), np.zeros((2, 8), np.int32), np.array([0]), None)
+    text = HeldOut("text", model, (HOOK,), (HOOK,), np.zeros((2, 8), np.int32), np.zeros((2, 8), bool), None)
     assert "gpt2, 4 layers, d_model=16" in repr(model)
     assert "text: 2 sequences of 8 tokens, resid_post.1 of LanguageModel" in repr(text)
     shown = repr(Measured(subject, {}, sums_of(subject, text_batches)))

@@ -44,21 +44,22 @@ def batches(model):
 class First(HeldOut):
     """Text of which a set holds one position."""
 
-    def keep(self, ids_BT, norm_BTS):
-        return np.arange(ids_BT.size).reshape(ids_BT.shape) < 1
+    def keep(self, text_BT, norm_BTS):
+        return np.arange(text_BT.size).reshape(text_BT.shape) < 1
 
 
 class All(HeldOut):
     """Text of which a set holds every position, special tokens too."""
 
-    def keep(self, ids_BT, norm_BTS):
-        return np.ones(ids_BT.shape, bool)
+    def keep(self, text_BT, norm_BTS):
+        return np.ones(text_BT.shape, bool)
 
 
 def measure(model, batches, factor, kind=All, hooks=(HOOK,)):
     width, sae = model.spec.d_model, Scaled(jnp.float32(factor), jnp.zeros(4))
     sites, widths = Sites(*[tuple(map(str, hooks))] * 2), Widths(*[(width,) * len(hooks)] * 2)
-    text = kind("text", model, hooks, hooks, np.concatenate(batches), np.array([0]), None)
+    ids = np.concatenate(batches)
+    text = kind("text", model, hooks, hooks, ids, ids != 0, None)
     subject = Subject(sae, dict.fromkeys(sites.y, width), np.full(width * len(hooks), 0.1))
     candidate = Candidate(sae, sites, widths, activations=None)
     _, made = of_text({"": candidate}, {"": subject}, {sites: text}, batch_tokens=24, shard=(0, 1))
