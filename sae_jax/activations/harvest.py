@@ -319,13 +319,14 @@ def plan(
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
-    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat)
+    first = tokenizer.first_id
+    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat, first)
     n_sequences = config.tokens // config.context
     if not n_sequences:
         n_sequences = _count(packed, scanned.n_bytes)
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
-        n_sequences = min(n_sequences, -(-scanned.n_bytes // config.context))
+        n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
     widths = [lm.hook_width(models[name].spec, hook) for name, hook in hooks]
     n_shards, shard_rows, chunk_rows = layout(
         n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
@@ -349,6 +350,7 @@ def plan(
         chat_template_digest=None if chat is None else chat.template.digest,
         heldout=heldout,
         heldout_digest=heldout_digest,
+        first_token=first,
         context=config.context,
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,

@@ -125,7 +125,7 @@ def held_out(
         )
     files = _check_text(activations, heldout, text)
     chat = _conversations(activations, loaded, tokenizer, model)
-    packed = tokens.PackedText(heldout, tokenizer, spec.context, spec.fields, files, chat)
+    packed = tokens.PackedText(heldout, tokenizer, spec.context, spec.fields, files, chat, spec.first_token)
     ids_NT, text_NT = packed.stacked(0, max(n_tokens // spec.context, 1))
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(
