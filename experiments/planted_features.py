@@ -56,6 +56,8 @@ class Config:
     """Folder for results.json."""
     variants: tuple[str, ...] = VARIANTS
     """Which to train."""
+    beds: tuple[int, ...] = (0, 1, 2)
+    """Numbers of the beds."""
     steps: int = 1500
     """Optimiser steps, of 1,024 rows."""
     smoke: bool = False
@@ -64,7 +66,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all on each bed in one pass, write OUT/results.json."""
-    steps, n_rows, beds = (20, 4096, BEDS[:1]) if config.smoke else (config.steps, ROWS, BEDS)
+    steps, n_rows, beds = (20, 4096, BEDS[:1]) if config.smoke else (config.steps, ROWS, [BEDS[i] for i in config.beds])
     config.out.mkdir(parents=True, exist_ok=True)
     results = []
     for bed in beds:
