@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
+from sae_jax.activations.shards import empty_rows, index_of, run_shard
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
@@ -132,7 +133,7 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
-        stream = () if stop() else _shards(config, tokenizer, todo, spec, unread)
+        stream = () if stop() else shards_of_text(config, tokenizer, todo, spec, lambda file: unread.pop(file, None))
         stream = itertools.takewhile(lambda _: not stop(), stream)
         _write_shards(config, models, tokenizer, spec, writer, stream, progress, start)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
@@ -159,9 +160,8 @@ def _write_shards(
     done: int,
 ) -> None:
     """Run shard after shard through the models, and write each while the next one is computed."""
-    forward = _Forward(models, config)
+    forward = Forward(models, config)
     special = np.asarray(tokenizer.special_ids, np.int32)
-    per_shard = spec.sequences_per_shard or 0
     rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
 
     def show() -> None:
@@ -171,28 +171,21 @@ def _write_shards(
         rate = f"  {(done - first[0]) / (now - first[1]):,.0f} tokens/s" if done > first[0] else ""
         progress.update(done, f"{rows_written:,} rows written{rate}")
 
+    def on_block(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        show()
+
     with ThreadPoolExecutor(1) as disk:
         for number, ids_ST in stream:
-            blocks = {name: [] for name in forward.names}
-            norms: list[np.ndarray] = []
-            for acts, norm_BTS in forward(ids_ST):
-                for name, block in acts.items():
-                    blocks[name].append(block)
-                norms.append(norm_BTS)
-                done += norm_BTS.shape[0] * config.context
-                if sum(map(len, norms)) < len(ids_ST):
-                    show()
-            keep_ST = keep(ids_ST, np.concatenate(norms) if norms else None, special, config.max_norm_multiple)
-            seq_N, pos_N = np.nonzero(keep_ST)
-            rows = {
-                name: np.concatenate(block)[keep_ST] if block else np.zeros((0, spec.source(name).d), np.float32)
-                for name, block in blocks.items()
-            }
-            index = {"token": ids_ST[keep_ST], "seq": seq_N + number * per_shard, "pos": pos_N}
+            acts = empty_rows(spec, ids_ST.size)
+            keep_ST = run_shard(forward, ids_ST, special, config.max_norm_multiple, acts, on_block)
+            rows = {name: x_ND[keep_ST.ravel()] for name, x_ND in acts.items()}
+            del acts
             if pending is not None:
                 pending.result()
-            pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
-            rows_written += len(seq_N)
+            pending = disk.submit(writer.write_shard, number, rows, index_of(spec, number, ids_ST, keep_ST), ids_ST)
+            rows_written += int(keep_ST.sum())
             show()
         if pending is not None:
             pending.result()
@@ -293,19 +286,6 @@ def _count(config: HarvestConfig, text: str, tokenizer: lm.Tokenizer, n_bytes: i
         return sum(1 for _ in stream)
 
 
-def keep(ids_ST: np.ndarray, norm_STS: np.ndarray | None, special: np.ndarray, multiple: float | None) -> np.ndarray:
-    """Which positions count, bool [S, T]: no special tokens, and no norms far above the median at any hook.
-
-    The first token of a sequence draws attention from everywhere and can carry a hundred times the usual norm; a
-    few such rows would make up most of the variance.
-    """
-    keep_ST = ~np.isin(ids_ST, special)
-    if multiple is None or norm_STS is None or not keep_ST.any():
-        return keep_ST
-    median_S = np.median(norm_STS[keep_ST], axis=0)
-    return keep_ST & (norm_STS <= multiple * median_S).all(-1)
-
-
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
 def read_hooks(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
     """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
@@ -329,16 +309,17 @@ def _source(model: str, hook: lm.Hook | str) -> str:
     return f"{model}.{hook}" if model else str(hook)
 
 
-class _Forward:
-    """Runs sequences through the models on all local devices, one batch ahead of the one being fetched."""
+class Forward:
+    """Runs sequences through the models on local devices, all by default, one batch ahead of the one being fetched."""
 
-    def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig) -> None:
-        devices = jax.local_devices()
+    def __init__(
+        self, models: dict[str, lm.LanguageModel], config: HarvestConfig, devices: list[jax.Device] | None = None
+    ) -> None:
+        devices = devices or jax.local_devices()
         self._mesh = meshes.make_mesh(meshes.MeshConfig(), devices)
         self._models = {name: lm.place(model, self._mesh) for name, model in models.items()}
         self._hooks = {name: _hooks(config, model) for name, model in models.items()}
         self._dtype = config.dtype
-        self.names = tuple(_source(name, hook) for name, hooks in self._hooks.items() for hook in hooks)
         self._batch = max(config.batch_tokens // config.context // len(devices), 1) * len(devices)
 
     def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
@@ -370,12 +351,12 @@ class _Forward:
         return blocks, np.concatenate(norms, axis=-1)[:n]
 
 
-def _shards(
-    config: HarvestConfig, tokenizer: lm.Tokenizer, todo: list[int], spec: SetSpec, unread: dict[str, None]
+def shards_of_text(
+    config: HarvestConfig, tokenizer: lm.Tokenizer, todo: Sequence[int], spec: SetSpec, on_file: Callable[[str], Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(shard, its sequences i32[<= per_shard, T]) for the shards `todo`, in one pass over the text.
 
-    Files that a sequence has reached leave `unread`.
+    `on_file` is called with each file that a sequence has reached, and again as more of it is read.
     """
     if not todo:
         return
@@ -384,7 +365,7 @@ def _shards(
     assert spec.text is not None
 
     def on_read(file: str, n_bytes: int) -> None:
-        unread.pop(file, None)
+        on_file(file)
 
     stream = tokens.sequences(spec.text, tokenizer, config.context, start, stop, config.text_column, on_read)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
@@ -393,6 +374,6 @@ def _shards(
             yield shard, np.stack([ids_T for _, ids_T in group])
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
-        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
+        say_once(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32)

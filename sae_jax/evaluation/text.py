@@ -10,7 +10,8 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
-from sae_jax.activations.harvest import keep, read_hooks
+from sae_jax.activations.harvest import read_hooks
+from sae_jax.activations.shards import keep
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.text import COLUMN
 from sae_jax.progress import console, say_once

@@ -11,7 +11,8 @@ import pytest
 from sae_jax import lm
 from sae_jax.activations import harvest as module
 from sae_jax.activations.commits import committed_shards
-from sae_jax.activations.harvest import HarvestConfig, harvest, keep
+from sae_jax.activations.harvest import HarvestConfig, harvest
+from sae_jax.activations.shards import keep
 from sae_jax.activations.store import open_activations
 from sae_jax.storage import Files
 from sae_jax.types import UsageError, UserError
@@ -200,7 +201,7 @@ def test_batches_come_back_in_order(text):
 
     model = lm.load("bundled")
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
-    forward = module._Forward({"": model}, small(text))
+    forward = module.Forward({"": model}, small(text))
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
