@@ -35,7 +35,7 @@ from sae_jax import lm
 from sae_jax.activations import store
 from sae_jax.activations.harvest import Forward, HarvestConfig, plan, shards_of_text, shared_tokenizer
 from sae_jax.activations.order import shuffled
-from sae_jax.activations.segments import Segments, ShardMaker, cut, shard_rows
+from sae_jax.activations.segments import Segments, ShardMaker, cut, noted, shard_rows
 from sae_jax.activations.shards import index_of, run_shard
 from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows
 from sae_jax.activations.spec import DTYPES, SetSpec, as_bits
@@ -122,6 +122,13 @@ class LiveRows(RowSource):
         """See RowSource."""
         if folder is None and self._config.disk_gib:
             raise UsageError(f"live.disk_gib={self._config.disk_gib:g} needs the folder of a run; give out=")
+        if folder is not None and (folder / "config.json").exists():
+            rows, _, before = noted(folder / "live").partition("/")
+            if rows == self.spec.sha256 and before != str(self._cut.per_segment):
+                raise UsageError(
+                    f"{folder} was started with segments of {before} shards, and live.memory_gib and live.disk_gib now "
+                    f"make them {self._cut.per_segment}; keep these to resume, or give another --out"
+                )
         return LiveRows(self._maker.of_run(folder), self._config, self.name, folder)
 
     def devices(self) -> list[jax.Device]:

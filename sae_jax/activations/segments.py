@@ -218,11 +218,11 @@ class Segments:
     def remove(self) -> None:
         """The slots on the disk go: the run is over."""
         self.close()
-        if self.cut.on_disk and self._folder is not None:
+        if any(self._notes.slots):
             self._notes.slots = [None] * self.cut.n_slots
             self._write_notes()
-            for path in self._folder.glob(_slot_name("*", "*")):
-                path.unlink()
+        for path in self._slot_files():
+            path.unlink()
 
     def _request(self, segment: int, must: bool) -> Future[dict[str, np.ndarray]] | None:
         """The segment, or its making; None if it has to wait for a slot, which it never has if it `must`."""
@@ -300,13 +300,16 @@ class Segments:
         if self._folder is not None:
             storage.write_json(_notes_path(self._folder), storage.sealed(msgspec.to_builtins(self._notes)))
 
+    def _slot_files(self) -> list[Path]:
+        return [] if self._folder is None else list(self._folder.glob(_slot_name("*", "*")))
+
     def _buffer(self, slot: int) -> dict[str, np.ndarray]:
         """Room for the rows of a segment, {source: [n, D]}: the same each time."""
         spec, n = self._maker.spec, self.cut.per_segment * shard_rows(self._maker.spec)
         if slot not in self._buffers and self.cut.on_disk:
             assert self._folder is not None
             known = {_slot_name(i, source.name) for i in range(self.cut.n_slots) for source in spec.sources}
-            for path in self._folder.glob(_slot_name("*", "*")):
+            for path in self._slot_files():
                 if path.name not in known:  # of other rows
                     path.unlink()
             self._buffers[slot] = {
@@ -352,6 +355,11 @@ def _read_notes(folder: Path | None, content: str, cut: Cut) -> _Notes | None:
     if len(notes.slots) != cut.n_slots:  # they were elsewhere
         notes.slots = [None] * cut.n_slots
     return notes
+
+
+def noted(folder: Path) -> str:
+    """What the rows are that the notes in a folder are of; "" where there are none."""
+    return str((storage.read_json(_notes_path(folder)) or {}).get("content", ""))
 
 
 def _digests(rows: Mapping[str, np.ndarray]) -> dict[str, str]:

@@ -60,7 +60,7 @@ class Batches(abc.ABC):
 
     @property
     def needs_save(self) -> bool:
-        """Whether training would soon wait for a checkpoint, until which older rows have to stay."""
+        """Whether training would soon wait for a checkpoint that lets older rows go. The same on all processes."""
         return False
 
     def close(self) -> None:  # noqa: B027

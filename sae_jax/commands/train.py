@@ -27,6 +27,8 @@ from sae_jax.types import UsageError
 class Train(TrainJob[S], Generic[S]):
     """Train a sparse autoencoder on an activation set, or on live data. Repeat the command to resume."""
 
+    data: str
+    """activation set to train on; or `live`: rows that the language model of `harvest` makes in this process"""
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     live: LiveConfig = field(default_factory=LiveConfig)
 
