@@ -71,6 +71,12 @@ def test_it_is_measured_and_shown_as_any_other_run(run: Path, tmp_path: Path, ca
     assert record.data.text == str(run.parent / "text.py")
 
 
+def test_its_first_shard_is_that_of_a_harvest(run: Path, recipe: Path, tmp_path: Path) -> None:
+    assert cli.main(["harvest", str(recipe), "--out", str(tmp_path / "set")]) == 0
+    for name in ("dataset.json", "commits/0.json"):  # which has a digest of every chunk
+        assert (run / "set" / name).read_bytes() == (tmp_path / "set" / name).read_bytes()
+
+
 def test_the_same_command_resumes(run: Path, recipe: Path, capsys) -> None:
     words = ["train", str(recipe), "--data=live", "--out", str(run)]
     assert cli.main([*words, ONE_SHARD, "--train.steps=120", "--train.decay=0.2"]) == 2  # a share of the run
