@@ -17,11 +17,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ from sae_jax.activations import text as texts
 from sae_jax.activations.ahead import Ahead
 from sae_jax.activations.conversations import ALL, Conversations, roles_of
 from sae_jax.activations.fields import COLUMN, Fields
-from sae_jax.activations.sinks import MULTIPLE, Sinks, keep
+from sae_jax.activations.shards import empty_rows, index_of, run_shard
+from sae_jax.activations.sinks import MULTIPLE, Sinks
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.lm.chat import first_template
 from sae_jax.progress import Progress, console, say_once
@@ -59,7 +60,7 @@ class HarvestConfig:
     """field of JSON records, or column of a table or hub dataset, that holds the text"""
     text_template: str | None = None
     """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
-    chat: str = ""
+    chat: str | None = None
     """for conversations (text_column holds a list of messages with "role" and "content"), as the model's chat template
     writes them: a role, such as assistant, whose tokens rows are made of, or `all`"""
     skip_unreadable: bool = False
@@ -158,19 +159,7 @@ def harvest(
 
 
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
-    mesh = meshes.lm_mesh(config.split, jax.local_devices())
-    references = {name: lm.resolve(reference) for name, reference in config.models().items()}
-    template = first_template([*references.values()]) if config.chat else None
-    models = {
-        name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
-    }
-    tokenizer = shared_tokenizer(models)
-    n_vocab = min(model.spec.n_vocab for model in models.values())
-    chat = None if template is None else Conversations(template, tokenizer, config.chat, n_vocab)
-    spec, scanned, text = plan(config, models, tokenizer, chat)
-    forward = _Forward(models, config, mesh)
-    if config.max_norm_multiple == "auto":
-        spec = replace(spec, max_norm_multiple=_multiple(out, text, forward))
+    spec, scanned, text, forward = prepare(config, out)
     writer = store.create(out, spec)
     done = writer.committed()
     mine = range(shard[0], spec.n_shards, shard[1])
@@ -181,10 +170,10 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
-        stream = () if stop() else _shards(config, text, todo, spec, unread)
+        stream = () if stop() else shards_of_text(config, text, todo, spec, lambda file: unread.pop(file, None))
         stream = itertools.takewhile(lambda _: not stop(), stream)
         with Ahead(stream, SHARDS_AHEAD, "tokenise") as ahead:
-            _write_shards(forward, tokenizer, spec, writer, ahead, progress, start)
+            _write_shards(forward, text.tokenizer, spec, writer, ahead, progress, start)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
     elif not stop():
@@ -198,11 +187,45 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     return spec
 
 
-def _multiple(out: str, text: tokens.PackedText, forward: _Forward) -> float | None:
+class Prepared(NamedTuple):
+    """What has to be known, and loaded, before the first shard."""
+
+    spec: SetSpec
+    scanned: texts.Scan
+    text: tokens.PackedText
+    forward: Forward
+
+
+def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Device] | None = None) -> Prepared:
+    """Read models, tokenizer and text.
+
+    Args:
+        config: what to store.
+        out: a set that may have been begun; None: there is none.
+        devices: those that the models run on; None: all local ones.
+
+    Raises as `harvest`.
+    """
+    mesh = meshes.lm_mesh(config.split, devices or jax.local_devices())
+    references = {name: lm.resolve(reference) for name, reference in config.models().items()}
+    template = first_template([*references.values()]) if config.chat else None
+    models = {
+        name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
+    }
+    tokenizer = shared_tokenizer(models)
+    n_vocab = min(model.spec.n_vocab for model in models.values())
+    chat = None if template is None else Conversations(template, tokenizer, config.chat or ALL, n_vocab)
+    spec, scanned, text = plan(config, models, tokenizer, chat)
+    forward = Forward(models, config, mesh)
+    if config.max_norm_multiple == "auto":
+        spec = replace(spec, max_norm_multiple=_multiple(out, text, forward))
+    return Prepared(spec, scanned, text, forward)
+
+
+def _multiple(out: str | None, text: tokens.PackedText, forward: Forward) -> float | None:
     """What `auto` means for this set: what was decided when it was begun, or what the first sequences show."""
-    files = Files(out)
-    if files.read("dataset.json") is not None:
-        return store.read_spec(files).max_norm_multiple
+    if out is not None and Files(out).read("dataset.json") is not None:
+        return store.read_spec(Files(out)).max_norm_multiple
     ids_ST, text_ST = text.stacked(0, forward.batch)
     sinks = Sinks()
     for _, norm_BTS in forward(ids_ST):
@@ -217,7 +240,7 @@ def _multiple(out: str, text: tokens.PackedText, forward: _Forward) -> float | N
 
 
 def _write_shards(
-    forward: _Forward,
+    forward: Forward,
     tokenizer: lm.Tokenizer,
     spec: SetSpec,
     writer: store.Writer,
@@ -226,7 +249,7 @@ def _write_shards(
     done: int,
 ) -> None:
     """Run shard after shard through the models, and write each while the next one is computed."""
-    sinks, per_shard, context = Sinks(), spec.sequences_per_shard or 0, spec.context or 0
+    sinks = Sinks()
     rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
     disk_seconds = 0.0
 
@@ -243,33 +266,23 @@ def _write_shards(
         rate = f"{(done - first[0]) / seconds:,.0f} tokens/s"
         progress.update(done, f"{rows_written:,} rows written  {rate}  {waits}")
 
+    def on_block(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        show()
+
     with ThreadPoolExecutor(1) as disk:
         for number, ids_ST, text_ST in stream:
-            blocks = {name: [] for name in forward.names}
-            norms: list[np.ndarray] = []
-            for acts, norm_BTS in forward(ids_ST):
-                for name, block in acts.items():
-                    blocks[name].append(block)
-                norms.append(norm_BTS)
-                done += norm_BTS.shape[0] * context
-                if sum(map(len, norms)) < len(ids_ST):
-                    show()
-            keep_ST = text_ST
-            if norms:
-                sinks.add(ids_ST, text_ST, np.concatenate(norms))
-                keep_ST = keep(text_ST, np.concatenate(norms), spec.max_norm_multiple)
-            seq_N, pos_N = np.nonzero(keep_ST)
-            rows = {
-                name: np.concatenate(block)[keep_ST] if block else np.zeros((0, spec.source(name).d), np.float32)
-                for name, block in blocks.items()
-            }
-            index = {"token": ids_ST[keep_ST], "seq": seq_N + number * per_shard, "pos": pos_N}
+            acts = empty_rows(spec, ids_ST.size)
+            keep_ST = run_shard(forward, ids_ST, text_ST, spec.max_norm_multiple, acts, on_block, sinks)
+            rows = {name: x_ND[keep_ST.ravel()] for name, x_ND in acts.items()}
+            del acts
             if pending is not None:
                 began = time.monotonic()
                 pending.result()
                 disk_seconds += time.monotonic() - began
-            pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
-            rows_written += len(seq_N)
+            pending = disk.submit(writer.write_shard, number, rows, index_of(spec, number, ids_ST, keep_ST), ids_ST)
+            rows_written += int(keep_ST.sum())
             show()
         if pending is not None:
             pending.result()
@@ -309,7 +322,7 @@ def plan(
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config)
-    if config.chat not in ("", ALL, *scanned.roles):
+    if config.chat not in (None, ALL, *scanned.roles):
         raise UsageError(
             f"harvest.chat={config.chat!r} is the role of no message; use one of {', '.join((*scanned.roles, ALL))}"
         )
@@ -346,7 +359,7 @@ def plan(
         text_digest=scanned.digest,
         text_column=None if config.text_column == COLUMN else config.text_column,
         text_template=config.fields().template,
-        chat=config.chat or None,
+        chat=config.chat,
         chat_template_digest=None if chat is None else chat.template.digest,
         heldout=heldout,
         heldout_digest=heldout_digest,
@@ -415,14 +428,13 @@ def _source(model: str, hook: lm.Hook | str) -> str:
     return f"{model}.{hook}" if model else str(hook)
 
 
-class _Forward:
+class Forward:
     """Runs sequences through the models on the devices of a mesh, one batch ahead of the one being fetched."""
 
     def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig, mesh: jax.sharding.Mesh) -> None:
         self._mesh, self._models = mesh, models
         self._hooks = {name: _hooks(config, model) for name, model in models.items()}
         self._dtype = config.dtype
-        self.names = tuple(_source(name, hook) for name, hooks in self._hooks.items() for hook in hooks)
         n_copies = mesh.size // config.split
         self.batch = max(config.batch_tokens // config.context // n_copies, 1) * n_copies  # sequences
 
@@ -455,12 +467,12 @@ class _Forward:
         return blocks, np.concatenate(norms, axis=-1)[:n]
 
 
-def _shards(
-    config: HarvestConfig, text: tokens.PackedText, todo: list[int], spec: SetSpec, unread: dict[str, None]
+def shards_of_text(
+    config: HarvestConfig, text: tokens.PackedText, todo: Sequence[int], spec: SetSpec, on_file: Callable[[str], Any]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(shard, its sequences i32[n, T], bool[n, T]: which are text) for the shards `todo`, in one pass over the text.
 
-    Files that a sequence has reached leave `unread`.
+    `on_file` is called with each file that a sequence has reached, and again as more of it is read.
     """
     if not todo:
         return
@@ -468,7 +480,7 @@ def _shards(
     start, stop = todo[0] * per_shard, (todo[-1] + 1) * per_shard
 
     def on_read(file: str, n_bytes: int) -> None:
-        unread.pop(file, None)
+        on_file(file)
 
     stream = text.sequences(start, stop, on_read)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
@@ -478,6 +490,6 @@ def _shards(
             yield shard, np.stack(ids), np.stack(marks)
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
-        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
+        say_once(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32), np.zeros((0, config.context), bool)

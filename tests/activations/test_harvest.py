@@ -208,7 +208,7 @@ def test_batches_come_back_in_order(text):
     mesh = meshes.lm_mesh(1, jax.local_devices())
     model = lm.load("bundled", mesh=mesh)
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
-    forward = module._Forward({"": model}, small(text), mesh)
+    forward = module.Forward({"": model}, small(text), mesh)
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
