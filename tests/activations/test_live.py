@@ -180,7 +180,8 @@ def test_a_segment_on_the_disk_stays_until_a_checkpoint_has_passed_it(tmp_path: 
             assert segments.use(segment, segment)["acts"][0, 0] == 8 * segment
         assert segments.needs_save
     assert maker.made == [0, 1, 2, 3]
-    # As where the process was killed: all four are there.
+    # As where the process was killed, while it wrote: all four are there.
+    (tmp_path / f".segments.json.{'0' * 16}.tmp").touch()
     again = Numbered([8] * 8)
     with closing(Segments(again, of, "these", tmp_path)) as segments:
         segments.use(1, 1)
