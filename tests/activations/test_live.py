@@ -355,6 +355,12 @@ def test_several_processes_are_refused(text: Path, monkeypatch) -> None:
         of_model(config(text), LiveConfig())
 
 
+def test_a_sweep_needs_a_set(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="live data of bundled: a sweep reads the same rows in pass after pass; store"):
+        sae_jax.sweep(sae_jax.live(settings=config(text)), out=tmp_path / "s", grid={"k": [4, 8]}, **SETTINGS)
+    assert not (tmp_path / "s").exists()
+
+
 def test_other_variants_say_what_they_need(text: Path) -> None:
     settings = {name: value for name, value in SETTINGS.items() if name != "k"}
     with pytest.raises(
