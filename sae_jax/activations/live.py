@@ -126,8 +126,9 @@ class LiveRows(RowSource):
             rows, _, before = noted(folder / "live").partition("/")
             if rows == self.spec.sha256 and before != str(self._cut.per_segment):
                 raise UsageError(
-                    f"{folder} was started with segments of {before} shards, and live.memory_gib and live.disk_gib now "
-                    f"make them {self._cut.per_segment}; keep these to resume, or give another --out"
+                    f"{folder} was started with {before} of {self.spec.n_shards} shards in a segment, and "
+                    f"live.memory_gib and live.disk_gib now put {self._cut.per_segment} in one; keep these to resume, "
+                    f"or give another --out"
                 )
         return LiveRows(self._maker.of_run(folder), self._config, self.name, folder)
 

@@ -248,6 +248,8 @@ class Segments:
 
     def _make(self, segment: int, slot: int) -> dict[str, np.ndarray]:
         """In the thread of the maker."""
+        if not self._buffers and self._folder is not None and self._folder.is_dir():
+            disk.remove_leftovers(self._folder, lambda name: True, seconds=0)  # of this run, which has one owner
         rows = self._buffer(slot)
         kept = self._notes.slots[slot]
         if kept is not None and kept.segment == segment:

@@ -180,7 +180,8 @@ def test_a_segment_on_the_disk_stays_until_a_checkpoint_has_passed_it(tmp_path: 
             assert segments.use(segment, segment)["acts"][0, 0] == 8 * segment
         assert segments.needs_save
     assert maker.made == [0, 1, 2, 3]
-    # As where the process was killed: all four are there.
+    # As where the process was killed, while it wrote: all four are there.
+    (tmp_path / f".segments.json.{'0' * 16}.tmp").touch()
     again = Numbered([8] * 8)
     with closing(Segments(again, of, "these", tmp_path)) as segments:
         segments.use(1, 1)
@@ -352,6 +353,12 @@ def test_several_processes_are_refused(text: Path, monkeypatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UsageError, match="live data need one process, and this job has 2; store a set with sae-jax"):
         of_model(config(text), LiveConfig())
+
+
+def test_a_sweep_needs_a_set(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="live data of bundled: a sweep reads the same rows in pass after pass; store"):
+        sae_jax.sweep(sae_jax.live(settings=config(text)), out=tmp_path / "s", grid={"k": [4, 8]}, **SETTINGS)
+    assert not (tmp_path / "s").exists()
 
 
 def test_other_variants_say_what_they_need(text: Path) -> None:

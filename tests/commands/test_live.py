@@ -84,7 +84,9 @@ def test_the_same_command_resumes(run: Path, recipe: Path, capsys) -> None:
     assert cli.main([*words, ONE_SHARD]) == 0
     assert "step 100 of 100" in capsys.readouterr().err
     said = refused(capsys, *words)
-    assert f"{run} was started with segments of 1 shards, and live.memory_gib and live.disk_gib now make them 4" in said
+    assert (
+        f"{run} was started with 1 of 4 shards in a segment, and live.memory_gib and live.disk_gib now put 4 in" in said
+    )
     said = refused(capsys, *words, ONE_SHARD, "--harvest.tokens=4000")
     assert f"{run} was started on other rows than" in said
 
