@@ -228,8 +228,10 @@ def _multiple(out: str | None, text: tokens.PackedText, forward: Forward) -> flo
         return store.read_spec(Files(out)).max_norm_multiple
     ids_ST, text_ST = text.stacked(0, forward.batch)
     sinks = Sinks()
-    for _, norm_BTS in forward(ids_ST):
-        sinks.add(ids_ST, text_ST, norm_BTS)
+    with Progress("first sequences", len(ids_ST), "sequences") as progress:
+        for _, norm_BTS in forward(ids_ST):
+            sinks.add(ids_ST, text_ST, norm_BTS)
+            progress.update(len(ids_ST))
     if not sinks.n:
         return None
     console.print(
