@@ -59,9 +59,11 @@ class HarvestConfig:
     """field of JSON records, or column of a table or hub dataset, that holds the text"""
     text_template: str | None = None
     """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
-    chat: str = ""
+    chat: str | None = None
     """for conversations (text_column holds a list of messages with "role" and "content"), as the model's chat template
     writes them: a role, such as assistant, whose tokens rows are made of, or `all`"""
+    shuffle: bool = False
+    """documents of `text` in an order by seed: files are shuffled, and documents in a buffer of 10,000"""
     skip_unreadable: bool = False
     """of several files leave out those that are damaged, instead of refusing the text; they are named and counted"""
     heldout: str | None = None
@@ -86,7 +88,7 @@ class HarvestConfig:
     batch_tokens: int = 4096
     """tokens of one forward pass"""
     seed: int = 0
-    """of the order of rows inside a shard"""
+    """of the order of rows inside a shard, and of documents with harvest.shuffle"""
 
     def __post_init__(self) -> None:
         self.models()  # refuses names that are not
@@ -112,8 +114,8 @@ class HarvestConfig:
     def fields(self) -> Fields:
         """What of a record of the text is the document. Raises UsageError for a template that names no field."""
         if self.text_template is None:
-            return Fields(self.text_column, is_chat=bool(self.chat))
-        if self.chat:
+            return Fields(self.text_column, is_chat=self.chat is not None)
+        if self.chat is not None:
             raise UsageError(
                 "harvest.text_template makes texts, and harvest.chat reads messages; leave out one of them"
             )
@@ -160,13 +162,15 @@ def harvest(
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
     mesh = meshes.lm_mesh(config.split, jax.local_devices())
     references = {name: lm.resolve(reference) for name, reference in config.models().items()}
-    template = first_template([*references.values()]) if config.chat else None
+    template = None if config.chat is None else first_template([*references.values()])
     models = {
         name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
     }
     tokenizer = shared_tokenizer(models)
     n_vocab = min(model.spec.n_vocab for model in models.values())
-    chat = None if template is None else Conversations(template, tokenizer, config.chat, n_vocab)
+    chat = None
+    if template is not None and config.chat is not None:
+        chat = Conversations(template, tokenizer, config.chat, n_vocab)
     spec, scanned, text = plan(config, models, tokenizer, chat)
     forward = _Forward(models, config, mesh)
     if config.max_norm_multiple == "auto":
@@ -190,9 +194,9 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     elif not stop():
         console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
     if unread and spec.n_shards - 1 in todo and not stop():
-        n = len(scanned.files)
+        n, order = len(scanned.files), "an order by seed" if config.shuffle else "order of name"
         console.print(
-            f"{n - len(unread)} of {n} files were read, in order of name; harvest.tokens={config.tokens} ended before "
+            f"{n - len(unread)} of {n} files were read, in {order}; harvest.tokens={config.tokens} ended before "
             f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all"
         )
     return spec
@@ -309,7 +313,7 @@ def plan(
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config)
-    if config.chat not in ("", ALL, *scanned.roles):
+    if config.chat not in (None, ALL, *scanned.roles):
         raise UsageError(
             f"harvest.chat={config.chat!r} is the role of no message; use one of {', '.join((*scanned.roles, ALL))}"
         )
@@ -319,7 +323,9 @@ def plan(
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
-    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat)
+    packed = tokens.PackedText(
+        text, tokenizer, config.context, config.fields(), scanned.files, chat, config.seed if config.shuffle else None
+    )
     n_sequences = config.tokens // config.context
     if not n_sequences:
         n_sequences = _count(packed, scanned.n_bytes)
@@ -345,7 +351,8 @@ def plan(
         text_digest=scanned.digest,
         text_column=None if config.text_column == COLUMN else config.text_column,
         text_template=config.fields().template,
-        chat=config.chat or None,
+        chat=config.chat,
+        shuffled=config.shuffle or None,
         chat_template_digest=None if chat is None else chat.template.digest,
         heldout=heldout,
         heldout_digest=heldout_digest,

@@ -65,13 +65,15 @@ class PackedText:
     fields: Fields = TEXT_FIELD
     files: Sequence[str] = ()
     chat: Conversations | None = None
+    seed: int | None = None  # of the order of documents; None: as they lie
 
     def sequences(
         self, start: int = 0, stop: int | None = None, on_read: OnRead = lambda file, n_bytes: None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids i32[context], bool[context]: which are text that rows are made of, and no special tokens)."""
         special, text = np.asarray(self.tokenizer.special_ids, np.int32), (self.reference, self.tokenizer, self.context)
-        for ids_T, of_role_T in marked_sequences(*text, start, stop, self.fields, self.files, on_read, self.chat):
+        reading = (self.fields, self.files, on_read, self.chat, self.seed)
+        for ids_T, of_role_T in marked_sequences(*text, start, stop, *reading):
             yield ids_T, of_role_T & ~np.isin(ids_T, special)
 
     def stacked(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +97,7 @@ def marked_sequences(
     files: Sequence[str] = (),
     on_read: OnRead = lambda file, n_bytes: None,
     chat: Conversations | None = None,
+    seed: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Sequences `start` to `stop` - 1 of a text: ids i32[context], and bool[context], the tokens that rows are made of.
 
@@ -112,6 +115,7 @@ def marked_sequences(
         files: that `text.scan` found to have documents; without them it is asked first.
         on_read: called with the file and the bytes of each part of it, once it has got into a sequence or is left over.
         chat: makes tokens of the documents of `fields` that are conversations.
+        seed: of the order of documents; None: as they lie.
 
     Raises:
         UsageError: for a context below 1 or a range that is none.
@@ -126,7 +130,7 @@ def marked_sequences(
     number, rest, rest_marks = 0, np.zeros(0, np.int32), np.zeros(0, bool)
     unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
     separator = np.array([tokenizer.separator_id], np.int32)
-    for parts in _batches(_parts(reference, fields, files, tokenizer)):
+    for parts in _batches(_parts(named_documents(reference, fields, files, seed), fields, reference, tokenizer)):
         pieces, marks, end = [rest], [rest_marks], number * context + len(rest)
         for part, (ids, of_role) in zip(parts, _encoded(parts, tokenizer, chat), strict=True):
             unread.append((end, part))
@@ -170,8 +174,10 @@ def _encoded(
             raise UserError(f"{part.file}: {error}" if part.file else str(error)) from None
 
 
-def _parts(reference: str, fields: Fields, files: Sequence[str], tokenizer: Encoder) -> Iterator[_Part]:
-    for file, document in named_documents(reference, fields, files):
+def _parts(
+    documents: Iterable[tuple[str, Document]], fields: Fields, reference: str, tokenizer: Encoder
+) -> Iterator[_Part]:
+    for file, document in documents:
         if fields.is_chat:
             yield _Part(file, "".join(document), True)
             continue
