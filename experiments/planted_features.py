@@ -5,18 +5,21 @@ many latents as there are features, and how many are active at a time. How near 
 each feature, on average?
 Guess: 0.9 for topk, batch_topk and gated, 0.85 for matryoshka, relu, relu_norm, jumprelu and tied.
 Command: python experiments/planted_features.py --out OUT
-Answer: yes on the two smaller beds; on the largest (12 of 384 features in 128 dimensions) only tied was run. 1,500
-steps of 1,024 rows, one seed (JAX 0.10.2, CPU); mean cosine of a feature with the nearest decoder row, and L0:
+Answer: yes on all three beds. 1,500 steps of 1,024 rows, one seed (JAX 0.10.2, CPU); mean cosine of a feature with the
+nearest decoder row, and L0:
 
-                  4 of 128 in 64    6 of 256 in 96
-    topk          1.000   3.9       0.999   5.9
-    batch_topk    0.999   4.0       0.999   6.0
-    gated         0.999   3.9       0.998   5.7
-    matryoshka    0.934   4.0       0.951   6.0
-    relu          0.999   3.9       0.999   5.8
-    relu_norm     0.999   3.8       0.999   5.7
-    jumprelu      0.999   4.0       0.993   6.2
-    tied          0.989   3.9       0.993   5.9       12 of 384 in 128: 0.992, 12.0
+                  4 of 128 in 64    6 of 256 in 96    12 of 384 in 128
+    topk          1.000   3.9       0.999   5.9       0.999  12.0
+    batch_topk    0.999   4.0       0.999   6.0       0.998  12.0
+    gated         0.999   3.9       0.998   5.7       0.997  11.8
+    matryoshka    0.934   4.0       0.951   6.0       0.962  12.0
+    relu          0.999   3.9       0.999   5.8       0.999  11.7
+    relu_norm     0.999   3.8       0.999   5.7       0.999  11.8
+    jumprelu      0.999   4.0       0.993   6.2       0.994  12.7
+    tied          0.989   3.9       0.993   5.9       0.992  12.0
+
+relu_norm and jumprelu ran on the two smaller beds before they began centred (`init.centring`). On the largest every
+feature is above 0.9, but for 11 % of matryoshka's, 2 % of jumprelu's and 0.5 % of gated's.
 
 tied found 0.659 and 0.739 until its penalty rose over a third of the run instead of a twentieth, at a larger rate: its
 rows cannot shrink, and have to turn before latents are taken away.
@@ -56,6 +59,8 @@ class Config:
     """Folder for results.json."""
     variants: tuple[str, ...] = VARIANTS
     """Which to train."""
+    beds: tuple[int, ...] = (0, 1, 2)
+    """Numbers of the beds."""
     steps: int = 1500
     """Optimiser steps, of 1,024 rows."""
     smoke: bool = False
@@ -64,7 +69,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train all on each bed in one pass, write OUT/results.json."""
-    steps, n_rows, beds = (20, 4096, BEDS[:1]) if config.smoke else (config.steps, ROWS, BEDS)
+    steps, n_rows, beds = (20, 4096, BEDS[:1]) if config.smoke else (config.steps, ROWS, [BEDS[i] for i in config.beds])
     config.out.mkdir(parents=True, exist_ok=True)
     results = []
     for bed in beds:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.artifact import Dictionary, load, save
     from sae_jax.record import Record
-    from sae_jax.runs import advise, dashboard, evaluate, fit, harvest, plan, sweep, train, train_members
+    from sae_jax.runs import advise, dashboard, evaluate, fit, harvest, live, plan, sweep, train, train_members
     from sae_jax.saes.base import AbstractSae
     from sae_jax.types import Code, UsageError, UserError
 
@@ -38,6 +38,7 @@ __all__ = [
     "evaluate",
     "fit",
     "harvest",
+    "live",
     "load",
     "open_activations",
     "plan",
@@ -65,7 +66,8 @@ _HOMES = {
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
-        ("advise", "dashboard", "evaluate", "fit", "harvest", "plan", "sweep", "train", "train_members"), "sae_jax.runs"
+        ("advise", "dashboard", "evaluate", "fit", "harvest", "live", "plan", "sweep", "train", "train_members"),
+        "sae_jax.runs",
     ),
 }
 

@@ -5,6 +5,7 @@
                       for plans; checked against the set
     sae:      {...}   the variant's Config   train: {...}             TrainConfig
     mesh:     {...}   MeshConfig             engine: {...}            EngineConfig
+    live:     {...}   LiveConfig, for `train --data live`
     members:  [{name: k16, sae: {k: 16}, train: {lr: 1e-3}}, ...]     several SAEs at once: what each changes
     sweep:    {grid: {sae.k: [16, 32]}, ...}                          SweepConfig
 
@@ -14,12 +15,14 @@ The whole file is checked whichever command reads it, so a misspelt key is found
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from sae_jax import config
 from sae_jax.activations.harvest import HarvestConfig
+from sae_jax.activations.live import LiveConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.progress import console
@@ -43,6 +46,7 @@ class Recipe(Generic[S]):
     reconstruct: tuple[str, ...] = ()
     d_model: int | None = None
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    live: LiveConfig = field(default_factory=LiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -96,6 +100,13 @@ def parse(command: Any, argv: Sequence[str], prog: str) -> Any:
     return job
 
 
+def says(section: str, argv: Sequence[str]) -> bool:
+    """Whether recipe files or flags say anything of a section."""
+    files = itertools.takewhile(lambda token: not token.startswith("-"), argv)
+    is_flag = f"--{section}."
+    return any(token.startswith(is_flag) for token in argv) or any(section in config.read_yaml(path) for path in files)
+
+
 def _as_list(files: Sequence[str], members: Any) -> list[dict[str, Any]]:
     if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
         where = ", ".join(files)
@@ -123,7 +134,7 @@ def _as_grid(files: Sequence[str], grid: Any) -> dict[str, list[Any]]:
 
 
 def _check_sections(path: str, content: dict[str, Any]) -> None:
-    for name in ("harvest", "sae", "train", "mesh", "engine", "sweep"):
+    for name in ("harvest", "live", "sae", "train", "mesh", "engine", "sweep"):
         section = content.get(name, {})
         if not isinstance(section, dict):
             raise UsageError(f"{path}: {name} is {section!r}; give it `key: value` pairs or leave it out")

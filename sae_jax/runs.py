@@ -17,6 +17,7 @@ from sae_jax.activations import text as texts
 from sae_jax.activations.commits import committed_shards
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.harvest import harvest as make_set
+from sae_jax.activations.live import LiveConfig, LiveRows, of_model
 from sae_jax.activations.memory import ArrayRows
 from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
@@ -45,6 +46,7 @@ from sae_jax.training.run import TrainJob
 from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UsageError, UserError, Widths
 
+LIVE = "live"  # --data
 TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig))
 
 
@@ -121,9 +123,28 @@ def train_members(data: Any, members: Mapping[str, Mapping[str, Any]], **setting
     return _dictionaries(expand_members(_with_members(job, members)), source)
 
 
-def run_train(job: TrainJob) -> int:
+def live(*, settings: HarvestConfig | None = None, live_config: LiveConfig | None = None, **changes: Any) -> RowSource:
+    """Rows that a language model makes while `train` learns from them: `train(live(hooks="resid_post.1"), ...)`.
+
+    They are those that `harvest` would store; see sae_jax/activations/live.py for their order.
+
+    Args:
+        settings: as for `harvest`.
+        live_config: where rows are made and kept.
+        **changes: fields of `HarvestConfig` and of `LiveConfig`, such as model, text, hooks, tokens, memory_gib.
+
+    Raises:
+        UsageError: several processes, or a budget without room for two segments; else as `harvest`.
+    """
+    names = {f.name for f in dataclasses.fields(LiveConfig)}
+    of_live = {name: changes.pop(name) for name in names & changes.keys()}
+    of_harvest = config.replaced(settings or HarvestConfig(), changes, "live")
+    return of_model(of_harvest, config.replaced(live_config or LiveConfig(), of_live, "live"))
+
+
+def run_train(job: TrainJob, source: RowSource | None = None) -> int:
     """The run of a job as a command parses it, with `members` if it lists some. Returns the step it stands at."""
-    return run.run(expand_members(job), as_source(job.data, job.allow_partial)).step
+    return run.run(expand_members(job), as_source(job.data, job.allow_partial) if source is None else source).step
 
 
 def sweep(
@@ -158,6 +179,8 @@ def sweep(
     """
     of_sweep = {n: settings.pop(n) for n in {f.name for f in dataclasses.fields(SweepConfig)} & settings.keys()}
     job, source = _new_job(SweepJob, data, {"out": out, **settings})
+    if isinstance(source, LiveRows):
+        raise UsageError(f"{source.name}: a sweep reads the same rows in pass after pass; store them with harvest")
     plan = dataclasses.replace(config.replaced(sweep or SweepConfig(), of_sweep, "sweep"), grid=_dotted_grid(job, grid))
     job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard="{}/{}".format(*shard), claim=claim)
     if problems := run_sweep(job, source):
@@ -177,6 +200,8 @@ def as_source(data: Any, allow_partial: bool = False) -> RowSource:
     if isinstance(data, RowSource):
         return data
     if isinstance(data, str | os.PathLike):
+        if os.fspath(data) == LIVE and not os.path.exists(LIVE):
+            raise UsageError("live data are for `sae-jax train` with a recipe, and in Python sae_jax.live(...)")
         data = open_activations(data, allow_partial)
     return StoredRows(data) if isinstance(data, ActivationSet) else ArrayRows(data)
 

@@ -46,7 +46,7 @@ def test_recipe_trains_at_a_toy_size(path, tmp_path):
     from sae_jax.training.state import initial
     from sae_jax.training.step import Step
 
-    toy = ["--sae.n_latents=64", "--sae.k=4", "--train.batch_size=16", "--sae.dtype=float32"]
+    toy = ["--sae.n_latents=256", "--sae.k=4", "--train.batch_size=16", "--sae.dtype=float32"]
     command = recipe.parse(TrainJob, [str(path), "--data=set", "--out=run", *toy], "sae-jax train")
     rows = np.float32(np.random.default_rng(0).standard_normal((64, 8)))
     sample = init.sample_statistics(rows, command.sae.input_norm)

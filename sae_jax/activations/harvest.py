@@ -17,11 +17,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ from sae_jax.activations import text as texts
 from sae_jax.activations.ahead import Ahead
 from sae_jax.activations.conversations import ALL, Conversations, roles_of
 from sae_jax.activations.fields import COLUMN, Fields
-from sae_jax.activations.sinks import MULTIPLE, Sinks, keep
+from sae_jax.activations.shards import empty_rows, index_of, run_shard
+from sae_jax.activations.sinks import MULTIPLE, Sinks
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.lm.chat import first_template
 from sae_jax.progress import Progress, console, say_once
@@ -160,21 +161,7 @@ def harvest(
 
 
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
-    mesh = meshes.lm_mesh(config.split, jax.local_devices())
-    references = {name: lm.resolve(reference) for name, reference in config.models().items()}
-    template = None if config.chat is None else first_template([*references.values()])
-    models = {
-        name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
-    }
-    tokenizer = shared_tokenizer(models)
-    n_vocab = min(model.spec.n_vocab for model in models.values())
-    chat = None
-    if template is not None and config.chat is not None:
-        chat = Conversations(template, tokenizer, config.chat, n_vocab)
-    spec, scanned, text = plan(config, models, tokenizer, chat)
-    forward = _Forward(models, config, mesh)
-    if config.max_norm_multiple == "auto":
-        spec = replace(spec, max_norm_multiple=_multiple(out, text, forward))
+    spec, scanned, text, forward = prepare(config, out)
     writer = store.create(out, spec)
     done = writer.committed()
     mine = range(shard[0], spec.n_shards, shard[1])
@@ -185,10 +172,10 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
-        stream = () if stop() else _shards(config, text, todo, spec, unread)
+        stream = () if stop() else shards_of_text(config, text, todo, spec, lambda file: unread.pop(file, None))
         stream = itertools.takewhile(lambda _: not stop(), stream)
         with Ahead(stream, SHARDS_AHEAD, "tokenise") as ahead:
-            _write_shards(forward, tokenizer, spec, writer, ahead, progress, start)
+            _write_shards(forward, text.tokenizer, spec, writer, ahead, progress, start)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
     elif not stop():
@@ -202,11 +189,47 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     return spec
 
 
-def _multiple(out: str, text: tokens.PackedText, forward: _Forward) -> float | None:
+class Prepared(NamedTuple):
+    """What has to be known, and loaded, before the first shard."""
+
+    spec: SetSpec
+    scanned: texts.Scan
+    text: tokens.PackedText
+    forward: Forward
+
+
+def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Device] | None = None) -> Prepared:
+    """Read models, tokenizer and text.
+
+    Args:
+        config: what to store.
+        out: a set that may have been begun; None: there is none.
+        devices: those that the models run on; None: all local ones.
+
+    Raises as `harvest`.
+    """
+    mesh = meshes.lm_mesh(config.split, devices or jax.local_devices())
+    references = {name: lm.resolve(reference) for name, reference in config.models().items()}
+    template = None if config.chat is None else first_template([*references.values()])
+    models = {
+        name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
+    }
+    tokenizer = shared_tokenizer(models)
+    n_vocab = min(model.spec.n_vocab for model in models.values())
+    chat = None
+    if template is not None and config.chat is not None:
+        chat = Conversations(template, tokenizer, config.chat, n_vocab)
+    spec, scanned, text = plan(config, models, tokenizer, chat)
+    forward = Forward(models, config, mesh)
+    if config.max_norm_multiple == "auto":
+        spec = replace(spec, max_norm_multiple=_multiple(out, text, forward))
+    return Prepared(spec, scanned, text, forward)
+
+
+def _multiple(out: str | None, text: tokens.PackedText, forward: Forward) -> float | None:
     """What `auto` means for this set: what was decided when it was begun, or what the first sequences show."""
-    files = Files(out)
-    if files.read("dataset.json") is not None:
-        return store.read_spec(files).max_norm_multiple
+    if out is not None and Files(out).read("dataset.json") is not None:
+        return store.read_spec(Files(out)).max_norm_multiple
     ids_ST, text_ST = text.stacked(0, forward.batch)
     sinks = Sinks()
     for _, norm_BTS in forward(ids_ST):
@@ -221,7 +244,7 @@ def _multiple(out: str, text: tokens.PackedText, forward: _Forward) -> float | N
 
 
 def _write_shards(
-    forward: _Forward,
+    forward: Forward,
     tokenizer: lm.Tokenizer,
     spec: SetSpec,
     writer: store.Writer,
@@ -230,7 +253,7 @@ def _write_shards(
     done: int,
 ) -> None:
     """Run shard after shard through the models, and write each while the next one is computed."""
-    sinks, per_shard, context = Sinks(), spec.sequences_per_shard or 0, spec.context or 0
+    sinks = Sinks()
     rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
     disk_seconds = 0.0
 
@@ -247,33 +270,23 @@ def _write_shards(
         rate = f"{(done - first[0]) / seconds:,.0f} tokens/s"
         progress.update(done, f"{rows_written:,} rows written  {rate}  {waits}")
 
+    def on_block(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        show()
+
     with ThreadPoolExecutor(1) as disk:
         for number, ids_ST, text_ST in stream:
-            blocks = {name: [] for name in forward.names}
-            norms: list[np.ndarray] = []
-            for acts, norm_BTS in forward(ids_ST):
-                for name, block in acts.items():
-                    blocks[name].append(block)
-                norms.append(norm_BTS)
-                done += norm_BTS.shape[0] * context
-                if sum(map(len, norms)) < len(ids_ST):
-                    show()
-            keep_ST = text_ST
-            if norms:
-                sinks.add(ids_ST, text_ST, np.concatenate(norms))
-                keep_ST = keep(text_ST, np.concatenate(norms), spec.max_norm_multiple)
-            seq_N, pos_N = np.nonzero(keep_ST)
-            rows = {
-                name: np.concatenate(block)[keep_ST] if block else np.zeros((0, spec.source(name).d), np.float32)
-                for name, block in blocks.items()
-            }
-            index = {"token": ids_ST[keep_ST], "seq": seq_N + number * per_shard, "pos": pos_N}
+            acts = empty_rows(spec, ids_ST.size)
+            keep_ST = run_shard(forward, ids_ST, text_ST, spec.max_norm_multiple, acts, on_block, sinks)
+            rows = {name: x_ND[keep_ST.ravel()] for name, x_ND in acts.items()}
+            del acts
             if pending is not None:
                 began = time.monotonic()
                 pending.result()
                 disk_seconds += time.monotonic() - began
-            pending = disk.submit(writer.write_shard, number, rows, index, ids_ST)
-            rows_written += len(seq_N)
+            pending = disk.submit(writer.write_shard, number, rows, index_of(spec, number, ids_ST, keep_ST), ids_ST)
+            rows_written += int(keep_ST.sum())
             show()
         if pending is not None:
             pending.result()
@@ -323,15 +336,14 @@ def plan(
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
-    packed = tokens.PackedText(
-        text, tokenizer, config.context, config.fields(), scanned.files, chat, config.seed if config.shuffle else None
-    )
+    first, seed = tokenizer.first_id, config.seed if config.shuffle else None
+    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat, first, seed)
     n_sequences = config.tokens // config.context
     if not n_sequences:
         n_sequences = _count(packed, scanned.n_bytes)
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
-        n_sequences = min(n_sequences, -(-scanned.n_bytes // config.context))
+        n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
     widths = [lm.hook_width(models[name].spec, hook) for name, hook in hooks]
     n_shards, shard_rows, chunk_rows = layout(
         n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
@@ -356,6 +368,7 @@ def plan(
         chat_template_digest=None if chat is None else chat.template.digest,
         heldout=heldout,
         heldout_digest=heldout_digest,
+        first_token=first,
         context=config.context,
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
@@ -420,14 +433,13 @@ def _source(model: str, hook: lm.Hook | str) -> str:
     return f"{model}.{hook}" if model else str(hook)
 
 
-class _Forward:
+class Forward:
     """Runs sequences through the models on the devices of a mesh, one batch ahead of the one being fetched."""
 
     def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig, mesh: jax.sharding.Mesh) -> None:
         self._mesh, self._models = mesh, models
         self._hooks = {name: _hooks(config, model) for name, model in models.items()}
         self._dtype = config.dtype
-        self.names = tuple(_source(name, hook) for name, hooks in self._hooks.items() for hook in hooks)
         n_copies = mesh.size // config.split
         self.batch = max(config.batch_tokens // config.context // n_copies, 1) * n_copies  # sequences
 
@@ -460,12 +472,12 @@ class _Forward:
         return blocks, np.concatenate(norms, axis=-1)[:n]
 
 
-def _shards(
-    config: HarvestConfig, text: tokens.PackedText, todo: list[int], spec: SetSpec, unread: dict[str, None]
+def shards_of_text(
+    config: HarvestConfig, text: tokens.PackedText, todo: Sequence[int], spec: SetSpec, on_file: Callable[[str], Any]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(shard, its sequences i32[n, T], bool[n, T]: which are text) for the shards `todo`, in one pass over the text.
 
-    Files that a sequence has reached leave `unread`.
+    `on_file` is called with each file that a sequence has reached, and again as more of it is read.
     """
     if not todo:
         return
@@ -473,7 +485,7 @@ def _shards(
     start, stop = todo[0] * per_shard, (todo[-1] + 1) * per_shard
 
     def on_read(file: str, n_bytes: int) -> None:
-        unread.pop(file, None)
+        on_file(file)
 
     stream = text.sequences(start, stop, on_read)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
@@ -483,6 +495,6 @@ def _shards(
             yield shard, np.stack(ids), np.stack(marks)
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
-        console.print(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
+        say_once(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")
     for shard in sorted(remaining):
         yield shard, np.zeros((0, config.context), np.int32), np.zeros((0, config.context), bool)

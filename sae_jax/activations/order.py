@@ -22,7 +22,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-CHUNK_ORDER, ROW_ORDER = 2, 3  # Philox domains; 1 is the row order inside a shard
+# Philox domains, which keep the random numbers of orders apart; sequences.py, memory.py and live.py have 4 to 6.
+WRITE_ORDER, CHUNK_ORDER, ROW_ORDER = 1, 2, 3  # WRITE_ORDER: of the rows inside a shard
 
 MAX_READERS = 64
 MIN_CHUNKS_PER_READER = 8
@@ -157,9 +158,7 @@ class RowOrder:
         return low, np.concatenate([[low], inner, [high]])
 
     def _sorted(self, domain: int, n: int, epoch: int, reader: int = 0, number: int = 0) -> np.ndarray:
-        # The bits of Philox are the same in every numpy version; Generator.permutation is not promised to be.
-        bits = np.random.Philox(key=[self.seed, domain], counter=[0, epoch, reader, number]).random_raw(n)
-        return np.argsort(bits, kind="stable")
+        return shuffled(n, self.seed, domain, epoch, reader, number)
 
 
 def _n_readers(limit: int, batch_size: int) -> int:
@@ -169,6 +168,12 @@ def _n_readers(limit: int, batch_size: int) -> int:
         most *= 2
     dividing = min(most, batch_size & -batch_size)
     return dividing if dividing * 8 >= most else most
+
+
+def shuffled(n: int, seed: int, domain: int, a: int, b: int = 0, c: int = 0) -> np.ndarray:
+    """A permutation of 0 ... n - 1, i64[n], that depends on these numbers alone."""
+    # The bits of Philox are the same in every numpy version; Generator.permutation is not promised to be.
+    return np.argsort(np.random.Philox(key=[seed, domain], counter=[0, a, b, c]).random_raw(n), kind="stable")
 
 
 class EndlessShuffle:
@@ -190,5 +195,4 @@ class EndlessShuffle:
         return chosen
 
     def _compute_epoch(self, epoch: int) -> np.ndarray:
-        bits = np.random.Philox(key=[self._seed, self._domain], counter=[0, epoch, 0, 0]).random_raw
-        return self._items[np.argsort(bits(len(self._items)), kind="stable")]
+        return self._items[shuffled(len(self._items), self._seed, self._domain, epoch)]

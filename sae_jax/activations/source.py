@@ -12,6 +12,7 @@ import abc
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,6 +52,17 @@ class Batches(abc.ABC):
     def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         """What `batches` gave, on the devices of the mesh in use: the batch that dictionaries learn from."""
 
+    def saved(self, step: int, is_over: bool) -> None:  # noqa: B027
+        """A checkpoint of `step` steps is on the disk: nobody asks for batches before it again. Nothing by default.
+
+        Of a run that is_over, no batch will be asked for.
+        """
+
+    @property
+    def needs_save(self) -> bool:
+        """Whether training would soon wait for a checkpoint that lets older rows go. The same on all processes."""
+        return False
+
     def close(self) -> None:  # noqa: B027
         """Ends what runs in the background; nothing by default."""
 
@@ -88,6 +100,14 @@ class RowSource(abc.ABC):
     @abc.abstractmethod
     def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
         """Batches of `batch_size` rows of these sites for this process, one of jax.process_count()."""
+
+    def of_run(self, folder: Path | None) -> RowSource:
+        """This source for a run whose folder this is, where it may keep what a resumed run needs; None: nowhere."""
+        return self
+
+    def devices(self) -> list[jax.Device]:
+        """Those that dictionaries are to use: all, but for what the source has for itself."""
+        return jax.devices()
 
     def learning(self, learns: Learns) -> RowSource:
         """This source as what learns in this way takes it. UsageError if it cannot be had from it."""

@@ -38,12 +38,11 @@ from sae_jax.activations.commits import (
     read_block,
     read_commits,
 )
+from sae_jax.activations.order import WRITE_ORDER, shuffled
 from sae_jax.activations.spec import INDEX_NAMES, ArraySpec, SetSpec, SourceSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.storage import STORAGE_ERRORS, Files, Lease, context, reason, write_error
 from sae_jax.types import UsageError, UserError
-
-WRITE_ORDER = 1  # Philox domain of the row order inside a shard; the loader has its own
 
 
 class Writer:
@@ -97,10 +96,7 @@ class Writer:
     ) -> Commit:
         blocks, stats = self._checked(shard, sources, index, sequences, first_row)
         n_rows = len(blocks[f"acts/{self.spec.sources[0].name}"])
-        order = np.argsort(
-            np.random.Philox(key=[self.spec.seed, WRITE_ORDER], counter=[0, shard, 0, 0]).random_raw(n_rows),
-            kind="stable",  # raw bits are the same in every numpy version, permutation() is not
-        )
+        order = order_in_shard(self.spec, shard, n_rows)
         padded, hashes = {}, {}
         for path, block in blocks.items():
             array = self.arrays[path]
@@ -173,7 +169,7 @@ class Writer:
             stored = blocks[f"acts/{source.name}"]
             stats[source.name] = Stats.of_rows(stored)
             if not np.isfinite(stats[source.name].m2).all():
-                _refuse_not_finite(stored, source, shard, first_row)
+                refuse_not_finite(stored, source, shard, first_row)
         if spec.has_text:
             tokens_MT, seq, pos = (blocks[path] for path in ("sequences", "index/seq", "index/pos"))
             seq = seq - shard * self.arrays["sequences"].shard_rows
@@ -306,6 +302,11 @@ class ActivationSet:
             )
 
 
+def order_in_shard(spec: SetSpec, shard: int, n_rows: int) -> np.ndarray:
+    """Which of the rows that a shard is written from stands where in it: i64[n_rows]."""
+    return shuffled(n_rows, spec.seed, WRITE_ORDER, shard)
+
+
 def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
     """Creates a set, or joins it: any number of hosts may call it with the same spec, at any time.
 
@@ -398,7 +399,8 @@ def _parse(files: Files, text: bytes) -> SetSpec:
         raise UserError(f"{files.name('dataset.json')} cannot be used: {error}") from error
 
 
-def _refuse_not_finite(rows_BD: np.ndarray, source: SourceSpec, shard: int, first_row: int) -> NoReturn:
+def refuse_not_finite(rows_BD: np.ndarray, source: SourceSpec, shard: int, first_row: int) -> NoReturn:
+    """UserError that names the first row which is not finite."""
     bad_B = ~np.isfinite(rows_BD.astype(np.float32)).all(axis=1)
     row = first_row + int(np.argmax(bad_B))
     raise UserError(

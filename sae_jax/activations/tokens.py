@@ -65,6 +65,7 @@ class PackedText:
     fields: Fields = TEXT_FIELD
     files: Sequence[str] = ()
     chat: Conversations | None = None
+    first: int | None = None
     seed: int | None = None  # of the order of documents; None: as they lie
 
     def sequences(
@@ -72,7 +73,7 @@ class PackedText:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids i32[context], bool[context]: which are text that rows are made of, and no special tokens)."""
         special, text = np.asarray(self.tokenizer.special_ids, np.int32), (self.reference, self.tokenizer, self.context)
-        reading = (self.fields, self.files, on_read, self.chat, self.seed)
+        reading = (self.fields, self.files, on_read, self.chat, self.first, self.seed)
         for ids_T, of_role_T in marked_sequences(*text, start, stop, *reading):
             yield ids_T, of_role_T & ~np.isin(ids_T, special)
 
@@ -97,6 +98,7 @@ def marked_sequences(
     files: Sequence[str] = (),
     on_read: OnRead = lambda file, n_bytes: None,
     chat: Conversations | None = None,
+    first: int | None = None,
     seed: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Sequences `start` to `stop` - 1 of a text: ids i32[context], and bool[context], the tokens that rows are made of.
@@ -115,23 +117,27 @@ def marked_sequences(
         files: that `text.scan` found to have documents; without them it is asked first.
         on_read: called with the file and the bytes of each part of it, once it has got into a sequence or is left over.
         chat: makes tokens of the documents of `fields` that are conversations.
+        first: a token that every sequence begins with, before `context` - 1 of the text, as the authors of many models
+            have it. Where a document begins there, its separator comes second.
         seed: of the order of documents; None: as they lie.
 
     Raises:
         UsageError: for a context below 1 or a range that is none.
         UserError: as `named_documents` and Conversations.encode, and if the whole text is shorter than one context.
     """
-    if context < 1:
-        raise UsageError(f"context={context} is not a length; use 1 or more")
+    if context < 1 + (first is not None):
+        raise UsageError(f"context={context} is not a length; use {1 + (first is not None)} or more")
     if start < 0 or (stop is not None and stop < start):
         raise UsageError(f"sequences {start} to {stop} are no range; use 0 <= start <= stop")
     if stop == start:
         return
+    head = np.array([] if first is None else [first], np.int32)
+    width = context - len(head)  # tokens of the stream that a sequence has
     number, rest, rest_marks = 0, np.zeros(0, np.int32), np.zeros(0, bool)
     unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
     separator = np.array([tokenizer.separator_id], np.int32)
     for parts in _batches(_parts(named_documents(reference, fields, files, seed), fields, reference, tokenizer)):
-        pieces, marks, end = [rest], [rest_marks], number * context + len(rest)
+        pieces, marks, end = [rest], [rest_marks], number * width + len(rest)
         for part, (ids, of_role) in zip(parts, _encoded(parts, tokenizer, chat), strict=True):
             unread.append((end, part))
             if part.is_first and not (
@@ -142,17 +148,18 @@ def marked_sequences(
             marks.append(of_role)
             end += len(ids)
         stream, stream_marks = np.concatenate(pieces), np.concatenate(marks)
-        n_whole = len(stream) // context
+        n_whole = len(stream) // width
         for i in range(n_whole):
             if number + i == stop:
                 return
-            while unread and unread[0][0] < (number + i + 1) * context:
+            while unread and unread[0][0] < (number + i + 1) * width:
                 _, part = unread.popleft()
                 on_read(part.file, len(part.text.encode()))
             if number + i >= start:
-                here = slice(i * context, (i + 1) * context)
-                yield stream[here].copy(), stream_marks[here].copy()  # a view would keep the whole stream alive
-        number, rest, rest_marks = number + n_whole, stream[n_whole * context :], stream_marks[n_whole * context :]
+                here = slice(i * width, (i + 1) * width)
+                # Copies: a view would keep the whole stream alive.
+                yield np.concatenate([head, stream[here]]), np.concatenate([head < 0, stream_marks[here]])
+        number, rest, rest_marks = number + n_whole, stream[n_whole * width :], stream_marks[n_whole * width :]
     for _, part in unread:
         on_read(part.file, len(part.text.encode()))
     if number == 0:

@@ -70,7 +70,8 @@ def open_set(record: Record, data: str | None = None) -> ActivationSet:
             f"is now with --data"
         )
     activations = open_activations(record.data.path, allow_partial=True)
-    if activations.content != record.data.content:
+    of_live_data = f"{activations.spec.sha256}/"  # which had all rows of this set and more (activations/live.py)
+    if activations.content != record.data.content and not record.data.content.startswith(of_live_data):
         say_once(f"warning: {activations.path} holds other rows than when the dictionary was trained on it")
     return activations
 
@@ -125,7 +126,7 @@ def held_out(
         )
     files = _check_text(activations, heldout, text)
     chat = _conversations(activations, loaded, tokenizer, model)
-    packed = tokens.PackedText(heldout, tokenizer, spec.context, spec.fields, files, chat)
+    packed = tokens.PackedText(heldout, tokenizer, spec.context, spec.fields, files, chat, spec.first_token)
     ids_NT, text_NT = packed.stacked(0, max(n_tokens // spec.context, 1))
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(

@@ -90,7 +90,7 @@ class Checkpoint:
                 view.madvise(mmap.MADV_DONTNEED)
 
     def _bare(self, name: str) -> str:
-        return self._family.renamed.get(name, name).removeprefix(self._family.prefix)
+        return self._family.bare(name)
 
     def _open(self, path: Path) -> Mapping[str, StoredTensor]:
         if path.suffix == ".gguf":

@@ -34,11 +34,16 @@ class Family:
     architecture: str  # class name that Hugging Face configs state
     read_spec: Callable[[Mapping[str, Any]], Spec]  # config.json -> Spec
     write_config: Callable[[Spec], dict[str, Any]]  # the inverse
-    prefix: str  # that tensors of full checkpoints have and those of base checkpoints lack
+    prefixes: tuple[str, ...]  # one of which tensors of full checkpoints have and those of base checkpoints lack
     stored: Mapping[str, Stored]  # parameter (params.py) -> tensor
     modules: Mapping[str, str]  # point -> the module of transformers that has this input or output; see hooks.py
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a tensor in some files -> in others
     buffers: tuple[str, ...] = ()  # tensors of a block, without prefix, that hold no weight, such as the causal mask
+
+    def bare(self, name: str) -> str:
+        """The name of a tensor as base checkpoints have it."""
+        prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")
+        return self.renamed.get(name, name).removeprefix(prefix)
 
 
 def families() -> list[str]:

@@ -178,8 +178,8 @@ def _less_one(view: Callable[[], np.ndarray]) -> np.ndarray:
     return view() - np.float32(1)
 
 
-def tokenizer(path: Path) -> tuple[dict[str, Any], str | None, str | None, list[str]]:
-    """(what the tokenizer.json would hold, beginning token, end token, special tokens)."""
+def tokenizer(path: Path) -> tuple[dict[str, Any], str | None, str | None, list[str], bool | None]:
+    """(what the tokenizer.json would hold, beginning token, end token, special tokens, is every sequence begun)."""
     reader = _open(path)
     tokens, types = (_value(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     kind, parted = (_value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
@@ -209,7 +209,11 @@ def tokenizer(path: Path) -> tuple[dict[str, Any], str | None, str | None, list[
     state["added_tokens"] = [{"id": i, "content": tokens[i], "special": types[i] == _CONTROL, **flags} for i in added]
     ends = [_value(reader, f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")]
     bos, eos = (None if end is None else tokens[end] for end in ends)
-    return {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, **state}, bos, eos, special
+    state |= {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    begins = _value(reader, "tokenizer.ggml.add_bos_token")
+    # Where it is not said, llama.cpp begins with one for SentencePiece and Llama 3, and with none for others.
+    by_default = kind == "llama" or parted == "llama-bpe"
+    return state, bos, eos, special, by_default if begins is None else bool(begins)
 
 
 def _byte_level(parted: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import tokenizers
 
@@ -57,6 +58,7 @@ class Tokenizer:
         eos_id: int | None,
         special: Iterable[int] = (),
         digest: str = "",
+        first_id: int | None = None,
     ) -> None:
         """Wrap `backend`; UserError without a beginning or end token to separate documents with.
 
@@ -66,6 +68,7 @@ class Tokenizer:
             eos_id: of the token at its end.
             special: ids that stand for no text, beside those two and what the backend calls special.
             digest: what identifies how this tokenizer encodes, wherever it lies.
+            first_id: of the token that the model's authors begin every sequence with, if they do.
         """
         separator_id = eos_id if bos_id is None else bos_id
         if separator_id is None:
@@ -76,6 +79,7 @@ class Tokenizer:
         self.eos_id = eos_id
         self.separator_id: int = separator_id
         self.digest = digest
+        self.first_id = first_id
         marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         named = {i for i in (bos_id, eos_id) if i is not None}
         self.special_ids: tuple[int, ...] = tuple(sorted({*special, *marked, *named}))  # what a harvest leaves out
@@ -317,15 +321,16 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             state = read_json(folder / "tokenizer.json")
             backend, digest = _backend(state, stated.special, is_ours=folder.resolve().is_relative_to(_ASSETS))
         elif (path := gguf_of(folder)) is not None:
-            state, bos, eos, special = gguf_file.tokenizer(path)
-            stated = stated._replace(bos=bos, eos=eos, special={*special})
+            state, bos, eos, special, begins = gguf_file.tokenizer(path)
+            stated = stated._replace(bos=bos, eos=eos, special={*special}, begins=begins)
             backend, digest = _backend(state, stated.special)
         else:
             converted = trial.convert(folder)
             stated = stated._replace(
                 bos=converted.bos, eos=converted.eos, special=stated.special | {*converted.special}
             )
-            backend, digest = _backend(converted.state, stated.special)
+            state = converted.state
+            backend, digest = _backend(state, stated.special)
     except UserError as error:
         raise UserError(str(error).replace("its tokenizer.json", str(folder / "tokenizer.json"))) from None
     except Exception as error:
@@ -340,7 +345,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         bos, eos = stated.bos_id, stated.eos_id
     special |= {i for i in (bos, eos) if i is not None}
     in_config = {i for i in stated.ids if backend.id_to_token(i) is not None}
-    tokenizer = Tokenizer(backend, bos, eos, special | in_config, digest)
+    first = bos if _begins(stated.begins, state, backend, bos) else None
+    tokenizer = Tokenizer(backend, bos, eos, special | in_config, digest, first)
     marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     for i in sorted(in_config - special - marked):
         say_once(
@@ -371,6 +377,23 @@ def _backend(state: Mapping[str, Any], special: set[str], is_ours: bool = False)
     return tokenizers.Tokenizer.from_str(text), hashlib.sha256(text.encode()).hexdigest()
 
 
+class _Special(msgspec.Struct):
+    id: str
+
+
+class _Piece(msgspec.Struct):
+    """One piece of a template: a special token, or the text."""
+
+    SpecialToken: _Special | None = None
+
+
+class _PostProcessing(msgspec.Struct):
+    """What of a saved post-processing says how a sequence begins."""
+
+    single: list[_Piece] = []
+    processors: list[_PostProcessing] = []
+
+
 class _Stated(NamedTuple):
     """What the files beside tokenizer.json say of special tokens: some name them, config.json gives ids."""
 
@@ -380,6 +403,7 @@ class _Stated(NamedTuple):
     ids: set[int]
     bos_id: int | None
     eos_id: int | None
+    begins: bool | None  # whether every sequence begins with bos
 
 
 def _stated(folder: Path) -> _Stated:
@@ -398,7 +422,23 @@ def _stated(folder: Path) -> _Stated:
     bos, eos = (next(iter(tokens.get(key, ())), None) for key in ("bos_token", "eos_token"))
     bos_id, eos_id = (next(iter(ids.get(key, ())), None) for key in ("bos_token_id", "eos_token_id"))
     special = {content for contents in (*tokens.values(), token_contents(marked)) for content in contents}
-    return _Stated(special, bos, eos, {i for of_key in ids.values() for i in of_key}, bos_id, eos_id)
+    begins = named.get("add_bos_token")
+    every = {i for of_key in ids.values() for i in of_key}
+    return _Stated(special, bos, eos, every, bos_id, eos_id, begins if isinstance(begins, bool) else None)
+
+
+def _begins(stated: bool | None, state: Mapping[str, Any], backend: tokenizers.Tokenizer, bos: int | None) -> bool:
+    """Whether the authors begin every sequence with bos: as a file says, or as the saved post-processing does."""
+    if bos is None or stated is not None:
+        return bool(stated and bos is not None)
+    try:
+        process = storage.as_type(state.get("post_processor"), _PostProcessing | None, "post_processor")
+    except UserError:
+        return False  # of another form, as are those that only mend offsets
+    for part in () if process is None else process.processors or [process]:
+        for piece in part.single[:1]:
+            return piece.SpecialToken is not None and backend.token_to_id(piece.SpecialToken.id) == bos
+    return False
 
 
 def token_contents(value: Any) -> list[str]:

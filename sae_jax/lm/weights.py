@@ -181,7 +181,7 @@ def _check_ignored(stored: Checkpoint, spec: Spec) -> None:
     # "h." of blocks, "ln_f." of others.
     modules = {
         name.partition("{")[0] if "{" in name else f"{name.rpartition('.')[0]}."
-        for name in (place.name.removeprefix(of_family.prefix) for place in of_family.stored.values())
+        for name in (of_family.bare(place.name) for place in of_family.stored.values())
     }
     for bare, key in ignored.items():
         if bare.startswith(tuple(modules)):

@@ -126,6 +126,17 @@ def biases_for(w_FD: jax.Array, sample: Sample, b_pre: jax.Array, n_active: int)
     return -mean_F - ndtri(1 - min(0.5, n_active / len(w_FD))) * spread_F
 
 
+def centring(w_FX: jax.Array, median_X: jax.Array) -> jax.Array:
+    """f32[F]: biases with which latents begin as if the median were subtracted from x.
+
+    Ours, for variants that subtract nothing. With biases of 0 a latent along a large mean begins active on nearly every
+    row, and one against it on none. On resid_post.1 of the bundled model, whose mean is 46 % of the mean square, the
+    share of silent latents fell from 30 to 13 % (jumprelu) and from 50 to 18 % (relu_norm), FVU from 0.089 to 0.083 and
+    from 0.111 to 0.101; on resid_post.2 (25 %) from 3 to 0 %, and nothing changed by more than 1 % of itself.
+    """
+    return -(w_FX * median_X[None]).sum(-1)
+
+
 def linear_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
     """f32[F, D], DICT: U(-1/sqrt(D), 1/sqrt(D)), a linear layer's usual default. Born sharded on a mesh."""
     bound = d_model**-0.5

@@ -105,20 +105,21 @@ class Config(PenaltyConfig):
         return share * jnp.float32(1 if self.error == "mean" else width)
 
     def init(self, key: jax.Array, sample: Sample) -> JumpRelu:
-        """Encoder = transposed decoder of uniform rows, of norm 1; biases 0, b_dec the geometric median if it is used.
+        """Encoder = transposed decoder of uniform rows, of norm 1; b_dec = geometric median; b_enc: `init.centring`.
 
-        With the tanh rows keep their norm, the encoder is d_model / n_latents as long and biases let every latent
-        be active on about 10,000 / n_latents of the rows.
+        With the tanh b_dec is 0 if there is no pre_bias, rows keep their norm, the encoder is d_model / n_latents as
+        long and biases let every latent be active on about 10,000 / n_latents of the rows.
         """
         d_model = sample.median.shape[0]
         w_dec = init.linear_rows(key, self.n_latents, d_model)
         b_enc = init.zeros((self.n_latents,), mesh.DICT)
-        b_dec = sample.median if self.pre_bias else jnp.zeros_like(sample.median)
+        b_dec = jnp.zeros_like(sample.median) if self.penalty == "tanh" and not self.pre_bias else sample.median
         if self.penalty == "tanh":
             w_enc = d_model / self.n_latents * w_dec
             b_enc = self.initial_threshold + init.biases_for(w_enc, sample, b_dec, N_ACTIVE_AT_START)
         else:
             w_enc = w_dec = init.unit_rows(w_dec)
+            b_enc = b_enc if self.pre_bias else init.centring(w_enc, sample.median)
         return JumpRelu(
             w_enc=w_enc,
             b_enc=b_enc,

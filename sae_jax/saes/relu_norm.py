@@ -39,15 +39,18 @@ class Config(L1Config):
     ADAM: ClassVar[Adam] = Adam(lr=5e-5, n_latents=2**17, eps=1e-8, short_run=1.5)
 
     def init(self, key: jax.Array, sample: Sample) -> ReluNorm:
-        """Decoder rows in random directions and of norm 0.1, encoder = transposed decoder, biases 0."""
+        """Decoder rows in random directions and of norm 0.1, encoder = transposed decoder.
+
+        b_dec = geometric median, b_enc: see `init.centring`; in the source both are 0.
+        """
         shape = (self.n_latents, sample.median.shape[0])
         directions = jax.random.normal(key, shape, out_sharding=mesh.placed(mesh.DICT))
         w_dec = ROW_NORM * init.unit_rows(directions)
         return ReluNorm(
             w_enc=w_dec,
-            b_enc=init.zeros((self.n_latents,), mesh.DICT),
+            b_enc=init.centring(w_dec, sample.median),
             w_dec=w_dec,
-            b_dec=jnp.zeros_like(sample.median),
+            b_dec=sample.median,
             config=self,
         )
 

@@ -100,7 +100,7 @@ def _train(
         machine = {"mesh": meshes.sizes(mesh), "n_processes": jax.process_count()}
         attempt = logs.Attempts(run if is_first else None, lease, active.start, **machine)
         with _Log(active, source, is_first, lease) as log:
-            done, pending = active.start, []
+            done, saved, pending = active.start, active.start, []
             for step, rows in source.batches(active.start):
                 if not active.active:
                     break
@@ -111,17 +111,24 @@ def _train(
                 if measurements and any(measurements.is_due(member, done) for member in active.active):
                     log.write(done, active.fetch(done, pending))
                     pending, ended = [], active.measure(done, measurements)
-                is_stopping = is_preempted()
-                if is_stopping or ended or is_save_due(done, active.active):
+                is_stopping, is_needed = is_preempted(), source.needs_save
+                if is_stopping or ended or is_needed or is_save_due(done, active.active):
                     # The save before this one ends before this step is on record. With two saves an interval, a run
                     # is thus never further than one interval from its last complete checkpoint.
                     checkpoints.wait()
+                    source.saved(saved, is_over=False)
                     log.write(done, active.fetch(done, pending))
                     pending = []
                     active.save(done, ended)
+                    saved = done
                     attempt.record(log.done, "running")
-                if is_stopping:
+                    if is_needed:
+                        checkpoints.wait()
+                        source.saved(saved, is_over=False)
+                if is_stopping or not active.active:
                     break
+    if not active.active:
+        source.saved(done, is_over=True)
     attempt.record(log.done, "preempted" if active.active else "failed" if active.failed else "finished")
     if not active.active:
         active.end()

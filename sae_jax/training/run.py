@@ -63,11 +63,11 @@ def run(
         lease: of the run, if the caller holds it already.
     """
     job = next(iter(jobs.values()))
-    mesh = meshes.make_mesh(job.mesh)
+    folder = Path(job.out) if job.out else None
+    mesh, source = meshes.make_mesh(job.mesh, source.devices()), source.of_run(folder)
     sites, widths = choose_sites(source, job.site, job.reconstruct, job.d_model)
     for member in jobs.values():
         member.sae.check(widths, sites.x == sites.y)
-    folder = Path(job.out) if job.out else None
     members = [_member(name, member, folder, source) for name, member in jobs.items()]
     rows = source.learning(learning(jobs))
     with (

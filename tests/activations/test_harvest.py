@@ -208,7 +208,7 @@ def test_batches_come_back_in_order(text):
     mesh = meshes.lm_mesh(1, jax.local_devices())
     model = lm.load("bundled", mesh=mesh)
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
-    forward = module._Forward({"": model}, small(text), mesh)
+    forward = module.Forward({"": model}, small(text), mesh)
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
@@ -359,3 +359,17 @@ def test_precision_is_part_of_what_a_set_is(text, tmp_path):
 def indices(path):
     activations = open_activations(path)
     return [activations.read_index(chunk) for chunk in range(activations.n_chunks)]
+
+
+def test_sequences_begin_as_the_models_authors_begin_them(text, tuned, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tuned, model)
+    content = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(content | {"add_bos_token": True}))
+    spec = harvest(small(text, model=(str(model),), heldout="heldout"), str(tmp_path / "set"))
+    activations, bos = open_activations(tmp_path / "set"), lm.tokenizer(str(model)).bos_id
+    assert spec.first_token == bos
+    assert set(activations.read_sequences(np.arange(4))[:, 0]) == {bos}
+    assert 0 not in np.concatenate([index["pos"] for index in indices(tmp_path / "set")])
+    sites = Sites(("resid_post.0",), ("resid_post.0",))
+    assert set(held_out(activations, sites, 64).sequences[:, 0]) == {bos}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_jax.activations import text as texts
 from sae_jax.activations.fields import Fields
 from sae_jax.activations.text import documents, scan, stdlib_files
-from sae_jax.activations.tokens import sequences
+from sae_jax.activations.tokens import marked_sequences, sequences
 from sae_jax.lm import tokenizer
 from sae_jax.types import UsageError, UserError
 
@@ -215,3 +215,15 @@ def test_it_is_said_what_has_been_read(tmp_path):
     ]
     list(stream)
     assert read == {"a.txt": 10, "b.txt": 5, "c.txt": 40}
+
+
+@pytest.mark.parametrize("context", [2, 5, 8])
+def test_every_sequence_begins_with_the_token_that_is_asked_for(context):
+    plain = np.concatenate(list(sequences("heldout", Bytes(), context - 1, stop=6)))
+    begun = np.stack(list(sequences("heldout", Bytes(), context, stop=6, first=7)))
+    assert set(begun[:, 0]) == {7}
+    np.testing.assert_array_equal(begun[:, 1:].ravel(), plain)  # nothing of the text is lost
+    marks = [marks_T for _, marks_T in marked_sequences("heldout", Bytes(), context, stop=6, first=7)]
+    assert not np.stack(marks)[:, 0].any()
+    with pytest.raises(UsageError, match="use 2 or more"):
+        next(sequences("heldout", Bytes(), 1, first=7))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sae_jax.lm import Hook, generate, load, points
 from sae_jax.lm.family import families, family
@@ -34,7 +35,22 @@ def relative_error(found, true):
 
 
 def test_every_family_has_a_variant():
-    assert {config["model_type"] for config in CONFIGS.values()} == {*families()}
+    assert {config["model_type"] for config in CONFIGS.values()} | {"gemma3"} == {*families()}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_one_with_vision_is_read(prefix, folder_of, tmp_path, capsys):
+    model = load(str(folder_of("gemma3")))
+    tensors = load_file(folder_of("gemma3") / "model.safetensors")
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    renamed["vision_tower.encoder.layers.0.layer_norm1.weight"] = np.ones(4, np.float32)
+    save_file(renamed, tmp_path / "model.safetensors")
+    text = {key: value for key, value in OLDER["gemma3"].items() if key != "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    loaded = load(str(tmp_path))
+    assert loaded.spec == model.spec
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+    assert "tensors that are not used: vision_tower" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CONFIGS)

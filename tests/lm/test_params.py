@@ -30,7 +30,7 @@ def read_spec(config):
 FAMILY = dataclasses.replace(
     gpt2.FAMILY,
     read_spec=read_spec,
-    prefix="model.",
+    prefixes=("model.",),
     stored={
         name: dataclasses.replace(stored, name=renamed(stored.name)) for name, stored in gpt2.FAMILY.stored.items()
     },

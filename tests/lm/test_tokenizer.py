@@ -9,7 +9,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from sae_jax.lm import tokenizer
 from sae_jax.lm.model import BUNDLED
-from sae_jax.lm.tokenizer import Tokenizer
+from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
 from sae_jax.types import UserError
 
 MODULE = sys.modules[Tokenizer.__module__]  # the package has a function of this name
@@ -307,3 +307,34 @@ def test_a_word_that_has_no_token_is_one_line():
         with pytest.raises(UserError, match="the tokenizer cannot encode this text") as caught:
             loaded.encode([text])
         assert "\n" not in str(caught.value)
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}],
+    "pair": [],
+}
+MENDS_OFFSETS = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "process", "begins"),
+    [
+        ({}, None, False),
+        ({"add_bos_token": True}, None, True),
+        ({}, TEMPLATE, True),
+        ({}, {"type": "Sequence", "processors": [MENDS_OFFSETS, TEMPLATE]}, True),
+        ({"add_bos_token": False}, TEMPLATE, False),
+        ({}, MENDS_OFFSETS, False),
+        ({}, TEMPLATE | {"single": [{"Sequence": {"id": "A", "type_id": 0}}]}, False),
+        ({}, {"type": "TemplateProcessing", "single": 3}, False),
+    ],
+    ids=["nothing", "stated", "saved", "saved among others", "stated otherwise", "offsets", "text first", "odd"],
+)
+def test_a_sequence_begins_as_the_authors_begin_it(config, process, begins, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((BUNDLED / name).read_text())
+        content |= {"post_processor": process} if name == "tokenizer.json" else config
+        (tmp_path / name).write_text(json.dumps(content))
+    found = read_tokenizer(tmp_path)
+    assert found.first_id == (found.bos_id if begins else None)

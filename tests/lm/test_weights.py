@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sae_jax.lm import load, tokenizer, weights
+from sae_jax import mesh as meshes
+from sae_jax.lm import Spec, load, tokenizer, weights
+from sae_jax.lm.params import parameters, shardings
 from sae_jax.types import UsageError, UserError
 from tests.lm.tiny import SPEC
 
@@ -258,3 +260,26 @@ def test_weights_that_are_there_twice_are_not_chosen_from(folder, model):
     shutil.copy(folder / "a.safetensors", folder / "copy.safetensors")
     with pytest.raises(UserError, match=r"twice, the second time in copy\.safetensors"):
         load(str(folder))
+
+
+def test_a_model_of_70_billion_parameters_is_read_once_and_split_evenly():
+    """By the plan alone: which part of each tensor each of eight devices reads."""
+    spec = Spec(
+        **{"family": "llama", "n_layers": 80, "d_model": 8192, "n_heads": 64, "n_kv_heads": 8, "d_head": 128},
+        **{"d_mlp": 28_672, "n_vocab": 128_256, "n_context": 8192, "activation": "silu", "norm": "rms_norm"},
+        **{"positions": "rotary", "gated": True, "tied": False},
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False),
+    )
+    infos = parameters(spec)
+    mesh = meshes.lm_mesh(8, jax.devices()[:8])
+    held, whole = dict.fromkeys(mesh.devices.flat, 0), 0
+    for info, where in zip(jax.tree.leaves(infos), jax.tree.leaves(shardings(spec, mesh)), strict=True):
+        size = np.prod(info.shape)
+        indices = where.addressable_devices_indices_map(info.shape)
+        sizes = {str(index): np.prod(weights._size(info.shape, index)) for index in indices.values()}
+        assert sum(sizes.values()) == size  # distinct parts, each read for all devices that hold it
+        for device, index in indices.items():
+            held[device] += sizes[str(index)]
+        whole += size
+    assert 70e9 < whole < 71e9
+    assert max(held.values()) == min(held.values()) < 1.001 * whole / 8

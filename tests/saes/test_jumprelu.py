@@ -135,8 +135,8 @@ def test_initialisation():
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)
     np.testing.assert_allclose(sae.threshold, 0.5, rtol=1e-5)
-    assert not sae.b_enc.any()
-    assert not sae.b_dec.any()
+    np.testing.assert_allclose(sae.b_dec, sample.median)
+    np.testing.assert_allclose(sae.w_enc @ sample.median + sae.b_enc, 0, atol=1e-4)
     np.testing.assert_allclose(jumprelu.Config(pre_bias=True).init(jax.random.key(0), sample).b_dec, sample.median)
 
 

@@ -49,8 +49,8 @@ def test_initialisation():
     sae = relu_norm.Config(n_latents=256).init(jax.random.key(0), sample)
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 0.1, rtol=1e-5)
     np.testing.assert_array_equal(sae.w_enc, sae.w_dec)
-    assert not sae.b_enc.any()
-    assert not sae.b_dec.any()
+    np.testing.assert_allclose(sae.b_dec, sample.median)
+    np.testing.assert_allclose(sae.w_enc @ sample.median + sae.b_enc, 0, atol=1e-4)
 
 
 def test_bad_settings_are_refused():

@@ -14,7 +14,7 @@ from sae_jax.lm.spec import Attention, Rotary, Spec
 from sae_jax.types import UserError
 
 
-def read_spec(config: Mapping[str, Any], family: str = "gemma3_text") -> Spec:
+def read_spec(config: Mapping[str, Any]) -> Spec:
     """The Spec of a config.json."""
     if (cap := config.get("attn_logit_softcapping")) is not None:  # stated by none, and ignored by the library
         raise UserError(f"Gemma 3 with attn_logit_softcapping={cap} is not implemented; it must be null")
@@ -24,7 +24,7 @@ def read_spec(config: Mapping[str, Any], family: str = "gemma3_text") -> Spec:
     ]
     full, sliding = _rotary_of_both(config)
     return Spec(
-        **gemma.gemma_sizes(config, family, {"max_position_embeddings": 131_072}),
+        **gemma.gemma_sizes(config, "gemma3_text", {"max_position_embeddings": 131_072}),
         **layers_of_two_kinds(types, Attention(full), Attention(sliding, config.get("sliding_window", 4096))),
         qk_norm=True,
         post_norms=True,
@@ -49,5 +49,9 @@ def _write_config(spec: Spec) -> dict[str, Any]:
 
 
 FAMILY = dataclasses.replace(
-    gemma2.FAMILY, architecture="Gemma3ForCausalLM", read_spec=read_spec, write_config=_write_config
+    gemma2.FAMILY,
+    architecture="Gemma3ForCausalLM",
+    read_spec=read_spec,
+    write_config=_write_config,
+    prefixes=("model.language_model.", "language_model.model.", "language_model.", "model."),  # with vision, or without
 )

@@ -67,7 +67,7 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     read_spec=_read_spec,
     write_config=_write_config,
-    prefix="transformer.",
+    prefixes=("transformer.",),
     stored={
         "embed": Stored("transformer.wte.weight"),
         "positions": Stored("transformer.wpe.weight"),

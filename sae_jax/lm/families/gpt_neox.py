@@ -70,7 +70,7 @@ FAMILY = Family(
     architecture="GPTNeoXForCausalLM",
     read_spec=_read_spec,
     write_config=_write_config,
-    prefix="gpt_neox.",
+    prefixes=("gpt_neox.",),
     stored={
         "embed": Stored("gpt_neox.embed_in.weight"),
         "norm.w": Stored("gpt_neox.final_layer_norm.weight"),

@@ -1,0 +1,170 @@
+"""Does the TopK of this library, at its defaults, leave less unexplained than that of others at theirs?
+
+Question: rows of the bundled language model (resid_post.2, d_model 128), a million tokens in batches of 2,048, k = 32.
+A user sets the width, k, the batch and the number of steps, and nothing else, here (`sae_jax.train`) and in
+eai-sparsify, dictionary-learning and SAELens (benchmarks/peers.py: their own loops, rates, schedules and optimisers,
+fed with the same batches in the same order). Whose held-out FVU is lowest, and how many latents fire on none of 32,768
+held-out tokens? And if each may choose the best of five rates?
+Guess: ours at or below all of them at every width, with at most 5 % silent; nearest comes eai-sparsify, within 10 %.
+Command: make bench-env && .venv-bench/bin/python experiments/against_peers.py --out OUT
+Answer: not run yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from bundled import demo_recipe, harvested, held_out_rows
+from rich.table import Table
+
+import sae_jax
+from sae_jax.evaluation.evaluate import on_rows
+from sae_jax.progress import console, plain_console
+from sae_jax.saes.topk import Config as TopK
+from sae_jax.training.settings import TrainConfig, learning_rate
+
+ROOT = Path(__file__).parents[1]
+OURS = "sae_jax"
+MODULES = {"eai-sparsify": "sparsify", "dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens"}
+# Five rates each, times the default: around ours and eai-sparsify's, and upwards where a default is that of long runs.
+FACTORS = {
+    OURS: (0.25, 0.5, 1, 2, 4),
+    "eai-sparsify": (0.25, 0.5, 1, 2, 4),
+    "dictionary-learning": (1, 2, 4, 8, 16),
+    "sae-lens": (1, 4, 8, 16, 32),
+}
+SERVE = "import sys, peers; peers.serve(sys.argv[1])"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are, and how much to train."""
+
+    out: Path = Path("build/against_peers")
+    """Folder for the set and results.json, which is continued if it is there."""
+    data: Path | None = None
+    """The demo's activation set; made in `out` if not given."""
+    widths: tuple[int, ...] = (512, 2048)
+    """Numbers of latents."""
+    tokens: int = 1_000_000
+    """Of each run."""
+    batch_size: int = 2048
+    """Rows a step."""
+    k: int = 32
+    """Active latents a row."""
+    seeds: int = 3
+    """Of weights and order, at the default rates."""
+    search: bool = True
+    """Whether to train at the other rates, too."""
+    smoke: bool = False
+    """Ten steps of one narrow width, one seed and no search, of those that are installed: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train all that are installed, one after the other; write OUT/results.json after each."""
+    if config.smoke:
+        config = dataclasses.replace(config, widths=(128,), tokens=2560, batch_size=256, seeds=1, search=False)
+    recipe = demo_recipe(config.smoke)
+    data = harvested(recipe, config.data, config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    np.save(config.out / "heldout.npy", held_out_rows(recipe, data, config.smoke))
+    installed = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
+    if missing := MODULES.keys() - set(installed):
+        console.print(f"left out: {', '.join(sorted(missing))}, not installed; make bench-env installs them")
+    path = config.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else []
+    trainers = (OURS, *installed)
+    jobs = [(n, trainer, 1, seed) for seed in range(config.seeds) for n in config.widths for trainer in trainers]
+    if config.search:
+        jobs += [(n, trainer, factor, 0) for n in config.widths for trainer in trainers for factor in FACTORS[trainer]]
+    for n_latents, trainer, factor, seed in jobs:
+        about = {"trainer": trainer, "n_latents": n_latents, "factor": factor, "seed": seed}
+        if any(about.items() <= row.items() for row in results):
+            continue
+        began = time.perf_counter()
+        measured = trained(config, data, trainer, n_latents, factor, seed)
+        results.append({**about, **measured, "seconds": time.perf_counter() - began})
+        console.print(json.dumps(results[-1]))
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
+
+
+def trained(config: Config, data: Path, trainer: str, n_latents: int, factor: float, seed: int) -> dict[str, Any]:
+    """The rate of a run, and FVU, L0 and the share of silent latents on held-out rows."""
+    steps, default = config.tokens // config.batch_size, default_rate(trainer, n_latents, config)
+    shared = {"n_latents": n_latents, "k": config.k, "batch_size": config.batch_size, "seed": seed}
+    shared["lr"] = None if factor == 1 else factor * default
+    if trainer != OURS:
+        return {"lr": factor * default, **of_peer(config, data, {"peer": trainer, "own_steps": steps, **shared})}
+    d = sae_jax.train(data, steps=steps, **shared)
+    measured = on_rows(d.sae, np.load(config.out / "heldout.npy"))
+    return {
+        "lr": factor * default,
+        **{name: measured[name] for name in ("fvu", "l0")},
+        "silent": measured["silent_fraction"],
+    }
+
+
+def of_peer(config: Config, data: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run of another library, in a process of its own."""
+    heldout = str((config.out / "heldout.npy").absolute())
+    d = np.load(heldout, mmap_mode="r").shape[1]
+    task = {**task, "options": "", "data": str(data.absolute()), "d": d}
+    orders = [{"steps": task["own_steps"]}, {"fvu": heldout}, {"codes": heldout}]
+    paths = [str(ROOT / "experiments" / "benchmarks"), str(ROOT)]
+    finished = subprocess.run(
+        [sys.executable, "-c", SERVE, json.dumps(task)],
+        input="".join(json.dumps(order) + "\n" for order in orders),
+        capture_output=True,
+        text=True,
+        cwd=config.out,  # where it may leave things behind
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(os.cpu_count())},
+    )
+    answers = [json.loads(line) for line in finished.stdout.splitlines()]
+    if len(answers) < len(orders):
+        raise RuntimeError(finished.stderr[-2000:])
+    return {**answers[1], **answers[2]}
+
+
+def default_rate(trainer: str, n_latents: int, config: Config) -> float:
+    """The peak rate that a trainer takes if it is told none."""
+    if trainer == OURS:
+        steps = config.tokens // config.batch_size
+        return learning_rate(TrainConfig(steps=steps), TopK(n_latents=n_latents, k=config.k))
+    by_width = (2**14 / n_latents) ** 0.5
+    return {"eai-sparsify": 5e-3 * by_width, "dictionary-learning": 2e-4 * by_width, "sae-lens": 3e-4}[trainer]
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Every trainer at each width: at its default rate over seeds, and at the best of its rates."""
+    table = Table("latents", "trainer", "rate", "FVU", "least to most", "silent", "best rate", "FVU", "silent")
+    for n_latents in sorted({row["n_latents"] for row in results}):
+        for trainer in FACTORS:
+            rows = [row for row in results if (row["trainer"], row["n_latents"]) == (trainer, n_latents)]
+            default = [row for row in rows if row["factor"] == 1]
+            if not default:
+                continue
+            fvu, silent = ([row[name] for row in default] for name in ("fvu", "silent"))
+            numbers = [f"{default[0]['lr']:.2g}", f"{np.mean(fvu):.4f}", f"{min(fvu):.4f} to {max(fvu):.4f}"]
+            numbers.append(f"{np.mean(silent):.1%}")
+            searched = [row for row in rows if row["seed"] == 0]
+            if len(searched) > 1:
+                best = min(searched, key=lambda row: row["fvu"])
+                edge = "" if FACTORS[trainer][0] < best["factor"] < FACTORS[trainer][-1] else " (edge)"
+                numbers += [f"{best['lr']:.2g}{edge}", f"{best['fvu']:.4f}", f"{best['silent']:.1%}"]
+            table.add_row(str(n_latents), trainer, *numbers)
+    plain_console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,328 @@
+"""Live data: rows that a language model makes in the process that trains on them, and that nobody stores.
+
+    text -> language model -> segment s+1, while training uses segment s -> batches
+
+The rows are those of the set that `harvest` would make of the same settings, shard by shard, to the bit. A segment
+(segments.py) is as many of its shards as there is room for. Within a segment rows come in an order of their own each
+time; segments follow each other as in the text, and after the last the text begins again. Laid end to end these rows
+are one endless stream, and batch t is its rows [t B, (t + 1) B): each row comes once an epoch, and none is left over.
+
+So the batch of step t depends on the rows, the size of segments, the batch size, the seed and t. Unlike those of a set,
+rows are not shuffled over the whole text, only within a segment.
+
+A run's folder holds a little of it: `live/segments.json` says how many rows the shards have, and `set` is an activation
+set that has the first shard alone, in which evaluation and pages find model, text and examples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sae_jax.activations import store
+from sae_jax.activations.harvest import HarvestConfig, prepare, shards_of_text
+from sae_jax.activations.order import shuffled
+from sae_jax.activations.segments import Segments, ShardMaker, cut, noted, shard_rows
+from sae_jax.activations.shards import index_of, run_shard
+from sae_jax.activations.sinks import Sinks
+from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows
+from sae_jax.activations.spec import DTYPES, SetSpec, as_bits
+from sae_jax.activations.stats import Stats
+from sae_jax.progress import Progress
+from sae_jax.record import DataRecord, SourceRecord
+from sae_jax.saes.base import Batch
+from sae_jax.storage import absolute
+from sae_jax.types import Sites, UsageError, UserError
+
+LIVE_ORDER = 6  # Philox domain; order.py lists the others
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """Where live rows are made and kept."""
+
+    memory_gib: float = 4.0
+    """for rows in memory: a segment that is used, one that is made, and two shards"""
+    disk_gib: float = 0.0
+    """keep segments in RUN/live, at most so much with RUN/set, until a checkpoint has passed them; 0 = in memory"""
+    devices: int = 0
+    """so many devices, the last ones, are the language model's own; 0 = it shares those of the dictionary"""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_gib", "disk_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"live.{name}={getattr(self, name)} must be a finite number, 0 or more")
+        if self.devices < 0:
+            raise UsageError(f"live.devices={self.devices} must be 0 or more")
+
+
+class LiveRows(RowSource):
+    """The rows of a set that is made as training needs it."""
+
+    def __init__(self, maker: ShardMaker, config: LiveConfig, name: str = "live data", folder: Path | None = None):
+        """`folder`: of the run; None: nothing is written.
+
+        Raises UsageError for several processes, for a budget that has no room for segments, and for devices that are
+        not there.
+        """
+        if jax.process_count() > 1:
+            raise UsageError(
+                f"live data need one process, and this job has {jax.process_count()}; store a set with sae-jax harvest"
+            )
+        if config.devices >= jax.device_count() and config.devices:
+            raise UsageError(
+                f"live.devices={config.devices} leaves none of {jax.device_count()} devices to the dictionary; use less"
+            )
+        self._maker, self._config, self._folder = maker, config, folder
+        self._cut = cut(maker.spec, config.memory_gib, config.disk_gib)
+        self._running: Segments | None = None
+        self.name, self.spec = name, maker.spec
+        self.sources = tuple(source.name for source in self.spec.sources)
+        self.n_rows = self.spec.n_shards * shard_rows(self.spec)  # at most
+
+    @property
+    def data(self) -> DataRecord:
+        """See RowSource. The content is known before there is a row: it is that of the spec, and how it is cut."""
+        content = f"{self.spec.sha256}/{self._cut.per_segment}"
+        path = None if self._folder is None else str(absolute(self._folder / "set"))
+        return DataRecord(content, path, self.spec.tokenizer, self.spec.text)
+
+    def describe(self, source: str) -> SourceRecord:
+        """See RowSource."""
+        spec = self.spec.source(source)
+        return SourceRecord(spec.name, spec.d, spec.hook, spec.model, spec.model_digest)
+
+    def mean_square(self, source: str) -> float:
+        """See RowSource; of the first segment."""
+        return Stats.of_rows(self._first_rows(source)).mean_square
+
+    def sample(self, source: str) -> np.ndarray:
+        """See RowSource; spread over the first segment."""
+        rows = self._first_rows(source)
+        chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLE_ROWS)).round().astype(int)
+        return rows[chosen].astype(np.float32)
+
+    def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
+        """See RowSource."""
+        return LiveBatches(self._segments, self.spec, sites, batch_size, seed)
+
+    def of_run(self, folder: Path | None) -> RowSource:
+        """See RowSource."""
+        if folder is None and self._config.disk_gib:
+            raise UsageError(f"live.disk_gib={self._config.disk_gib:g} needs the folder of a run; give out=")
+        if folder is not None and (folder / "config.json").exists():
+            rows, _, before = noted(folder / "live").partition("/")
+            if rows == self.spec.sha256 and before != str(self._cut.per_segment):
+                raise UsageError(
+                    f"{folder} was started with {before} of {self.spec.n_shards} shards in a segment, and "
+                    f"live.memory_gib and live.disk_gib now put {self._cut.per_segment} in one; keep these to resume, "
+                    f"or give another --out"
+                )
+        return LiveRows(self._maker.of_run(folder), self._config, self.name, folder)
+
+    def devices(self) -> list[jax.Device]:
+        """See RowSource."""
+        return jax.devices()[: jax.device_count() - self._config.devices]
+
+    def _segments(self) -> Segments:
+        """What makes and keeps the segments; a new one where the last was closed."""
+        if self._running is None or self._running.is_closed:
+            folder = None if self._folder is None else self._folder / "live"
+            self._running = Segments(self._maker, self._cut, self.data.content, folder)
+        return self._running
+
+    def _first_rows(self, source: str) -> np.ndarray:
+        """Of the first segment that has rows."""
+        segments, name = self._segments(), self.spec.source(source).name
+        n_rows = len(self._cut.shards(0)) * shard_rows(self.spec)
+        with Progress("first segment", n_rows, "rows", silent=segments.is_there(0)) as progress:
+
+            def show() -> None:
+                if segments.n_made:
+                    progress.update(segments.n_made)
+
+            for segment in range(self._cut.n_segments):
+                if segments.n_rows(segment, 0, show):
+                    return segments.use(segment, 0, show)[name]
+        raise _no_rows(self.name)
+
+
+class Piece(NamedTuple):
+    """Rows [low, high) of a segment, in its order in this epoch: part of a batch."""
+
+    epoch: int
+    segment: int
+    low: int
+    high: int
+
+
+class LiveBatches(Batches):
+    """Batches of the stream of segments, put together one ahead of use."""
+
+    def __init__(
+        self, segments: Callable[[], Segments], spec: SetSpec, sites: Sites, batch_size: int, seed: int
+    ) -> None:
+        """`segments`: gives those in use, or new ones where they are closed."""
+        self._open_segments, self._segments = segments, segments()
+        self._spec, self._sites = spec, sites
+        self._batch_size, self._seed = batch_size, seed
+        self._starts = [0]  # first row of each segment in an epoch, as far as it is known
+        self._order = lru_cache(maxsize=2)(self._compute_order)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """{source: [B, D]}, in the source's dtype. UserError where the text leaves no rows."""
+        sources = [self._spec.source(name) for name in self._sites.all]
+        batch = {s.name: np.empty((self._batch_size, s.d), DTYPES[s.dtype]) for s in sources}
+        end = 0
+        for piece in self._pieces(step):
+            rows, chosen = self._segments.use(piece.segment, step), self._chosen(piece)
+            start, end = end, end + len(chosen)
+            for name, target in batch.items():
+                np.take(as_bits(rows[name]), chosen, axis=0, out=as_bits(target[start:end]), mode="clip")
+        return batch
+
+    def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """See Batches."""
+        self._segments = self._open_segments()
+        with ThreadPoolExecutor(1, "live-batch") as thread:
+            try:
+                ahead = thread.submit(self.batch, start_step)
+                for step in count(start_step):
+                    began = time.perf_counter()
+                    batch = ahead.result()
+                    self.wait_seconds += time.perf_counter() - began
+                    ahead = thread.submit(self.batch, step + 1)
+                    yield step, batch
+            finally:
+                self._segments.close()  # or the thread might wait for a segment that nobody needs
+
+    def row_ids(self, step: int) -> np.ndarray:
+        """See Batches: shard * shard_rows + row in the shard, as of a set."""
+        ids = []
+        for piece in self._pieces(step):
+            counts = np.array(self._segments.shard_n_rows(piece.segment))
+            ends, chosen = np.cumsum(counts), self._chosen(piece)
+            shard = np.searchsorted(ends, chosen, side="right")
+            first = piece.segment * self._segments.cut.per_segment
+            ids.append((first + shard) * self._spec.shard_rows + chosen - (ends - counts)[shard])
+        return np.concatenate(ids)
+
+    def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+        """See Batches."""
+        return place_rows(rows, self._sites, mesh)
+
+    def saved(self, step: int, is_over: bool) -> None:
+        """See Batches."""
+        if is_over:
+            self._segments.remove()
+        else:
+            self._segments.saved(step)
+
+    @property
+    def needs_save(self) -> bool:  # pyrefly: ignore[bad-override] (read alone)
+        """See Batches."""
+        return self._segments.needs_save
+
+    def close(self) -> None:
+        """See Batches."""
+        self._segments.close()
+
+    def _pieces(self, step: int) -> Iterator[Piece]:
+        """What the batch of a step is made of, in order."""
+        position, end = step * self._batch_size, (step + 1) * self._batch_size
+        while position < end:
+            epoch, place = self._in_epoch(position, step)
+            segment = bisect_right(self._starts, place) - 1
+            low = place - self._starts[segment]
+            high = min(self._starts[segment + 1] - self._starts[segment], low + end - position)
+            yield Piece(epoch, segment, low, high)
+            position += high - low
+
+    def _in_epoch(self, position: int, step: int) -> tuple[int, int]:
+        """(epoch, row of the epoch) of a row of the stream. Segments before it whose rows are not known are made."""
+        segments = self._segments
+        while len(self._starts) <= segments.cut.n_segments and self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + segments.n_rows(len(self._starts) - 1, step))
+        if self._starts[-1] > position:
+            return 0, position
+        if self._starts[-1] == 0:
+            raise _no_rows(self._spec.text)
+        return divmod(position, self._starts[-1])
+
+    def _chosen(self, piece: Piece) -> np.ndarray:
+        return self._order(piece.epoch, piece.segment)[piece.low : piece.high]
+
+    def _compute_order(self, epoch: int, segment: int) -> np.ndarray:
+        n = self._starts[segment + 1] - self._starts[segment]
+        return shuffled(n, self._seed, LIVE_ORDER, epoch, segment)
+
+
+class ModelShards(ShardMaker):
+    """The shards that `harvest` would make of these settings, from the language model itself."""
+
+    def __init__(self, config: HarvestConfig, devices: list[jax.Device] | None = None) -> None:
+        """Reads models, tokenizer and text. `devices`: those that the models run on; None: all local ones.
+
+        Raises as `harvest`.
+        """
+        self._config = config
+        self.spec, _, self._text, self._forward = prepare(config, devices=devices)
+        self._shards: Iterator[tuple[int, np.ndarray, np.ndarray]] = iter(())
+        self._next = -1  # shard that the text is at
+        self._on_rows: Callable[[int], None] = lambda n: None
+        self._folder: Path | None = None
+
+    def of_run(self, folder: Path | None) -> ShardMaker:
+        """See ShardMaker: the first shard is stored in FOLDER/set."""
+        self._folder = folder
+        return self
+
+    def fill(self, shard: int, out: dict[str, np.ndarray], on_rows: Callable[[int], None]) -> np.ndarray:
+        """See ShardMaker."""
+        self._on_rows = on_rows
+        ids_ST, text_ST = self._sequences(shard)
+        keep_ST = run_shard(self._forward, ids_ST, text_ST, self.spec.max_norm_multiple, out, on_rows, Sinks())
+        kept = np.flatnonzero(keep_ST)
+        if shard == 0 and self._folder is not None:
+            writer = store.create(self._folder / "set", self.spec)
+            if shard not in writer.committed():
+                rows = {name: x_ND[kept] for name, x_ND in out.items()}
+                writer.write_shard(shard, rows, index_of(self.spec, shard, ids_ST, keep_ST), ids_ST)
+        return kept[store.order_in_shard(self.spec, shard, len(kept))]
+
+    def _sequences(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a shard: ids i32[S, T], and which of them are text, bool[S, T].
+
+        The text is read on from the shard before; for another shard, from its beginning.
+        """
+        if shard != self._next:
+            todo = range(shard, self.spec.n_shards)
+            self._shards = shards_of_text(self._config, self._text, todo, self.spec, lambda file: self._on_rows(0))
+        self._next = -1  # should this fail
+        _, ids_ST, text_ST = next(self._shards)
+        self._next = shard + 1
+        return ids_ST, text_ST
+
+
+def of_model(harvest: HarvestConfig, live: LiveConfig) -> LiveRows:
+    """Live rows of a language model on text. Raises as `harvest` and LiveRows."""
+    devices = jax.local_devices()
+    maker = ModelShards(harvest, devices[len(devices) - live.devices :] if live.devices else None)
+    models = ", ".join(source.model or "" for source in maker.spec.sources[:1])
+    return LiveRows(maker, live, f"live data of {models}")
+
+
+def _no_rows(name: str | None) -> UserError:
+    return UserError(f"{name}: the text leaves no rows; use more text, or a larger harvest.max_norm_multiple")
