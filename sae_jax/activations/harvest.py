@@ -63,6 +63,8 @@ class HarvestConfig:
     chat: str | None = None
     """for conversations (text_column holds a list of messages with "role" and "content"), as the model's chat template
     writes them: a role, such as assistant, whose tokens rows are made of, or `all`"""
+    shuffle: bool = False
+    """documents of `text` in an order by seed: files are shuffled, and documents in a buffer of 10,000"""
     skip_unreadable: bool = False
     """of several files leave out those that are damaged, instead of refusing the text; they are named and counted"""
     heldout: str | None = None
@@ -87,7 +89,7 @@ class HarvestConfig:
     batch_tokens: int = 4096
     """tokens of one forward pass"""
     seed: int = 0
-    """of the order of rows inside a shard"""
+    """of the order of rows inside a shard, and of documents with harvest.shuffle"""
 
     def __post_init__(self) -> None:
         self.models()  # refuses names that are not
@@ -113,8 +115,8 @@ class HarvestConfig:
     def fields(self) -> Fields:
         """What of a record of the text is the document. Raises UsageError for a template that names no field."""
         if self.text_template is None:
-            return Fields(self.text_column, is_chat=bool(self.chat))
-        if self.chat:
+            return Fields(self.text_column, is_chat=self.chat is not None)
+        if self.chat is not None:
             raise UsageError(
                 "harvest.text_template makes texts, and harvest.chat reads messages; leave out one of them"
             )
@@ -179,9 +181,9 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     elif not stop():
         console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
     if unread and spec.n_shards - 1 in todo and not stop():
-        n = len(scanned.files)
+        n, order = len(scanned.files), "an order by seed" if config.shuffle else "order of name"
         console.print(
-            f"{n - len(unread)} of {n} files were read, in order of name; harvest.tokens={config.tokens} ended before "
+            f"{n - len(unread)} of {n} files were read, in {order}; harvest.tokens={config.tokens} ended before "
             f"{next(iter(unread))}{f' and {len(unread) - 1} more' * (len(unread) > 1)}. harvest.tokens=0 reads all"
         )
     return spec
@@ -208,13 +210,15 @@ def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Dev
     """
     mesh = meshes.lm_mesh(config.split, devices or jax.local_devices())
     references = {name: lm.resolve(reference) for name, reference in config.models().items()}
-    template = first_template([*references.values()]) if config.chat else None
+    template = None if config.chat is None else first_template([*references.values()])
     models = {
         name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
     }
     tokenizer = shared_tokenizer(models)
     n_vocab = min(model.spec.n_vocab for model in models.values())
-    chat = None if template is None else Conversations(template, tokenizer, config.chat or ALL, n_vocab)
+    chat = None
+    if template is not None and config.chat is not None:
+        chat = Conversations(template, tokenizer, config.chat, n_vocab)
     spec, scanned, text = plan(config, models, tokenizer, chat)
     forward = Forward(models, config, mesh)
     if config.max_norm_multiple == "auto":
@@ -334,8 +338,8 @@ def plan(
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
     if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
-    first = tokenizer.first_id
-    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat, first)
+    first, seed = tokenizer.first_id, config.seed if config.shuffle else None
+    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat, first, seed)
     n_sequences = config.tokens // config.context
     if not n_sequences:
         n_sequences = _count(packed, scanned.n_bytes)
@@ -362,6 +366,7 @@ def plan(
         text_column=None if config.text_column == COLUMN else config.text_column,
         text_template=config.fields().template,
         chat=config.chat,
+        shuffled=config.shuffle or None,
         chat_template_digest=None if chat is None else chat.template.digest,
         heldout=heldout,
         heldout_digest=heldout_digest,

@@ -37,7 +37,7 @@ INDEX_NAMES = ("token", "seq", "pos")
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
 
 # Fields that were added to format 3: recorded where they say something, so that the SHA-256 of older sets is the same.
-ADDED = ("text_template", "chat", "chat_template_digest", "precision", "first_token")
+ADDED = ("text_template", "shuffled", "chat", "chat_template_digest", "precision", "first_token")
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -100,6 +100,7 @@ class SetSpec:
     text_template: str | None = None  # over several fields, as "{title}\n{text}"; None: `text_column` alone
     chat: str | None = None  # the texts are conversations, with rows of this role, or of "all" tokens
     chat_template_digest: str | None = None
+    shuffled: bool | None = None  # whether documents come in an order of `seed`; None: as they lie
     heldout: str | None = None  # text for evaluation, in the same notation as `text`
     heldout_digest: str | None = None
     first_token: int | None = None  # that every sequence begins with

@@ -7,9 +7,9 @@
                                 fields of a hub dataset, streamed; the split is `train` by default
 
 What a user writes is made a reference that means the same in any folder (`resolve`), once: it is read and recorded.
-Files come in order of path, not shuffled, so that a set can be resumed and made again; `harvest` says which of them it
-did not reach. Of several files those that are not text are left out, and named; a single one is refused. `scan` reads
-all of them and finds that out, once: what is read later are the files that it names.
+Files come in order of path, or in one by seed (shuffle.py), so that a set can be resumed and made again; `harvest`
+says which of them it did not reach. Of several files those that are not text are left out, and named; a single one is
+refused. `scan` reads all of them and finds that out, once: what is read later are the files that it names.
 
 Files of the standard library are held out by a hash of their name. The same rule excludes them from `stdlib`
 and from the bundled model's training text, and chose `heldout`, so these never overlap, whatever the version
@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import glob
 import hashlib
+import itertools
 import os
 import re
 import sysconfig
@@ -32,6 +33,7 @@ from sae_jax.activations.blocks import PACKED, UnreadableError, kind
 from sae_jax.activations.conversations import roles_of
 from sae_jax.activations.fields import TEXT_FIELD, Fields
 from sae_jax.activations.formats import IN_FOLDERS, Document, documents_of
+from sae_jax.activations.shuffle import buffered, permuted
 from sae_jax.progress import say_once
 from sae_jax.storage import absolute
 from sae_jax.types import UsageError, UserError
@@ -107,7 +109,7 @@ def documents(reference: str, fields: Fields = TEXT_FIELD) -> Iterator[str]:
 
 
 def named_documents(
-    reference: str, fields: Fields = TEXT_FIELD, files: Sequence[str] = ()
+    reference: str, fields: Fields = TEXT_FIELD, files: Sequence[str] = (), seed: int | None = None
 ) -> Iterator[tuple[str, Document]]:
     """(file, document) of the non-empty documents of a text, in a fixed order.
 
@@ -115,16 +117,19 @@ def named_documents(
         reference: see the head of this file.
         fields: of records that make a document.
         files: those that `scan` found to have documents; without them it is asked first.
+        seed: of the order (shuffle.py); None: as they lie.
 
     Yields: the file is "" where the text is not made of local files.
 
     Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
     if _is_elsewhere(reference):
-        pairs = (("", document) for document in _documents_elsewhere(reference, fields))
+        pairs = (("", document) for document in _documents_elsewhere(reference, fields, seed))
     else:
         files = files or scan(reference, fields).files
+        files = files if seed is None else permuted(files, seed)
         pairs = ((file, document) for file in files for document in documents_of(Path(file), fields))
+    pairs = pairs if seed is None else buffered(pairs, seed)
     empty = True
     for file, document in pairs:
         if any(document):
@@ -264,13 +269,13 @@ def _is_elsewhere(reference: str) -> bool:
     return reference in WORDS or reference.startswith("hf:")
 
 
-def _documents_elsewhere(reference: str, fields: Fields) -> Iterator[Document]:
+def _documents_elsewhere(reference: str, fields: Fields, seed: int | None = None) -> Iterator[Document]:
     """The documents of a text that is not made of local files."""
     if fields.is_chat and reference in WORDS:
         raise UsageError(f"text {reference!r} has no conversations; name another one, or leave out harvest.chat")
     if reference == "stdlib":
         return ((text,) for _, text in stdlib_files(held_out=False))
-    return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields)
+    return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields, seed)
 
 
 def _paths(reference: str) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -329,14 +334,18 @@ def _hub(reference: str) -> re.Match[str]:
     return match
 
 
-def _from_hub(reference: str, fields: Fields) -> Iterator[Document]:
+def _from_hub(reference: str, fields: Fields, seed: int | None) -> Iterator[Document]:
     match = _hub(reference)
     import datasets
 
     try:
-        rows = datasets.load_dataset(
+        dataset = datasets.load_dataset(
             match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True
         )
+        rows = dataset
+        if seed is not None:  # a shard is a file, or a few
+            n = dataset.num_shards
+            rows = itertools.chain.from_iterable(dataset.shard(n, number) for number in permuted(range(n), seed))
         for number, row in enumerate(rows):
             yield (fields.document(row, f"dataset {reference!r}, row {number},"),)
     except UserError:

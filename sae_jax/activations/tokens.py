@@ -66,15 +66,15 @@ class PackedText:
     files: Sequence[str] = ()
     chat: Conversations | None = None
     first: int | None = None
+    seed: int | None = None  # of the order of documents; None: as they lie
 
     def sequences(
         self, start: int = 0, stop: int | None = None, on_read: OnRead = lambda file, n_bytes: None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids i32[context], bool[context]: which are text that rows are made of, and no special tokens)."""
         special, text = np.asarray(self.tokenizer.special_ids, np.int32), (self.reference, self.tokenizer, self.context)
-        for ids_T, of_role_T in marked_sequences(
-            *text, start, stop, self.fields, self.files, on_read, self.chat, self.first
-        ):
+        reading = (self.fields, self.files, on_read, self.chat, self.first, self.seed)
+        for ids_T, of_role_T in marked_sequences(*text, start, stop, *reading):
             yield ids_T, of_role_T & ~np.isin(ids_T, special)
 
     def stacked(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,6 +99,7 @@ def marked_sequences(
     on_read: OnRead = lambda file, n_bytes: None,
     chat: Conversations | None = None,
     first: int | None = None,
+    seed: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Sequences `start` to `stop` - 1 of a text: ids i32[context], and bool[context], the tokens that rows are made of.
 
@@ -118,6 +119,7 @@ def marked_sequences(
         chat: makes tokens of the documents of `fields` that are conversations.
         first: a token that every sequence begins with, before `context` - 1 of the text, as the authors of many models
             have it. Where a document begins there, its separator comes second.
+        seed: of the order of documents; None: as they lie.
 
     Raises:
         UsageError: for a context below 1 or a range that is none.
@@ -134,7 +136,7 @@ def marked_sequences(
     number, rest, rest_marks = 0, np.zeros(0, np.int32), np.zeros(0, bool)
     unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
     separator = np.array([tokenizer.separator_id], np.int32)
-    for parts in _batches(_parts(reference, fields, files, tokenizer)):
+    for parts in _batches(_parts(named_documents(reference, fields, files, seed), fields, reference, tokenizer)):
         pieces, marks, end = [rest], [rest_marks], number * width + len(rest)
         for part, (ids, of_role) in zip(parts, _encoded(parts, tokenizer, chat), strict=True):
             unread.append((end, part))
@@ -179,8 +181,10 @@ def _encoded(
             raise UserError(f"{part.file}: {error}" if part.file else str(error)) from None
 
 
-def _parts(reference: str, fields: Fields, files: Sequence[str], tokenizer: Encoder) -> Iterator[_Part]:
-    for file, document in named_documents(reference, fields, files):
+def _parts(
+    documents: Iterable[tuple[str, Document]], fields: Fields, reference: str, tokenizer: Encoder
+) -> Iterator[_Part]:
+    for file, document in documents:
         if fields.is_chat:
             yield _Part(file, "".join(document), True)
             continue
