@@ -128,7 +128,7 @@ def of_peer(config: Config, data: Path, task: dict[str, Any]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         cwd=config.out,  # where it may leave things behind
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(os.cpu_count())},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
     answers = [json.loads(line) for line in finished.stdout.splitlines()]
     if len(answers) < len(orders):

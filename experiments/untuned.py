@@ -99,13 +99,13 @@ class Config:
     search: str = LAYERS[1]
     """The source on whose rows rates and coefficients of L1 are searched, with half as many latents."""
     smoke: bool = False
-    """Twenty steps of narrow ones on a hundredth of the text: does it run?"""
+    """Twenty steps of narrow ones of two variants on a hundredth of the text: does it run?"""
 
 
 def main(config: Config) -> None:
     """Train all in one pass a source, search what L1 could do, measure on held-out rows, write OUT/results.json."""
     if config.smoke:
-        config = dataclasses.replace(config, n_latents=128, steps=20, batch_size=256)
+        config = dataclasses.replace(config, variants=("topk", "relu"), n_latents=128, steps=20, batch_size=256)
     recipe = demo_recipe(config.smoke)
     hooks = (*LAYERS, "resid_mid.2", "mlp_out.2")
     recipe = dataclasses.replace(recipe, harvest=dataclasses.replace(recipe.harvest, hooks=hooks))
@@ -153,7 +153,7 @@ def searched(
 ) -> list[dict[str, Any]]:
     """L1 at its defaults (`is_default`), then at every rate and coefficient around those at which it ended."""
     config = dataclasses.replace(config, n_latents=config.n_latents // 2)
-    members = {variant: {"variant": variant} for variant in SEARCHED}
+    members = {variant: {"variant": variant} for variant in SEARCHED if variant in config.variants}
     defaults = trained(config, data, site, members, out / "narrow", rows_ND)
     one = 1 if config.smoke else None
     members = {
