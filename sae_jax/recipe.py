@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from sae_jax import config
-from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.live import LiveConfig
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.progress import console

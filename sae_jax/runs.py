@@ -15,10 +15,10 @@ from typing import Any
 from sae_jax import artifact, config, lm, planning, storage
 from sae_jax.activations import text as texts
 from sae_jax.activations.commits import committed_shards
-from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.harvest import harvest as make_set
 from sae_jax.activations.live import LiveConfig, LiveRows, of_model
 from sae_jax.activations.memory import ArrayRows
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows

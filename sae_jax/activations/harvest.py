@@ -13,18 +13,14 @@ workers on any machines share it by `--shard i/n`; they need not know of each ot
 from __future__ import annotations
 
 import itertools
-import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
@@ -33,7 +29,9 @@ from sae_jax.activations import store, tokens
 from sae_jax.activations import text as texts
 from sae_jax.activations.ahead import Ahead
 from sae_jax.activations.conversations import ALL, Conversations, roles_of
-from sae_jax.activations.fields import COLUMN, Fields
+from sae_jax.activations.fields import COLUMN
+from sae_jax.activations.forward import Forward, hooks_of, source_name
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.shards import empty_rows, index_of, run_shard
 from sae_jax.activations.sinks import MULTIPLE, Sinks
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
@@ -42,103 +40,9 @@ from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 N_FILES_NAMED = 5
 N_CONVERSATIONS_TRIED = 100  # of a dataset of the hub, in which a role has to be
 SHARDS_AHEAD = 1  # that are tokenised while one is computed
-
-
-@dataclass(frozen=True)
-class HarvestConfig:
-    """Which activations of which model on which text."""
-
-    model: tuple[str, ...] = ("bundled",)
-    """`bundled`, a local Hugging Face folder, or hub-id[@revision]; several, with one tokenizer, as name=reference"""
-    text: str = "stdlib"
-    """`stdlib`, a file, folder or glob (files in order of name), or hf:dataset[@revision][:split]"""
-    text_column: str = COLUMN
-    """field of JSON records, or column of a table or hub dataset, that holds the text"""
-    text_template: str | None = None
-    """instead of text_column: several fields as one text, as '{title}\\n{text}' (\\n is the end of a line)"""
-    chat: str | None = None
-    """for conversations (text_column holds a list of messages with "role" and "content"), as the model's chat template
-    writes them: a role, such as assistant, whose tokens rows are made of, or `all`"""
-    shuffle: bool = False
-    """documents of `text` in an order by seed: files are shuffled, and documents in a buffer of 10,000"""
-    skip_unreadable: bool = False
-    """of several files leave out those that are damaged, instead of refusing the text; they are named and counted"""
-    heldout: str | None = None
-    """text that evaluation uses, in the same notation; never put it into `text`"""
-    hooks: tuple[str, ...] = ("resid_post.2",)
-    """where in the model, as point.layer; all are stored with the same rows. Points of a block: resid_pre, attn_in,
-    attn_z, attn_raw, attn_out, resid_mid, mlp_in, mlp_act, mlp_raw, mlp_out, resid_post. `sae-jax hooks MODEL` says
-    which a model has; layers count from 0"""
-    context: int = 128
-    """tokens of a sequence"""
-    tokens: int = 0
-    """tokens to run; 0 = all of the text"""
-    dtype: str = "bfloat16"
-    """of the stored rows: bfloat16, float16 or float32"""
-    max_norm_multiple: float | Literal["auto"] | None = "auto"
-    """leave out rows whose norm exceeds this multiple of the shard's median (attention sinks); auto: 10 if the first
-    sequences have such rows, none if not"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of the model's parameters and products"""
-    split: int = 1
-    """devices that each copy of a model is split over; 1 = it lies whole on each"""
-    batch_tokens: int = 4096
-    """tokens of one forward pass"""
-    seed: int = 0
-    """of the order of rows inside a shard, and of documents with harvest.shuffle"""
-
-    def __post_init__(self) -> None:
-        self.models()  # refuses names that are not
-        self.fields()
-        if not self.hooks:
-            raise UsageError("harvest.hooks is empty; name at least one hook, such as resid_post.2")
-        if self.context < 2:
-            raise UsageError(f"harvest.context={self.context} must be at least 2")
-        if self.tokens < 0 or 0 < self.tokens < self.context:
-            raise UsageError(f"harvest.tokens={self.tokens} must be 0 or at least harvest.context={self.context}")
-        if self.batch_tokens < self.context:
-            raise UsageError(
-                f"harvest.batch_tokens={self.batch_tokens} must be at least harvest.context={self.context}"
-            )
-        if self.dtype not in DTYPES:
-            raise UsageError(f"harvest.dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
-        multiple = self.max_norm_multiple
-        if not (multiple is None or multiple == "auto" or 1 < multiple < math.inf):
-            raise UsageError(f"harvest.max_norm_multiple={multiple} must be above 1 and finite, auto or none")
-        if self.split < 1:
-            raise UsageError(f"harvest.split={self.split} must be at least 1")
-
-    def fields(self) -> Fields:
-        """What of a record of the text is the document. Raises UsageError for a template that names no field."""
-        if self.text_template is None:
-            return Fields(self.text_column, is_chat=self.chat is not None)
-        if self.chat is not None:
-            raise UsageError(
-                "harvest.text_template makes texts, and harvest.chat reads messages; leave out one of them"
-            )
-        if self.text_column != COLUMN:
-            raise UsageError(
-                f"harvest.text_column={self.text_column!r} and harvest.text_template={self.text_template!r} both say "
-                f"what the text is; leave out one of them"
-            )
-        return Fields(template=self.text_template.replace(r"\n", "\n").replace(r"\t", "\t"))
-
-    def models(self) -> dict[str, str]:
-        """{name: reference}; a single model has the name "". Raises UsageError."""
-        if len(self.model) == 1:
-            return {"": self.model[0]}
-        named = [text.partition("=") for text in self.model]
-        models = {name: reference for name, _, reference in named if _NAME.fullmatch(name) and reference}
-        if len(models) < len(named) or not models:
-            raise UsageError(
-                f"harvest.model={' '.join(self.model)!r}: give one model, or several as name=reference, names "
-                f"that differ, of letters, digits, '_' and '-'"
-            )
-        return models
 
 
 def harvest(
@@ -324,7 +228,7 @@ def plan(
     chat: Conversations | None = None,
 ) -> tuple[SetSpec, texts.Scan, tokens.PackedText]:
     """The set that these settings describe, the same on every machine, what its text is made of, and its sequences."""
-    hooks = [(name, hook) for name, model in models.items() for hook in _hooks(config, model)]
+    hooks = [(name, hook) for name, model in models.items() for hook in hooks_of(config, model)]
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config)
@@ -352,7 +256,9 @@ def plan(
     )
     spec = SetSpec(
         sources=tuple(
-            SourceSpec(_source(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook))
+            SourceSpec(
+                source_name(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook)
+            )
             for (name, hook), width in zip(hooks, widths, strict=True)
         ),
         n_shards=n_shards,
@@ -410,68 +316,6 @@ def _count(text: tokens.PackedText, n_bytes: int) -> int:
             progress.update(n_read)
 
         return sum(1 for _ in text.sequences(on_read=on_read))
-
-
-@partial(jax.jit, static_argnames=("hooks", "dtype"))
-def read_hooks(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
-    """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
-    acts = lm.run(model, ids_BT, capture=hooks, logits=False).acts
-    flat = {str(hook): acts[hook].reshape(*ids_BT.shape, -1) for hook in hooks}
-    norm_BTS = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in flat.values()], -1)
-    return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
-
-
-def _hooks(config: HarvestConfig, model: lm.LanguageModel) -> tuple[lm.Hook, ...]:
-    hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
-    if len(set(hooks)) < len(hooks):
-        raise UsageError(f"harvest.hooks names a hook twice: {', '.join(config.hooks)}")
-    if config.context > model.spec.n_context:
-        raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
-    return hooks
-
-
-def _source(model: str, hook: lm.Hook | str) -> str:
-    """Name of a source: of a set of one model that of the hook."""
-    return f"{model}.{hook}" if model else str(hook)
-
-
-class Forward:
-    """Runs sequences through the models on the devices of a mesh, one batch ahead of the one being fetched."""
-
-    def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig, mesh: jax.sharding.Mesh) -> None:
-        self._mesh, self._models = mesh, models
-        self._hooks = {name: _hooks(config, model) for name, model in models.items()}
-        self._dtype = config.dtype
-        n_copies = mesh.size // config.split
-        self.batch = max(config.batch_tokens // config.context // n_copies, 1) * n_copies  # sequences
-
-    def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """({name: [b, T, D]}, norms [b, T, hooks]) block by block, on the host."""
-        queued: tuple[int, Any] | None = None
-        for first in range(0, len(ids_ST), self.batch):
-            ids_BT = ids_ST[first : first + self.batch]
-            n = len(ids_BT)
-            # A short last batch is filled up: another shape would compile the model again.
-            ids_BT = np.concatenate([ids_BT, np.zeros((self.batch - n, ids_BT.shape[1]), np.int32)])
-            with jax.set_mesh(self._mesh):
-                placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.lm_rows(self._mesh)))
-                result = [
-                    read_hooks(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()
-                ]
-            if queued is not None:
-                yield self._fetch(*queued)
-            queued = (n, result)
-        if queued is not None:
-            yield self._fetch(*queued)
-
-    def _fetch(self, n: int, result: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        acts, norms = zip(*jax.device_get(result), strict=True)
-        blocks = {
-            _source(name, hook): x_BTD[:n]
-            for name, of_model in zip(self._models, acts, strict=True)
-            for hook, x_BTD in of_model.items()
-        }
-        return blocks, np.concatenate(norms, axis=-1)[:n]
 
 
 def shards_of_text(

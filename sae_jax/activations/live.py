@@ -32,9 +32,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sae_jax.activations import store
-from sae_jax.activations.harvest import HarvestConfig, prepare, shards_of_text
+from sae_jax.activations.harvest import prepare, shards_of_text
 from sae_jax.activations.order import shuffled
 from sae_jax.activations.segments import Segments, ShardMaker, cut, noted, shard_rows
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.shards import index_of, run_shard
 from sae_jax.activations.sinks import Sinks
 from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows

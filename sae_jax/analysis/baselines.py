@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.activations.harvest import read_hooks
+from sae_jax.activations.forward import read_hooks
 from sae_jax.analysis.examples import Activations, DenseBlock, strongest_dense, token_purity
 
 BATCH = 64  # sequences

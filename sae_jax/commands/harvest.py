@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sae_jax import config, recipe
-from sae_jax.activations.harvest import HarvestConfig, harvest
+from sae_jax.activations.harvest import harvest
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.commands import gpu, signals
 from sae_jax.progress import console
 

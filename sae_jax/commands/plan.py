@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import jax
 
 from sae_jax import planning, recipe, storage
-from sae_jax.activations.harvest import HarvestConfig
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import report

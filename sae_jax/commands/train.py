@@ -14,8 +14,8 @@ from typing import Generic
 import jax
 
 from sae_jax import recipe, runs
-from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.activations.live import LiveConfig
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.commands import gpu, runtime
 from sae_jax.progress import console
 from sae_jax.storage import is_url

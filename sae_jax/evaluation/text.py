@@ -11,7 +11,7 @@ from sae_jax import lm
 from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
 from sae_jax.activations.conversations import Conversations
-from sae_jax.activations.harvest import read_hooks
+from sae_jax.activations.forward import read_hooks
 from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.lm.chat import first_template

@@ -31,7 +31,8 @@ import jinja2.sandbox
 from sae_jax import storage
 from sae_jax.lm.files import read_json
 from sae_jax.lm.model import locate
-from sae_jax.lm.tokenizer import Tokenizer, token_contents
+from sae_jax.lm.special import token_contents
+from sae_jax.lm.tokenizer import Tokenizer
 from sae_jax.types import UsageError, UserError
 
 DATE = datetime.datetime(2024, 7, 26)  # the day that the template of Llama 3 writes where it knows no other

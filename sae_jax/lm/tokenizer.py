@@ -18,9 +18,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
 import numpy as np
 import tokenizers
 
@@ -28,6 +27,7 @@ from sae_jax import storage
 from sae_jax.lm import gguf_file, trial
 from sae_jax.lm.checkpoint import gguf_of
 from sae_jax.lm.files import read_json
+from sae_jax.lm.special import begins_with_bos, stated_in
 from sae_jax.progress import say_once
 from sae_jax.types import UserError
 
@@ -315,7 +315,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; UserError if it has none that can be read."""
     if folder.is_file() and (folder.parent / "tokenizer.json").exists():
         folder = folder.parent  # beside a .gguf file
-    stated = _stated(folder)
+    stated = stated_in(folder)
     try:
         if (folder / "tokenizer.json").exists():
             state = read_json(folder / "tokenizer.json")
@@ -345,7 +345,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         bos, eos = stated.bos_id, stated.eos_id
     special |= {i for i in (bos, eos) if i is not None}
     in_config = {i for i in stated.ids if backend.id_to_token(i) is not None}
-    first = bos if _begins(stated.begins, state, backend, bos) else None
+    first = bos if begins_with_bos(stated.begins, state, backend, bos) else None
     tokenizer = Tokenizer(backend, bos, eos, special | in_config, digest, first)
     marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     for i in sorted(in_config - special - marked):
@@ -375,80 +375,3 @@ def _backend(state: Mapping[str, Any], special: set[str], is_ours: bool = False)
     if not is_ours:
         trial.try_out(text)
     return tokenizers.Tokenizer.from_str(text), hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Special(msgspec.Struct):
-    id: str
-
-
-class _Piece(msgspec.Struct):
-    """One piece of a template: a special token, or the text."""
-
-    SpecialToken: _Special | None = None
-
-
-class _PostProcessing(msgspec.Struct):
-    """What of a saved post-processing says how a sequence begins."""
-
-    single: list[_Piece] = []
-    processors: list[_PostProcessing] = []
-
-
-class _Stated(NamedTuple):
-    """What the files beside tokenizer.json say of special tokens: some name them, config.json gives ids."""
-
-    special: set[str]
-    bos: str | None
-    eos: str | None
-    ids: set[int]
-    bos_id: int | None
-    eos_id: int | None
-    begins: bool | None  # whether every sequence begins with bos
-
-
-def _stated(folder: Path) -> _Stated:
-    named, numbered = (
-        {key: value for name in names if (folder / name).exists() for key, value in read_json(folder / name).items()}
-        for names in (
-            ("special_tokens_map.json", "tokenizer_config.json"),
-            ("generation_config.json", "config.json"),
-        )
-    )
-    decoder = named.get("added_tokens_decoder")
-    decoder = decoder if isinstance(decoder, dict) else {}
-    marked = [token for token in decoder.values() if isinstance(token, dict) and token.get("special")]
-    tokens = {key: token_contents(value) for key, value in named.items() if key.endswith(("_token", "_special_tokens"))}
-    ids = {key: _ids(value) for key, value in numbered.items() if key.endswith("_token_id")}
-    bos, eos = (next(iter(tokens.get(key, ())), None) for key in ("bos_token", "eos_token"))
-    bos_id, eos_id = (next(iter(ids.get(key, ())), None) for key in ("bos_token_id", "eos_token_id"))
-    special = {content for contents in (*tokens.values(), token_contents(marked)) for content in contents}
-    begins = named.get("add_bos_token")
-    every = {i for of_key in ids.values() for i in of_key}
-    return _Stated(special, bos, eos, every, bos_id, eos_id, begins if isinstance(begins, bool) else None)
-
-
-def _begins(stated: bool | None, state: Mapping[str, Any], backend: tokenizers.Tokenizer, bos: int | None) -> bool:
-    """Whether the authors begin every sequence with bos: as a file says, or as the saved post-processing does."""
-    if bos is None or stated is not None:
-        return bool(stated and bos is not None)
-    try:
-        process = storage.as_type(state.get("post_processor"), _PostProcessing | None, "post_processor")
-    except UserError:
-        return False  # of another form, as are those that only mend offsets
-    for part in () if process is None else process.processors or [process]:
-        for piece in part.single[:1]:
-            return piece.SpecialToken is not None and backend.token_to_id(piece.SpecialToken.id) == bos
-    return False
-
-
-def token_contents(value: Any) -> list[str]:
-    """The tokens in "<s>", in {"content": "<s>", ...} as older files spell it, and in a list or dict of these."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = [value["content"]] if "content" in value else list(value.values())
-    return [content for part in value for content in token_contents(part)] if isinstance(value, list) else []
-
-
-def _ids(value: Any) -> list[int]:
-    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < 2**31]

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.activations.harvest import HarvestConfig
+from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.spec import DTYPES
 from sae_jax.errors import UsageError
 from sae_jax.ops.tuning import EngineConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -58,7 +59,11 @@ CONTENTS = {
     ".tsv": table("\t"),
     ".parquet": parquet(TEXTS, row_group_size=3),
 }
-PACKINGS = {"": bytes, ".gz": gzip.compress, ".zst": zst, ".GZ": gzip.compress}
+
+# The time of day would be part of the names of tests.
+gz = functools.partial(gzip.compress, mtime=0)
+
+PACKINGS = {"": bytes, ".gz": gz, ".zst": zst, ".GZ": gz}
 
 
 def put(path: Path, data: bytes) -> Path:
@@ -114,15 +119,15 @@ def test_a_zst_file_may_begin_with_what_is_to_be_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", gzip.compress(b"text"), r"gz under a name that does not end in \.gz"),
+        ("a.txt", gz(b"text"), r"gz under a name that does not end in \.gz"),
         ("a.txt", zst(b"text"), r"zst under a name that does not end in \.zst"),
-        ("a.json", gzip.compress(LINES), r"gz under a name that does not end in \.gz"),
-        ("a.txt.gz", gzip.compress(LINES), r"JSON objects under a name"),
-        ("a.txt.gz", gzip.compress(CONTENTS[".parquet"]), r"parquet under a name"),
-        ("a.tar.gz", gzip.compress(b"text"), r"\.tar is not a format"),
-        ("a.txt.gz.gz", gzip.compress(gzip.compress(b"text")), r"\.gz is not a format"),
+        ("a.json", gz(LINES), r"gz under a name that does not end in \.gz"),
+        ("a.txt.gz", gz(LINES), r"JSON objects under a name"),
+        ("a.txt.gz", gz(CONTENTS[".parquet"]), r"parquet under a name"),
+        ("a.tar.gz", gz(b"text"), r"\.tar is not a format"),
+        ("a.txt.gz.gz", gz(gz(b"text")), r"\.gz is not a format"),
         ("a.txt", "text".encode("utf-16"), r"not UTF-8 \(byte 0\)"),
-        ("a.txt.gz", gzip.compress(b"x" * 3_000_000 + b"\xe9 "), r"not UTF-8 \(byte 3000000\)"),
+        ("a.txt.gz", gz(b"x" * 3_000_000 + b"\xe9 "), r"not UTF-8 \(byte 3000000\)"),
         ("a.jsonl", b'{"text": "%s"}\n' % (b"a" * 987) * 1400 + b"\xe9", r"not UTF-8 \(byte 1400000\)"),
         ("a.txt", b"\xef\xbb\xbfabc\xe9", r"not UTF-8 \(byte 6\)"),
         ("a.txt.zst", zst(b"x" * 3_000_000 + b"\0"), r"zero bytes"),
@@ -137,7 +142,7 @@ def test_a_zst_file_may_begin_with_what_is_to_be_skipped(tmp_path):
         ("a.parquet", b"", "damaged or cut short"),
         ("a.parquet", CONTENTS[".parquet"][:-1], "damaged or cut short"),
         ("a.parquet", CONTENTS[".parquet"][:40] + b"\xff" * 400 + CONTENTS[".parquet"][440:], "damaged or cut short"),
-        ("a.parquet.gz", gzip.compress(CONTENTS[".parquet"])[:-9], "damaged or cut short"),
+        ("a.parquet.gz", gz(CONTENTS[".parquet"])[:-9], "damaged or cut short"),
         ("a.parquet", parquet([1, 2]), r'has no string in column "text"; it has body; choose one with'),
         ("a.parquet", parquet([["a"]]), r'has no string in column "text"; it has body; choose one with'),
         ("a.parquet", parquet([None, ""]), "is empty"),
@@ -326,10 +331,10 @@ def test_files_that_are_damaged_are_skipped_if_asked(tmp_path, capsys):
     lines = b'{"text": "import os, sys"}\n' * 50
     for name in ("a.jsonl", "e.jsonl.gz"):
         for each in (folder, whole):
-            put(each / name, gzip.compress(lines) if name.endswith(".gz") else lines)
+            put(each / name, gz(lines) if name.endswith(".gz") else lines)
     damaged = {
         "b.jsonl": lines + b'{"text": 3}\n',
-        "c.jsonl.gz": gzip.compress(lines)[:-4],
+        "c.jsonl.gz": gz(lines)[:-4],
         "d.parquet": CONTENTS[".parquet"][:-1],
         "f.csv": b'id,text\n1,"open\n',
     }
@@ -352,7 +357,7 @@ def test_files_that_are_damaged_are_skipped_if_asked(tmp_path, capsys):
 
 
 def test_a_single_file_that_is_damaged_is_refused_all_the_same(tmp_path):
-    path = put(tmp_path / "c.jsonl.gz", gzip.compress(LINES)[:-4])
+    path = put(tmp_path / "c.jsonl.gz", gz(LINES)[:-4])
     with pytest.raises(UserError, match="damaged or cut short"):
         scan(str(path), skip_unreadable=True)
     with pytest.raises(UserError, match=r"no file that can be read \(1 damaged or cut short\)"):

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.activations import harvest as module
 from sae_jax.activations.commits import committed_shards
+from sae_jax.activations.forward import Forward
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import open_activations
@@ -208,7 +208,7 @@ def test_batches_come_back_in_order(text):
     mesh = meshes.lm_mesh(1, jax.local_devices())
     model = lm.load("bundled", mesh=mesh)
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
-    forward = module.Forward({"": model}, small(text), mesh)
+    forward = Forward({"": model}, small(text), mesh)
     got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
