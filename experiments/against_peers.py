@@ -25,8 +25,8 @@ rates: 0.101, 0.151, 0.125 and 0.193 (JAX 0.12.0, torch 2.13.0, CPU).
 
 The defaults of dictionary-learning and SAELens are those of long runs; at eight times its rate the former reaches what
 ours does at its default. dictionary-learning refuses a run that is shorter than its warm-up of 1,000 steps, so it warms
-up over 48. Rows are given to all as they are, unscaled, which is what each does by default; dictionary-learning's and
-SAELens' options to scale them were not tried. Not run: 16,384 latents, 10 million tokens, the search at 2,048.
+up over 48. None of the three scales rows by default, and ours does (dataset_sqrt_d); the options of dictionary-learning
+and SAELens to do so were not tried. Not run: 16,384 latents, 10 million tokens, the search at 2,048.
 """
 
 from __future__ import annotations
