@@ -31,5 +31,5 @@ def test_a_wheel_installed_elsewhere_runs_the_demo(tmp_path):
     assert (site / "sae_jax" / "py.typed").exists()
 
     with subprocess.Popen([*words, "demo", "--out", "demo"], stderr=subprocess.PIPE, **elsewhere) as process:
-        assert process.stderr.readline().startswith("harvest: ")
+        assert process.stderr.readline().startswith("first sequences: ")
         process.kill()
