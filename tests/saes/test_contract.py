@@ -113,7 +113,11 @@ def test_the_scale_of_the_rows_changes_nothing(config, planted):
 
 @pytest.mark.long
 def test_nor_does_it_over_two_hundred_steps(config, planted):
-    """To the bit by powers of two; by powers of ten, which round, to what is asked of a dictionary."""
+    """To the bit by powers of two; by powers of ten, which round, to what is asked of a dictionary.
+
+    How numbers are rounded can decide what a latent at its threshold does, and with it FVU by 2 % (jumprelu, on rows as
+    few as these). So what comes out at another scale has to be one of what comes out near this one.
+    """
     if config.learns != "rows":
         pytest.skip("the model says how large rows are")
     step = programs(config)[1]
@@ -127,14 +131,18 @@ def test_nor_does_it_over_two_hundred_steps(config, planted):
             seen.append([float(metrics[name]) for name in ("fvu", "l0", "dead_fraction")])
         return state, np.mean(seen[-50:], axis=0)
 
-    plain, (fvu, l0, dead) = trained(1.0)
+    plain, _ = trained(1.0)
     for factor in (2.0**-20, 2.0**-10, 2.0**10, 2.0**20):
         assert bits(trained(factor)[0].sae) == bits(plain.sae), factor
+    near = [trained(1 + number / 1000)[1] for number in range(8)]
     for factor in (1e-6, 1e-3, 1e3, 1e6):
         found = trained(factor)[1]
-        assert found[0] == pytest.approx(fvu, rel=0.01), factor
-        assert found[1] == pytest.approx(l0, rel=0.02), factor
-        assert found[2] == pytest.approx(dead, abs=0.01), factor
+        assert any(
+            found[0] == pytest.approx(fvu, rel=0.01)
+            and found[1] == pytest.approx(l0, rel=0.02)
+            and found[2] == pytest.approx(dead, abs=0.01)
+            for fvu, l0, dead in near
+        ), (factor, found, near)
 
 
 def test_jit_changes_nothing(config, planted):
