@@ -140,9 +140,8 @@ def marked_sequences(
         pieces, marks, end = [rest], [rest_marks], number * width + len(rest)
         for part, (ids, of_role) in zip(parts, _encoded(parts, tokenizer, chat), strict=True):
             unread.append((end, part))
-            if part.is_first and not (
-                chat and ids[:1].tolist() == [tokenizer.separator_id]
-            ):  # a chat template may write its own
+            has_its_own = chat is not None and ids[:1].tolist() == [tokenizer.separator_id]  # from the chat template
+            if part.is_first and not has_its_own:
                 ids, of_role = np.concatenate([separator, ids]), np.append(True, of_role)
             pieces.append(ids)
             marks.append(of_role)
