@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -116,6 +117,17 @@ def current() -> jax.sharding.AbstractMesh | None:
 def placed(role: P) -> P | None:
     """`role` where there is a mesh to place an array on, else None: for the `out_sharding` of what makes arrays."""
     return None if current() is None else role
+
+
+def reshape(x: jax.Array, *shape: int) -> jax.Array:
+    """`x` in another shape whose first axis is split over the devices as the first of x is, and no other.
+
+    By itself JAX forgets how a first axis of size 1 is split where another axis of size 1 comes or goes, and gives each
+    of two axes that one becomes a part of the devices.
+    """
+    sharding = jax.typeof(x).sharding
+    where = P(sharding.spec[0]) if AxisType.Explicit in sharding.mesh.axis_types else None
+    return jnp.reshape(x, shape, out_sharding=where)
 
 
 def axis_size(axis: str | tuple[str, ...]) -> int:

@@ -20,7 +20,7 @@ from sae_jax.types import UsageError
 def read_hooks(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
     """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
     acts = lm.run(model, ids_BT, capture=hooks, logits=False).acts
-    flat = {str(hook): acts[hook].reshape(*ids_BT.shape, -1) for hook in hooks}
+    flat = {str(hook): meshes.reshape(acts[hook], *ids_BT.shape, -1) for hook in hooks}
     norm_BTS = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in flat.values()], -1)
     return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
 

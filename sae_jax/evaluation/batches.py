@@ -17,6 +17,7 @@ from sae_jax.activations.store import ActivationSet
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation.base import EvalBatch, Subject, TextBatch
 from sae_jax.evaluation.text import HeldOut, spread_chunks
+from sae_jax.mesh import reshape
 from sae_jax.progress import console
 from sae_jax.saes.base import AbstractSae
 from sae_jax.types import Sites, Widths
@@ -105,7 +106,7 @@ def of_text(
                 )
                 for name in here:
                     sae, y_NY = candidates[name].sae, site.rows
-                    batch[name] = EvalBatch(sae, x_NX, y_NY, site.keep.reshape(-1), text_batch)
+                    batch[name] = EvalBatch(sae, x_NX, y_NY, reshape(site.keep, -1), text_batch)
             yield batch
 
     return len(starts), batches()
@@ -154,4 +155,4 @@ def _run(
 @jax.jit
 def _norms(acts: jax.Array) -> jax.Array:
     """Norm at each position, f32[S, T], heads joined."""
-    return jnp.linalg.norm(acts.reshape(*acts.shape[:2], -1).astype(jnp.float32), axis=-1)
+    return jnp.linalg.norm(reshape(acts, *acts.shape[:2], -1).astype(jnp.float32), axis=-1)

@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from sae_jax.lm.spec import Rotary, Spec
+from sae_jax.mesh import reshape
 
 Tap = Callable[[str, jax.Array], jax.Array]
 Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -72,7 +73,7 @@ def block(
     x_BTD = tap("resid_pre", x_BTD)
     h_BTD = tap("attn_in", norm(spec, layer, "norm1", x_BTD))
     q_BTHd, k_BTGd, v_BTGd = (
-        _linear(layer, name, h_BTD).reshape(*width, n, spec.d_head)
+        reshape(_linear(layer, name, h_BTD), *width, n, spec.d_head)
         for name, n in (("q", spec.n_heads), ("k", spec.n_kv), ("v", spec.n_kv))
     )
     if spec.qk_norm:
@@ -80,7 +81,7 @@ def block(
     q_BTHd, k_BTGd = _rotate(q_BTHd, positions), _rotate(k_BTGd, positions)
     k_BSGd, v_BSGd = extend(k_BTGd, v_BTGd)
     z_BTHd = tap("attn_z", _attend(spec, q_BTHd, k_BSGd, v_BSGd, positions.mask))
-    out_BTD = _linear(layer, "o", z_BTHd.reshape(*width, -1))
+    out_BTD = _linear(layer, "o", reshape(z_BTHd, *width, -1))
     if spec.post_norms:
         out_BTD = norm(spec, layer, "attn_norm", tap("attn_raw", out_BTD))
     attn_BTD = tap("attn_out", out_BTD)
@@ -123,12 +124,12 @@ def _attend(spec: Spec, q_BTHd: jax.Array, k_BSGd: jax.Array, v_BSGd: jax.Array,
     """Attention outputs per head; heads are in groups that share keys and values."""
     rows, n_new, n_heads, width = q_BTHd.shape
     scale = width**-0.5 if spec.query_scale is None else spec.query_scale
-    q_BTGrd = q_BTHd.reshape(rows, n_new, spec.n_kv, n_heads // spec.n_kv, width)
+    q_BTGrd = reshape(q_BTHd, rows, n_new, spec.n_kv, n_heads // spec.n_kv, width)
     scores_BGrTS = jnp.einsum("btgrd,bsgd->bgrts", q_BTGrd, k_BSGd, preferred_element_type=jnp.float32)
     scores_BGrTS = jnp.where(mask_TS[None, None, None], capped(scores_BGrTS * scale, spec.attn_cap), _MASKED)
     weights_BGrTS = jax.nn.softmax(scores_BGrTS, axis=-1).astype(v_BSGd.dtype)
     z_BTGrd = jnp.einsum("bgrts,bsgd->btgrd", weights_BGrTS, v_BSGd, preferred_element_type=jnp.float32)
-    return z_BTGrd.reshape(q_BTHd.shape).astype(v_BSGd.dtype)
+    return reshape(z_BTGrd, *q_BTHd.shape).astype(v_BSGd.dtype)
 
 
 def _rotate(x_BTHd: jax.Array, positions: Positions) -> jax.Array:

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import PartitionSpec as P
 
 from sae_jax.lm.hooks import POINTS, Hook, hook_width
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.run import Edits, run
+from sae_jax.mesh import reshape
 from sae_jax.types import Code, UsageError, check_indices
 
 MAX_LATENT = 2**31 - 1  # its dictionary, which knows how many it has, is behind a function
@@ -121,15 +121,12 @@ class ReplacedSite:
     def rows(self) -> jax.Array:
         """The activations, f32[S * T, X]."""
         # In two steps: on an explicit mesh one reshape may merge only one pair of axes.
-        parts = [self.acts[hook].reshape(*self.ids.shape, -1).astype(jnp.float32) for hook in self.hooks]
-        return jnp.concatenate(parts, axis=-1).reshape(self.ids.size, -1)
+        parts = [reshape(self.acts[hook], *self.ids.shape, -1).astype(jnp.float32) for hook in self.hooks]
+        return reshape(jnp.concatenate(parts, axis=-1), self.ids.size, -1)
 
     def by_hook(self, rows_BX: jax.Array) -> dict[Hook, jax.Array]:
         """Rows f32[S * T, X] as activations f32[S, T, width] of each hook."""
-        sharding = jax.typeof(self.ids).sharding
-        # Where one axis becomes two, JAX would give each a part of the devices.
-        where = None if sharding.mesh.empty else P(sharding.spec[0], None, None)
-        rows_STX = jax.lax.reshape(rows_BX, (*self.ids.shape, rows_BX.shape[1]), out_sharding=where)
+        rows_STX = reshape(rows_BX, *self.ids.shape, -1)
         parts, first = {}, 0
         for hook in self.hooks:
             parts[hook] = rows_STX[..., first : first + hook_width(self.model.spec, hook)]
@@ -174,6 +171,6 @@ def later_hooks(model: LanguageModel, hook: Hook) -> tuple[Hook, ...]:
 
 def _edit(change: Change, keep_BT: jax.Array | None, x: jax.Array) -> jax.Array:
     """One change to activations [B, T, ...] of any dtype, heads apart at attn_z."""
-    new_BTX = change(x.reshape(*x.shape[:2], -1).astype(jnp.float32))
-    new = new_BTX.reshape(x.shape).astype(x.dtype)
-    return new if keep_BT is None else jnp.where(keep_BT.reshape(*keep_BT.shape, *(1,) * (x.ndim - 2)), new, x)
+    new_BTX = change(reshape(x, *x.shape[:2], -1).astype(jnp.float32))
+    new = reshape(new_BTX, *x.shape).astype(x.dtype)
+    return new if keep_BT is None else jnp.where(reshape(keep_BT, *keep_BT.shape, *(1,) * (x.ndim - 2)), new, x)

@@ -96,7 +96,8 @@ def read_params(
         for layer in _layers(info, spec):
             stored.check(*_tensor(info, layer))
     if placement is None:
-        here = SingleDeviceSharding(jnp.zeros(()).devices().pop())
+        (device,) = jax.device_put(np.zeros(())).devices()  # the default one, also where a mesh is in use
+        here = SingleDeviceSharding(device)
         placement = jax.tree.map(lambda _: here, infos)
     params = jax.tree.map(lambda info, where: _read(stored, info, spec, dtype, where), infos, placement)
     if spec.tied:

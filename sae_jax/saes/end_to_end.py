@@ -147,7 +147,7 @@ class EndToEnd(AbstractSae):
         """See AbstractSae and the head of this file."""
         model, y_BD = batch.model, batch.y.astype(jnp.float32)
         weight_ST = model.keep.astype(jnp.float32)
-        weight_B1 = weight_ST.reshape(-1)[:, None]
+        weight_B1 = mesh.reshape(weight_ST, -1)[:, None]
         n_kept = jnp.maximum(weight_ST.sum(), 1.0)
 
         # Rows that are left out get a column that bars every latent, so that they are in no count and no gradient.

@@ -63,13 +63,17 @@ def test_a_text_that_ends_early_leaves_empty_shards_not_missing_ones(tmp_path):
 
 def test_the_set_does_not_depend_on_the_batch(text, tmp_path, monkeypatch):
     """How many sequences run at once is this machine's affair; the rows are the same to rounding."""
-    harvest(small(text), str(tmp_path / "a"))
-    harvest(small(text, batch_tokens=256), str(tmp_path / "b"))
-    a, b = (open_activations(tmp_path / name) for name in "ab")
-    for chunk in range(a.n_chunks):
-        np.testing.assert_array_equal(a.read_index(chunk)["token"], b.read_index(chunk)["token"])
-        rows = [np.float32(s.read_chunk("resid_post.0", chunk)) for s in (a, b)]
-        np.testing.assert_allclose(*rows, rtol=1e-2, atol=1e-2)
+    hooks = ("resid_post.0", "attn_z.1")
+    harvest(small(text, hooks=hooks, batch_tokens=256), str(tmp_path / "a"))
+    a = open_activations(tmp_path / "a")
+    for n_tokens in (16, 64):  # one sequence at once, and four
+        harvest(small(text, hooks=hooks, batch_tokens=n_tokens), str(tmp_path / f"{n_tokens}"))
+        b = open_activations(tmp_path / f"{n_tokens}")
+        for chunk in range(a.n_chunks):
+            np.testing.assert_array_equal(a.read_index(chunk)["token"], b.read_index(chunk)["token"])
+            for hook in hooks:
+                rows = [np.float32(s.read_chunk(hook, chunk)) for s in (a, b)]
+                np.testing.assert_allclose(*rows, rtol=1e-2, atol=1e-2)
 
 
 def test_references_are_good_from_any_folder(text, tmp_path, monkeypatch):

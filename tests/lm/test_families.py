@@ -1,6 +1,7 @@
 """Every family and setting against transformers' torch models, by golden numbers (tests/golden/make_families.py)."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sae_jax.lm import Hook, generate, load, points
+from sae_jax import mesh as meshes
+from sae_jax.lm import Hook, generate, load, points, run
 from sae_jax.lm.family import families, family
 from sae_jax.lm.weights import read_spec, save
 from tests.golden.make_families import N_NEW
@@ -65,6 +67,19 @@ def test_logits_and_streams_are_those_of_torch(name, golden, folder_of):
     if name in GENERATED:
         text = generate(model, ids_BT, N_NEW, jax.random.key(0))[:, ids_BT.shape[1] :]
         np.testing.assert_array_equal(text, golden[f"{name}/text"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_sequence_lies_on_a_mesh_as_many_do(name, folder_of):
+    """Heads come and go as an axis of size 1, where JAX by itself forgets how one sequence is split."""
+    mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = load(str(folder_of(name)))
+        ids_BT = jax.device_put(jnp.zeros((1, 5), jnp.int32), meshes.sharding(mesh, meshes.ROWS))
+        capture = tuple(Hook(0, point) for point in points(model.spec))
+        out = jax.eval_shape(partial(run, capture=capture), model, ids_BT)
+    for array in (out.logits, *out.acts.values()):
+        assert array.sharding.spec[0] == meshes.ROWS[0]
 
 
 @pytest.mark.parametrize("name", OLDER)

@@ -110,6 +110,20 @@ def test_every_mesh_agrees(shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
 
 
+def test_one_sequence_makes_a_batch():
+    """An axis of size 1, of which JAX by itself forgets how it lies on a mesh."""
+    rows_BD = jax.random.normal(jax.random.key(0), (in_model.CONTEXT, D))
+    sae = make(**SETTINGS[2])
+    roles = end_to_end.EndToEnd(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, sae.config)
+    mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        place = lambda a, role: jax.device_put(a, meshes.sharding(mesh, role))  # noqa: E731
+        batch = jax.jit(in_model.in_model)(in_model.MODEL, place(rows_BD, meshes.ROWS))
+        sae = jax.tree.map(place, sae, roles)
+        (loss, _), _ = value_and_gradient(sae, batch, place(jnp.zeros(F, jnp.int32), meshes.DICT))
+    assert jnp.isfinite(loss)
+
+
 @pytest.mark.parametrize("hook", [in_model.HOOK, lm.Hook(0, "attn_z"), lm.Hook(1, "resid_post")], ids=str)
 def test_rows_put_back_cost_nothing(hook):
     """The identity has an end-to-end loss of 0, and no later layer notices it."""
