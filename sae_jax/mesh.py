@@ -150,9 +150,14 @@ def lm_mesh(split: int, devices: list[jax.Device]) -> Mesh:
     """Where a language model runs, each copy over `split` devices. Raises UsageError if they do not divide."""
     if split == 1:
         return make_mesh(MeshConfig(), devices)
-    if len(devices) % split:
-        raise UsageError(f"harvest.split={split} does not divide {len(devices)} devices; use a divisor of it")
-    return jax.make_mesh((len(devices) // split, split), (COPIES, MODEL), (AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(*_lm_shape(split, len(devices)), devices=devices)
+
+
+def abstract_lm_mesh(split: int, n_devices: int) -> AbstractMesh:
+    """The same of devices that are only counted. Raises UsageError as `lm_mesh` does."""
+    if split == 1:
+        return abstract_mesh(MeshConfig(), n_devices)
+    return AbstractMesh(*_lm_shape(split, n_devices))
 
 
 def lm_rows(mesh: Mesh | AbstractMesh) -> P:
@@ -204,6 +209,13 @@ def _shape(config: MeshConfig, n_devices: int) -> tuple[tuple[int, ...], tuple[s
         )
     shape = (config.data, latent, 1, 1)
     return ((config.member, *shape), (MEMBER, *AXES)) if config.member > 1 else (shape, AXES)
+
+
+def _lm_shape(split: int, n_devices: int) -> tuple[tuple[int, int], tuple[str, str], tuple[AxisType, AxisType]]:
+    """(sizes, names, types) of the axes of a language model that is split."""
+    if n_devices % split:
+        raise UsageError(f"harvest.split={split} does not divide {n_devices} devices; use a divisor of it")
+    return (n_devices // split, split), (COPIES, MODEL), (AxisType.Auto, AxisType.Auto)
 
 
 def _explicit(axes: tuple[str, ...]) -> tuple[AxisType, ...]:

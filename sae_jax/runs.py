@@ -403,8 +403,13 @@ def advise(
 def plan(target: str, **settings: Any) -> dict[str, Any]:
     """Whether a training run fits on machines that are not there, and how long it takes (planning/report.py).
 
+    Without members it is the harvest that is planned (planning/harvest_report.py).
+
     Args:
         target: machines: v5p:8x8x8, h200:64 and the like.
-        **settings: of `planning.from_recipe`: members {name: (sae, train)}, harvest, site, d_model, mesh, engine, mfu.
+        **settings: of `planning.from_recipe`: members {name: (sae, train)}, harvest, site, d_model, mesh, engine, mfu;
+            or of `planning.HarvestJob`: harvest, mfu.
     """
+    if "members" not in settings:
+        return planning.plan_harvest(planning.HarvestJob(target, **settings))
     return planning.plan(planning.from_recipe(target, **settings))

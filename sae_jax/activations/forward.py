@@ -37,6 +37,12 @@ def hooks_of(config: HarvestConfig, model: lm.LanguageModel) -> tuple[lm.Hook, .
     return hooks
 
 
+def batch_sequences(config: HarvestConfig, n_devices: int) -> int:
+    """Sequences of one forward pass, equally many for each copy of the model."""
+    n_copies = n_devices // config.split
+    return max(config.batch_tokens // config.context // n_copies, 1) * n_copies
+
+
 def source_name(model: str, hook: lm.Hook | str) -> str:
     """Name of a source: of a set of one model that of the hook."""
     return f"{model}.{hook}" if model else str(hook)
@@ -49,8 +55,7 @@ class Forward:
         self._mesh, self._models = mesh, models
         self._hooks = {name: hooks_of(config, model) for name, model in models.items()}
         self._dtype = config.dtype
-        n_copies = mesh.size // config.split
-        self.batch = max(config.batch_tokens // config.context // n_copies, 1) * n_copies  # sequences
+        self.batch = batch_sequences(config, mesh.size)
         self.is_compiled = False
         self._looked_at: tuple[np.ndarray, Any] | None = None
 

@@ -1,4 +1,4 @@
-"""The real train step, compiled for devices that are not here.
+"""The real train step, or the real pass of a harvest, compiled for devices that are not here.
 
 This runs in a process of its own: the environment must be set before JAX starts, a compiler may hang or take all
 memory, and its use of time and memory can then be measured.
@@ -23,6 +23,7 @@ from typing import Any
 from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
+from sae_jax.planning.forward import ForwardPass
 from sae_jax.planning.targets import Target
 from sae_jax.planning.through_model import ThroughModel
 from sae_jax.types import Widths
@@ -95,16 +96,25 @@ def compile_step(
         UsageError: the target or the mesh does not exist.
         UserError: the compiler failed, was killed or took too long.
     """
-    job: dict[str, Any] = {"topology": target.topology, "widths": widths.to_json(), "same": same}
-    job["model"] = model.to_json() if model else None
+    job: dict[str, Any] = {"widths": widths.to_json(), "same": same, "model": model.to_json() if model else None}
     job |= {name: configs.to_dict(part) for name, part in zip(PARTS, (sae, train, mesh, engine), strict=True)}
+    return _compile_apart(target, {"step": job}, timeout)
+
+
+def compile_forward(target: Target, forward: ForwardPass, timeout: float = 600.0) -> Compiled:
+    """A model's pass on this target, whose compiler `is_installed`; `timeout` and errors as `compile_step`."""
+    return _compile_apart(target, {"forward": forward.to_json()}, timeout)
+
+
+def _compile_apart(target: Target, job: dict[str, Any], timeout: float) -> Compiled:
+    """What `main` answers in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         answer, program = Path(folder) / "answer.json", Path(folder) / "program.txt"
         try:
             done = subprocess.run(
                 # Not -m: the package has imported this module already, of which Python would warn.
                 [sys.executable, "-c", f"import {__name__} as module; module.main()", str(answer), str(program)],
-                input=json.dumps(job),
+                input=json.dumps({"topology": target.topology, **job}),
                 env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": _flags(target)},
                 timeout=timeout,
                 capture_output=True,
@@ -137,68 +147,75 @@ def _compile(job: dict[str, Any], program: Path) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from sae_jax import mesh as meshes
-    from sae_jax.ops import tuning
-    from sae_jax.saes import base
-    from sae_jax.training.settings import TrainConfig
-
-    sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
-    train = configs.from_dict(TrainConfig, job["train"])
     try:
         devices = topologies.get_topology_desc(**job["topology"]).devices
     except NotImplementedError as error:  # of a platform without compiler, with which a wrong version of one is meant
         raise UserError(f"{error}; the compiler must have the version of JAX, {jax.__version__}") from None
     except jax.errors.JaxRuntimeError as error:
         raise UsageError(str(error).splitlines()[0]) from None
-    mesh = meshes.first_slice(meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), list(devices)))
-    meshes.check_divides(mesh, sae.n_latents, train.batch_size)
     answer: dict[str, Any] = {}
-    engine = configs.from_dict(tuning.EngineConfig, job["engine"])
-    with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
-        widths = Widths.from_json(job["widths"])
-        began = time.monotonic()
-        lowered = _lower(sae, train, widths, job, mesh)
-        answer["lower_seconds"] = time.monotonic() - began
-        began, cpu_began = time.monotonic(), time.process_time()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
-                raise
-            answer |= _refusal(str(error))
-        else:
-            memory = compiled.memory_analysis()
-            answer |= {
-                "peak_bytes": memory.peak_memory_in_bytes,
-                "argument_bytes": memory.argument_size_in_bytes,
-                "alias_bytes": memory.alias_size_in_bytes,
-            }
-            program.write_text(compiled.as_text())
-        answer["compile_seconds"] = time.monotonic() - began
-        answer["cpu_seconds"] = time.process_time() - cpu_began
+    began = time.monotonic()
+    lowered = _lower_step(job["step"], [*devices]) if "step" in job else _lower_forward(job["forward"], [*devices])
+    answer["lower_seconds"] = time.monotonic() - began
+    began, cpu_began = time.monotonic(), time.process_time()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+            raise
+        answer |= _refusal(str(error))
+    else:
+        memory = compiled.memory_analysis()
+        answer |= {
+            "peak_bytes": memory.peak_memory_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
+        }
+        program.write_text(compiled.as_text())
+    answer["compile_seconds"] = time.monotonic() - began
+    answer["cpu_seconds"] = time.process_time() - cpu_began
     answer["host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return answer
 
 
-def _lower(sae: Any, train: Any, widths: Widths, job: dict[str, Any], mesh: Any) -> Any:
+def _lower_step(job: dict[str, Any], devices: list[Any]) -> Any:
     """The traced step, of shapes alone. All that this package knows of how training calls it stands here."""
     import jax
     import jax.numpy as jnp
 
     from sae_jax import mesh as meshes
+    from sae_jax.ops import tuning
     from sae_jax.saes import base
-    from sae_jax.training.settings import hyperparameters
+    from sae_jax.training.settings import TrainConfig, hyperparameters
     from sae_jax.training.state import abstract
     from sae_jax.training.step import Step
 
-    state, step = abstract(sae, train, widths, mesh), Step(sae, train)
-    hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
-    if job["model"]:
-        return ThroughModel.from_json(job["model"]).lower(step, state, hparams, train.batch_size, mesh)
-    placed = meshes.sharding(mesh, meshes.ROWS)
-    x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(side)), jnp.bfloat16, sharding=placed) for side in widths)
-    batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
-    return step.trace(state, hparams, batch).lower()
+    sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
+    train = configs.from_dict(TrainConfig, job["train"])
+    mesh = meshes.first_slice(meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), devices))
+    meshes.check_divides(mesh, sae.n_latents, train.batch_size)
+    engine, widths = configs.from_dict(tuning.EngineConfig, job["engine"]), Widths.from_json(job["widths"])
+    with jax.set_mesh(mesh), tuning.using(engine.on(devices[0].platform)):
+        state, step = abstract(sae, train, widths, mesh), Step(sae, train)
+        hparams = jax.eval_shape(lambda: hyperparameters(train, sae))
+        if job["model"]:
+            return ThroughModel.from_json(job["model"]).lower(step, state, hparams, train.batch_size, mesh)
+        placed = meshes.sharding(mesh, meshes.ROWS)
+        x, y = (jax.ShapeDtypeStruct((train.batch_size, sum(side)), jnp.bfloat16, sharding=placed) for side in widths)
+        batch = base.Batch(x, None if job["same"] else y)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
+        return step.trace(state, hparams, batch).lower()
+
+
+def _lower_forward(job: dict[str, Any], devices: list[Any]) -> Any:
+    """The traced pass, of shapes alone."""
+    import jax
+
+    from sae_jax import mesh as meshes
+
+    forward = ForwardPass.from_json(job)
+    mesh = meshes.lm_mesh(forward.split, devices)
+    with jax.set_mesh(mesh):
+        return forward.lower(mesh)
 
 
 def _refusal(message: str) -> dict[str, Any]:

@@ -25,6 +25,23 @@ _ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[sufc]\d+)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _CALLS = "calls|to_apply|branch_computations|called_computations|true_computation|false_computation"
+_ELEMENTWISE = {
+    *(
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "remainder",
+        "power",
+        "maximum",
+        "minimum",
+        "clamp",
+        "select",
+        "compare",
+    ),
+    *("negate", "abs", "sign", "floor", "ceil", "sqrt", "rsqrt", "exponential", "exponential-minus-one", "log"),
+    *("log-plus-one", "logistic", "tanh", "erf", "sine", "cosine", "and", "or", "not"),
+}
 _NO_BUFFER = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call")
 
 
@@ -52,6 +69,7 @@ class Program:
 
     collectives: dict[str, Collective] = field(default_factory=dict)
     matmul_flop: int = 0  # of products; element-wise work and sums are left out
+    other_flop: int = 0  # of these, one for each number; an exponential counts as an addition does
     sorts: int = 0  # instructions, however often they run
     open_loops: int = 0  # loops whose length depends on data; their bodies count once
     largest: list[Buffer] = field(default_factory=list)
@@ -96,6 +114,7 @@ def analyse(text: str, quietest: bool = False, n_largest: int = 5) -> Program:
     buffers: dict[str, Buffer] = {}
     for computation, times, in_fusion in _walk(computations, entry, min if quietest else max):
         program.matmul_flop += times * _products_flop(computation)
+        program.other_flop += times * _other_flop(computation)
         made = {i.name: i for i in computation}
         for i in computation:
             if kind := _collective(i):
@@ -243,6 +262,19 @@ def _products_flop(computation: list[_Instruction]) -> int:
             kernel = i.text.partition("dim_labels=")[2].partition("_")[2].partition("->")[0]  # "oi" in bf_oi->bf
             inner = right[kernel.index("i")] * _window(i)
         flop += 2 * math.prod(out) * inner
+    return flop
+
+
+def _other_flop(computation: list[_Instruction]) -> int:
+    """One for each number that an element-wise operation makes, or that a sum takes in."""
+    shapes = {i.name: i.shape for i in computation}
+    flop = 0
+    for i in computation:
+        if i.opcode in _ELEMENTWISE:
+            flop += math.prod(_numbers(_ARRAY.findall(i.shape)[0][1]))
+        elif i.opcode == "reduce":  # takes as many start values as arrays
+            for name in i.operands[: len(i.operands) // 2]:
+                flop += math.prod(_numbers(_ARRAY.findall(shapes[name])[0][1]))
     return flop
 
 

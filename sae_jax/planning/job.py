@@ -38,10 +38,7 @@ class Job:
     def __post_init__(self) -> None:
         if not self.members:
             raise UsageError("a plan needs at least one autoencoder; give sae")
-        if not 0 < self.mfu <= 1:
-            raise UsageError(f"--mfu={self.mfu} must be above 0 and at most 1")
-        if self.timeout <= 0:
-            raise UsageError(f"--timeout={self.timeout} must be above 0 seconds")
+        check_settings(self.mfu, self.timeout)
         for name, (sae, _) in self.members.items():
             if (sae.learns != "rows") != (self.model is not None):
                 raise UsageError(
@@ -49,6 +46,14 @@ class Job:
                     f"{'from rows' if self.model else 'through a language model'}, the rest of the plan does not; plan "
                     f"it apart"
                 )
+
+
+def check_settings(mfu: float, timeout: float) -> None:
+    """Refuse a share of the matrix rate, or seconds, that cannot be."""
+    if not 0 < mfu <= 1:
+        raise UsageError(f"--mfu={mfu} must be above 0 and at most 1")
+    if timeout <= 0:
+        raise UsageError(f"--timeout={timeout} must be above 0 seconds")
 
 
 def from_recipe(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -54,7 +54,7 @@ def report(
         "flop": step.flop,
     }
     if compiled is not None and compiled.text is not None:
-        device |= _compiled(compiled)
+        device |= {"donated_bytes": compiled.alias_bytes, **of_program(compiled.text)}
     return {
         "target": target.name,
         "n_devices": target.n_devices,
@@ -66,21 +66,22 @@ def report(
         "refusal": compiled.refusal if compiled else None,
         "device": device,
         "run": {**asdict(run), "mfu": mfu},
-        "compiler": None
-        if compiled is None
-        else {
-            name: getattr(compiled, name) for name in ("lower_seconds", "compile_seconds", "cpu_seconds", "host_bytes")
-        },
+        "compiler": of_compiler(compiled),
     }
 
 
-def _compiled(compiled: Compiled) -> dict[str, Any]:
-    """Work and communication of a compiled step."""
-    assert compiled.text is not None
-    program, quiet = (hlo.analyse(compiled.text, quietest) for quietest in (False, True))
+def of_compiler(compiled: Compiled | None) -> dict[str, Any] | None:
+    """What compiling took; None: the compiler is not installed."""
+    names = ("lower_seconds", "compile_seconds", "cpu_seconds", "host_bytes")
+    return None if compiled is None else {name: getattr(compiled, name) for name in names}
+
+
+def of_program(text: str) -> dict[str, Any]:
+    """Work and communication of a compiled program."""
+    program, quiet = (hlo.analyse(text, quietest) for quietest in (False, True))
     return {
-        "donated_bytes": compiled.alias_bytes,
         "compiled_flop": program.matmul_flop,
+        "other_flop": program.other_flop,
         "collectives": [asdict(c) for c in sorted(program.collectives.values(), key=lambda c: -c.bytes)],
         "quietest": {
             "compiled_flop": quiet.matmul_flop,
@@ -95,7 +96,6 @@ def _compiled(compiled: Compiled) -> dict[str, Any]:
 def lines(content: dict[str, Any]) -> list[str]:
     """A report for a person to read."""
     device, run, several = content["device"], content["run"], content["n_members"] > 1
-    share = device["usable_bytes"] / device["limit_bytes"]
     of_step = f"a step of {content['largest_member']}" if several else "a step"
     rows = [
         ("state", memory(device["state_bytes"]) + f", of {content['n_members']} members" * several),
@@ -107,20 +107,18 @@ def lines(content: dict[str, Any]) -> list[str]:
             if device["model_bytes"]
             else ()
         ),
-        ("peak" if content["compiler"] else "peak, estimated", _or_unknown(device["peak_bytes"])),
-        ("limit", f"{memory(device['limit_bytes'])}, of which a step may take {share:.0%}"),
-        ("headroom", _or_unknown(device["headroom_bytes"])),
+        *memory_rows(content, "a step"),
         ("work", f"{device['flop']:.3g} FLOP {of_step}"),
     ]
     if "collectives" in device:
-        least, large = device["quietest"], device["largest_buffers"][:N_BUFFERS]
+        least = device["quietest"]
         quiet = {c["kind"]: c for c in least["collectives"]}
         none = {"bytes": 0, "count": 0}
         rows += [
             ("work, compiled", f"{least['compiled_flop']:.3g} to {device['compiled_flop']:.3g} FLOP {of_step}"),
-            *((c["kind"], f"{_sent(quiet.get(c['kind'], none))} to {_sent(c)}") for c in device["collectives"]),
+            *((c["kind"], f"{sent(quiet.get(c['kind'], none))} to {sent(c)}") for c in device["collectives"]),
             ("sorts", f"{device['sorts']} in the program"),
-            *(("large array", f"{memory(b['bytes'])} {b['shape']} {b['origin']}".rstrip()) for b in large),
+            *buffer_rows(device),
         ]
     time, floor = (run[name] * 3600 for name in ("hours", "floor_hours"))
     at_rate = f"at {run['mfu']:.0%} of the matrix rate, but never below the floor"
@@ -131,13 +129,29 @@ def lines(content: dict[str, Any]) -> list[str]:
         ("time", f"{duration(time)} {at_rate}"),
         ("floor", f"{duration(floor)} at the full matrix rate, then the state read and written once a step"),
     ]
+    return [*_verdict(content), *section("each device", rows), *section("the run", whole)]
+
+
+def memory_rows(content: dict[str, Any], what: str) -> list[tuple[str, str]]:
+    """What fits on a device; `what` takes the memory."""
+    device = content["device"]
+    share = device["usable_bytes"] / device["limit_bytes"]
     return [
-        *_verdict(content),
-        "each device",
-        *(f"  {name:20}{value}" for name, value in rows),
-        "the run",
-        *(f"  {name:20}{value}" for name, value in whole),
+        ("peak" if content["compiler"] else "peak, estimated", _or_unknown(device["peak_bytes"])),
+        ("limit", f"{memory(device['limit_bytes'])}, of which {what} may take {share:.0%}"),
+        ("headroom", _or_unknown(device["headroom_bytes"])),
     ]
+
+
+def buffer_rows(device: dict[str, Any]) -> list[tuple[str, str]]:
+    """The largest arrays of a program."""
+    large = device["largest_buffers"][:N_BUFFERS]
+    return [("large array", f"{memory(b['bytes'])} {b['shape']} {b['origin']}".rstrip()) for b in large]
+
+
+def section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    """A title, and below it names and what they are."""
+    return [title, *(f"  {name:20}{value}" for name, value in rows)]
 
 
 def _verdict(content: dict[str, Any]) -> list[str]:
@@ -160,7 +174,8 @@ def _verdict(content: dict[str, Any]) -> list[str]:
     return [first, f"  {what} compiled{where} in {took}"]
 
 
-def _sent(collective: dict[str, Any]) -> str:
+def sent(collective: dict[str, Any]) -> str:
+    """Bytes of all collectives of a kind, and how many there are."""
     return f"{size(collective['bytes'])} in {collective['count']:,}"
 
 

@@ -19,6 +19,7 @@ from sae_jax.types import UsageError
 
 GIB = 2**30
 GPUS_PER_NODE = 8
+CHIPS_PER_HOST = 4  # of TPUs, as the compiler has them by default
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,23 @@ class Target:
     def is_tpu(self) -> bool:
         """Whether it is a TPU slice, else NVIDIA GPUs."""
         return self.chip.gpu is None
+
+    @property
+    def host(self) -> Target:
+        """The part of it that one host has, with its own devices alone."""
+        kind = self.name.partition(":")[0]
+        if not self.is_tpu:
+            return parse(f"{kind}:{min(self.n_devices, GPUS_PER_NODE)}")
+        if self.n_devices <= CHIPS_PER_HOST * self.chip.devices_per_chip:
+            return self
+        return parse(f"{kind}:{'2x2' if self.chip.dimensions == 2 else '2x2x1'}")
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of products of float32 or bfloat16 numbers, as JAX computes them unless told otherwise.
+
+        TPUs round float32 to bfloat16 first, GPUs to TF32, of which they do half as many.
+        """
+        return self.chip.flops / 2 if precision == "float32" and not self.is_tpu else self.chip.flops
 
     @property
     def usable_bytes(self) -> int:

@@ -18,6 +18,7 @@ from sae_jax import mesh as meshes
 from sae_jax.activations.sequences import model_rows
 from sae_jax.lm import params
 from sae_jax.ops import tuning
+from sae_jax.planning.forward import block_flop
 from sae_jax.types import UsageError
 
 FLOAT32 = 4  # bytes
@@ -61,10 +62,9 @@ class ThroughModel:
     @property
     def token_flop(self) -> int:
         """Of the products of both passes and of the gradient with respect to activations."""
-        spec, d_attn, d_kv = self.spec, self.spec.n_heads * self.spec.d_head, self.spec.n_kv * self.spec.d_head
-        block = 2 * spec.d_model * (2 * d_attn + 2 * d_kv + (2 + spec.gated) * spec.d_mlp) + 4 * self.context * d_attn
-        unembed = 2 * spec.d_model * spec.n_vocab
-        return (spec.n_layers + 2 * self.n_blocks_after) * block + 3 * unembed
+        unembed = 2 * self.spec.d_model * self.spec.n_vocab
+        n_blocks = self.spec.n_layers + 2 * self.n_blocks_after
+        return n_blocks * block_flop(self.spec, self.context) + 3 * unembed
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from sae_jax import mesh as meshes
+from sae_jax import recipe
 from sae_jax.commands import main as cli
+from sae_jax.commands.plan import PlanHarvest
 from sae_jax.ops import tuning
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import analytic, compile, hlo, targets
+from sae_jax.planning.harvest import passes_of, peak_bytes
 from sae_jax.saes import base
 from sae_jax.training.settings import TrainConfig
 from sae_jax.types import UserError, Widths
@@ -103,6 +106,31 @@ def test_a_step_through_the_language_model(capsys, name):
     assert device["compiled_flop"] == pytest.approx(device["flop"], rel=0.1)
     estimate = device["state_bytes"] + device["model_bytes"] + device["model_activation_bytes"]
     assert 0.5 * estimate < device["peak_bytes"] < 1.3 * estimate
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("name", "n"), [("v5e:2x2", 4), ("h100:2", 2)])
+def test_the_pass_of_a_harvest(capsys, name, n, split):
+    """Its products are those that arithmetic counts, and so are the bytes of a copy's sums."""
+    flags = ["--harvest.hooks=resid_post.2", "--harvest.batch-tokens=32768", f"--harvest.split={split}"]
+    assert cli.main(["plan", "--harvest", f"--target={name}", "--json", *flags]) == 0
+    content = json.loads(capsys.readouterr().out)
+    device = content["device"]
+    assert (content["source"], content["fits"], content["n_devices"]) == ("compiled", True, n)
+    assert device["compiled_flop"] == pytest.approx(device["flop"], rel=0.06)  # TPUs look tokens up by a product
+    assert 0 < device["other_flop"] < device["compiled_flop"]
+    assert device["peak_bytes"] < compile_free_peak(flags, n) * 1.1
+    sums = {c["kind"]: c["bytes"] for c in device["collectives"]}
+    assert (sums != {}) == (split > 1)
+    if split > 1:  # two a block, of the stream in float32 at most
+        tokens = 32768 * split // n
+        assert 0.9 * 2 * 3 * tokens * 128 * 2 < sums["all-reduce"] < 1.1 * (2 * 3 + 1) * tokens * 128 * 4
+
+
+def compile_free_peak(flags, n_devices: int) -> int:
+    """What a plan says without a compiler."""
+    settings = recipe.parse(PlanHarvest, ["--target=any", *flags], "test").harvest
+    return peak_bytes(passes_of(settings, n_devices))
 
 
 def test_no_sum_on_a_gpu_is_a_compare_and_swap_loop(monkeypatch, tmp_path):
