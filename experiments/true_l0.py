@@ -24,13 +24,13 @@ from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.progress import plain_console
 from sae_jax.testbeds import Pairs, SparseFeatures
 
-BEDS: dict[str, Any] = {
-    "pairs": Pairs(d_model=64, n_pairs=25, rate=0.2, correlation=0.5),
-    "50 in 100": SparseFeatures(d_model=100, n_features=50, mean_active=10, decay=0.97, correlation_rank=10),
-    "128 in 64": SparseFeatures(d_model=64, n_features=128, mean_active=10, decay=0.99, correlation_rank=10),
+BEDS: dict[str, tuple[Any, int]] = {  # and how many features are active, on average
+    "pairs": (Pairs(d_model=64, n_pairs=25, rate=0.2, correlation=0.5), 10),
+    "50 in 100": (SparseFeatures(100, 50, mean_active=10, decay=0.97, correlation_rank=10), 10),
+    "128 in 64": (SparseFeatures(64, 128, mean_active=10, decay=0.99, correlation_rank=10), 10),
+    "256 in 128": (SparseFeatures(128, 256, mean_active=6, decay=0.99, correlation_rank=10), 6),
 }
-ACTIVE = 10  # features, on average, on each bed
-K = (4, 6, 10, 15, 24, 36)
+SHARES = (0.4, 0.6, 1.0, 1.5, 2.4, 3.6)  # k, of the active features
 SIGNS = {"decoder_cosine": "mean |cos| of decoder rows", "decoder_projection": "projection, share of the rows' size"}
 UNSEEN = 4096
 
@@ -41,6 +41,8 @@ class Config:
 
     out: Path = Path("build/true_l0")
     """Folder for results.json and the figure."""
+    beds: tuple[str, ...] = tuple(BEDS)
+    """Which."""
     variant: str = "topk"
     """topk, batch_topk or matryoshka."""
     rows: int = 262_144
@@ -48,18 +50,19 @@ class Config:
     steps: int = 1500
     """Optimiser steps, of 512 rows."""
     smoke: bool = False
-    """Few steps at two k on one bed: does it run?"""
+    """Few steps at two k on the first bed: does it run?"""
 
 
 def main(config: Config) -> None:
     """Train at every k on each bed in one pass; write OUT/results.json and OUT/true_l0.png."""
-    steps, n_rows, ks, beds = config.steps, config.rows, K, list(BEDS)
+    steps, n_rows, shares, beds = config.steps, config.rows, SHARES, config.beds
     if config.smoke:
-        steps, n_rows, ks, beds = 20, 4096, K[:2], beds[:1]
+        steps, n_rows, shares, beds = 20, 4096, SHARES[:2], beds[:1]
     config.out.mkdir(parents=True, exist_ok=True)
     results = []
     for name in beds:
-        bed, rng = BEDS[name], np.random.default_rng(1)
+        (bed, active), rng = BEDS[name], np.random.default_rng(1)
+        ks = [round(share * active) for share in shares]
         rows_ND, unseen = bed.draw(n_rows, rng).rows, bed.draw(UNSEEN, rng)
         members = {f"k{k}": {"variant": config.variant, "k": k} for k in ks}
         settings = {"n_latents": len(bed.directions), "steps": steps, "batch_size": 512, "ema": 0.0}
@@ -67,7 +70,7 @@ def main(config: Config) -> None:
             found = on_rows(d.sae, unseen.rows)
             cosine = float(closest(bed.directions, np.asarray(d.w_dec))[1].mean())
             measured = {name: found[name] for name in ("fvu", "l0", *SIGNS)}
-            results.append({"bed": name, "k": k, "cosine": cosine, **measured})
+            results.append({"bed": name, "active": active, "k": k, "cosine": cosine, **measured})
         (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     show(results)
     plot(results, config.out / "true_l0.png", config.variant)
@@ -89,10 +92,10 @@ def plot(results: list[dict[str, Any]], path: Path, variant: str) -> None:
     for axis, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for bed in dict.fromkeys(row["bed"] for row in results):
             rows = [row for row in results if row["bed"] == bed]
-            axis.plot([row["k"] for row in rows], [row[name] for row in rows], "o-", label=bed, markersize=4)
-        axis.axvline(ACTIVE, color="0.4", linestyle="--", linewidth=1, label="active features, mean")
-        axis.set(xscale="log", xlabel="k, active latents a row", ylabel=label)
-        axis.set_xticks(K, K)
+            axis.plot([row["k"] / row["active"] for row in rows], [row[name] for row in rows], "o-", label=bed, markersize=4)
+        axis.axvline(1, color="0.4", linestyle="--", linewidth=1)
+        axis.set(xscale="log", xlabel="k over the mean number of active features", ylabel=label)
+        axis.set_xticks(SHARES, SHARES)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)

@@ -100,7 +100,9 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("n_latents", "seed", "tokens"), int),
     **dict.fromkeys(("k", "d_model", "steps"), (int, _NO)),
     **dict.fromkeys(("lr", "flops", "fvu"), _NUMBER),
-    **dict.fromkeys(("budget", "l0", "dead_fraction", "decoder_cosine", "decoder_projection", "seconds"), (*_NUMBER, _NO)),
+    **dict.fromkeys(
+        ("budget", "l0", "dead_fraction", "decoder_cosine", "decoder_projection", "seconds"), (*_NUMBER, _NO)
+    ),
     "converged": bool,
     "config": dict,
 }

@@ -101,10 +101,10 @@ class MemberGroup:
         return {name: float(value) for name, value in self._share(member, metrics).items()}
 
     def measure(self, batches: Sequence[Batch]) -> dict[Member, dict[str, float]]:
-        """How well each member does on rows that it does not learn from: fvu, l0, dead_fraction, and signs of mixing.
+        """How well each member does on rows that it does not learn from: fvu, l0, dead_fraction, decoder_cosine and
+        decoder_projection (ops/mixing.py), the last as a share of the rows' root mean square distance from their mean.
 
-        The batches are of one size. Centred on the mean of all of them, in float64. The signs are decoder_cosine and
-        decoder_projection (ops/mixing.py), the second as a share of the rows' root mean square distance from their mean.
+        The batches are of one size. Centred on the mean of all of them, in float64.
         """
         sums = [jax.device_get(meshes.in_order(self._measure(self._state, self._hparams, b))) for b in batches]
         return {member: _figures([self._share(member, part) for part in sums]) for member in self.members}
