@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,7 @@ import jax.numpy as jnp
 from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Description, EvalBatch, Metric, Sums
 from sae_jax.ops import mixing
-from sae_jax.saes.base import AbstractSae
-from sae_jax.saes.normalise import PER_VECTOR, normalise
+from sae_jax.saes.normalise import PER_VECTOR, InputNorm, normalise
 
 
 class Evaluator(base.Evaluator):
@@ -35,7 +35,8 @@ class Evaluator(base.Evaluator):
 
     def measure(self, batch: EvalBatch) -> dict[str, jax.Array]:
         """See base.Evaluator."""
-        return _sums(batch.sae, batch.x, batch.y, batch.keep)
+        sae = batch.sae
+        return _sums(sae.w_dec, sae.b_dec, batch.x, batch.y, batch.keep, sae.config.input_norm)
 
     def metrics(self, sums: Sums) -> Iterator[Metric]:
         """See base.Evaluator."""
@@ -45,15 +46,17 @@ class Evaluator(base.Evaluator):
         yield Metric("decoder_projection", float(sums["projection"]) / n / math.sqrt(square) if square else math.nan)
 
 
-@jax.jit
-def _sums(sae: AbstractSae, x_NX: jax.Array, y_NY: jax.Array, keep_N: jax.Array) -> dict[str, jax.Array]:
-    if sae.config.input_norm in PER_VECTOR:
-        _, mean_N1, scale_N1 = normalise(x_NX, sae.config.input_norm)
+@partial(jax.jit, static_argnames="norm")
+def _sums(
+    w_dec_FY: jax.Array, b_dec_Y: jax.Array, x_NX: jax.Array, y_NY: jax.Array, keep_N: jax.Array, norm: InputNorm
+) -> dict[str, jax.Array]:
+    if norm in PER_VECTOR:
+        _, mean_N1, scale_N1 = normalise(x_NX, norm)
         y_NY = (y_NY - mean_N1) / scale_N1
     n_taken = min(mixing.N_ROWS, len(keep_N))
     kept_N, n_kept = jnp.argsort(~keep_N, stable=True), keep_N.sum(dtype=jnp.int32)  # kept rows first
     taken_RY = y_NY[kept_N[jnp.arange(n_taken) * n_kept // n_taken]]
-    projection = mixing.nth_projections(taken_RY, sae.w_dec, sae.b_dec).mean()
+    projection = mixing.nth_projections(taken_RY, w_dec_FY, b_dec_Y).mean()
     n, weight_N1 = n_kept.astype(jnp.float32), keep_N.astype(jnp.float32)[:, None]
     mean_1Y = (weight_N1 * y_NY).sum(0, keepdims=True) / jnp.maximum(n, 1.0)
     return {"rows": n, "projection": n * projection, "square": (weight_N1 * (y_NY - mean_1Y) ** 2).sum()}
