@@ -6,7 +6,7 @@ A law is only known to hold where it was fitted: how far the advice lies beyond 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -43,6 +43,15 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class _Alike:
+    """What a fit.json says of scaling/active.py."""
+
+    n_latents: int
+    best: int
+    within: tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
 class _Facts:
     """What a fit.json says beside its laws."""
 
@@ -53,6 +62,7 @@ class _Facts:
     flops_per_token: dict[str, float]
     lr_of_points: dict[str, float]
     warnings: list[str]
+    active: list[_Alike] = field(default_factory=list)  # by width; a fit of points without the number has none
 
     def __post_init__(self) -> None:
         for name in ("k", "d_model", "widest"):
@@ -111,6 +121,8 @@ def _advise(compute: float, path: str, content: dict[str, Any], facts: _Facts, k
             )
         elif ratio > 1:
             notes.append(f"{what}: {ratio:,.3g} times the largest that was fitted")
+    if k is not None and facts.active:
+        notes.append(_on_k(min(facts.active, key=lambda each: abs(math.log(each.n_latents / n))), k))
     settings = {"variant": facts.variant, "n_latents": n, **({} if k is None else {"k": k})}
     return Advice(
         compute=compute,
@@ -127,6 +139,18 @@ def _advise(compute: float, path: str, content: dict[str, Any], facts: _Facts, k
         fvu_interval=fit.ends(draws_M),
         d_model=facts.d_model,
         notes=tuple(notes),
+    )
+
+
+def _on_k(alike: _Alike, k: int) -> str:
+    """Where decoder rows are least alike, for this k. No law: it holds on planted features, and not on all of them."""
+    low, high = alike.within
+    of = f"k: guidance from how alike decoder rows are at {alike.n_latents} latents: "
+    if low is None or high is None:
+        return f"{of}none, as they are not least alike at a k between those tried; fit a sweep with more"
+    return (
+        f"{of}least at k={alike.best}, {alike.best / k:.2g} times this k, or anywhere from {low} to {high}; planted "
+        f"features bear it out where they are nearly orthogonal, and it is no law"
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sae_jax.errors import UsageError, UserError
-from sae_jax.scaling import fit, frontier
+from sae_jax.scaling import active, fit, frontier
 from sae_jax.scaling.forms import FORMS, UnfitError
 from sae_jax.scaling.table import Point
 
@@ -58,6 +58,7 @@ class Study:
     laws: dict[str, Fitted]
     budgets: list[frontier.Budget]
     rates: dict[int, tuple[np.ndarray, np.ndarray, frontier.Valley]]  # width -> rates, losses, their minimum
+    active: list[active.Curve]  # signs of mixed features over k
     flops_per_token: dict[str, float]
     lr_of_points: dict[str, float]  # coefficient * n^exponent through the rate of each width's best point
     warnings: list[str] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Study:
             **laws,
             "flops_per_token": self.flops_per_token,
             "lr_of_points": self.lr_of_points,
+            "active": [curve.to_json() for curve in self.active],
             "warnings": self.warnings,
         }
 
@@ -152,6 +154,7 @@ def study(
         laws,
         budgets,
         rates,
+        active.curves(points),
         _flops_per_token(points, warnings),
         _lr_of_points(at_k),
         warnings,

@@ -24,6 +24,7 @@ def draw(study: Study, folder: Path) -> list[Path]:
         "isoflop": _isoflop if study.budgets else None,
         "joint": _joint if "joint" in study.laws else None,
         "rates": _rates if study.rates else None,
+        "active": _active if study.active else None,
         "residuals": _residuals if {"compute", "latents", "joint"} & study.laws.keys() else None,
     }
     drawn = []
@@ -131,6 +132,16 @@ def _rates(axis: Any, study: Study) -> None:
     _explain_stars(axis, "rates")
     axis.set(xlabel="learning rate", ylabel=FVU)
     _title(axis, study, "Which learning rate is best for a width?")
+
+
+def _active(axis: Any, study: Study) -> None:
+    for i, curve in enumerate(study.active):
+        axis.plot(curve.k, curve.cosine, ".-", color=f"C{i % 10}", linewidth=1, label=f"n = {curve.n_latents}")
+        if None not in curve.within:
+            axis.plot(curve.best, curve.cosine.min(), "*", color=f"C{i % 10}", markersize=10)
+    _explain_stars(axis, "k")
+    axis.set(xlabel="k, active latents a row", ylabel="mean |cos| of pairs of decoder rows")
+    _title(axis, study, "At how many active latents are decoder rows least alike?", at_k=False)
 
 
 def _residuals(axis: Any, study: Study) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sae_jax.progress import plain_console
 from sae_jax.scaling import fit
+from sae_jax.scaling.active import Curve
 from sae_jax.scaling.forms import LARGEST
 from sae_jax.scaling.laws import Fitted, Study
 
@@ -47,9 +48,26 @@ def render(study: Study) -> str:
         ends = fit.ends(law.draw(n))
         within = f" ({ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
         console.print(f"learning rate at n_latents={n}: {law.predict(n):.3g}{within}\n")
+    if study.active:
+        console.print(
+            "how alike decoder rows are over k: guidance on the number of active latents, see docs/scaling.md"
+        )
+        table = Table("latents", "k: mean |cos| of decoder rows", "least at k", "tokens")
+        for curve in study.active:
+            values = ", ".join(f"{k}: {value:.4f}" for k, value in zip(curve.k, curve.cosine, strict=True))
+            table.add_row(str(curve.n_latents), values, _least(curve), f"{curve.tokens:,}")
+        console.print(table)
     for warning in study.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     return text.getvalue()
+
+
+def _least(curve: Curve) -> str:
+    low, high = curve.within
+    if low is not None and high is not None:
+        return f"{curve.best}, or anywhere from {low} to {high}"
+    ends = [f"above {low}"] * (low is not None) + [f"below {high}"] * (high is not None)
+    return f"not between the k tried: {ends[0] if ends else 'the same at all'}"
 
 
 def _written(value: float) -> str:

@@ -43,6 +43,8 @@ class Point:
     budget: float | None = None  # FLOP: the point stands where these were used up
     l0: float | None = None
     dead_fraction: float | None = None
+    decoder_cosine: float | None = None  # and the next: signs of mixed features (ops/mixing.py)
+    decoder_projection: float | None = None
     converged: bool = False  # the convergence rule stopped the member here
     seconds: float | None = None  # of the pass it was trained in
     commit: str = ""
@@ -98,7 +100,9 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("n_latents", "seed", "tokens"), int),
     **dict.fromkeys(("k", "d_model", "steps"), (int, _NO)),
     **dict.fromkeys(("lr", "flops", "fvu"), _NUMBER),
-    **dict.fromkeys(("budget", "l0", "dead_fraction", "seconds"), (*_NUMBER, _NO)),
+    **dict.fromkeys(
+        ("budget", "l0", "dead_fraction", "decoder_cosine", "decoder_projection", "seconds"), (*_NUMBER, _NO)
+    ),
     "converged": bool,
     "config": dict,
 }

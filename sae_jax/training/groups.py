@@ -101,7 +101,8 @@ class MemberGroup:
         return {name: float(value) for name, value in self._share(member, metrics).items()}
 
     def measure(self, batches: Sequence[Batch]) -> dict[Member, dict[str, float]]:
-        """How well each member does on rows that it does not learn from: fvu, l0, dead_fraction.
+        """How well each member does on rows that it does not learn from: fvu, l0, dead_fraction, decoder_cosine and
+        decoder_projection (ops/mixing.py), the last as a share of the rows' root mean square distance from their mean.
 
         The batches are of one size. Centred on the mean of all of them, in float64.
         """
@@ -176,7 +177,14 @@ def _figures(sums: list[Metrics]) -> dict[str, float]:
     values = {name: np.asarray([batch[name] for batch in sums], np.float64) for name in sums[0]}
     spread = ((values["mean"] - values["mean"].mean(0)) ** 2).sum(-1)
     fvu = values["error"].mean() / (values["variance"] + spread).mean()
-    return {"fvu": float(fvu), "l0": float(values["l0"].mean()), "dead_fraction": float(values["dead_fraction"][0])}
+    projection = values["decoder_projection"].mean() / np.sqrt(values["square"].mean())
+    return {
+        "fvu": float(fvu),
+        "l0": float(values["l0"].mean()),
+        "dead_fraction": float(values["dead_fraction"][0]),
+        "decoder_cosine": float(values["decoder_cosine"][0]),
+        "decoder_projection": float(projection),
+    }
 
 
 def _on_slices(one: tuning.Jitted, moves: bool) -> tuning.Jitted:

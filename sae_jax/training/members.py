@@ -47,7 +47,10 @@ class Measurements(Protocol):
         ...
 
     def note(self, member: Member, step: int, metrics: dict[str, float]) -> bool:
-        """Take finite fvu, l0 and dead_fraction down. Whether the member continues; all processes say the same."""
+        """Take down what `MemberGroup.measure` found, of which fvu is finite. Whether the member continues.
+
+        All processes say the same.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sae_jax.ops import tuning
+from sae_jax.ops import mixing, tuning
 from sae_jax.saes import losses
 from sae_jax.saes.base import Batch, Context, Hyperparameters, SaeConfig, Updated
 from sae_jax.saes.normalise import normalise_pair
@@ -100,12 +100,14 @@ def make_measure(sae_config: SaeConfig) -> tuning.Jitted:
         mean: f32[Y], of what is reconstructed; variance: f32[], mean over rows of the squared distance from it.
         l0: f32[], active latents a row on average, as users will see them: thresholds, not the selection of a batch.
         dead_fraction: f32[], of latents.
+        decoder_cosine, decoder_projection: f32[], see ops/mixing.py; the second in units that the decoder works in, and
+        square: f32[], mean over rows of the squared distance from their mean, in these units.
     """
 
     def measure(state: TrainState, hparams: Hyperparameters, batch: Batch) -> Metrics:
         x, y, undo = normalise_pair(batch.x, batch.y, sae_config.input_norm, state.constants.scale)
         y_hat_BY, l0 = state.sae.reconstruct_rows(x)
-        y_BY, y_hat_BY = undo(y).astype(jnp.float32), undo(y_hat_BY)
+        y, y_BY, y_hat_BY = y.astype(jnp.float32), undo(y).astype(jnp.float32), undo(y_hat_BY)
         mean_1Y = y_BY.mean(0, keepdims=True)
         return {
             "error": losses.squared_error(y_BY - y_hat_BY),
@@ -113,6 +115,9 @@ def make_measure(sae_config: SaeConfig) -> tuning.Jitted:
             "variance": losses.squared_error(y_BY - mean_1Y),
             "l0": l0,
             "dead_fraction": (state.counters.silent > hparams.dead_after).mean(dtype=jnp.float32),
+            "decoder_cosine": mixing.pairwise_cosine(state.sae.w_dec),
+            "decoder_projection": mixing.nth_projections(y, state.sae.w_dec, state.sae.b_dec).mean(),
+            "square": losses.squared_error(y - y.mean(0, keepdims=True)),
         }
 
     return tuning.jit(measure)

@@ -19,7 +19,7 @@ from tests.oracles import scaling as oracle
 D_MODEL, K = 64, 8
 FLOPS = 12 * D_MODEL  # of a token, for each latent
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-FIGURES = ("compute", "latents", "isoflop", "joint", "rates", "residuals")
+FIGURES = ("compute", "latents", "isoflop", "joint", "rates", "active", "residuals")
 
 
 def best_rate(n: float) -> float:
@@ -45,6 +45,7 @@ def member(n: int, k: int, lr: float) -> list[table.Point]:
             fvu=float(oracle.trained(np.float64(n), np.float64(tokens))) / 100 * spoilt,
             l0=float(k),
             dead_fraction=0.0,
+            decoder_cosine=0.1 + 0.02 * math.log(k / K) ** 2,  # least at K
             converged=tokens == marks[-1],
             seconds=1.0,
             commit="abc",
@@ -167,6 +168,20 @@ def test_advice_beyond_the_points_says_how_far(fitted, points, capsys):
     assert "guess" not in capsys.readouterr().out
 
 
+def test_where_decoder_rows_are_least_alike_is_told_and_advised(fitted, points, tmp_path, capsys):
+    assert f"{K}, or anywhere from 4 to 16" in (fitted / "fit.txt").read_text()
+    words = ["advise", "--compute=1e10", f"--fit={fitted / 'fit.json'}"]
+    assert cli.main([*words, "--k=16"]) == 0
+    said = capsys.readouterr().out
+    assert f"least at k={K}, 0.5 times this k, or anywhere from 4 to 16" in said
+    rising = [dataclasses.replace(p, decoder_cosine=0.1 + p.k / 100) for p in points if p.k]
+    assert refit(tmp_path, rising) == 0
+    assert "not between the k tried: below 8" in (tmp_path / "fit.txt").read_text()
+    capsys.readouterr()
+    assert cli.main(["advise", "--compute=1e10", f"--fit={tmp_path / 'fit.json'}"]) == 0
+    assert "none, as they are not least alike at a k between those tried" in capsys.readouterr().out
+
+
 def test_the_smallest_that_are_off_do_not_count_and_are_said(points, tmp_path, capsys):
     """As "smallest fall off the trend" (Gao et al. 2024, 3.1); unless all are to count."""
     spoilt = [dataclasses.replace(p, fvu=1.2 * p.fvu) if p.n_latents <= 128 else p for p in points]
@@ -232,7 +247,10 @@ def test_a_table_of_bare_points_is_fitted_and_advised_by(points, tmp_path, capsy
     capsys.readouterr()
     words = ["advise", "--compute=1e10", f"--fit={tmp_path / 'fit.json'}"]
     assert cli.main(words) == 0
-    assert "set on disk" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "set on disk" not in said
+    assert "decoder rows" not in said
+    assert not (tmp_path / "active.png").exists()
     assert cli.main([*words, "--target=h200:8"]) == 2
     assert "has no d_model" in capsys.readouterr().err
 

@@ -88,6 +88,9 @@ def test_a_point_is_what_the_saved_dictionary_does(work: Path) -> None:
     (point,) = [p for p in table.read(work / "whole") if p.name == name and p.steps == STEPS[64][-1]]
     want = on_rows(load(work / "whole" / "passes" / "0of1-0" / "members" / name), rows)
     assert (point.fvu, point.l0) == (pytest.approx(want["fvu"], rel=1e-4), pytest.approx(want["l0"], rel=1e-6))
+    assert point.decoder_cosine == pytest.approx(want["decoder_cosine"], rel=1e-4)
+    # Of all rows, and in `evaluate` of 64.
+    assert point.decoder_projection == pytest.approx(want["decoder_projection"], rel=0.2)
 
 
 def test_killed_at_any_moment_it_goes_on(work: Path) -> None:

@@ -1,0 +1,107 @@
+"""Do decoders say how many latents should be active?
+
+Question: rows are sums of correlated features, a known number of them at a time. TopK autoencoders as wide as there are
+features, at six k. Where are two signs of mixed decoder rows least, the mean cosine of their pairs and the projection of
+rows on them (sae_jax/ops/mixing.py, after Chanin and Garriga-Alonso 2025, arXiv 2508.16560), and is that the number of
+active features, to a factor of 1.5? Does it matter whether there is room for the features to be orthogonal?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.table import Table
+
+import sae_jax
+from sae_jax import figures
+from sae_jax.evaluation.dictionaries import closest
+from sae_jax.evaluation.evaluate import on_rows
+from sae_jax.progress import plain_console
+from sae_jax.testbeds import Pairs, SparseFeatures
+
+BEDS: dict[str, tuple[Any, int]] = {  # and how many features are active, on average
+    "pairs": (Pairs(d_model=64, n_pairs=25, rate=0.2, correlation=0.5), 10),
+    "50 in 100": (SparseFeatures(100, 50, mean_active=10, decay=0.97, correlation_rank=10), 10),
+    "128 in 64": (SparseFeatures(64, 128, mean_active=10, decay=0.99, correlation_rank=10), 10),
+    "256 in 128": (SparseFeatures(128, 256, mean_active=6, decay=0.99, correlation_rank=10), 6),
+}
+SHARES = (0.4, 0.6, 1.0, 1.5, 2.4, 3.6)  # k, of the active features
+SIGNS = {"decoder_cosine": "mean |cos| of decoder rows", "decoder_projection": "projection, share of the rows' size"}
+UNSEEN = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things go, and how long to train."""
+
+    out: Path = Path("build/true_l0")
+    """Folder for results.json and the figure."""
+    beds: tuple[str, ...] = tuple(BEDS)
+    """Which."""
+    variant: str = "topk"
+    """topk, batch_topk or matryoshka."""
+    rows: int = 262_144
+    """Of each bed."""
+    steps: int = 1500
+    """Optimiser steps, of 512 rows."""
+    smoke: bool = False
+    """Few steps at two k on the first bed: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Train at every k on each bed in one pass; write OUT/results.json and OUT/true_l0.png."""
+    steps, n_rows, shares, beds = config.steps, config.rows, SHARES, config.beds
+    if config.smoke:
+        steps, n_rows, shares, beds = 20, 4096, SHARES[:2], beds[:1]
+    config.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in beds:
+        (bed, active), rng = BEDS[name], np.random.default_rng(1)
+        ks = [round(share * active) for share in shares]
+        rows_ND, unseen = bed.draw(n_rows, rng).rows, bed.draw(UNSEEN, rng)
+        members = {f"k{k}": {"variant": config.variant, "k": k} for k in ks}
+        settings = {"n_latents": len(bed.directions), "steps": steps, "batch_size": 512, "ema": 0.0}
+        for k, d in zip(ks, sae_jax.train_members(rows_ND, members, dtype="float32", **settings).values(), strict=True):
+            found = on_rows(d.sae, unseen.rows)
+            cosine = float(closest(bed.directions, np.asarray(d.w_dec))[1].mean())
+            measured = {name: found[name] for name in ("fvu", "l0", *SIGNS)}
+            results.append({"bed": name, "active": active, "k": k, "cosine": cosine, **measured})
+        (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+    plot(results, config.out / "true_l0.png", config.variant)
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """A line each."""
+    table = Table("bed", "k", "FVU", "L0", "found", *SIGNS)
+    for row in results:
+        numbers = (f"{row[name]:.4f}" for name in ("cosine", *SIGNS))
+        table.add_row(row["bed"], str(row["k"]), f"{row['fvu']:.4f}", f"{row['l0']:.1f}", *numbers)
+    plain_console(width=110).print(table)
+
+
+def plot(results: list[dict[str, Any]], path: Path, variant: str) -> None:
+    """Both signs over k, and how well the features are found."""
+    figure = figures.new(10, 3.8)
+    panels = {**SIGNS, "cosine": "cosine of a feature with the nearest decoder row"}
+    for axis, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for bed in dict.fromkeys(row["bed"] for row in results):
+            rows = [row for row in results if row["bed"] == bed]
+            axis.plot([row["k"] / row["active"] for row in rows], [row[name] for row in rows], "o-", label=bed, markersize=4)
+        axis.axvline(1, color="0.4", linestyle="--", linewidth=1)
+        axis.set(xscale="log", xlabel="k over the mean number of active features", ylabel=label)
+        axis.set_xticks(SHARES, SHARES)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(f"Do decoders say how many latents should be active?\n{variant}, as many latents as features")
+    figures.save(figure, path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
