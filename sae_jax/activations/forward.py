@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,25 +16,46 @@ from sae_jax.activations.settings import HarvestConfig
 from sae_jax.types import UsageError
 
 Block: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray]  # ({source: [b, T, D]}, norms f32[b, T, hooks])
+Hooks: TypeAlias = tuple[Any, ...]  # lm.Hook each; of a torch model str
+
+
+def read_hooks(
+    model: lm.LanguageModel | lm.TorchModel, ids_BT: jax.Array | np.ndarray, hooks: Hooks, dtype: str
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
+    if isinstance(model, lm.TorchModel):
+        return model.read(ids_BT, hooks, dtype)
+    return activations_at(model, ids_BT, hooks, dtype)
 
 
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
-def read_hooks(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
-    """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
+def activations_at(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...], dtype: str):
+    """What `read_hooks` gives of a model that JAX runs."""
     acts = lm.run(model, ids_BT, capture=hooks, logits=False).acts
     flat = {str(hook): meshes.reshape(acts[hook], *ids_BT.shape, -1) for hook in hooks}
     norm_BTS = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in flat.values()], -1)
     return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
 
 
-def hooks_of(config: HarvestConfig, model: lm.LanguageModel) -> tuple[lm.Hook, ...]:
-    """The hooks of these settings. UsageError for one that the model lacks, or a context that it has no room for."""
-    hooks = tuple(lm.parse_hook(text, model.spec) for text in config.hooks)
+def hook_of(text: str, model: lm.LanguageModel | lm.TorchModel) -> Any:
+    """The hook of a model that `text` names. UsageError if there is none."""
+    return model.check_hook(text) if isinstance(model, lm.TorchModel) else lm.parse_hook(text, model.spec)
+
+
+def hooks_of(config: HarvestConfig, model: lm.LanguageModel | lm.TorchModel) -> dict[Any, int]:
+    """{hook: width} of these settings.
+
+    Raises UsageError for a hook that the model lacks, or a context that it has no room for.
+    """
+    hooks = tuple(hook_of(text, model) for text in config.hooks)
     if len(set(hooks)) < len(hooks):
         raise UsageError(f"harvest.hooks names a hook twice: {', '.join(config.hooks)}")
-    if config.context > model.spec.n_context:
-        raise UsageError(f"harvest.context={config.context} exceeds the model's {model.spec.n_context} positions")
-    return hooks
+    n_context = model.spec.n_context
+    if n_context is not None and config.context > n_context:
+        raise UsageError(f"harvest.context={config.context} exceeds the model's {n_context} positions")
+    if isinstance(model, lm.TorchModel):
+        return model.widths(hooks, config.context)
+    return {hook: lm.hook_width(model.spec, hook) for hook in hooks}
 
 
 def batch_sequences(config: HarvestConfig, n_devices: int) -> int:
@@ -51,9 +72,11 @@ def source_name(model: str, hook: lm.Hook | str) -> str:
 class Forward:
     """Runs sequences through the models on the devices of a mesh, one batch ahead of the one being fetched."""
 
-    def __init__(self, models: dict[str, lm.LanguageModel], config: HarvestConfig, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self, models: Mapping[str, lm.LanguageModel | lm.TorchModel], config: HarvestConfig, mesh: jax.sharding.Mesh
+    ) -> None:
         self._mesh, self._models = mesh, models
-        self._hooks = {name: hooks_of(config, model) for name, model in models.items()}
+        self._hooks = {name: tuple(hook_of(text, model) for text in config.hooks) for name, model in models.items()}
         self._dtype = config.dtype
         self.batch = batch_sequences(config, mesh.size)
         self.is_compiled = False

@@ -15,9 +15,10 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -113,12 +114,12 @@ def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Dev
 
     Raises as `harvest`.
     """
-    mesh = meshes.lm_mesh(config.split, devices or jax.local_devices())
+    devices = devices or jax.local_devices()
+    mesh = meshes.lm_mesh(config.split, devices[:1] if config.backend == "torch" else devices)
     references = {name: lm.resolve(reference) for name, reference in config.models().items()}
     template = None if config.chat is None else first_template([*references.values()])
-    models = {
-        name: lm.load(reference, config.precision, recorded=True, mesh=mesh) for name, reference in references.items()
-    }
+    load = lm.load_torch if config.backend == "torch" else partial(lm.load, mesh=mesh)
+    models = {name: load(reference, config.precision, recorded=True) for name, reference in references.items()}
     tokenizer = shared_tokenizer(models)
     n_vocab = min(model.spec.n_vocab for model in models.values())
     chat = None
@@ -210,15 +211,14 @@ def _write_shards(
         console.print(f"{sinks.told(tokenizer)}; {what}")
 
 
-def shared_tokenizer(models: dict[str, lm.LanguageModel]) -> lm.Tokenizer:
+def shared_tokenizer(models: Mapping[str, lm.LanguageModel | lm.TorchModel]) -> lm.Tokenizer:
     """The tokenizer of all models.
 
     Raises UsageError where one has another, to which the same ids would be other text, and UserError where the
     embedding of one has too few rows.
     """
-    specs = [model.spec for model in models.values()]
     (name, first), *others = models.items()
-    tokenizer = lm.tokenizer(first.reference, *specs, recorded=True)
+    tokenizer = lm.tokenizer(first.reference, *(model.spec.n_vocab for model in models.values()), recorded=True)
     for other, model in others:
         its = lm.tokenizer(model.reference, recorded=True)
         if (its.vocabulary, its.separator_id) != (tokenizer.vocabulary, tokenizer.separator_id):
@@ -231,12 +231,12 @@ def shared_tokenizer(models: dict[str, lm.LanguageModel]) -> lm.Tokenizer:
 
 def plan(
     config: HarvestConfig,
-    models: dict[str, lm.LanguageModel],
+    models: Mapping[str, lm.LanguageModel | lm.TorchModel],
     tokenizer: lm.Tokenizer,
     chat: Conversations | None = None,
 ) -> tuple[SetSpec, texts.Scan, tokens.PackedText]:
     """The set that these settings describe, the same on every machine, what its text is made of, and its sequences."""
-    hooks = [(name, hook) for name, model in models.items() for hook in hooks_of(config, model)]
+    hooks = [(name, hook, width) for name, model in models.items() for hook, width in hooks_of(config, model).items()]
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config)
@@ -258,16 +258,15 @@ def plan(
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
-    widths = [lm.hook_width(models[name].spec, hook) for name, hook in hooks]
     n_shards, shard_rows, chunk_rows = layout(
-        n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for w in widths], config.context
+        n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for *_, w in hooks], config.context
     )
     spec = SetSpec(
         sources=tuple(
             SourceSpec(
                 source_name(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook)
             )
-            for (name, hook), width in zip(hooks, widths, strict=True)
+            for name, hook, width in hooks
         ),
         n_shards=n_shards,
         shard_rows=shard_rows,
@@ -289,6 +288,7 @@ def plan(
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
         precision=None if config.precision == "float32" else config.precision,
+        backend="torch" if config.backend == "torch" else None,
     )
     return spec, scanned, packed
 

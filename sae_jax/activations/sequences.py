@@ -142,6 +142,11 @@ def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -
     spec = activations.source(source)
     if spec.model is None or spec.hook is None:
         raise UsageError(f"{source} of {activations.path} names no language model; use a set of sae-jax harvest")
+    if activations.spec.backend == "torch":
+        raise UsageError(
+            f"{activations.path} was made with harvest.backend=torch, through which there are no gradients; train on "
+            f"its rows, or harvest with harvest.backend=jax"
+        )
     model = lm.load(spec.model, activations.spec.precision or "float32", recorded=True)
     if model.digest != spec.model_digest:
         raise UserError(

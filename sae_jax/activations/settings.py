@@ -38,7 +38,7 @@ class HarvestConfig:
     hooks: tuple[str, ...] = ("resid_post.2",)
     """where in the model, as point.layer; all are stored with the same rows. Points of a block: resid_pre, attn_in,
     attn_z, attn_raw, attn_out, resid_mid, mlp_in, mlp_act, mlp_raw, mlp_out, resid_post. `sae-jax hooks MODEL` says
-    which a model has; layers count from 0"""
+    which a model has; layers count from 0. With backend=torch also the name of a module, such as model.layers.5.mlp"""
     context: int = 128
     """tokens of a sequence"""
     tokens: int = 0
@@ -50,6 +50,8 @@ class HarvestConfig:
     sequences have such rows, none if not"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """of the model's parameters and products"""
+    backend: Literal["jax", "torch"] = "jax"
+    """what runs the model; torch (pip install 'sae_jax[torch]') runs every causal model of transformers"""
     split: int = 1
     """devices that each copy of a model is split over; 1 = it lies whole on each"""
     batch_tokens: int = 4096
@@ -77,6 +79,8 @@ class HarvestConfig:
             raise UsageError(f"harvest.max_norm_multiple={multiple} must be above 1 and finite, auto or none")
         if self.split < 1:
             raise UsageError(f"harvest.split={self.split} must be at least 1")
+        if self.backend == "torch" and self.split > 1:
+            raise UsageError(f"harvest.split={self.split}: harvest.backend=torch runs a model whole; use 1")
 
     def fields(self) -> Fields:
         """What of a record of the text is the document. Raises UsageError for a template that names no field."""

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +37,7 @@ INDEX_NAMES = ("token", "seq", "pos")
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
 
 # Fields that were added to format 3: recorded where they say something, so that the SHA-256 of older sets is the same.
-ADDED = ("text_template", "shuffled", "chat", "chat_template_digest", "precision", "first_token")
+ADDED = ("text_template", "shuffled", "chat", "chat_template_digest", "precision", "first_token", "backend")
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -107,6 +107,7 @@ class SetSpec:
     context: int | None = None  # tokens
     sequences_per_shard: int | None = None
     precision: str | None = None  # of the language model; None: float32
+    backend: Literal["torch"] | None = None  # that ran the language model; None: JAX
     max_norm_multiple: float | None = None  # rows above this multiple of the median norm were left out
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax import artifact, recipe, runs, storage
+from sae_jax import artifact, lm, recipe, runs, storage
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
@@ -65,6 +65,7 @@ def run(argv: Sequence[str]) -> None:
     activations = open_activations(activations_path)
     text = held_out(activations, d.record.sites, ALL_TOKENS)
     assert text is not None
+    assert isinstance(text.model, lm.LanguageModel)
     pca = baselines.pca(sample_rows(activations, d.record.sites.x[0]), round(result["l0"]))
     summary = {
         **{name: result[name] for name in SHOWN},

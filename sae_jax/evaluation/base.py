@@ -71,7 +71,7 @@ class TextBatch:
     Dictionaries of one site share it, so what does not depend on a dictionary is computed once.
     """
 
-    model: lm.ReplacedSite  # with the logits of the model as it is
+    model: lm.ReplacedSite | lm.TorchSite  # with the logits of the model as it is
     is_text: jax.Array  # bool[S * T]: no special token, of the role that counts, and not filled up
     is_sink: jax.Array  # bool[S * T]: a norm far above the median (activations/sinks.py)
     counted: jax.Array  # f32[S, T - 1]: 1 where the next token and the one it is predicted from are text
@@ -79,12 +79,14 @@ class TextBatch:
 
     def losses(self, rows_NY: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cross-entropy, KL from the model as it is) with rows f32[S * T, Y] put in: sums over T, f32[S] each."""
-        return _losses_with(self.model, rows_NY, self.counted)
+        site = self.model
+        logits_STV = site.with_rows(rows_NY) if isinstance(site, lm.TorchSite) else _logits_with(site, rows_NY)
+        return _losses(site.logits, logits_STV, site.ids, self.counted)
 
     @cached_property
     def ce_clean(self) -> jax.Array:
         """Cross-entropy of the model as it is: sums over T, f32[S]."""
-        return _clean_loss(self.model, self.counted)
+        return _clean_loss(self.model.logits, self.model.ids, self.counted)
 
     @cached_property
     def ce_zero(self) -> jax.Array:
@@ -191,13 +193,19 @@ def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _clean_loss(model: lm.ReplacedSite, counted_ST: jax.Array) -> jax.Array:
-    return (lm.cross_entropy(model.logits, model.ids) * counted_ST).sum(-1)
+def _clean_loss(logits_STV: jax.Array, ids_ST: jax.Array, counted_ST: jax.Array) -> jax.Array:
+    return (lm.cross_entropy(logits_STV, ids_ST) * counted_ST).sum(-1)
 
 
 @jax.jit
-def _losses_with(model: lm.ReplacedSite, rows_NY: jax.Array, counted_ST: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits_STV, _ = model.with_rows(rows_NY)
-    kl_ST = lm.kl_divergence(model.logits[:, :-1], logits_STV[:, :-1])
-    cross_entropy_ST = lm.cross_entropy(logits_STV, model.ids)
+def _logits_with(model: lm.ReplacedSite, rows_NY: jax.Array) -> jax.Array:
+    return model.with_rows(rows_NY)[0]
+
+
+@jax.jit
+def _losses(
+    clean_STV: jax.Array, logits_STV: jax.Array, ids_ST: jax.Array, counted_ST: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    kl_ST = lm.kl_divergence(clean_STV[:, :-1], logits_STV[:, :-1])
+    cross_entropy_ST = lm.cross_entropy(logits_STV, ids_ST)
     return (cross_entropy_ST * counted_ST).sum(-1), (kl_ST * counted_ST).sum(-1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
+from sae_jax.activations.forward import Hooks
 from sae_jax.activations.sinks import MULTIPLE, above
 from sae_jax.activations.store import ActivationSet
 from sae_jax.artifact import Dictionary
@@ -91,7 +92,10 @@ def of_text(
         for start in starts:
             ids_ST = first.sequences[start : start + size]
             filled_ST = np.pad(ids_ST, ((0, size - len(ids_ST)), (0, 0)))
-            acts, logits_STV = _run(first.model, jnp.asarray(filled_ST, jnp.int32), hooks)
+            if isinstance(first.model, lm.TorchModel):
+                acts, logits_STV = first.model.run(filled_ST, hooks)
+            else:
+                acts, logits_STV = _run(first.model, jnp.asarray(filled_ST, jnp.int32), hooks)
             batch = {}
             for sites, text in texts.items():
                 here = [name for name, candidate in candidates.items() if candidate.sites == sites]
@@ -113,8 +117,8 @@ def of_text(
 
 
 def _at_site(
-    text: HeldOut, text_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[lm.Hook, jax.Array], logits_STV: jax.Array
-) -> tuple[lm.ReplacedSite, jax.Array, np.ndarray]:
+    text: HeldOut, text_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[Any, jax.Array], logits_STV: jax.Array
+) -> tuple[lm.ReplacedSite | lm.TorchSite, jax.Array, np.ndarray]:
     """(the model, ready for other rows where a dictionary writes; what it encodes; which positions are sinks)."""
     hooks = tuple(dict.fromkeys(text.encoded + text.reconstructed))
     norms = [_norms(acts[hook])[: len(text_ST)] for hook in hooks]
@@ -123,11 +127,12 @@ def _at_site(
     keep_ST = text.keep(text_ST, norm_STS)
     keep_ST = np.pad(keep_ST, ((0, len(filled_ST) - len(text_ST)), (0, 0)))  # what is filled up counts nowhere
 
-    def site(hooks: tuple[lm.Hook, ...]) -> lm.ReplacedSite:
+    def site(hooks: Hooks) -> lm.ReplacedSite | lm.TorchSite:
         here = {hook: acts[hook] for hook in hooks}
-        return lm.ReplacedSite(
-            text.model, jnp.asarray(filled_ST, jnp.int32), jnp.asarray(keep_ST), here, logits_STV, (), hooks
-        )
+        ids, keep, model = jnp.asarray(filled_ST, jnp.int32), jnp.asarray(keep_ST), text.model
+        if isinstance(model, lm.TorchModel):
+            return lm.TorchSite(model, ids, keep, here, logits_STV, hooks)
+        return lm.ReplacedSite(model, ids, keep, here, logits_STV, (), hooks)
 
     return site(text.reconstructed), site(text.encoded).rows, is_sink_ST
 

@@ -11,7 +11,7 @@ from sae_jax import lm
 from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
 from sae_jax.activations.conversations import Conversations
-from sae_jax.activations.forward import read_hooks
+from sae_jax.activations.forward import Hooks, hook_of, read_hooks
 from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.lm.chat import first_template
@@ -26,9 +26,9 @@ class HeldOut:
     """Text that no row of a set came from, with the model to run it through and the hooks of one site."""
 
     name: str  # the reference of the text
-    model: lm.LanguageModel
-    encoded: tuple[lm.Hook, ...]  # the sources side by side in what is encoded
-    reconstructed: tuple[lm.Hook, ...]
+    model: lm.LanguageModel | lm.TorchModel
+    encoded: Hooks  # the sources side by side in what is encoded
+    reconstructed: Hooks
     sequences: np.ndarray  # i32[n, T], packed as in the set
     text: np.ndarray  # bool[n, T], no special tokens, and of conversations those of the role that the set has rows of
     max_norm_multiple: float | None  # as in the set
@@ -46,7 +46,7 @@ class HeldOut:
         """Activations f32[N, X] of what is encoded, at all positions that the set would hold."""
         return np.concatenate(self.rows_of(self.encoded), axis=-1)
 
-    def rows_of(self, hooks: tuple[lm.Hook, ...]) -> list[np.ndarray]:
+    def rows_of(self, hooks: Hooks) -> list[np.ndarray]:
         """Activations f32[N, D] of each hook, at all positions that the set would hold."""
         blocks = []
         for first in range(0, len(self.sequences), 64):
@@ -116,8 +116,9 @@ def held_out(
     if another is not None and another.model.reference == reference:
         encoded, reconstructed = _hooks(hooks, sites, another.model)
         return replace(another, encoded=encoded, reconstructed=reconstructed)
-    loaded = lm.load(reference, spec.precision or "float32", recorded=True)
-    tokenizer = lm.tokenizer(reference, loaded.spec, recorded=True)
+    load = lm.load_torch if spec.backend == "torch" else lm.load
+    loaded = load(reference, spec.precision or "float32", recorded=True)
+    tokenizer = lm.tokenizer(reference, loaded.spec.n_vocab, recorded=True)
     if loaded.digest != sources[0].model_digest:
         say_or_refuse(f"the weights of {reference} are not those that {activations.path} was made with", model, "model")
     if spec.tokenizer == sources[0].model and spec.tokenizer_digest not in (None, tokenizer.digest):
@@ -141,7 +142,10 @@ def held_out(
 
 
 def _conversations(
-    activations: ActivationSet, model: lm.LanguageModel, tokenizer: lm.Tokenizer, given: str | None
+    activations: ActivationSet,
+    model: lm.LanguageModel | lm.TorchModel,
+    tokenizer: lm.Tokenizer,
+    given: str | None,
 ) -> Conversations | None:
     """What makes tokens of held-out conversations: the chat template of the set. None for other text."""
     spec = activations.spec
@@ -177,11 +181,9 @@ def say_or_refuse(difference: str, given: str | None, flag: str) -> None:
     say_once(f"warning: {difference}")
 
 
-def _hooks(
-    hooks: dict[str, str], sites: Sites, model: lm.LanguageModel
-) -> tuple[tuple[lm.Hook, ...], tuple[lm.Hook, ...]]:
+def _hooks(hooks: dict[str, str], sites: Sites, model: lm.LanguageModel | lm.TorchModel) -> tuple[Hooks, Hooks]:
     """Hooks of what is encoded and of what is reconstructed."""
-    encoded, reconstructed = (tuple(lm.parse_hook(hooks[name], model.spec) for name in names) for names in sites)
+    encoded, reconstructed = (tuple(hook_of(hooks[name], model) for name in names) for names in sites)
     return encoded, reconstructed
 
 

@@ -1,4 +1,4 @@
-"""Decoder language models as pure functions: load, read and edit any activation, generate; no torch."""
+"""Decoder language models as pure functions: load, read and edit any activation, generate; no torch but where asked."""
 
 from sae_jax.lm import intervene
 from sae_jax.lm.generate import generate
@@ -9,6 +9,7 @@ from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, reso
 from sae_jax.lm.run import Cache, Output, check_ids, empty_cache, run
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer
+from sae_jax.lm.torch_model import TorchModel, TorchSite, load_torch
 from sae_jax.lm.weights import digest
 from sae_jax.ops.predictions import cross_entropy, kl_divergence
 
@@ -22,6 +23,8 @@ __all__ = [
     "ReplacedSite",
     "Spec",
     "Tokenizer",
+    "TorchModel",
+    "TorchSite",
     "check_hook",
     "check_ids",
     "cross_entropy",
@@ -33,6 +36,7 @@ __all__ = [
     "kl_divergence",
     "later_hooks",
     "load",
+    "load_torch",
     "locate",
     "logit_effect",
     "names_elsewhere",

@@ -63,7 +63,7 @@ def family_of(config: Mapping[str, Any], reference: str) -> Family:
     if model_type not in families():
         raise UserError(
             f"model {reference!r} has model_type {model_type!r}, which is not supported; "
-            f"supported: {', '.join(families())}. For any other model, compute the activations yourself and write "
-            f"them with sae_jax.write_activations"
+            f"supported: {', '.join(families())}. Any other runs in torch with harvest.backend=torch; or compute the "
+            f"activations yourself and write them with sae_jax.write_activations"
         )
     return family(model_type)

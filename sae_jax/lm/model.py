@@ -83,18 +83,18 @@ def read_spec(reference: str, *, recorded: bool = False) -> Spec:
     return weights.read_spec(locate(reference, ["config.json"], recorded=recorded))
 
 
-def tokenizer(reference: str, *models: Spec, recorded: bool = False) -> Tokenizer:
+def tokenizer(reference: str, *n_vocab: int, recorded: bool = False) -> Tokenizer:
     """The tokenizer of the model that `reference` names; errors as `load`.
 
-    `models`: those that read its tokens. Raises UserError if the embedding of one has too few rows for them.
+    `n_vocab`: rows of the embeddings that its tokens are for. Raises UserError if one has too few.
     """
     loaded = read_tokenizer(locate(reference, recorded=recorded))
-    for spec in models:
+    for n_rows in n_vocab:
         check_indices(
             loaded.n_used - 1,
-            spec.n_vocab,
+            n_rows,
             f"the tokenizer of {reference} does not fit the model: token id",
-            f"the embedding has {spec.n_vocab} rows; use the tokenizer that the model was trained with",
+            f"the embedding has {n_rows} rows; use the tokenizer that the model was trained with",
         )
     return loaded
 

@@ -76,6 +76,8 @@ def _write_site(
     effects = None
     if reads:
         say_once(f"{target.hook} does not join the residual stream: its latents have no direct effect on the logits")
+    elif activations.spec.backend == "torch":
+        say_once(f"{activations.path} was made with harvest.backend=torch: pages are without effects on the logits")
     elif reference and target.hook:
         effects = _logit_effects(reference, target, activations.path, model)
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:

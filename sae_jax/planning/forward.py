@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sae_jax import lm, storage
 from sae_jax import mesh as meshes
-from sae_jax.activations.forward import read_hooks
+from sae_jax.activations.forward import activations_at
 from sae_jax.activations.spec import DTYPES
 from sae_jax.lm import params
 from sae_jax.lm.hooks import POINTS
@@ -126,7 +126,8 @@ class ForwardPass:
     def from_json(cls, values: dict[str, Any]) -> ForwardPass:
         """The inverse of `to_json`."""
         spec = storage.as_type(values["spec"], lm.Spec, "the language model's sizes")
-        return cls(**{**values, "spec": spec, "hooks": tuple(lm.Hook(*hook) for hook in values["hooks"])})
+        parts: dict[str, Any] = {**values, "spec": spec, "hooks": tuple(lm.Hook(*hook) for hook in values["hooks"])}
+        return cls(**parts)
 
     def lower(self, mesh: Mesh | AbstractMesh) -> jax.stages.Lowered:
         """The pass of a batch as a harvest runs it on this mesh (mesh.lm_mesh), of shapes alone."""
@@ -136,7 +137,7 @@ class ForwardPass:
         )
         rows = meshes.sharding(mesh, meshes.lm_rows(mesh))
         ids_BT = jax.ShapeDtypeStruct((self.n_sequences, self.context), jnp.int32, sharding=rows)
-        return read_hooks.trace(lm.LanguageModel(parameters, self.spec), ids_BT, self.hooks, self.dtype).lower()
+        return activations_at.trace(lm.LanguageModel(parameters, self.spec), ids_BT, self.hooks, self.dtype).lower()
 
     def _shard_bytes(self) -> dict[str, Any]:
         """Bytes of each parameter on one device."""

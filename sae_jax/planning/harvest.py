@@ -94,7 +94,7 @@ def passes_of(config: HarvestConfig, n_devices: int) -> dict[str, ForwardPass]:
         spec = lm.read_spec(reference)
         passes[name] = ForwardPass(
             spec=spec,
-            hooks=hooks_of(config, lm.LanguageModel({}, spec)),
+            hooks=tuple(hooks_of(config, lm.LanguageModel({}, spec))),
             context=config.context,
             n_sequences=batch_sequences(config, n_devices),
             n_devices=n_devices,

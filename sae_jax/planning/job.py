@@ -104,6 +104,8 @@ def from_recipe(
 
 def _through_model(harvest: HarvestConfig, site: Sequence[str], later: bool) -> ThroughModel:
     """The model that a recipe harvests, and the hook of its source."""
+    if harvest.backend == "torch":
+        raise UsageError("harvest.backend=torch has no gradients; to train through the model, use harvest.backend=jax")
     source = site[0] if site else harvest.hooks[0]
     for name, reference in harvest.models().items():
         prefix = f"{name}." if name else ""
