@@ -79,7 +79,7 @@ class Forward:
         self._hooks = {name: tuple(hook_of(text, model) for text in config.hooks) for name, model in models.items()}
         self._dtype = config.dtype
         self.batch = batch_sequences(config, mesh.size)
-        self.is_compiled = False
+        self.is_compiled = config.backend == "torch"  # which has nothing to compile
         self._looked_at: tuple[np.ndarray, Any] | None = None
 
     def look(self, ids_BT: np.ndarray) -> np.ndarray:
