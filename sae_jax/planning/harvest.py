@@ -21,6 +21,7 @@ from sae_jax.planning.forward import ForwardPass
 from sae_jax.planning.job import check_settings
 from sae_jax.planning.targets import Target, parse
 from sae_jax.progress import console
+from sae_jax.types import UsageError
 
 ORIGIN_BYTES = 4 * (len(INDEX_NAMES) + 1)  # where a row is from, and its token among the sequences
 
@@ -36,6 +37,8 @@ class HarvestJob:
 
     def __post_init__(self) -> None:
         check_settings(self.mfu, self.timeout)
+        if self.harvest.backend == "torch":
+            raise UsageError("harvest.backend=torch is not compiled; plan with harvest.backend=jax")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sae_jax.commands import main as cli
 from sae_jax.planning import compile, hlo, targets
 from sae_jax.planning.forward import block_flop
 from sae_jax.planning.harvest import passes_of
+from sae_jax.types import UsageError
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -246,3 +247,8 @@ def test_the_report_says_what_it_is(capsys, model, no_compiler):
     said = capsys.readouterr().out
     for words in ("does NOT fit, by an ESTIMATE", "--shard i/2", "fits with --harvest.split=4", "all of the text"):
         assert words in said
+
+
+def test_what_torch_runs_is_not_planned():
+    with pytest.raises(UsageError, match=r"harvest\.backend=torch is not compiled; plan with harvest\.backend=jax"):
+        planning.HarvestJob("h100:1", HarvestConfig(backend="torch"))
