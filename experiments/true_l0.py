@@ -92,7 +92,8 @@ def plot(results: list[dict[str, Any]], path: Path, variant: str) -> None:
     for axis, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for bed in dict.fromkeys(row["bed"] for row in results):
             rows = [row for row in results if row["bed"] == bed]
-            axis.plot([row["k"] / row["active"] for row in rows], [row[name] for row in rows], "o-", label=bed, markersize=4)
+            shares, values = [row["k"] / row["active"] for row in rows], [row[name] for row in rows]
+            axis.plot(shares, values, "o-", label=bed, markersize=4)
         axis.axvline(1, color="0.4", linestyle="--", linewidth=1)
         axis.set(xscale="log", xlabel="k over the mean number of active features", ylabel=label)
         axis.set_xticks(SHARES, SHARES)
