@@ -148,8 +148,8 @@ def _on_k(alike: _Alike, k: int) -> list[str]:
     if low is None or high is None:
         return []
     return [
-        f"k: at {alike.n_latents} latents decoder rows are least alike at k={alike.best}, {alike.best / k:.2g} times this "
-        f"k, or anywhere from {low} to {high}: guidance that planted features support, no law"
+        f"k: at {alike.n_latents} latents decoder rows are least alike at k={alike.best}, {alike.best / k:.2g} times "
+        f"this k, or anywhere from {low} to {high}: guidance that planted features support, no law"
     ]
 
 
