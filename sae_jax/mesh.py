@@ -125,8 +125,8 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
     By itself JAX forgets how a first axis of size 1 is split where another axis of size 1 comes or goes, and gives each
     of two axes that one becomes a part of the devices.
     """
-    sharding = jax.typeof(x).sharding
-    where = P(sharding.spec[0]) if AxisType.Explicit in sharding.mesh.axis_types else None
+    now = jax.typeof(x).sharding
+    where = NamedSharding(now.mesh, P(now.spec[0])) if AxisType.Explicit in now.mesh.axis_types else None
     return jnp.reshape(x, shape, out_sharding=where)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.activations.settings import HarvestConfig
 from sae_jax.types import UsageError
+
+Block: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray]  # ({source: [b, T, D]}, norms f32[b, T, hooks])
 
 
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
@@ -49,31 +51,62 @@ class Forward:
         self._dtype = config.dtype
         n_copies = mesh.size // config.split
         self.batch = max(config.batch_tokens // config.context // n_copies, 1) * n_copies  # sequences
+        self.is_compiled = False
+        self._looked_at: tuple[np.ndarray, Any] | None = None
 
-    def __call__(self, ids_ST: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """({name: [b, T, D]}, norms [b, T, hooks]) block by block, on the host."""
-        queued: tuple[int, Any] | None = None
-        for first in range(0, len(ids_ST), self.batch):
-            ids_BT = ids_ST[first : first + self.batch]
-            n = len(ids_BT)
-            # A short last batch is filled up: another shape would compile the model again.
-            ids_BT = np.concatenate([ids_BT, np.zeros((self.batch - n, ids_BT.shape[1]), np.int32)])
-            with jax.set_mesh(self._mesh):
-                placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.lm_rows(self._mesh)))
-                result = [
-                    read_hooks(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()
-                ]
+    def look(self, ids_BT: np.ndarray) -> np.ndarray:
+        """Norms [b, T, hooks] of at most a batch of sequences. If they are what comes next, they are not run again."""
+        result = self._start(ids_BT)
+        self._looked_at = ids_BT, result
+        return self._fetch(result)[1][: len(ids_BT)]
+
+    def __call__(self, arrays: Iterable[np.ndarray]) -> Iterator[Block]:
+        """Blocks of arrays i32[S, T] of sequences, on the host, in their order; a batch goes on with the next array."""
+        queued: tuple[list[int], Any] | None = None
+        for parts in _batches(arrays, self.batch):
+            ids_BT, (looked_at, result) = np.concatenate(parts), self._looked_at or (None, None)
+            self._looked_at = None
+            if looked_at is None or not np.array_equal(looked_at, ids_BT):
+                result = self._start(ids_BT)
             if queued is not None:
-                yield self._fetch(*queued)
-            queued = (n, result)
+                yield from self._blocks(*queued)
+            queued = [len(part) for part in parts], result
         if queued is not None:
-            yield self._fetch(*queued)
+            yield from self._blocks(*queued)
 
-    def _fetch(self, n: int, result: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _start(self, ids_BT: np.ndarray) -> Any:
+        self.is_compiled = True
+        # A short batch is filled up: another shape would compile the model again.
+        ids_BT = np.concatenate([ids_BT, np.zeros((self.batch - len(ids_BT), ids_BT.shape[1]), np.int32)])
+        with jax.set_mesh(self._mesh):
+            placed = jax.device_put(ids_BT, meshes.sharding(self._mesh, meshes.lm_rows(self._mesh)))
+            return [read_hooks(model, placed, self._hooks[name], self._dtype) for name, model in self._models.items()]
+
+    def _blocks(self, lengths: list[int], result: Any) -> Iterator[Block]:
+        acts, norm_BTS = self._fetch(result)
+        for n in lengths:
+            yield {name: x_BTD[:n] for name, x_BTD in acts.items()}, norm_BTS[:n]
+            acts, norm_BTS = {name: x_BTD[n:] for name, x_BTD in acts.items()}, norm_BTS[n:]
+
+    def _fetch(self, result: Any) -> Block:
         acts, norms = zip(*jax.device_get(result), strict=True)
-        blocks = {
-            source_name(name, hook): x_BTD[:n]
+        by_source = {
+            source_name(name, hook): x_BTD
             for name, of_model in zip(self._models, acts, strict=True)
             for hook, x_BTD in of_model.items()
         }
-        return blocks, np.concatenate(norms, axis=-1)[:n]
+        return by_source, np.concatenate(norms, axis=-1)
+
+
+def _batches(arrays: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """Batches of `size` sequences, the last of them smaller, each as the parts of arrays that it is made of."""
+    parts, room = [], size
+    for ids_ST in arrays:
+        while len(ids_ST):
+            parts.append(ids_ST[:room])
+            ids_ST, room = ids_ST[room:], room - len(parts[-1])
+            if not room:
+                yield parts
+                parts, room = [], size
+    if parts:
+        yield parts

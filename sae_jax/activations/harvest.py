@@ -32,7 +32,7 @@ from sae_jax.activations.conversations import ALL, Conversations, roles_of
 from sae_jax.activations.fields import COLUMN
 from sae_jax.activations.forward import Forward, hooks_of, source_name
 from sae_jax.activations.settings import HarvestConfig
-from sae_jax.activations.shards import empty_rows, index_of, run_shard
+from sae_jax.activations.shards import empty_rows, index_of, take_shard
 from sae_jax.activations.sinks import MULTIPLE, Sinks
 from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
 from sae_jax.lm.chat import first_template
@@ -73,13 +73,14 @@ def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Call
     shard_tokens = (spec.sequences_per_shard or 0) * config.context
     start = (len(mine) - len(todo)) * shard_tokens
     # Shards come in order, so the text before the first of them is tokenised, too, if it is not the first of the text.
-    first = "compiling" if not todo or todo[0] == 0 else f"tokenising the text before shard {todo[0]}; compiling"
+    first = "running the first batch" if forward.is_compiled else "compiling"
+    if todo and todo[0]:
+        first = f"tokenising the text before shard {todo[0]}; {first}"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
         stream = () if stop() else shards_of_text(config, text, todo, spec, lambda file: unread.pop(file, None))
-        stream = itertools.takewhile(lambda _: not stop(), stream)
         with Ahead(stream, SHARDS_AHEAD, "tokenise") as ahead:
-            _write_shards(forward, text.tokenizer, spec, writer, ahead, progress, start)
+            _write_shards(forward, text.tokenizer, spec, writer, ahead, progress, start, stop)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
     elif not stop():
@@ -137,9 +138,8 @@ def _multiple(out: str | None, text: tokens.PackedText, forward: Forward) -> flo
     ids_ST, text_ST = text.stacked(0, forward.batch)
     sinks = Sinks()
     with Progress("first sequences", len(ids_ST), "sequences") as progress:
-        for _, norm_BTS in forward(ids_ST):
-            sinks.add(ids_ST, text_ST, norm_BTS)
-            progress.update(len(ids_ST))
+        sinks.add(ids_ST, text_ST, forward.look(ids_ST))
+        progress.update(len(ids_ST))
     if not sinks.n:
         return None
     console.print(
@@ -157,8 +157,12 @@ def _write_shards(
     stream: Ahead[tuple[int, np.ndarray, np.ndarray]],
     progress: Progress,
     done: int,
+    stop: Callable[[], bool],
 ) -> None:
-    """Run shard after shard through the models, and write each while the next one is computed."""
+    """Run shard after shard through the models, and write each while the next one is computed.
+
+    A batch that one shard does not fill goes on with the next.
+    """
     sinks = Sinks()
     rows_written, first, pending = 0, None, None  # first: (tokens done, time) once the models are compiled
     disk_seconds = 0.0
@@ -182,9 +186,13 @@ def _write_shards(
         show()
 
     with ThreadPoolExecutor(1) as disk:
-        for number, ids_ST, text_ST in stream:
+        shards, for_models = itertools.tee(stream)
+        blocks = forward(ids_ST for _, ids_ST, _ in for_models)
+        for number, ids_ST, text_ST in shards:
+            if stop():
+                break
             acts = empty_rows(spec, ids_ST.size)
-            keep_ST = run_shard(forward, ids_ST, text_ST, spec.max_norm_multiple, acts, on_block, sinks)
+            keep_ST = take_shard(blocks, ids_ST, text_ST, spec.max_norm_multiple, acts, on_block, sinks)
             rows = {name: x_ND[keep_ST.ravel()] for name, x_ND in acts.items()}
             del acts
             if pending is not None:

@@ -36,7 +36,7 @@ from sae_jax.activations.harvest import prepare, shards_of_text
 from sae_jax.activations.order import shuffled
 from sae_jax.activations.segments import Segments, ShardMaker, cut, noted, shard_rows
 from sae_jax.activations.settings import HarvestConfig
-from sae_jax.activations.shards import index_of, run_shard
+from sae_jax.activations.shards import index_of, take_shard
 from sae_jax.activations.sinks import Sinks
 from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows
 from sae_jax.activations.spec import DTYPES, SetSpec, as_bits
@@ -294,7 +294,9 @@ class ModelShards(ShardMaker):
         """See ShardMaker."""
         self._on_rows = on_rows
         ids_ST, text_ST = self._sequences(shard)
-        keep_ST = run_shard(self._forward, ids_ST, text_ST, self.spec.max_norm_multiple, out, on_rows, Sinks())
+        keep_ST = take_shard(
+            self._forward([ids_ST]), ids_ST, text_ST, self.spec.max_norm_multiple, out, on_rows, Sinks()
+        )
         kept = np.flatnonzero(keep_ST)
         if shard == 0 and self._folder is not None:
             writer = store.create(self._folder / "set", self.spec)

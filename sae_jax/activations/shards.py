@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
 
 import numpy as np
 
+from sae_jax.activations.forward import Block
 from sae_jax.activations.sinks import Sinks, keep
 from sae_jax.activations.spec import DTYPES, SetSpec
-
-# Runs sequences i32[S, T] through models, block by block: ({source: [b, T, D]}, norms f32[b, T, hooks]), on the host.
-RunSequences: TypeAlias = Callable[[np.ndarray], Iterator[tuple[dict[str, np.ndarray], np.ndarray]]]
 
 
 def empty_rows(spec: SetSpec, n: int) -> dict[str, np.ndarray]:
@@ -19,8 +16,8 @@ def empty_rows(spec: SetSpec, n: int) -> dict[str, np.ndarray]:
     return {source.name: np.empty((n, source.d), DTYPES[source.dtype]) for source in spec.sources}
 
 
-def run_shard(
-    forward: RunSequences,
+def take_shard(
+    blocks: Iterator[Block],
     ids_ST: np.ndarray,
     text_ST: np.ndarray,
     max_norm_multiple: float | None,
@@ -28,10 +25,10 @@ def run_shard(
     on_block: Callable[[int], None],
     sinks: Sinks,
 ) -> np.ndarray:
-    """Run the sequences of a shard through the models.
+    """Take the activations of a shard's sequences as the models give them.
 
     Args:
-        forward: the models.
+        blocks: what `Forward` gives for these sequences, and perhaps for those of later shards.
         ids_ST: the sequences, i32[S, T].
         text_ST: bool, the positions that may have rows.
         max_norm_multiple: see HarvestConfig.
@@ -43,7 +40,8 @@ def run_shard(
         Which of these rows the set holds, bool[S, T].
     """
     norms, end = [], 0
-    for acts, norm_BTS in forward(ids_ST):
+    while end < ids_ST.size:
+        acts, norm_BTS = next(blocks)
         start, end = end, end + norm_BTS[..., 0].size
         for name, block in acts.items():
             out[name][start:end] = block.reshape(end - start, -1)

@@ -236,22 +236,21 @@ class KConfig(SaeConfig):
         """See SaeConfig."""
         return self.k
 
-    def weights(self, key: jax.Array, sample: Sample, transposed: bool = True) -> dict[str, jax.Array]:
-        """w_enc, b_enc, w_dec: the decoder is the transposed encoder with unit rows, the encoder's bias is 0.
+    def weights(self, key: jax.Array, width: int, transposed: bool = True) -> dict[str, jax.Array]:
+        """w_enc, b_enc, w_dec for rows of this width: the decoder is the transposed encoder with unit rows, b_enc is 0.
 
         The encoder is divided by r, the mean norm of what the k strongest latents make of random unit vectors. Not
         `transposed`: a decoder that knows nothing of the encoder, else the same.
 
         Source: Gao et al. 2024, arXiv 2406.04093, section A.1 and its released code.
         """
-        encoder_width, width = sample.median.shape[0], sample.mean.shape[0]
-        w_enc, b_enc = linear_rows(key, self.n_latents, encoder_width), zeros((self.n_latents,), mesh.DICT)
+        w_enc, b_enc = linear_rows(key, self.n_latents, width), zeros((self.n_latents,), mesh.DICT)
         probe_key, decoder_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
         w_dec = unit_rows(w_enc if transposed else linear_rows(decoder_key, self.n_latents, width))
         n_devices = mesh.axis_size(mesh.AXES)
-        shape = (math.ceil(N_PROBES / n_devices) * n_devices, encoder_width)
+        shape = (math.ceil(N_PROBES / n_devices) * n_devices, width)
         probes_PX = unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
-        code, _ = encode.encode_topk(probes_PX, w_enc, b_enc, jnp.zeros(encoder_width), self.k, jnp.dtype(self.dtype))
+        code, _ = encode.encode_topk(probes_PX, w_enc, b_enc, jnp.zeros(width), self.k, jnp.dtype(self.dtype))
         r = jnp.linalg.norm(sparse.decode(code, w_dec)[0], axis=-1).mean()
         return {"w_enc": w_enc / jnp.where(r > 0, r, 1.0), "b_enc": b_enc, "w_dec": w_dec}
 

@@ -59,7 +59,9 @@ class Config(ThresholdConfig):
 
     def init(self, key: jax.Array, sample: Sample) -> BatchTopK:
         """See KConfig.weights."""
-        return BatchTopK(**self.weights(key, sample), b_dec=sample.median, threshold=jnp.zeros(()), config=self)
+        return BatchTopK(
+            **self.weights(key, sample.median.shape[0]), b_dec=sample.median, threshold=jnp.zeros(()), config=self
+        )
 
 
 class Thresholded(AbstractSae):

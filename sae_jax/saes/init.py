@@ -16,6 +16,8 @@ from sae_jax import mesh
 from sae_jax.saes.normalise import InputNorm, Scale, factor, normalise_pair
 from sae_jax.types import UsageError, Widths
 
+RIDGE = 1e-2
+
 
 @struct.dataclass
 class Sample:
@@ -24,10 +26,10 @@ class Sample:
     median: jax.Array  # f32[X], geometric median of x
     mean: jax.Array  # f32[Y], of y
     variance: jax.Array  # f32[], mean over rows and dimensions of (y - mean y)^2
-    square: jax.Array  # f32[], mean over rows of the squared norm of x
     scale: Scale
     widths: Widths = struct.field(pytree_node=False)
     same: bool = struct.field(pytree_node=False, default=True)  # y is x
+    from_x: jax.Array | None = None  # f32[Y, X], what x says of y, see `linear_map`; None: y is x
 
 
 def sample_statistics(
@@ -66,15 +68,30 @@ def sample_statistics(
         raise UsageError(
             f"the sample of {len(x_ND)} activations has variance {variance}; a set must hold finite, varied rows"
         )
-    statistics = (geometric_median(x_ND), y_ND.mean(0), variance, (x_ND**2).sum(1).mean())
-    median, mean, variance, square = (jnp.asarray(value, jnp.float32) for value in statistics)
-    return Sample(median, mean, variance, square, scale, widths, same)
+    statistics = (geometric_median(x_ND), y_ND.mean(0), variance)
+    median, mean, variance = (jnp.asarray(value, jnp.float32) for value in statistics)
+    from_x = None if same else jnp.asarray(linear_map(x_ND, y_ND), jnp.float32)
+    return Sample(median, mean, variance, scale, widths, same, from_x)
+
+
+def linear_map(x_ND: np.ndarray, y_ND: np.ndarray) -> np.ndarray:
+    """f64[Y, X]: A of y - mean y ~ A (x - mean x) with the least squared error, by ridge regression.
+
+    The penalty is RIDGE of the mean variance of x, so that directions in which x hardly varies say nothing.
+    """
+    x_ND = x_ND - x_ND.mean(0)
+    gram_XX = x_ND.T @ x_ND
+    ridge = RIDGE * np.trace(gram_XX) / len(gram_XX)
+    if ridge == 0:
+        return np.zeros((y_ND.shape[1], len(gram_XX)))
+    return np.linalg.solve(gram_XX + ridge * np.eye(len(gram_XX)), x_ND.T @ (y_ND - y_ND.mean(0))).T
 
 
 def abstract_sample(widths: Widths) -> Sample:
     """Shapes in the place of a sample."""
     x, y, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((sum(widths.x),), (sum(widths.y),), ()))
-    return Sample(x, y, one, one, Scale(x, y), widths)  # pyrefly: ignore[bad-argument-type] (shapes for arrays)
+    from_x = jax.ShapeDtypeStruct((*y.shape, *x.shape), jnp.float32)
+    return Sample(x, y, one, Scale(x, y), widths, from_x=from_x)  # pyrefly: ignore[bad-argument-type] (shapes)
 
 
 def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: float = 1e-5) -> np.ndarray:

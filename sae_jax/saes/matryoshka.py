@@ -65,7 +65,9 @@ class Config(batch_topk.ThresholdConfig):
 
     def init(self, key: jax.Array, sample: Sample) -> Matryoshka:
         """See KConfig.weights."""
-        return Matryoshka(**self.weights(key, sample), b_dec=sample.median, threshold=jnp.zeros(()), config=self)
+        return Matryoshka(
+            **self.weights(key, sample.median.shape[0]), b_dec=sample.median, threshold=jnp.zeros(()), config=self
+        )
 
     def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
         """Mean squares of activations, where they order the latents."""

@@ -65,7 +65,9 @@ class Config(KConfig):
 
     def init(self, key: jax.Array, sample: Sample) -> TopK:
         """See KConfig.weights. The bias is the geometric median."""
-        return TopK(**self.weights(key, sample, self.decoder == "transposed"), b_dec=sample.median, config=self)
+        return TopK(
+            **self.weights(key, sample.median.shape[0], self.decoder == "transposed"), b_dec=sample.median, config=self
+        )
 
     def k_at(self, step: jax.Array) -> jax.Array:
         """Active latents at a step, i32[]."""

@@ -5,9 +5,13 @@
     relu   ReLU                   loss = error + l1_coefficient * mean ||z||_1                    see saes/losses.py
 
 `site` names what is encoded, `reconstruct` what is reconstructed: the input and the output of an MLP, or the outputs of
-several later ones side by side, which makes each layer's transcoder a cross-layer one. Encoder and decoder begin
-independent of each other, nothing is subtracted from x, b_dec begins as the mean of y and W_skip at zero. Decoder rows
-have unit norm, the gradient is projected and the rows renormalised, as in an autoencoder.
+several later ones side by side, which makes each layer's transcoder a cross-layer one. Nothing is subtracted from x.
+Decoder rows have unit norm, the gradient is projected and the rows renormalised, as in an autoencoder.
+
+It begins as an autoencoder of y does, with what a linear map A says of y (`init.linear_map`) in the place of y: W_enc =
+W A, b_enc = -W_enc median x, b_dec = mean y, W_skip = 0, where W is that autoencoder's encoder. This is ours. In the
+sources the encoder begins independent of the decoder; of 1,024 latents for the bundled model's last MLP 42 % were then
+silent and FVU was 0.134, after 500 steps, where now 13 % are and it is 0.105.
 
 `decode` gives what the latents write; the skip is added where x is at hand, in `sae(x)` and in training.
 
@@ -57,12 +61,18 @@ class Config(KConfig, L1Config):
 
     def init(self, key: jax.Array, sample: Sample) -> Transcoder:
         """See KConfig.weights and the head of this file."""
-        shape = sample.mean.shape[0], sample.median.shape[0]
-        w_skip = jnp.zeros(shape) if self.skip else None
-        sae = Transcoder(**self.weights(key, sample, False), b_dec=sample.mean, w_skip=w_skip, config=self)
-        # What is written is as large as y varies, not as x is: latents would be driven out of use until it is.
-        ratio = jnp.sqrt(sample.variance * shape[0] / jnp.maximum(sample.square, 1e-30))
-        return replace(sae, w_enc=sae.w_enc * ratio)
+        of_y = self.weights(key, sample.mean.shape[0])
+        w_enc_FX = of_y["w_enc"]
+        if sample.from_x is not None:
+            w_enc_FX = jnp.einsum("fy,yx->fx", w_enc_FX, sample.from_x, precision="highest")
+        return Transcoder(
+            w_enc=w_enc_FX,
+            b_enc=init.centring(w_enc_FX, sample.median),
+            w_dec=of_y["w_dec"],
+            b_dec=sample.mean,
+            w_skip=jnp.zeros((len(sample.mean), len(sample.median))) if self.skip else None,
+            config=self,
+        )
 
     def check(self, widths: Widths, same: bool) -> None:
         """Refuse to encode several sources, or to reconstruct what is encoded."""

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
+from sae_jax.activations import forward as forward_module
 from sae_jax.activations.commits import committed_shards
-from sae_jax.activations.forward import Forward
+from sae_jax.activations.forward import Forward, read_hooks
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.sinks import keep
 from sae_jax.activations.store import open_activations
@@ -74,6 +75,18 @@ def test_the_set_does_not_depend_on_the_batch(text, tmp_path, monkeypatch):
             for hook in hooks:
                 rows = [np.float32(s.read_chunk(hook, chunk)) for s in (a, b)]
                 np.testing.assert_allclose(*rows, rtol=1e-2, atol=1e-2)
+
+
+def test_workers_of_a_set_make_the_bytes_of_one(text, tmp_path):
+    """A batch goes on from one shard to the next, and the next of a worker is another one."""
+    harvest(small(text), str(tmp_path / "one"))
+    for worker in range(3):
+        harvest(small(text), str(tmp_path / "three"), shard=(worker, 3))
+    one, three = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "one", tmp_path / "three")
+    )
+    assert one == three
 
 
 def test_references_are_good_from_any_folder(text, tmp_path, monkeypatch):
@@ -206,14 +219,20 @@ def test_bad_settings_are_refused(text, tmp_path, settings):
     assert not (tmp_path / "set").exists()
 
 
-def test_batches_come_back_in_order(text):
-    from sae_jax import lm
-
+def test_batches_go_on_from_array_to_array_and_come_back_in_order(text, monkeypatch):
     mesh = meshes.lm_mesh(1, jax.local_devices())
     model = lm.load("bundled", mesh=mesh)
     ids = np.random.default_rng(0).integers(1, 2000, (21, 16)).astype(np.int32)
     forward = Forward({"": model}, small(text), mesh)
-    got = np.concatenate([acts["resid_post.0"] for acts, _ in forward(ids)])
+    n_runs = []
+    monkeypatch.setattr(forward_module, "read_hooks", lambda *args: n_runs.append(1) or read_hooks(*args))
+    forward.look(ids[: forward.batch])  # is the first batch, and not run again
+    arrays = np.split(ids, [3, 3, 4, 17])
+    blocks = [*forward(arrays)]
+    got = np.concatenate([acts["resid_post.0"] for acts, _ in blocks])
+    ends = np.cumsum([len(norms) for _, norms in blocks])
+    assert {3, 4, 17, 21} <= {*ends}  # a block is of one array
+    assert len(n_runs) == -(-len(ids) // forward.batch)
     want = lm.run(model, ids, capture=[(0, "resid_post")], logits=False).acts[(0, "resid_post")]
     np.testing.assert_allclose(np.float32(got), want, rtol=2e-2, atol=2e-2)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, init, normalise, transcoder
+from sae_jax.saes import base, init, normalise, topk, transcoder
 from sae_jax.types import UsageError, Widths
 from tests.oracles import transcoder as oracle
 from tests.saes.contexts import context_of
@@ -104,15 +104,23 @@ def test_used_on_rows_it_is_the_oracle_and_folds(activation):
 
 def test_initialisation():
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((500, 32)), rng.standard_normal((500, 48)) + 3
+    x, noise, map_YX = (rng.standard_normal(shape) for shape in ((500, 32), (500, 48), (48, 32)))
+    x[:, 0], y = 7, x @ map_YX.T + noise + 3  # a direction that does not vary says nothing
     config = transcoder.Config(n_latents=256, k=8, skip=True, dtype="float32")
     sae = config.init(jax.random.key(0), init.sample_statistics(x, "none", y))
     np.testing.assert_allclose(jnp.linalg.norm(sae.w_dec, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(sae.b_dec, y.mean(0), rtol=1e-4)
-    written = np.asarray(sae(100 * x)) - np.asarray(sae.b_dec)
+    of_y = topk.Config(n_latents=256, k=8, dtype="float32").init(jax.random.key(0), init.sample_statistics(y, "none"))
+    centred = x - x.mean(0)
+    ridge = 0.01 * (centred**2).sum() / 32
+    a_YX = np.linalg.solve(centred.T @ centred + ridge * np.eye(32), centred.T @ y).T
+    np.testing.assert_allclose(sae.w_dec, of_y.w_dec)
+    np.testing.assert_allclose(sae.w_enc, of_y.w_enc @ a_YX, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sae.w_enc @ init.geometric_median(x), -sae.b_enc, rtol=1e-3, atol=1e-3)
     far = config.init(jax.random.key(0), init.sample_statistics(100 * x, "none", y))
-    np.testing.assert_allclose(far(100 * x) - far.b_dec[None], written / 100, rtol=1e-3, atol=1e-4)
-    assert 0.3 < np.linalg.norm(written / 100) / np.linalg.norm(y - y.mean(0)) < 3
+    np.testing.assert_allclose(far(100 * x), sae(x), rtol=1e-3, atol=1e-3)
+    error = [np.square(y - y_hat).sum() for y_hat in (np.asarray(sae(x)), y.mean(0))]
+    assert error[0] < error[1]
     assert sae.w_skip.shape == (48, 32)
     assert not sae.w_skip.any()
 

@@ -221,7 +221,7 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
 
 WIDTHS = Widths.one(24)
 ONES = np.ones(24, np.float32)
-SAMPLE = init.Sample(0 * ONES, 0 * ONES, np.float32(1), np.float32(1), normalise.Scale(ONES, ONES), WIDTHS)
+SAMPLE = init.Sample(0 * ONES, 0 * ONES, np.float32(1), normalise.Scale(ONES, ONES), WIDTHS)
 SAE = topk.Config(n_latents=64, k=4, dtype="float32", aux_coefficient=0.0)
 
 
