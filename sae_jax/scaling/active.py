@@ -1,8 +1,9 @@
 """At which k the decoder rows of a width are least alike: guidance on how many latents should be active.
 
 Too few make rows share what correlated features have in common, and so do too many. The mean |cos| of pairs
-(ops/mixing.py, after Chanin and Garriga-Alonso 2025, arXiv 2508.16560 v3, section 3.5) is least in between, and rises
-faster to the left. It is noisy and flat there, so what a few k say is an interval.
+(ops/mixing.py, after Chanin and Garriga-Alonso 2025, arXiv 2508.16560 v3, section 3.5) is least in between, where
+features are nearly orthogonal; where there are more of them than dimensions it may fall without an end
+(experiments/true_l0.py). It is flat near the least, so what a few k say is an interval.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ class Curve:
     tokens: int
     k: np.ndarray  # i64[N], rising
     cosine: np.ndarray  # f64[N], mean |cos| of decoder rows
-    projection: np.ndarray  # f64[N], share of the rows' size; NaN where the table has none
 
     @property
     def best(self) -> int:
@@ -62,13 +62,11 @@ def curves(points: Sequence[Point]) -> list[Curve]:
         shared = set.intersection(*({point.tokens for point in group} for group in by_k.values()))
         if len(by_k) >= N_K and shared:
             tokens, ks = max(shared), sorted(by_k)
-            means_N2 = [_mean([point for point in by_k[k] if point.tokens == tokens]) for k in ks]
-            found.append(Curve(n, tokens, np.array(ks), *np.array(means_N2).T))
+            cosine_N = [_mean([point for point in by_k[k] if point.tokens == tokens]) for k in ks]
+            found.append(Curve(n, tokens, np.array(ks), np.array(cosine_N)))
     return found
 
 
-def _mean(points: list[Point]) -> tuple[float, float]:
+def _mean(points: list[Point]) -> float:
     lr = min(points, key=lambda point: point.fvu).lr
-    seeds = [(p.decoder_cosine, p.decoder_projection) for p in points if p.lr == lr]
-    cosine, projection = np.mean(np.array(seeds, np.float64), axis=0)  # None is NaN
-    return cosine, projection
+    return float(np.array([point.decoder_cosine for point in points if point.lr == lr], np.float64).mean())

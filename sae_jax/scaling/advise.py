@@ -122,7 +122,7 @@ def _advise(compute: float, path: str, content: dict[str, Any], facts: _Facts, k
         elif ratio > 1:
             notes.append(f"{what}: {ratio:,.3g} times the largest that was fitted")
     if k is not None and facts.active:
-        notes.append(_on_k(min(facts.active, key=lambda each: abs(math.log(each.n_latents / n))), k))
+        notes += _on_k(min(facts.active, key=lambda each: abs(math.log(each.n_latents / n))), k)
     settings = {"variant": facts.variant, "n_latents": n, **({} if k is None else {"k": k})}
     return Advice(
         compute=compute,
@@ -142,16 +142,15 @@ def _advise(compute: float, path: str, content: dict[str, Any], facts: _Facts, k
     )
 
 
-def _on_k(alike: _Alike, k: int) -> str:
-    """Where decoder rows are least alike, for this k. No law: it holds on planted features, and not on all of them."""
+def _on_k(alike: _Alike, k: int) -> list[str]:
+    """Where decoder rows are least alike, beside this k; nothing where that is not between those tried."""
     low, high = alike.within
-    of = f"k: guidance from how alike decoder rows are at {alike.n_latents} latents: "
     if low is None or high is None:
-        return f"{of}none, as they are not least alike at a k between those tried; fit a sweep with more"
-    return (
-        f"{of}least at k={alike.best}, {alike.best / k:.2g} times this k, or anywhere from {low} to {high}; planted "
-        f"features bear it out where they are nearly orthogonal, and it is no law"
-    )
+        return []
+    return [
+        f"k: at {alike.n_latents} latents decoder rows are least alike at k={alike.best}, {alike.best / k:.2g} times "
+        f"this k, or anywhere from {low} to {high}: guidance that planted features support, no law"
+    ]
 
 
 def _error(

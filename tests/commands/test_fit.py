@@ -173,13 +173,13 @@ def test_where_decoder_rows_are_least_alike_is_told_and_advised(fitted, points, 
     words = ["advise", "--compute=1e10", f"--fit={fitted / 'fit.json'}"]
     assert cli.main([*words, "--k=16"]) == 0
     said = capsys.readouterr().out
-    assert f"least at k={K}, 0.5 times this k, or anywhere from 4 to 16" in said
+    assert f"decoder rows are least alike at k={K}, 0.5 times this k, or anywhere from 4 to 16" in said
     rising = [dataclasses.replace(p, decoder_cosine=0.1 + p.k / 100) for p in points if p.k]
     assert refit(tmp_path, rising) == 0
     assert "not between the k tried: below 8" in (tmp_path / "fit.txt").read_text()
     capsys.readouterr()
     assert cli.main(["advise", "--compute=1e10", f"--fit={tmp_path / 'fit.json'}"]) == 0
-    assert "none, as they are not least alike at a k between those tried" in capsys.readouterr().out
+    assert "decoder rows" not in capsys.readouterr().out
 
 
 def test_the_smallest_that_are_off_do_not_count_and_are_said(points, tmp_path, capsys):

@@ -147,6 +147,21 @@ def test_metrics_are_ratios_of_sums_over_all_rows(rows, sae, subject):
     assert sum(got["density_histogram"]["counts"]) == dense.any(0).sum()
 
 
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+def test_projections_are_of_rows_as_the_decoder_makes_them(rows, norm):
+    x = rows[:60] * np.linspace(1, 3, 60, dtype=np.float32)[:, None]  # fewer than are taken of a batch
+    config = topk.Config(n_latents=F, k=K, dtype="float32", input_norm=norm)
+    sae = config.init(jax.random.key(0), init.sample_statistics(x, norm))
+    got = on_rows(sae, x)["decoder_projection"]
+    y, w = np.float64(x), np.float64(sae.w_dec)
+    if norm == "layer_norm":
+        y = (y - y.mean(1, keepdims=True)) / (y.std(1, ddof=1, keepdims=True) + 1e-5)
+    z = (y - np.float64(sae.b_dec)) @ (w / np.linalg.norm(w, axis=1, keepdims=True)).T
+    taken = np.arange(64) * 60 // 64  # of 4096 rows, of which 60 count
+    size = np.sqrt(((y - y.mean(0)) ** 2).sum(1).mean())
+    assert got == pytest.approx(-np.sort(-z, axis=1)[taken, F // 4].mean() / size, rel=1e-3)
+
+
 def test_rows_in_memory_are_cut_into_blocks(rows, sae):
     whole, cut = on_rows(sae, rows), on_rows(sae, rows, block_rows=300)
     assert whole["l0_histogram"] == cut["l0_histogram"]
