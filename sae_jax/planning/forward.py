@@ -95,8 +95,8 @@ class ForwardPass:
         """An estimate of what a batch needs on one device beside parameters and results.
 
         Scores and their softmax, or the wide arrays of the MLP, whichever is more, and three arrays as wide as the
-        stream. Compiled for an H100, nine models and sizes took 0.7 to 1.05 times this and the results. A TPU may copy a
-        parameter to another layout besides.
+        stream. Compiled for an H100, nine models and sizes took 0.7 to 1.03 times this and the results; a TPU may copy
+        a parameter to another layout besides.
         """
         spec, size = self.spec, DTYPES[self.precision].itemsize
         n_heads, d_mlp = (n // self.split if n % self.split == 0 else n for n in (spec.n_heads, spec.d_mlp))
