@@ -132,14 +132,15 @@ def cure(config: HarvestConfig, host: Target, factor: float) -> list[str] | None
         host: the machine of a worker.
         factor: by which the estimates of peaks are raised.
     """
-    for changes in _changes(config, host.n_devices):
+    # One setting rather than two, and bfloat16, which changes the rows a little, last.
+    for changes in sorted(_changes(config, host.n_devices), key=lambda new: ("precision" in new, len(new))):
         if factor * peak_bytes(passes_of(replace(config, **changes), host.n_devices)) <= host.usable_bytes:
             return [f"--harvest.{name}={value}" for name, value in changes.items()]
     return None
 
 
 def _changes(config: HarvestConfig, n_devices: int) -> Iterator[dict[str, Any]]:
-    """Settings to try: smaller batches, then more devices a copy, then bfloat16, which changes the rows a little."""
+    """Settings to try: smaller batches, and these with more devices a copy, and both in bfloat16."""
     for precision in dict.fromkeys((config.precision, "bfloat16")):
         for split in (n for n in range(config.split, n_devices + 1) if n_devices % n == 0):
             least = config.context * (n_devices // split)

@@ -8,7 +8,8 @@ One branch of a conditional runs: the one with the most work in the busiest step
 - An asynchronous collective is two instructions, start and done. It counts where it is done.
 - A TPU's `all-reduce-scatter` is a fusion around an all-reduce that moves what a reduce-scatter moves, and is one.
 - Operands are names; their shapes stand where they are made.
-- A TPU makes a batched product a convolution whose batch axes are spatial, as wide as they are and dilated as much.
+- A TPU makes a batched product a convolution whose batch axes are spatial, as wide as they are and dilated as much; so
+  are axes of the right side alone, along which the left side is one number among zeros.
 """
 
 from __future__ import annotations
@@ -257,12 +258,32 @@ def _products_flop(computation: list[_Instruction]) -> int:
             continue
         left, right, out = (_numbers(_ARRAY.findall(s)[0][1]) for s in (*(shapes[o] for o in i.operands), i.shape))
         if i.opcode == "dot":
-            inner = math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
+            flop += 2 * math.prod(out) * math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
         else:
-            kernel = i.text.partition("dim_labels=")[2].partition("_")[2].partition("->")[0]  # "oi" in bf_oi->bf
-            inner = right[kernel.index("i")] * _window(i)
-        flop += 2 * math.prod(out) * inner
+            flop += _convolution_flop(i, left, right, out)
     return flop
+
+
+def _convolution_flop(i: _Instruction, left: list[int], right: list[int], out: list[int]) -> int:
+    """Two for each pair of numbers that meet: zeros between and around those of the left side are no work."""
+    of_left, of_right, of_out = re.split("_|->", i.text.partition("dim_labels=")[2].partition(",")[0])
+    flop = 2 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+    window = i.attribute("window")
+    for axis in range(len(of_left) - 2):  # spatial ones are digits
+        size, stride, dilation = (int(_along(window, name, axis, "1")) for name in ("size", "stride", "lhs_dilate"))
+        pad = int(_along(window, "pad", axis, "0_0").partition("_")[0])
+        n, pairs = left[of_left.index(str(axis))], 0
+        for first in range(-pad, stride * out[of_out.index(str(axis))] - pad, stride):
+            last = min((first + size - 1) // dilation, n - 1)
+            pairs += max(last - max(-(-first // dilation), 0) + 1, 0)
+        flop *= pairs
+    return flop
+
+
+def _along(window: str, name: str, axis: int, default: str) -> str:
+    """What a convolution's window says of one axis."""
+    values = re.search(rf"\b{name}=([-\dx_]+)", window)
+    return values[1].split("x")[axis] if values else default
 
 
 def _other_flop(computation: list[_Instruction]) -> int:
@@ -276,17 +297,6 @@ def _other_flop(computation: list[_Instruction]) -> int:
             for name in i.operands[: len(i.operands) // 2]:
                 flop += math.prod(_numbers(_ARRAY.findall(shapes[name])[0][1]))
     return flop
-
-
-def _window(convolution: _Instruction) -> int:
-    """Numbers that a convolution sums along its spatial axes; 1 along one that stands for a batch axis."""
-    window = convolution.attribute("window")
-    sizes, dilations = (re.search(rf"\b{name}=([\dx]+)", window) for name in ("size", "lhs_dilate"))
-    if sizes is None:
-        return 1
-    of_sizes = [int(n) for n in sizes[1].split("x")]
-    of_dilations = [int(n) for n in dilations[1].split("x")] if dilations else [1] * len(of_sizes)
-    return math.prod(-(-size // dilation) for size, dilation in zip(of_sizes, of_dilations, strict=True))
 
 
 def _origin(i: _Instruction) -> str:

@@ -59,3 +59,35 @@ def test_products_sorts_and_open_loops(kind, n_devices, n_sorts):
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="not the text of a compiled program"):
         hlo.analyse("f32[2]")
+
+
+def test_an_axis_of_the_right_side_alone_costs_what_it_makes():
+    """Scores of 4 groups of 2 heads that share their keys, as a TPU's compiler writes them: 8 sequences, 128 tokens."""
+    convolution = (
+        "window={size=8x4x2 stride=7x3x1 pad=0_0x0_0x1_1 lhs_dilate=8x4x1 rhs_reversal=0x0x1}, "
+        "dim_labels=0b1f2_0o12i->01bf2"
+    )
+    text = f"""ENTRY %main (keys: bf16[8,128,4,256,1], queries: bf16[8,128,4,2,256]) -> f32[8,4,128,128,2] {{
+  %keys = bf16[8,128,4,256,1]{{4,3,2,1,0}} parameter(0)
+  %queries = bf16[8,128,4,2,256]{{4,3,2,1,0}} parameter(1)
+  ROOT %scores = f32[8,4,128,128,2]{{4,3,2,1,0}} convolution(%keys, %queries), {convolution}
+}}
+"""
+    assert hlo.analyse(text).matmul_flop == 2 * 8 * 8 * 128 * 128 * 256
+
+
+def test_sums_and_single_numbers_count_beside_products():
+    text = """%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %squares = f32[8,4]{1,0} multiply(%x, %x)
+  ROOT %norms = f32[8]{0} reduce(%squares, %zero), dimensions={1}, to_apply=%add
+}
+"""
+    assert hlo.analyse(text).other_flop == 8 * 4 + 8 * 4 + 1  # and the addition of the sum itself
