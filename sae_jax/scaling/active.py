@@ -69,4 +69,4 @@ def curves(points: Sequence[Point]) -> list[Curve]:
 
 def _mean(points: list[Point]) -> float:
     lr = min(points, key=lambda point: point.fvu).lr
-    return float(np.mean([point.decoder_cosine for point in points if point.lr == lr], dtype=np.float64))
+    return float(np.mean(np.array([point.decoder_cosine for point in points if point.lr == lr], np.float64)))
