@@ -22,8 +22,8 @@ from sae_jax import mesh
 from sae_jax.ops import encode
 
 N_ROWS = 64  # of a batch that are projected: f32[64, F] is the largest array of `nth_projections`
-N_SAMPLED = 1024  # decoder rows that are compared with all
-BLOCK = 64  # of them at a time
+N_PAIRS = 1 << 20  # that `pairwise_cosine` looks at, or with all for as many decoder rows as are a BLOCK
+BLOCK = 64  # decoder rows that are compared with all at a time
 
 
 def nth_projections(y_BD: jax.Array, w_dec_FD: jax.Array, b_dec_D: jax.Array) -> jax.Array:
@@ -52,9 +52,9 @@ def nth_projections(y_BD: jax.Array, w_dec_FD: jax.Array, b_dec_D: jax.Array) ->
 
 
 def pairwise_cosine(w_dec_FD: jax.Array) -> jax.Array:
-    """c, f32[], of decoder rows f32[F, D], DICT: of all pairs up to N_SAMPLED latents, else of so many with all."""
+    """c, f32[], of decoder rows f32[F, D], DICT: of all pairs up to 1,024 latents, else of a sample with all."""
     unit_FD = _unit(w_dec_FD)
-    sample_SD = spread(unit_FD, N_SAMPLED)
+    sample_SD = spread(unit_FD, max(N_PAIRS // unit_FD.shape[0], BLOCK))
 
     def with_others(row_D: jax.Array) -> jax.Array:
         return jnp.abs(jnp.matmul(unit_FD, row_D, precision=encode.EXACT)).sum() - (row_D**2).sum()

@@ -12,6 +12,7 @@ from sae_jax.evaluation.base import Subject
 from sae_jax.evaluation.batches import Candidate, of_text
 from sae_jax.evaluation.evaluate import Measured, accumulate
 from sae_jax.evaluation.text import HeldOut
+from sae_jax.saes import topk
 from sae_jax.types import Code, Sites, Widths
 
 HOOK = lm.Hook(2, "resid_post")
@@ -23,6 +24,9 @@ class Scaled:
 
     factor: Any
     b_enc: Any
+    w_dec: Any
+    b_dec: Any
+    config: Any = struct.field(pytree_node=False)
 
     def encode(self, x):
         return Code(jnp.zeros((*x.shape[:-1], 1), jnp.int32), jnp.ones((*x.shape[:-1], 1)))
@@ -56,7 +60,9 @@ class All(HeldOut):
 
 
 def measure(model, batches, factor, kind=All, hooks=(HOOK,)):
-    width, sae = model.spec.d_model, Scaled(jnp.float32(factor), jnp.zeros(4))
+    width = model.spec.d_model
+    w_dec = jnp.ones((4, width * len(hooks)))
+    sae = Scaled(jnp.float32(factor), jnp.zeros(4), w_dec, w_dec[0], topk.Config(n_latents=4, k=1, input_norm="none"))
     sites, widths = Sites(*[tuple(map(str, hooks))] * 2), Widths(*[(width,) * len(hooks)] * 2)
     ids = np.concatenate(batches)
     text = kind("text", model, hooks, hooks, ids, ids != 0, None)
