@@ -246,7 +246,7 @@ def test_llama_3s_positions_are_read_from_their_factors(golden, tmp_path):
 
 def test_the_tokenizer_comes_out_of_the_file(golden, tmp_path):
     model, path = gguf_of(tmp_path, golden, "llama", "llama")
-    found = tokenizer(str(path), model.spec)
+    found = tokenizer(str(path), model.spec.n_vocab)
     (ids,) = found.encode(["the the"])
     assert found.tokens(ids) == ["the", " the"]
     assert (found.bos_id, found.eos_id, found.special_ids) == (1, 2, (0, 1, 2))
