@@ -1,8 +1,8 @@
 """Does a harvest of a streamed dataset that is killed again and again end with the bytes of one that nothing disturbed?
 
-Question: a dataset comes from a server as the hub's that breaks off in the middle of every other answer. Two workers
-make the four shards of a set, and one of the two, drawn at random, is killed at a random moment, 20 times, and started
-again. Is the set, but for nothing, the one that a single harvest makes of a server that never breaks off?
+Question: a dataset comes from a server that answers as the hub does, but breaks off in the middle of every other file.
+Two workers make the four shards of a set; at random moments, 20 times, one of them is killed and started again. Is the
+set the same as that of a single harvest from a server that never breaks off?
 Guess: yes. A shard is a function of the settings and its number, and the client asks again.
 Command: python experiments/faults/streams.py --out OUT
 Answer: yes. 20 kills, 69 answers broken off, 400,000 tokens in four shards: every file is the same, byte for byte.
