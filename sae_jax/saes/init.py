@@ -29,7 +29,7 @@ class Sample:
     scale: Scale
     widths: Widths = struct.field(pytree_node=False)
     same: bool = struct.field(pytree_node=False, default=True)  # y is x
-    from_x: jax.Array | None = None  # f32[Y, X], what x says of y, see `linear_map`; None: y is x
+    from_x: jax.Array | None = None  # f32[Y, X], see `linear_map`; None: y is x, or x is several sources
 
 
 def sample_statistics(
@@ -70,7 +70,8 @@ def sample_statistics(
         )
     statistics = (geometric_median(x_ND), y_ND.mean(0), variance)
     median, mean, variance = (jnp.asarray(value, jnp.float32) for value in statistics)
-    from_x = None if same else jnp.asarray(linear_map(x_ND, y_ND), jnp.float32)
+    # Transcoders begin with it, and encode one source; with several side by side it would take minutes for nothing.
+    from_x = None if same or len(widths.x) > 1 else jnp.asarray(linear_map(x_ND, y_ND), jnp.float32)
     return Sample(median, mean, variance, scale, widths, same, from_x)
 
 
