@@ -122,7 +122,7 @@ def placed(role: P) -> P | None:
 def reshape(x: jax.Array, *shape: int) -> jax.Array:
     """`x` in another shape whose first axis is split over the devices as the first of x is, and no other.
 
-    Left to itself, JAX forgets how a first axis of size 1 is split where another axis of size 1 comes or goes. It splits
+    Left to itself, JAX forgets how a first axis of size 1 is split where another such axis comes or goes. It splits
     both of two axes that were one.
     """
     now = jax.typeof(x).sharding
