@@ -34,10 +34,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +87,14 @@ class Config:
     """Of weights and order, at the default rates."""
     search: bool = True
     """Whether to train at the other rates, too."""
+    at_once: int = 1
+    """Runs side by side, each in a process of its own; for a GPU that one small run does not fill."""
     smoke: bool = False
     """Ten steps of one narrow width, one seed and no search, of those that are installed: does it run?"""
 
 
 def main(config: Config) -> None:
-    """Train all that are installed, one after the other; write OUT/results.json after each."""
+    """Train all that are installed; write OUT/results.json after each."""
     if config.smoke:
         config = dataclasses.replace(config, widths=(128,), tokens=2560, batch_size=256, seeds=1, search=False)
     recipe = demo_recipe(config.smoke)
@@ -106,32 +110,33 @@ def main(config: Config) -> None:
     jobs = [(n, trainer, 1, seed) for seed in range(config.seeds) for n in config.widths for trainer in trainers]
     if config.search:
         jobs += [(n, trainer, factor, 0) for n in config.widths for trainer in trainers for factor in FACTORS[trainer]]
-    for n_latents, trainer, factor, seed in jobs:
-        about = {"trainer": trainer, "n_latents": n_latents, "factor": factor, "seed": seed}
-        if any(about.items() <= row.items() for row in results):
-            continue
-        began = time.perf_counter()
-        measured = trained(config, data, trainer, n_latents, factor, seed)
-        results.append({**about, **measured, "seconds": time.perf_counter() - began})
-        console.print(json.dumps(results[-1]))
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    with ProcessPoolExecutor(config.at_once, multiprocessing.get_context("spawn")) as pool:
+        waiting = []
+        for n_latents, trainer, factor, seed in dict.fromkeys(jobs):
+            about = {"trainer": trainer, "n_latents": n_latents, "factor": factor, "seed": seed}
+            if not any(about.items() <= row.items() for row in results):
+                waiting.append(pool.submit(trained, config, data, **about))
+        for done in as_completed(waiting):
+            results.append(done.result())
+            console.print(json.dumps(results[-1]))
+            path.write_text(json.dumps(results, indent=1) + "\n")
     show(results)
 
 
 def trained(config: Config, data: Path, trainer: str, n_latents: int, factor: float, seed: int) -> dict[str, Any]:
-    """The rate of a run, and FVU, L0 and the share of silent latents on held-out rows."""
+    """One run: what it is, its rate, and FVU, L0 and the share of silent latents on held-out rows."""
+    began = time.perf_counter()
+    about = {"trainer": trainer, "n_latents": n_latents, "factor": factor, "seed": seed}
     steps, default = config.tokens // config.batch_size, default_rate(trainer, n_latents, config)
     shared = {"n_latents": n_latents, "k": config.k, "batch_size": config.batch_size, "seed": seed}
     shared["lr"] = None if factor == 1 else factor * default
-    if trainer != OURS:
-        return {"lr": factor * default, **of_peer(config, data, {"peer": trainer, "own_steps": steps, **shared})}
-    d = sae_jax.train(data, steps=steps, **shared)
-    measured = on_rows(d.sae, np.load(config.out / "heldout.npy"))
-    return {
-        "lr": factor * default,
-        **{name: measured[name] for name in ("fvu", "l0")},
-        "silent": measured["silent_fraction"],
-    }
+    if trainer == OURS:
+        d = sae_jax.train(data, steps=steps, **shared)
+        found = on_rows(d.sae, np.load(config.out / "heldout.npy"))
+        measured = {"fvu": found["fvu"], "l0": found["l0"], "silent": found["silent_fraction"]}
+    else:
+        measured = of_peer(config, data, {"peer": trainer, "own_steps": steps, **shared})
+    return {**about, "lr": factor * default, **measured, "seconds": time.perf_counter() - began}
 
 
 def of_peer(config: Config, data: Path, task: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def of_peer(config: Config, data: Path, task: dict[str, Any]) -> dict[str, Any]:
     d = np.load(heldout, mmap_mode="r").shape[1]
     task = {**task, "options": "", "data": str(data.absolute()), "d": d}
     orders = [{"steps": task["own_steps"]}, {"fvu": heldout}, {"codes": heldout}]
-    paths = [str(ROOT / "experiments" / "benchmarks"), str(ROOT)]
+    paths = [str(ROOT / "experiments" / "benchmarks"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     finished = subprocess.run(
         [sys.executable, "-c", SERVE, json.dumps(task)],
         input="".join(json.dumps(order) + "\n" for order in orders),

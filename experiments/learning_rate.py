@@ -64,6 +64,8 @@ class Config:
     """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
     tokens: float = 1e6
     """That every member learns from."""
+    batch_size: int = 2048
+    """Rows a step."""
     smoke: bool = False
     """Three rates of three narrow widths, five steps: does it run?"""
 
@@ -71,6 +73,9 @@ class Config:
 def main(config: Config) -> None:
     """Sweep, find the best rate of each width, predict the last; write OUT/result.json."""
     recipe = laptop_recipe(config.smoke)
+    if not config.smoke:
+        train = dataclasses.replace(recipe.train, batch_size=config.batch_size)
+        recipe = dataclasses.replace(recipe, train=train)
     data = harvested(recipe, config.data, config.out)
     widths, rates = ((64, 128, 256), RATES[2:7:2]) if config.smoke else (WIDTHS, RATES)
     grid = {"n_latents": list(widths), "lr": list(rates)}

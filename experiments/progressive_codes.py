@@ -41,7 +41,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LENGTHS = (2, 4, 8, 16, 32, 64, 128)
-K = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Config:
     """The set of configs/scaling_laptop.yaml; made in `out` if not given."""
     n_latents: int = 2048
     """Of every dictionary."""
+    k: int = 32
+    """Active latents a row, of those whose codes are cut."""
     steps: int = 1000
     """Optimiser steps, of 2048 rows."""
     lr: float = 4e-3
@@ -66,22 +67,22 @@ def main(config: Config) -> None:
     """Train all in one pass, decode each at every length; write OUT/results.json and OUT/progressive_codes.png."""
     recipe = laptop_recipe(config.smoke)
     data = harvested(recipe, config.data, config.out)
-    n, steps = (256, 5) if config.smoke else (config.n_latents, config.steps)
+    k, n, steps = (config.k, 256, 5) if config.smoke else (config.k, config.n_latents, config.steps)
     lengths = LENGTHS[3:5] if config.smoke else LENGTHS
-    members = {f"topk{k}": {"k": k} for k in lengths} | {f"multi{K}": {"k": K, "multi_topk": 0.125}}
+    members = {f"topk{length}": {"k": length} for length in lengths} | {f"multi{k}": {"k": k, "multi_topk": 0.125}}
     settings = {"n_latents": n, "steps": steps, "decay": 0.2, "input_norm": "none", "lr": config.lr}
     start = {"sae_config": recipe.sae, "train_config": recipe.train, "site": recipe.site, "out": config.out / "run"}
     trained = sae_jax.train_members(data, members, **start, **settings)
 
     rows_ND = held_out_rows(recipe, data, config.smoke)
 
-    def fvu(name: str, k: int) -> float:
-        return on_rows(at_length(trained[name].sae, k), rows_ND)["fvu"]
+    def fvu(name: str, length: int) -> float:
+        return on_rows(at_length(trained[name].sae, length), rows_ND)["fvu"]
 
     results = {
-        "trained at that k": [fvu(f"topk{k}", k) for k in lengths],
-        f"TopK at {K}": [fvu(f"topk{K}", k) for k in lengths],
-        f"Multi-TopK at {K} and {4 * K}": [fvu(f"multi{K}", k) for k in lengths],
+        "trained at that k": [fvu(f"topk{length}", length) for length in lengths],
+        f"TopK at {k}": [fvu(f"topk{k}", length) for length in lengths],
+        f"Multi-TopK at {k} and {4 * k}": [fvu(f"multi{k}", length) for length in lengths],
     }
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     shown = Table("trained", *map(str, lengths), title="FVU on held-out rows, decoded from the k' largest latents")

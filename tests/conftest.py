@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Eight CPU devices, also where there is a GPU. JAX_PLATFORMS=cuda tries what one GPU can do: the tests that need more
-# devices fail there.
+# devices fail there, and references, which are written plainly, have their float32 products in full precision.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Before JAX starts, which reads it once. On a busy machine eight devices may not meet within the usual 40 s. Most of
@@ -18,6 +18,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         " --xla_cpu_collective_call_terminate_timeout_seconds=250 --xla_backend_optimization_level=0"
         " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     )
+else:
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 # A program is compiled once for all tests of a session: in both of its workers, which inherit this, and in what they
 # start. The folder goes with the process that made it.

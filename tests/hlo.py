@@ -26,6 +26,13 @@ def collectives(text: str) -> list[tuple[str, list[set[int]]]]:
     return [(shape, _groups(rest)) for shape, rest in found]
 
 
+def rounded_products(lowered: str) -> list[str]:
+    """Products of float32 numbers in the text of a program before XLA, for which a GPU or TPU may round them first."""
+    products = [line for line in lowered.splitlines() if re.search(r"stablehlo\.(dot_general|dot|convolution)\b", line)]
+    assert products
+    return [line for line in products if re.search(r"\(tensor<[\dx]*f32>", line) and "HIGHEST" not in line]
+
+
 def _groups(text: str) -> list[set[int]]:
     """What begins `{{0,1},{2,3}}`, `[2,2]<=[4]`, `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`."""
     if listed := re.match(r"\{\{[\d,{}]*\}\}", text):

@@ -20,6 +20,7 @@ from flax import struct
 
 from sae_jax.lm.spec import Rotary, Spec
 from sae_jax.mesh import reshape
+from sae_jax.ops.encode import product
 
 Tap = Callable[[str, jax.Array], jax.Array]
 Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -125,10 +126,10 @@ def _attend(spec: Spec, q_BTHd: jax.Array, k_BSGd: jax.Array, v_BSGd: jax.Array,
     rows, n_new, n_heads, width = q_BTHd.shape
     scale = width**-0.5 if spec.query_scale is None else spec.query_scale
     q_BTGrd = reshape(q_BTHd, rows, n_new, spec.n_kv, n_heads // spec.n_kv, width)
-    scores_BGrTS = jnp.einsum("btgrd,bsgd->bgrts", q_BTGrd, k_BSGd, preferred_element_type=jnp.float32)
+    scores_BGrTS = product(q_BTGrd, k_BSGd, "btgrd,bsgd->bgrts")
     scores_BGrTS = jnp.where(mask_TS[None, None, None], capped(scores_BGrTS * scale, spec.attn_cap), _MASKED)
     weights_BGrTS = jax.nn.softmax(scores_BGrTS, axis=-1).astype(v_BSGd.dtype)
-    z_BTGrd = jnp.einsum("bgrts,bsgd->btgrd", weights_BGrTS, v_BSGd, preferred_element_type=jnp.float32)
+    z_BTGrd = product(weights_BGrTS, v_BSGd, "bgrts,bsgd->btgrd")
     return reshape(z_BTGrd, *q_BTHd.shape).astype(v_BSGd.dtype)
 
 
@@ -157,7 +158,7 @@ def frequencies(rotary: Rotary, n: int) -> np.ndarray:
 
 
 def _linear(layer: Mapping[str, jax.Array], name: str, x_BTi: jax.Array) -> jax.Array:
-    y_BTo = jnp.einsum("bti,io->bto", x_BTi, layer[f"{name}.w"], preferred_element_type=jnp.float32)
+    y_BTo = product(x_BTi, layer[f"{name}.w"], "bti,io->bto")
     if f"{name}.b" in layer:  # see Spec.qkv_bias, out_bias and mlp_bias
         y_BTo = y_BTo + _row(layer[f"{name}.b"].astype(jnp.float32), y_BTo)
     return y_BTo.astype(x_BTi.dtype)

@@ -12,6 +12,7 @@ from sae_jax.lm import block
 from sae_jax.lm.hooks import READ_BY_BLOCK, check_hook
 from sae_jax.lm.model import LanguageModel
 from sae_jax.lm.spec import Spec
+from sae_jax.ops.encode import product
 from sae_jax.types import UsageError
 
 # The norm that each point meets on its way to the stream, in models that have one there.
@@ -24,7 +25,7 @@ _BEFORE_POST_NORM = {
 def unembed(params: Mapping[str, Any], spec: Spec, x_BTD: jax.Array) -> jax.Array:
     """Logits f32[B, T, V] of the last layer's residual stream: the final norm, then the unembedding."""
     h_BTD = block.norm(spec, params, "norm", x_BTD)
-    logits_BTV = jnp.einsum("btd,vd->btv", h_BTD, _unembedding(params, spec), preferred_element_type=jnp.float32)
+    logits_BTV = product(h_BTD, _unembedding(params, spec), "btd,vd->btv")
     return block.capped(logits_BTV, spec.logit_cap)
 
 
@@ -50,11 +51,11 @@ def logit_effect(model: LanguageModel, hook: tuple[int, str], directions_ND: jax
     if point in READ_BY_BLOCK:
         raise UsageError(f"{point} is read by the block and does not add to the stream; choose another hook")
     if inside is not None:
-        directions_ND = directions_ND @ layers[inside][layer].astype(jnp.float32)
+        directions_ND = product(directions_ND, layers[inside][layer].astype(jnp.float32), "ni,id->nd")
     if spec.post_norms and point in _BEFORE_POST_NORM:
         directions_ND = _through_norm(spec, layers[_BEFORE_POST_NORM[point]][layer], directions_ND)
     scaled_ND = _through_norm(spec, model.params["norm.w"], directions_ND)
-    effect_NV = scaled_ND @ _unembedding(model.params, model.spec).astype(jnp.float32).T
+    effect_NV = product(scaled_ND, _unembedding(model.params, model.spec).astype(jnp.float32), "nd,vd->nv")
     return effect_NV - effect_NV.mean(axis=-1, keepdims=True)
 
 

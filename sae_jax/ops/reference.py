@@ -5,23 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sae_jax.ops.encode import product
 from sae_jax.ops.tiled import Tiled
 from sae_jax.types import Code
 
 
 def encode_topk(x_BD, w_enc_FD, b_enc_F, b_pre_D, k, dtype) -> tuple[Code, jax.Array]:
     """See ops/encode.py."""
-    pre_BF = jnp.einsum(
-        "bd,fd->bf", (x_BD - b_pre_D[None]).astype(dtype), w_enc_FD.astype(dtype), preferred_element_type=jnp.float32
-    )
-    pre_BF = pre_BF + b_enc_F[None]
+    pre_BF = product((x_BD - b_pre_D[None]).astype(dtype), w_enc_FD.astype(dtype), "bd,fd->bf") + b_enc_F[None]
     values_BK, index_BK = jax.lax.top_k(jnp.where(pre_BF == 0, 0.0, pre_BF), k)
     return Code(index_BK, jax.nn.relu(values_BK)), w_enc_FD
 
 
 def decode(code: Code, w_dec_FD: jax.Array, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     """See ops/sparse.py."""
-    return jnp.einsum("bk,bkd->bd", code.values, w_dec_FD[code.indices]), w_dec_FD
+    return product(code.values, w_dec_FD[code.indices], "bk,bkd->bd"), w_dec_FD
 
 
 def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype) -> jax.Array:
@@ -32,8 +30,8 @@ def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F,
 
 def reconstruct(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, above) -> Tiled:
     """See ops/tiled.py."""
-    codes, penalties = activation((x_BD - b_pre_D[None]) @ w_enc_FD.T, latents)
-    x_hat = jax.tree.map(lambda z_BF, w_FD: z_BF @ w_FD, codes, w_dec)
+    codes, penalties = activation(product(x_BD - b_pre_D[None], w_enc_FD, "bd,fd->bf"), latents)
+    x_hat = jax.tree.map(lambda z_BF, w_FD: product(z_BF, w_FD, "bf,fd->bd"), codes, w_dec)
     z_BF = jax.tree.leaves(codes)[0]
     penalty = jax.tree.map(lambda penalty_BF: penalty_BF.sum(0), penalties)
     return Tiled(x_hat, penalty, (z_BF > 0).sum(0, dtype=jnp.float32), (z_BF > above).any(0))

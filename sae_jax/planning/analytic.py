@@ -34,6 +34,7 @@ class Step:
     state_bytes: int
     gradient_bytes: int
     flop: int
+    dtype: str = "bfloat16"  # of the factors of products
     model_bytes: int = 0  # parameters of the language model it is trained through
     model_activation_bytes: int = 0  # an estimate
 
@@ -74,6 +75,7 @@ def step(
         state_bytes=_shard_bytes(state),
         gradient_bytes=_shard_bytes(state.sae),
         flop=flop // mesh.size,
+        dtype=sae.dtype,
         model_bytes=model.parameter_bytes if model else 0,
         model_activation_bytes=train.batch_size // mesh.size * model.token_bytes if model else 0,
     )
@@ -94,7 +96,7 @@ def run(steps: Sequence[tuple[Step, TrainConfig]], target: Target, n_slices: int
     """The run of these members on all devices of a target, at `mfu` of its matrix rate."""
     seconds = floor = 0.0
     for step, train in steps:
-        compute = train.steps * step.flop / target.chip.flops
+        compute = train.steps * step.flop / target.rate(step.dtype)
         memory = train.steps * flops.optimiser_bytes(step.state_bytes) / target.chip.bandwidth
         seconds += max(compute / mfu, compute + memory) / n_slices
         floor += (compute + memory) / n_slices

@@ -110,11 +110,15 @@ class Target:
         return parse(f"{kind}:{'2x2' if self.chip.dimensions == 2 else '2x2x1'}")
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of products of float32 or bfloat16 numbers, as JAX computes them unless told otherwise.
+        """FLOP/s of products of float32 or bfloat16 numbers.
 
-        TPUs round float32 to bfloat16 first, GPUs to TF32, of which they do half as many.
+        Float32 means float32 (`encode.EXACT`): a TPU takes six products of bfloat16 numbers for one, and a GPU has its
+        plain cores for them, two FLOP each in a cycle.
         """
-        return self.chip.flops / 2 if precision == "float32" and not self.is_tpu else self.chip.flops
+        if precision == "bfloat16":
+            return self.chip.flops
+        gpu = self.chip.gpu
+        return self.chip.flops / 6 if gpu is None else gpu.n_cores * gpu.fpus_per_core * 2 * gpu.clock_ghz * 1e9
 
     @property
     def usable_bytes(self) -> int:

@@ -11,16 +11,30 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import mesh as meshes
 from sae_jax.lm import Hook, LanguageModel, cross_entropy, generate, place, points, run
+from sae_jax.lm.logits import logit_effect
 from sae_jax.types import UsageError, UserError
+from tests.hlo import rounded_products
 from tests.lm.tiny import SPEC, jit_run, random_model
 from tests.oracles import gpt2
 
+EFFECT_ND = jnp.ones((3, SPEC.d_mlp))
 EVERYWHERE = [Hook(layer, point) for layer in range(SPEC.n_layers) for point in points(SPEC)]
 
 
 def oracle(model, ids_BT, edits=None):
     params = jax.tree.map(np.asarray, model.params)
     return gpt2.forward(params, np.asarray(ids_BT), model.spec.n_heads, model.spec.activation, edits=edits)
+
+
+def test_products_in_float32_are_not_left_to_the_back_end(ids_BT):
+    """A GPU or TPU would round their factors to fewer bits by default."""
+
+    def loss(model):
+        out = run(model, ids_BT)
+        return cross_entropy(out.logits, ids_BT).mean() + logit_effect(model, Hook(0, "mlp_act"), EFFECT_ND).sum()
+
+    model = random_model(SPEC)
+    assert not rounded_products(jax.jit(jax.grad(loss, allow_int=True)).lower(model).as_text())
 
 
 @pytest.mark.parametrize(

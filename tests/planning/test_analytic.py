@@ -40,6 +40,9 @@ def test_hours_are_work_over_rate():
     assert run.hours == pytest.approx(1e12 / 459e12 / 0.5)
     assert run.floor_hours == pytest.approx(1e12 / 459e12)
     assert (run.tokens, run.disk_bytes) == (3600 * BATCH, 20 * D)
+    exact = analytic.Step(state_bytes=0, gradient_bytes=0, flop=10**12, dtype="float32")
+    run = analytic.run([(exact, train)], target, n_slices=1, mfu=0.5, disk_bytes=0)
+    assert run.hours == pytest.approx(6e12 / 459e12 / 0.5)
 
 
 @pytest.mark.parametrize("mfu", [0.3, 1.0])

@@ -18,6 +18,7 @@ from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import abstract, initial
 from sae_jax.training.step import Step
 from sae_jax.types import UsageError, Widths
+from tests.hlo import rounded_products
 from tests.runs import bits
 from tests.saes.in_model import batch_for, lowered_for
 
@@ -248,6 +249,7 @@ def test_gradient_lowers_for_a_pod_that_is_not_there(config):
     text = lowered.as_text()
     assert f"tensor<{2**17}x{2**22}xf32>" not in text
     assert "reduce_scatter" in text
+    assert not rounded_products(text)  # float32 means float32, also where the back end has less
 
 
 def test_unknown_variants_are_refused_by_name():
