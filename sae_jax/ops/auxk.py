@@ -70,9 +70,9 @@ def unexplained(
     return _with_gradients(*args, k, dtype, tangent)[0]
 
 
-def n_sampled(n_rows: int, part: int) -> int:
-    """How many rows are looked at of a batch of `n_rows`, in a tier that looks at 1/part of them."""
-    return -(-n_rows // _stride(n_rows, part))
+def most_work(n_rows: int, sampled: bool) -> float:
+    """Rows x latents that are looked at, at most, as a part of all."""
+    return max(-(-n_rows // stride) / n_rows / part for part, stride in _tiers(n_rows, sampled))
 
 
 def _backward(k, dtype, tangent, gradients, factor: jax.Array):
@@ -88,19 +88,19 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 
     def local(x_RD, error_RD, w_enc_RD, b_R, b_pre_D, w_dec_RD, allowed_R, weight, key):
         n_own, n_latents = len(x_RD), len(b_R)
+        n_rows = n_own * mesh.axis_size(mesh.AXES)
+        draws_B = None if key is None else jax.random.uniform(key, (n_rows,))  # once for all tiers
         n_allowed = spmd.largest(allowed_R.sum(dtype=jnp.int32))
-        capacities = [-(-n_latents // part) for part, _ in TIERS]
+        tiers = [(-(-n_latents // part), stride) for part, stride in _tiers(n_rows, sampled=key is not None)]
 
         def none():
             return jnp.float32(0), jax.tree.map(jnp.zeros_like, (w_enc_RD, b_R, b_pre_D, w_dec_RD))
 
-        def tier(capacity: int, part: int) -> Callable:
-            stride = 1 if key is None else _stride(n_own * mesh.axis_size(mesh.AXES), part)
-
+        def tier(capacity: int, stride: int) -> Callable:
             def some():
                 rows = x_RD, error_RD, jnp.ones(n_own, bool)
                 if stride > 1:
-                    at_S, is_one_S = _sample(key, n_own, stride)
+                    at_S, is_one_S = _sample(draws_B, n_own, stride)
                     rows = x_RD[at_S], error_RD[at_S], is_one_S
                 settings = b_pre_D, weight * stride, k, dtype, tangent
                 if capacity == n_latents:
@@ -119,8 +119,9 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 
             return some
 
-        number = sum((n_allowed > limit).astype(jnp.int32) for limit in (0, *capacities[:-1]))
-        return lax.switch(number, (none, *(tier(c, part) for c, (_, part) in zip(capacities, TIERS, strict=True))))
+        limits = 0, *(capacity for capacity, _ in tiers[:-1])
+        number = sum((n_allowed > limit).astype(jnp.int32) for limit in limits)
+        return lax.switch(number, (none, *(tier(*sizes) for sizes in tiers)))
 
     in_specs = (ROWS, ROWS, DICT, DICT, REPLICATED, DICT, DICT, REPLICATED, REPLICATED)
     return spmd.per_device(local, in_specs, (REPLICATED, (DICT, DICT, REPLICATED, DICT)))(
@@ -131,25 +132,33 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 unexplained.defvjp(_with_gradients, _backward)
 
 
-def _stride(n_rows: int, part: int) -> int:
-    """One of how many rows is looked at."""
-    return max(1, min(part, n_rows // LEAST_ROWS))
+def _tiers(n_rows: int, sampled: bool) -> list[tuple[int, int]]:
+    """TIERS for a batch of `n_rows`: (part of the latents, one of how many rows); of several as many rows, the last.
+
+    The first stays, where only few latents are gathered.
+    """
+    strides = [max(1, min(stride, n_rows // LEAST_ROWS)) if sampled else 1 for _, stride in TIERS]
+    last = {stride: part for (part, _), stride in zip(TIERS[1:], strides[1:], strict=True)}
+    return [(TIERS[0][0], 1), *((part, stride) for stride, part in last.items())]
 
 
-def _sample(key: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax.Array]:
+def _sample(draws_B: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax.Array]:
     """Which of a device's own rows are looked at: one at random of each `stride` rows of the batch that are neighbours.
 
+    Args:
+        draws_B: f32[B] between 0 and 1; the g-th says which row of the g-th neighbours it is, on whatever device.
+        n_own: rows of a device.
+        stride: as many are neighbours; the last ones may be fewer, of which then none may be drawn.
+
     Returns:
-        i32[S], numbers of own rows, and bool[S], whether there is one: neighbours may lie on several devices, of which
-        one owns the row that is drawn, and the last ones may be fewer, of which none may be drawn.
+        i32[S], numbers of own rows, and bool[S], whether there is one: neighbours may lie on several devices.
     """
-    n_groups = -(-n_own * mesh.axis_size(mesh.AXES) // stride)
-    row_G = jnp.arange(n_groups) * stride + jax.random.randint(key, (n_groups,), 0, stride)
     first = spmd.index(mesh.AXES) * n_own
-    # A device begins at a multiple of both n_own and, within a group, of their greatest common divisor.
+    # A device begins at a multiple of what n_own and stride have in common: so many neighbours may own a row of it.
     n_slots = (n_own + stride - math.gcd(n_own, stride) - 1) // stride + 1
-    slot_S = first // stride + jnp.arange(n_slots)
-    at_S = row_G.at[slot_S].get(mode="fill", fill_value=2**31 - 1) - first
+    group_S = first // stride + jnp.arange(n_slots)
+    draw_S = draws_B.at[group_S].get(mode="clip")
+    at_S = group_S * stride + jnp.minimum((draw_S * stride).astype(jnp.int32), stride - 1) - first
     return jnp.clip(at_S, 0, n_own - 1), (at_S >= 0) & (at_S < n_own)
 
 

@@ -94,16 +94,17 @@ def n_winners(values_BK: jax.Array, k: int, k_now: jax.Array | None = None) -> j
 def threshold(values_BF: jax.Array, k: int | jax.Array) -> jax.Array:
     """The k-th largest positive value of each row over all latent shards, f32[B]; 0 for a row with fewer than k.
 
-    By its bits, which order positive floats as integers, four at a time: what all 15 values of the next four leave is
-    counted in one read, so that the values are read 8 times and 8 counts are summed over the shards, whatever k and
-    the width are. Sorted lists of a large k would cost a sort and k values a row. Inside `per_device`.
+    Its bits, which order positive floats as integers, are found four at a time: one read counts how many values reach
+    each of the 15 that differ in these four. So the values are read 8 times and 8 counts are summed over the shards,
+    whatever k and the width are, where sorted lists of a large k would cost a sort and k values a row. Inside
+    `per_device`.
 
     Args:
         values_BF: f32[B, F], this shard's values; those not above 0 are ignored.
         k: rank of the value looked for, one for all rows or i32[B].
     """
     n_rows = len(values_BF)
-    bits_BF = _bits(values_BF).astype(jnp.uint32)
+    bits_BF = _bits(jnp.where(values_BF > 0, values_BF, 0.0)).astype(jnp.uint32)
     k_1B = jnp.broadcast_to(jnp.asarray(k, jnp.int32), (n_rows,))[None]
 
     def turn(i, bits_B):
