@@ -1,16 +1,21 @@
 """How well the dead latents would explain what the living leave over: the part of AuxK that scales with the batch.
 
-    z = ReLU(keep_k(pre)) over the dead only,   e_hat = z W_dec,   sum ||e - e_hat||^2
+    z = ReLU(keep_k(pre)) over the dead only,   e_hat = z W_dec,   weight * sum ||e - e_hat||^2
 
 k is large here, half of d_model, and the dead are few: their rows are gathered and everything is dense in them. Dense
-also means that selection needs no order, so the k-th largest value is found by bisection instead of a sort.
+also means that selection needs no order, so the k-th largest value is found by its bits instead of a sort.
 
-Three cases, chosen while it runs: no dead latent costs nothing; few are gathered to a fixed capacity; many are taken as
-they lie, the whole dictionary with the living barred.
+No dead latent costs nothing. Else the price is bounded: the more latents are dead, the fewer rows are looked at, so
+that the products are at most a sixteenth of rows x latents (TIERS). Which tier it is, is decided while it runs. The
+rows are drawn anew each time, every row as likely as another, and all dead latents compete for the k strongest of each;
+what is summed over the sample counts `stride` times, so that the sum and its gradients are those over all rows on
+average. Without a key nothing is drawn, and the sum is over all rows whatever it costs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -22,11 +27,13 @@ from sae_jax.mesh import DICT, REPLICATED, ROWS
 from sae_jax.ops import spmd, topk, tuning
 from sae_jax.ops.encode import EXACT, centred, product
 
-CAPACITY = 16  # the few: at most this part of a device's latents
+# (a, b): while at most 1/a of the latents of every device are dead, 1/b of the rows are looked at.
+TIERS = ((16, 1), (4, 4), (1, 16))
+LEAST_ROWS = 128  # of a batch that are looked at in any tier, or all if there are fewer
 ROWS_AT_ONCE = 4  # encoder blocks' rows: the products here are narrower
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+@partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
 def unexplained(
     x_BD: jax.Array,
     error_BD: jax.Array,
@@ -35,11 +42,13 @@ def unexplained(
     b_pre_D: jax.Array,
     w_dec_FD: jax.Array,
     allowed_F: jax.Array,
+    weight: jax.Array,
+    key: jax.Array | None,
     k: int,
     dtype: jnp.dtype,
     tangent: bool = False,
 ) -> jax.Array:
-    """Squared error, summed over rows and D, that is left when the k strongest allowed latents explain `error`.
+    """`weight` times the squared error that is left when the k strongest allowed latents explain `error`.
 
     Args:
         x_BD: [B, D], ROWS; as data, without gradient.
@@ -47,77 +56,114 @@ def unexplained(
         w_enc_FD, b_enc_F, b_pre_D: the encoder, as in `encode.encode_topk`.
         w_dec_FD: f32[F, D], DICT.
         allowed_F: bool[F], DICT.
+        weight: f32[], of the sum over rows and D; as data. Given here, not multiplied with the result, it costs no
+            further pass over the gradients.
+        key: what the rows are drawn with, the same ones on every mesh; None: all rows.
         k: latents a row; of several equal to the k-th largest value all are taken.
         dtype: what inputs of products are rounded to.
         tangent: of the gradient of w_dec, as in `sparse.decode`.
 
     Returns:
-        f32[]; 0 if none is allowed.
+        f32[]; 0 if none is allowed, and, as its gradients, if it is not finite.
     """
-    return _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent)[0]
+    args = x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key
+    return _with_gradients(*args, k, dtype, tangent)[0]
 
 
-def _forward(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent):
-    # The gradient of a sum of squares is known up to its factor, so one pass over the rows gives both.
-    error, gradients = _with_gradients(
-        x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent
-    )
-    return error, (gradients, allowed_F.any())
+def most_work(n_rows: int, sampled: bool) -> float:
+    """Rows x latents that are looked at, at most, as a part of all."""
+    return max(-(-n_rows // stride) / n_rows / part for part, stride in _tiers(n_rows, sampled))
 
 
-def _backward(k, dtype, tangent, saved, factor: jax.Array):
-    gradients, some = saved
-    # Without a dead latent they are zeros, and stay untouched. A loop of one trip or none, since it works in place
-    # where the branches of a cond would copy. A factor of 0 says that the loss was not finite.
-    g_w_enc, g_b_enc, g_b_pre, g_w_dec = lax.fori_loop(
-        0,
-        some.astype(jnp.int32),
-        lambda _, gradients: jax.tree.map(lambda g: jnp.where(factor == 0, 0.0, factor * g), gradients),
-        gradients,
-    )
-    return None, None, g_w_enc, g_b_enc, g_b_pre, g_w_dec, None
+def _backward(k, dtype, tangent, gradients, factor: jax.Array):
+    g_w_enc, g_b_enc, g_b_pre, g_w_dec = jax.tree.map(lambda g: factor * g, gradients)
+    return None, None, g_w_enc, g_b_enc, g_b_pre, g_w_dec, None, None, None
 
 
-unexplained.defvjp(_forward, _backward)
+def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key, k, dtype, tangent):
+    """The weighted sum, and its gradients with respect to w_enc, b_enc, b_pre and w_dec: one pass over rows for both.
 
+    The gradient of a sum of squares is known up to its factor.
+    """
 
-def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype, tangent):
-    """The sum, and its gradients with respect to w_enc, b_enc, b_pre and w_dec."""
-
-    def local(x_RD, error_RD, w_enc_RD, b_R, b_pre_D, w_dec_RD, allowed_R):
-        capacity = -(-len(b_R) // CAPACITY)
+    def local(x_RD, error_RD, w_enc_RD, b_R, b_pre_D, w_dec_RD, allowed_R, weight, key):
+        n_own, n_latents = len(x_RD), len(b_R)
+        n_rows = n_own * mesh.axis_size(mesh.AXES)
+        draws_B = None if key is None else jax.random.uniform(key, (n_rows,))  # once for all tiers
         n_allowed = spmd.largest(allowed_R.sum(dtype=jnp.int32))
+        tiers = [(-(-n_latents // part), stride) for part, stride in _tiers(n_rows, sampled=key is not None)]
 
         def none():
             return jnp.float32(0), jax.tree.map(jnp.zeros_like, (w_enc_RD, b_R, b_pre_D, w_dec_RD))
 
-        def few():
-            at_C = jnp.nonzero(allowed_R, size=capacity, fill_value=0)[0]
-            is_one_C = jnp.arange(capacity) < allowed_R.sum()
-            b_C = jnp.where(is_one_C, b_R[at_C], -jnp.inf)
-            error, (g_enc_CD, g_b_C, g_pre_D, g_dec_CD) = _dense(
-                x_RD, error_RD, w_enc_RD[at_C], b_C, b_pre_D, w_dec_RD[at_C], k, dtype, tangent
-            )
+        def tier(capacity: int, stride: int) -> Callable:
+            def some():
+                rows = x_RD, error_RD, jnp.ones(n_own, bool)
+                if stride > 1:
+                    at_S, is_one_S = _sample(draws_B, n_own, stride)
+                    rows = x_RD[at_S], error_RD[at_S], is_one_S
+                settings = b_pre_D, weight * stride, k, dtype, tangent
+                if capacity == n_latents:
+                    return _dense(*rows, w_enc_RD, jnp.where(allowed_R, b_R, -jnp.inf), w_dec_RD, *settings)
+                at_C = jnp.nonzero(allowed_R, size=capacity, fill_value=0)[0]
+                is_one_C = jnp.arange(capacity) < allowed_R.sum()
+                b_C = jnp.where(is_one_C, b_R[at_C], -jnp.inf)
+                left, (g_enc_CD, g_b_C, g_pre_D, g_dec_CD) = _dense(
+                    *rows, w_enc_RD[at_C], b_C, w_dec_RD[at_C], *settings
+                )
 
-            def put(g_C, like_R):
-                return jnp.zeros_like(like_R).at[at_C].add(g_C)
+                def put(g_C, like_R):
+                    return jnp.zeros_like(like_R).at[at_C].add(g_C)
 
-            return error, (put(g_enc_CD, w_enc_RD), put(g_b_C, b_R), g_pre_D, put(g_dec_CD, w_dec_RD))
+                return left, (put(g_enc_CD, w_enc_RD), put(g_b_C, b_R), g_pre_D, put(g_dec_CD, w_dec_RD))
 
-        def many():
-            b_allowed_R = jnp.where(allowed_R, b_R, -jnp.inf)
-            return _dense(x_RD, error_RD, w_enc_RD, b_allowed_R, b_pre_D, w_dec_RD, k, dtype, tangent)
+            return some
 
-        return lax.switch(sum((n_allowed > limit).astype(jnp.int32) for limit in (0, capacity)), (none, few, many))
+        limits = 0, *(capacity for capacity, _ in tiers[:-1])
+        number = sum((n_allowed > limit).astype(jnp.int32) for limit in limits)
+        return lax.switch(number, (none, *(tier(*sizes) for sizes in tiers)))
 
-    in_specs = (ROWS, ROWS, DICT, DICT, REPLICATED, DICT, DICT)
+    in_specs = (ROWS, ROWS, DICT, DICT, REPLICATED, DICT, DICT, REPLICATED, REPLICATED)
     return spmd.per_device(local, in_specs, (REPLICATED, (DICT, DICT, REPLICATED, DICT)))(
-        x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F
+        x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key
     )
 
 
-def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype, tangent):
-    """`_with_gradients` on one device, for the latents it is given of those that it owns."""
+unexplained.defvjp(_with_gradients, _backward)
+
+
+def _tiers(n_rows: int, sampled: bool) -> list[tuple[int, int]]:
+    """TIERS for a batch of `n_rows`: (part of the latents, one of how many rows); of several as many rows, the last.
+
+    The first stays, where only few latents are gathered.
+    """
+    strides = [max(1, min(stride, n_rows // LEAST_ROWS)) if sampled else 1 for _, stride in TIERS]
+    last = {stride: part for (part, _), stride in zip(TIERS[1:], strides[1:], strict=True)}
+    return [(TIERS[0][0], 1), *((part, stride) for stride, part in last.items())]
+
+
+def _sample(draws_B: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax.Array]:
+    """Which of a device's own rows are looked at: one at random of each `stride` rows of the batch that are neighbours.
+
+    Args:
+        draws_B: f32[B] between 0 and 1; the g-th says which row of the g-th neighbours it is, on whatever device.
+        n_own: rows of a device.
+        stride: as many are neighbours; the last ones may be fewer, of which then none may be drawn.
+
+    Returns:
+        i32[S], numbers of own rows, and bool[S], whether there is one: neighbours may lie on several devices.
+    """
+    first = spmd.index(mesh.AXES) * n_own
+    # A device begins at a multiple of what n_own and stride have in common: so many neighbours may own a row of it.
+    n_slots = (n_own + stride - math.gcd(n_own, stride) - 1) // stride + 1
+    group_S = first // stride + jnp.arange(n_slots)
+    draw_S = draws_B.at[group_S].get(mode="clip")
+    at_S = group_S * stride + jnp.minimum((draw_S * stride).astype(jnp.int32), stride - 1) - first
+    return jnp.clip(at_S, 0, n_own - 1), (at_S >= 0) & (at_S < n_own)
+
+
+def _dense(x_RD, error_RD, is_row_R, w_enc_CD, b_C, w_dec_CD, b_pre_D, weight, k, dtype, tangent):
+    """`_with_gradients` on one device, for the rows and latents it is given of those that it owns."""
     w_enc_GD, w_dec_GD = (spmd.gather(w_CD.astype(dtype), mesh.DATA) for w_CD in (w_enc_CD, w_dec_CD))
     b_G = spmd.gather(b_C, mesh.DATA)
     rows = _row_blocks(len(x_RD), x_RD.shape[1], len(b_G))
@@ -130,7 +176,7 @@ def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype, tangent):
         chosen_bG = (pre_bG > 0) & (pre_bG >= topk.threshold(pre_bG, k)[:, None])
         z_bG = jnp.where(chosen_bG, pre_bG, 0.0).astype(dtype)
         left_rD = spmd.reduce_scatter(product(z_bG, w_dec_GD, "bg,gd->bd"), mesh.LATENT) - error_rD
-        left_rD = jnp.where(is_row_r[:, None], left_rD, 0.0)  # not one that only fills up the block
+        left_rD = jnp.where(is_row_r[:, None], left_rD, 0.0)  # not one that only fills up
         g_bD = spmd.gather((2 * left_rD).astype(dtype), mesh.LATENT)
         g_pre_bG = jnp.where(chosen_bG, product(g_bD, w_dec_GD, "bd,gd->bg"), 0.0)
         sums = (
@@ -142,13 +188,16 @@ def _dense(x_RD, error_RD, w_enc_CD, b_C, b_pre_D, w_dec_CD, k, dtype, tangent):
         return sums, None
 
     zeros = jnp.float32(0), jnp.zeros(w_enc_GD.shape), jnp.zeros(b_G.shape), jnp.zeros(w_dec_GD.shape)
-    blocks = rows.own(x_RD), rows.own(error_RD), rows.own(jnp.ones(len(x_RD), bool))
+    blocks = rows.own(x_RD), rows.own(error_RD), rows.own(is_row_R)
     sums, _ = spmd.scan(block, zeros, blocks)
     error, g_enc_CD, g_b_C, g_dec_CD = (sums[0], *(spmd.reduce_scatter(g, mesh.DATA) for g in sums[1:]))
     if tangent:
         g_dec_CD = g_dec_CD - (g_dec_CD * w_dec_CD).sum(-1, keepdims=True) * w_dec_CD
     g_pre_D = -spmd.total(jnp.matmul(g_b_C, w_enc_CD, precision=EXACT))
-    return spmd.total(error), (g_enc_CD, g_b_C, g_pre_D, g_dec_CD)
+    left = weight * spmd.total(error)
+    factor = jnp.where(jnp.isfinite(left), weight, 0.0)
+    gradients = jax.tree.map(lambda g: jnp.where(factor == 0, 0.0, factor * g), (g_enc_CD, g_b_C, g_pre_D, g_dec_CD))
+    return jnp.where(factor == 0, 0.0, left), gradients
 
 
 def _row_blocks(n_own: int, d_model: int, n_latents: int) -> spmd.RowBlocks:

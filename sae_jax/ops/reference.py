@@ -22,10 +22,10 @@ def decode(code: Code, w_dec_FD: jax.Array, dtype=jnp.float32) -> tuple[jax.Arra
     return product(code.values, w_dec_FD[code.indices], "bk,bkd->bd"), w_dec_FD
 
 
-def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, k, dtype) -> jax.Array:
-    """See ops/auxk.py."""
+def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key, k, dtype) -> jax.Array:
+    """See ops/auxk.py; always of all rows."""
     code, _ = encode_topk(x_BD, w_enc_FD, jnp.where(allowed_F, b_enc_F, -jnp.inf), b_pre_D, k, dtype)
-    return ((error_BD - decode(code, w_dec_FD)[0]) ** 2).sum()
+    return weight * ((error_BD - decode(code, w_dec_FD)[0]) ** 2).sum()
 
 
 def reconstruct(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, above) -> Tiled:

@@ -71,6 +71,7 @@ class Program:
     collectives: dict[str, Collective] = field(default_factory=dict)
     matmul_flop: int = 0  # of products; element-wise work and sums are left out
     other_flop: int = 0  # of these, one for each number; an exponential counts as an addition does
+    moved_bytes: int = 0  # read and written by instructions, as if nothing stayed in a cache between two of them
     sorts: int = 0  # instructions, however often they run
     open_loops: int = 0  # loops whose length depends on data; their bodies count once
     largest: list[Buffer] = field(default_factory=list)
@@ -118,6 +119,8 @@ def analyse(text: str, quietest: bool = False, n_largest: int = 5) -> Program:
         program.other_flop += times * _other_flop(computation)
         made = {i.name: i for i in computation}
         for i in computation:
+            if not in_fusion:
+                program.moved_bytes += times * _moved_bytes(i, made, computations)
             if kind := _collective(i):
                 begun = made[i.operands[0]] if i.opcode.endswith("-done") else i
                 taken = sum(_bytes(made[name].shape) for name in begun.operands)
@@ -284,6 +287,61 @@ def _along(window: str, name: str, axis: int, default: str) -> str:
     """What a convolution's window says of one axis."""
     values = re.search(rf"\b{name}=([-\dx_]+)", window)
     return values[1].split("x")[axis] if values else default
+
+
+def _moved_bytes(i: _Instruction, made: dict[str, _Instruction], computations: _Computations) -> int:
+    """What one run of an instruction reads and writes: each operand once, and its result.
+
+    Of an array from which rows are taken only those count, of one that is changed in place what is changed.
+    """
+    if i.opcode in _NO_BUFFER or i.opcode.endswith("-start"):
+        return 0
+    if i.opcode != "fusion":
+        n_bytes = sum(_taken_bytes(made[name], [i]) for name in dict.fromkeys(i.operands))
+        return n_bytes + _written_bytes(i, made)
+    inside = computations[i.attribute("calls")]
+    names = {j.name: j for j in inside}
+    root = next(j for j in inside if j.is_root)
+    results = [names[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    n_bytes = sum(_written_bytes(_behind_bitcasts(result, names), names) for result in results)
+    for parameter in inside:
+        if parameter.opcode == "parameter":
+            n_bytes += _taken_bytes(parameter, inside)
+    return n_bytes
+
+
+def _taken_bytes(array: _Instruction, users: list[_Instruction]) -> int:
+    """What instructions read of an array, together: at most all of it."""
+    n_bytes, names = 0, {array.name}
+    made = {i.name: i for i in users}
+    for i in users:
+        if not names.intersection(i.operands):
+            continue
+        if i.opcode == "bitcast":
+            names.add(i.name)
+        elif i.opcode in ("slice", "dynamic-slice", "gather") and i.operands[0] in names:
+            n_bytes += _bytes(i.shape)
+        elif i.opcode in ("dynamic-update-slice", "scatter") and i.operands[0] in names:
+            update = made.get(i.operands[1 if i.opcode == "dynamic-update-slice" else 2])
+            n_bytes += _bytes(update.shape) if update and i.opcode == "scatter" else 0
+        else:
+            return _bytes(array.shape)
+    return min(n_bytes, _bytes(array.shape))
+
+
+def _written_bytes(i: _Instruction, made: dict[str, _Instruction]) -> int:
+    """Of a result, what is new: the update of one that is changed in place."""
+    if i.opcode == "dynamic-update-slice":
+        return _bytes(made[i.operands[1]].shape)
+    if i.opcode == "scatter" and len(i.operands) == 3:
+        return _bytes(made[i.operands[2]].shape)
+    return _bytes(i.shape)
+
+
+def _behind_bitcasts(i: _Instruction, made: dict[str, _Instruction]) -> _Instruction:
+    while i.opcode == "bitcast":
+        i = made[i.operands[0]]
+    return i
 
 
 def _other_flop(computation: list[_Instruction]) -> int:

@@ -221,6 +221,9 @@ class KConfig(SaeConfig):
     """weight of the AuxK loss; 0 turns it off"""
     k_aux: int = 0
     """dead latents that explain the error; 0 = the power of two nearest d_model / 2"""
+    aux_rows: Literal["sampled", "all"] = "sampled"
+    """rows whose error they explain: all while at most 1/16 of the latents are dead, then 1/4 and from 1/4 on 1/16 of
+    them, drawn anew each step, so that it costs the same; or all"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

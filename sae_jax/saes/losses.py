@@ -22,6 +22,7 @@ from sae_jax.saes.base import Batch, Context, KConfig, Outcome
 from sae_jax.types import Code, UsageError
 
 Error = Literal["summed", "mean"]
+AUXK = 1  # folded into a step's key: other uses of it are others' draws
 
 
 def error(kind: Error, error_BD: jax.Array) -> jax.Array:
@@ -51,18 +52,16 @@ def batch_fvu(x_BD: jax.Array, x_hat_BD: jax.Array) -> jax.Array:
     return squared_error(x_BD - x_hat_BD) / jnp.where((total > 0) & jnp.isfinite(total), total, jnp.nan)
 
 
-def auxiliary_ratio(error_BD: jax.Array, unexplained: jax.Array) -> jax.Array:
-    """AuxK loss: how much of the reconstruction error the dead latents leave unexplained; 0 where undefined.
+def auxiliary_weight(error_BD: jax.Array, coefficient: float) -> jax.Array:
+    """What the error that the dead latents leave counts in the loss: coefficient / sum ||e - mean_batch e||^2 (f32[]).
 
-    sum ||e - e_hat||^2 / sum ||e - mean_batch e||^2, the first given as `unexplained`. A perfect reconstruction has no
-    error to auxk; the denominator is guarded before the division, because a mask after it would let NaN through to
-    the gradient.
+    0 for a perfect reconstruction, which has no error to explain, and for one whose squares overflow.
 
     Source: Gao et al. 2024, arXiv 2406.04093, appendix A.2.
     """
     total = ((error_BD - error_BD.mean(0, keepdims=True)) ** 2).sum()
-    ratio = unexplained / jnp.where(total > 0, total, 1.0)
-    return jnp.where((total > 0) & jnp.isfinite(ratio), ratio, 0.0)
+    is_defined = (total > 0) & jnp.isfinite(total)
+    return jnp.where(is_defined, coefficient / jnp.where(is_defined, total, 1.0), 0.0)
 
 
 def with_auxk(
@@ -99,6 +98,8 @@ def with_auxk(
     error_BY = lax.stop_gradient(batch.y - y_hat_BY)
     k_aux = config.k_aux or 2 ** round(math.log2(max(error_BY.shape[1] / 2, 1)))
     dead_F, dtype = counters.silent > context.hparams.dead_after, jnp.dtype(config.dtype)
-    left = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, k_aux, dtype, tangent)
-    outcome.metrics["aux_loss"] = auxiliary_ratio(error_BY, left)
-    return loss + config.aux_coefficient * outcome.metrics["aux_loss"], outcome
+    weight = auxiliary_weight(error_BY, config.aux_coefficient)
+    key = None if config.aux_rows == "all" else jax.random.fold_in(context.key, AUXK)
+    aux = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, weight, key, k_aux, dtype, tangent)
+    outcome.metrics["aux_loss"] = aux / config.aux_coefficient
+    return loss + aux, outcome

@@ -89,7 +89,7 @@ def test_explaining_equals_dense_autodiff(arrays, shape, n_allowed, k):
 
     def loss_with(fn):
         def loss(x, w_enc, b_enc, b_pre, w_dec, error, allowed):
-            return 0.5 * fn(x, error, w_enc, b_enc, b_pre, w_dec, allowed, k, jnp.float32)
+            return 0.5 * fn(x, error, w_enc, b_enc, b_pre, w_dec, allowed, 0.7, None, k, jnp.float32)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3, 4)))
 
@@ -132,7 +132,7 @@ def test_the_gradient_of_unit_rows_is_tangent_to_them(arrays, shape):
         wide, _ = ops.encode_topk(x, w_enc, b_enc, b_pre, 2 * K, jnp.float32)
         x_hat, w_dec = ops.decode(code, w_dec)
         wide_hat, w_dec = ops.decode(wide, w_dec)
-        left = ops.unexplained(x, x, w_enc, b_enc, b_pre, w_dec, allowed, 3, jnp.float32)
+        left = ops.unexplained(x, x, w_enc, b_enc, b_pre, w_dec, allowed, 1.0, None, 3, jnp.float32)
         return ((x_hat - x) ** 2).sum() + 0.3 * (wide_hat**2).sum() + left
 
     free = jax.grad(partial(loss, reference))(w_dec, x, w_enc, b_enc, b_pre, allowed)
