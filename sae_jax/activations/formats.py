@@ -4,21 +4,23 @@
     .json                         the same, or an array of such objects
     .csv .tsv                     a table whose first row names the columns, a document in a column of each row
     .parquet                      the same
-    .txt .md .py, any other name  one document of plain text, if it looks like that
+    .txt .md .py, any other name  plain text, if it looks like that: one document, or several where it is long
 
 Each may be packed: `.jsonl.gz`, `.txt.zst`. Case does not matter. What is none of these is refused: archives, binary
 files, JSON under another name. All but a .json array is read in a stream.
+
+Plain text of more than WHOLE characters is cut into documents of at most PART, so that there is something to shuffle.
+No more of it is in memory than WHOLE characters and a block. A document ends after the last empty line in the second
+half of PART characters; where there is none, after the last end of a line there, the last space, or with the part.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +49,14 @@ _OTHER_FORMATS = (
 )
 _ROWS = 64  # of a Parquet file that are in memory
 
-Document = Iterable[str]  # its text in blocks; can be gone through again
-
-
-@dataclass(frozen=True)
-class _LongText:
-    """A file of plain text as one document, which is never whole in memory."""
-
-    path: Path
-    on_position: OnPosition
-
-    def __iter__(self) -> Iterator[str]:
-        return blocks_of(self.path, self.on_position)
+# Of plain text, in characters. Both decide what the documents are, and so what is in a set.
+WHOLE = 2**20  # a file of no more is one document
+PART = 2**16  # of documents that a longer one is cut into, at most: far above the context of a model
 
 
 def documents_of(
     path: Path, fields: Fields = TEXT_FIELD, on_position: OnPosition = lambda n_bytes: None
-) -> Iterator[Document]:
+) -> Iterator[str]:
     """The documents of a file, also empty ones. Raises UnreadableError for a file that holds none, or is damaged.
 
     Args:
@@ -86,9 +79,29 @@ def documents_of(
     else:
         if _first_object(head_of(path)):
             raise _of_another_format(path, "JSON objects under a name that does not end in .json or .jsonl")
-        blocks = blocks_of(path, on_position)
-        first = list(itertools.islice(blocks, 2))
-        yield ("".join(first),) if len(first) < 2 else _LongText(path, on_position)
+        yield from _of_plain_text(blocks_of(path, on_position))
+
+
+def _of_plain_text(blocks: Iterable[str]) -> Iterator[str]:
+    """The documents of a text, which depend on the text alone and not on where its blocks end."""
+    held, at, limit = "", 0, WHOLE
+    for block in blocks:
+        held, at = held[at:] + block, 0
+        if len(held) > limit:
+            limit = PART
+            while len(held) - at > PART:
+                cut = _cut(held, at)
+                yield held[at:cut]
+                at = cut
+    yield held[at:]
+
+
+def _cut(text: str, at: int) -> int:
+    """Where a document that begins at `at` ends, in a text of which more than PART characters follow."""
+    for end in ("\n\n", "\n", " "):
+        if (place := text.rfind(end, at + PART // 2, at + PART)) >= 0:
+            return place + len(end)
+    return at + PART
 
 
 def _of_another_format(path: Path, problem: str) -> UnreadableError:
@@ -96,7 +109,7 @@ def _of_another_format(path: Path, problem: str) -> UnreadableError:
     return UnreadableError(str(path), f"cannot be read: {problem}", cure, problem, is_other=True)
 
 
-def _of_json(path: Path, suffix: str, fields: Fields, on_position: OnPosition) -> Iterator[Document]:
+def _of_json(path: Path, suffix: str, fields: Fields, on_position: OnPosition) -> Iterator[str]:
     head = head_of(path) if suffix == ".json" else ""
     if head.strip() and not _first_object(head):
         raise _of_another_format(path, "neither JSON Lines nor an array of JSON objects")
@@ -116,10 +129,10 @@ def _of_json(path: Path, suffix: str, fields: Fields, on_position: OnPosition) -
             error.is_other = suffix == ".json" and number == 0
             error.reason = f"JSON without records that have {fields.what}" if error.is_other else error.reason
             raise
-        yield (document,)
+        yield document
 
 
-def _of_table(path: Path, delimiter: str, fields: Fields, blocks: Iterable[str]) -> Iterator[Document]:
+def _of_table(path: Path, delimiter: str, fields: Fields, blocks: Iterable[str]) -> Iterator[str]:
     reader = csv.reader((line + "\n" for line in lines_of(blocks)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while (row := _next_row(reader, path)) is not None:
@@ -135,7 +148,7 @@ def _of_table(path: Path, delimiter: str, fields: Fields, blocks: Iterable[str])
                 "put what holds a delimiter in double quotes",
             )
         else:
-            yield (fields.document(dict(zip(header, row, strict=True)), f"{path}:{reader.line_num}"),)
+            yield fields.document(dict(zip(header, row, strict=True)), f"{path}:{reader.line_num}")
 
 
 def _next_row(reader: Any, path: Path) -> list[str] | None:
@@ -160,7 +173,7 @@ def _check_columns(path: Path, fields: Fields, columns: list[str], texts: list[s
             raise UnreadableError(str(path), problem, cure, f"which {problem}; {cure}", is_other)
 
 
-def _of_parquet(path: Path, fields: Fields, on_position: OnPosition) -> Iterator[Document]:
+def _of_parquet(path: Path, fields: Fields, on_position: OnPosition) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
@@ -176,7 +189,7 @@ def _of_parquet(path: Path, fields: Fields, on_position: OnPosition) -> Iterator
             _check_columns(path, fields, schema.names, suitable, is_other=False)
             for batch in table.iter_batches(_ROWS, columns=[*fields.names], use_threads=False):
                 for record in batch.to_pylist():
-                    yield (fields.document(record, f"{path}, row {number},"),)
+                    yield fields.document(record, f"{path}, row {number},")
                     number += 1
                 on_position(size * number // table.metadata.num_rows)
         except UnicodeDecodeError:

@@ -11,10 +11,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from sae_jax.activations.formats import Document
-
 N_DOCUMENTS = 10_000  # that the buffer holds
-N_CHARACTERS = 2**27  # that they have together; long files of plain text lie on the disk meanwhile
+N_CHARACTERS = 2**27  # that they have together
 
 T = TypeVar("T")
 
@@ -25,17 +23,17 @@ def permuted(items: Sequence[T], seed: int) -> list[T]:
     return [_take(left, generator) for _ in items]
 
 
-def buffered(documents: Iterable[tuple[str, Document]], seed: int) -> Iterator[tuple[str, Document]]:
+def buffered(documents: Iterable[tuple[str, str]], seed: int) -> Iterator[tuple[str, str]]:
     """(file, document) pairs in an order by seed, of which no more than the buffer are in memory."""
     generator = _generator(seed, "documents")
-    held: list[tuple[str, Document]] = []
+    held: list[tuple[str, str]] = []
     n_characters = 0
     for pair in documents:
         held.append(pair)
-        n_characters += _n_characters(pair)
+        n_characters += len(pair[1])
         while len(held) > N_DOCUMENTS or (n_characters > N_CHARACTERS and held):
             taken = _take(held, generator)
-            n_characters -= _n_characters(taken)
+            n_characters -= len(taken[1])
             yield taken
     while held:
         yield _take(held, generator)
@@ -49,7 +47,3 @@ def _take(items: list[T], generator: random.Random) -> T:
     place = int(generator.random() * len(items))
     items[place], items[-1] = items[-1], items[place]
     return items.pop()
-
-
-def _n_characters(pair: tuple[str, Document]) -> int:
-    return sum(map(len, pair[1])) if isinstance(pair[1], tuple) else 0

@@ -32,7 +32,7 @@ from pathlib import Path
 from sae_jax.activations.blocks import PACKED, UnreadableError, kind
 from sae_jax.activations.conversations import roles_of
 from sae_jax.activations.fields import TEXT_FIELD, Fields
-from sae_jax.activations.formats import IN_FOLDERS, Document, documents_of
+from sae_jax.activations.formats import IN_FOLDERS, documents_of
 from sae_jax.activations.shuffle import buffered, permuted
 from sae_jax.progress import say_once
 from sae_jax.storage import absolute
@@ -104,13 +104,13 @@ def is_there(reference: str) -> bool:
 
 
 def documents(reference: str, fields: Fields = TEXT_FIELD) -> Iterator[str]:
-    """The non-empty documents of a text, each whole, in a fixed order; errors as `named_documents`."""
-    return ("".join(document) for _, document in named_documents(reference, fields))
+    """The non-empty documents of a text, in a fixed order; errors as `named_documents`."""
+    return (document for _, document in named_documents(reference, fields))
 
 
 def named_documents(
     reference: str, fields: Fields = TEXT_FIELD, files: Sequence[str] = (), seed: int | None = None
-) -> Iterator[tuple[str, Document]]:
+) -> Iterator[tuple[str, str]]:
     """(file, document) of the non-empty documents of a text, in a fixed order.
 
     Args:
@@ -132,7 +132,7 @@ def named_documents(
     pairs = pairs if seed is None else buffered(pairs, seed)
     empty = True
     for file, document in pairs:
-        if any(document):
+        if document:
             empty = False
             yield file, document
     if empty:
@@ -165,15 +165,13 @@ def scan(
     paths, left_out = _paths(reference)
     is_single = paths == [Path(reference)]
     if is_single and kind(paths[0]) not in IN_FOLDERS:
-        say_once(f"{reference} is read as one document of plain text, if it is text")
+        say_once(f"{reference} is read as plain text, if it is text")
     files, unreadable, n_before = [], set(), 0
     for path in paths:
-        furthest, before, size = 0, content.copy(), path.stat().st_size
+        before, size = content.copy(), path.stat().st_size
 
-        def on_position(n_bytes: int) -> None:
-            nonlocal furthest
-            furthest = max(furthest, n_bytes)  # a long document is gone through twice
-            progress(n_before + furthest)
+        def on_position(n_bytes: int, n_before: int = n_before) -> None:
+            progress(n_before + n_bytes)
 
         try:
             for document in documents_of(path, fields, on_position):
@@ -207,18 +205,17 @@ class _Content:
         copied._sha, copied._roles = self._sha.copy(), copy.copy(self._roles)
         return copied
 
-    def add(self, document: Document) -> None:
-        n_bytes = sum(len(block.encode("utf-8")) for block in document)
-        if not n_bytes:
+    def add(self, document: str) -> None:
+        if not document:
             self.n_empty += 1
             return
-        self._sha.update(n_bytes.to_bytes(8, "little"))  # so that moving a document boundary changes the digest
-        for block in document:
-            self._sha.update(block.encode("utf-8"))
-        self.n_bytes += n_bytes + 1
+        data = document.encode("utf-8")
+        self._sha.update(len(data).to_bytes(8, "little"))  # so that moving a document boundary changes the digest
+        self._sha.update(data)
+        self.n_bytes += len(data) + 1
         self.n_documents += 1
         if self._roles is not None:
-            self._roles |= roles_of("".join(document))
+            self._roles |= roles_of(document)
 
     def scanned(self, reference: str, files: tuple[str, ...], left_out: dict[str, list[Path]]) -> Scan:
         if not self.n_documents:
@@ -269,12 +266,12 @@ def _is_elsewhere(reference: str) -> bool:
     return reference in WORDS or reference.startswith("hf:")
 
 
-def _documents_elsewhere(reference: str, fields: Fields, seed: int | None = None) -> Iterator[Document]:
+def _documents_elsewhere(reference: str, fields: Fields, seed: int | None = None) -> Iterator[str]:
     """The documents of a text that is not made of local files."""
     if fields.is_chat and reference in WORDS:
         raise UsageError(f"text {reference!r} has no conversations; name another one, or leave out harvest.chat")
     if reference == "stdlib":
-        return ((text,) for _, text in stdlib_files(held_out=False))
+        return (text for _, text in stdlib_files(held_out=False))
     return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields, seed)
 
 
@@ -334,7 +331,7 @@ def _hub(reference: str) -> re.Match[str]:
     return match
 
 
-def _from_hub(reference: str, fields: Fields, seed: int | None) -> Iterator[Document]:
+def _from_hub(reference: str, fields: Fields, seed: int | None) -> Iterator[str]:
     match = _hub(reference)
     import datasets
 
@@ -347,7 +344,7 @@ def _from_hub(reference: str, fields: Fields, seed: int | None) -> Iterator[Docu
             n = dataset.num_shards
             rows = itertools.chain.from_iterable(dataset.shard(n, number) for number in permuted(range(n), seed))
         for number, row in enumerate(rows):
-            yield (fields.document(row, f"dataset {reference!r}, row {number},"),)
+            yield fields.document(row, f"dataset {reference!r}, row {number},")
     except UserError:
         raise
     except Exception as error:

@@ -16,7 +16,6 @@ import numpy as np
 
 from sae_jax.activations.conversations import Conversations
 from sae_jax.activations.fields import TEXT_FIELD, Fields
-from sae_jax.activations.formats import Document
 from sae_jax.activations.text import named_documents
 from sae_jax.lm import Tokenizer
 from sae_jax.progress import console
@@ -180,34 +179,18 @@ def _encoded(
             raise UserError(f"{part.file}: {error}" if part.file else str(error)) from None
 
 
-def _parts(
-    documents: Iterable[tuple[str, Document]], fields: Fields, reference: str, tokenizer: Encoder
-) -> Iterator[_Part]:
+def _parts(documents: Iterable[tuple[str, str]], fields: Fields, reference: str, tokenizer: Encoder) -> Iterator[_Part]:
     for file, document in documents:
         if fields.is_chat:
-            yield _Part(file, "".join(document), True)
+            yield _Part(file, document, True)
             continue
-        for number, text in enumerate(_parts_of(document, tokenizer)):
+        for number, text in enumerate(tokenizer.parts(document)):
             if len(text) > _LONG:
                 console.print(
                     f"{file or reference}: {len(text):,} characters are tokenised at once, since this tokenizer does "
                     f"not part them at white space"
                 )
             yield _Part(file, text, number == 0)
-
-
-def _parts_of(document: Document, tokenizer: Encoder) -> Iterator[str]:
-    """The parts of a document that comes in blocks, of which no more than a few are in memory if it can be parted."""
-    held, n_held, n_enough = [], 0, 1
-    for block in document:
-        if n_held >= n_enough:
-            *whole, rest = tokenizer.parts("".join(held))
-            yield from whole
-            # What cannot be parted is tried again at twice the length, so that trying takes no longer than reading.
-            held, n_held, n_enough = [rest], len(rest), 2 * len(rest)
-        held.append(block)
-        n_held += len(block)
-    yield from tokenizer.parts("".join(held))
 
 
 def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

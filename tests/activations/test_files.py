@@ -7,7 +7,6 @@ import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import sys
 import tracemalloc
@@ -19,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_jax import lm
-from sae_jax.activations import blocks
+from sae_jax.activations import blocks, formats
 from sae_jax.activations.fields import TEXT_FIELD, Fields
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.spec import SetSpec, SourceSpec
 from sae_jax.activations.store import open_activations
-from sae_jax.activations.text import documents, scan
+from sae_jax.activations.text import documents, named_documents, scan
 from sae_jax.activations.tokens import sequences
 from sae_jax.types import UsageError, UserError
 
@@ -213,22 +212,21 @@ def test_files_without_a_document_are_no_part_of_the_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.zst"])
-def test_a_long_document_is_never_whole_in_memory(tmp_path, name):
+def test_a_long_file_is_cut_into_documents_and_never_whole_in_memory(tmp_path, name):
     n_words = 2**22
 
     class Words:
         separator_id = 0
 
         def parts(self, text):
-            cuts = [0, *(text.find(" ", i) for i in range(2**18, len(text) - 2**18, 2**18)), len(text)]
-            return [text[i:j] for i, j in itertools.pairwise(cuts)]
+            return [text]
 
         def encode(self, texts):
             return [np.ones(text.count("w"), np.int32) for text in texts]
 
     with blocks_written(tmp_path / name) as stream:
         for _ in range(n_words // 2**14):
-            stream.write(b"a word " * 2**14)
+            stream.write(b"a word " * (2**14 - 1) + b"a word\n")
     tracemalloc.start()
     try:
         scanned = scan(str(tmp_path / name))
@@ -236,9 +234,23 @@ def test_a_long_document_is_never_whole_in_memory(tmp_path, name):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert scanned.n_bytes == 7 * n_words + 1  # 28 MiB
-    assert n_sequences == (n_words + 1) // 1024
-    assert peak < 14 * 2**20
+    # 28 MiB. No line ends in the second half of most documents, which end after a space then.
+    assert scanned.n_documents > 7 * n_words / formats.PART
+    assert scanned.n_bytes == 7 * n_words + scanned.n_documents
+    assert n_sequences == (n_words + scanned.n_documents) // 1024
+    assert peak < 10 * 2**20
+
+
+def test_a_long_file_is_shuffled(tmp_path, monkeypatch):
+    put(tmp_path / "a.txt", "".join(f"{i:06}\n" for i in range(2000)).encode())
+    whole = [text for _, text in named_documents(str(tmp_path / "a.txt"), seed=1)]
+    assert len(whole) == 1  # it is short
+    monkeypatch.setattr(formats, "WHOLE", 1000)
+    monkeypatch.setattr(formats, "PART", 70)
+    there, shuffled = ([text for _, text in named_documents(str(tmp_path / "a.txt"), seed=seed)] for seed in (None, 1))
+    assert "".join(there) == whole[0]
+    assert there[1] == "".join(f"{i:06}\n" for i in range(10, 20))
+    assert sorted(shuffled) == there != shuffled
 
 
 def blocks_written(path: Path):

@@ -5,7 +5,10 @@ import json
 import os
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sae_jax.activations import formats
 from sae_jax.activations.fields import Fields
 from sae_jax.activations.formats import IN_FOLDERS
 from sae_jax.activations.harvest import HarvestConfig, harvest
@@ -65,10 +68,32 @@ def test_text_may_begin_like_json(tmp_path):
         assert list(documents(str(tmp_path / "a.txt"))) == [content]
 
 
+@given(st.text("ab \n", max_size=90), st.lists(st.integers(1, 9), min_size=1), st.integers(10, 40), st.integers(2, 10))
+@settings(max_examples=200)
+def test_a_long_text_is_cut_where_it_says_itself_and_not_where_its_blocks_end(text, sizes, whole, part):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "WHOLE", whole)
+        patch.setattr(formats, "PART", part)
+        characters = iter(text)
+        blocks = []
+        for size in itertools.cycle(sizes):
+            if not (block := "".join(itertools.islice(characters, size))):
+                break
+            blocks.append(block)
+        got, in_one = (list(formats._of_plain_text(each)) for each in (blocks, [text]))
+    assert "".join(got) == text
+    assert got == in_one
+    assert len(got) == 1 if len(text) <= whole else max(map(len, got)) <= part
+    for document in got[:-1] if len(got) > 1 else []:
+        later = document[part // 2 :]
+        ends = [end for end in ("\n\n", "\n", " ") if end in later]
+        assert document.endswith(ends[0]) if ends else len(document) == part
+
+
 def test_plain_text_under_another_name_is_said_to_be_taken_for_it(tmp_path, capsys):
     (tmp_path / "a.rst").write_text("# head")
     assert list(documents(str(tmp_path / "a.rst"))) == ["# head"]
-    assert "a.rst is read as one document of plain text" in capsys.readouterr().err
+    assert "a.rst is read as plain text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sae_jax.types import UsageError
 
 
 def texts(reference, seed, files=()):
-    return ["".join(document) for _, document in named_documents(reference, files=files, seed=seed)]
+    return [document for _, document in named_documents(reference, files=files, seed=seed)]
 
 
 @given(st.lists(st.text(max_size=9), max_size=40), st.integers(0, 2**64), st.integers(1, 50), st.integers(0, 90))
@@ -37,13 +37,13 @@ def test_every_document_comes_once_and_waits_its_turn(documents, seed, n_documen
             nonlocal taken
             for number, text in enumerate(documents):
                 taken += 1
-                yield str(number), (text,)
+                yield str(number), text
 
         got = []
         for pair in buffered(stream(), seed):
             got.append(pair)
             assert taken - len(got) <= n_documents
-    assert sorted(got, key=lambda pair: int(pair[0])) == [(str(i), (text,)) for i, text in enumerate(documents)]
+    assert sorted(got, key=lambda pair: int(pair[0])) == [(str(i), text) for i, text in enumerate(documents)]
 
 
 def test_the_order_is_that_of_the_seed_once_and_for_all():
