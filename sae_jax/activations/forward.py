@@ -12,20 +12,22 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
+from sae_jax.activations.rows import encode_on_device
 from sae_jax.activations.settings import HarvestConfig
 from sae_jax.types import UsageError
 
-Block: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray]  # ({source: [b, T, D]}, norms f32[b, T, hooks])
+Block: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray]  # ({source: [b, T, width]}, norms f32[b, T, hooks])
 Hooks: TypeAlias = tuple[Any, ...]  # lm.Hook each; of a torch model str
 
 
 def read_hooks(
     model: lm.LanguageModel | lm.TorchModel, ids_BT: jax.Array | np.ndarray, hooks: Hooks, dtype: str
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Activations {name: dtype[B, T, D]} with heads joined, and their norms f32[B, T, S]."""
-    if isinstance(model, lm.TorchModel):
-        return model.read(ids_BT, hooks, dtype)
-    return activations_at(model, ids_BT, hooks, dtype)
+    """Activations {name: [B, T, width]} with heads joined, as stored in `dtype` (rows.py); their norms f32[B, T, S]."""
+    if not isinstance(model, lm.TorchModel):
+        return activations_at(model, ids_BT, hooks, dtype)
+    acts, norm_BTS = model.read(ids_BT, hooks, "float32" if dtype == "int8" else dtype)
+    return {name: encode_on_device(x, dtype) for name, x in acts.items()}, norm_BTS
 
 
 @partial(jax.jit, static_argnames=("hooks", "dtype"))
@@ -34,7 +36,7 @@ def activations_at(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.H
     acts = lm.run(model, ids_BT, capture=hooks, logits=False).acts
     flat = {str(hook): meshes.reshape(acts[hook], *ids_BT.shape, -1) for hook in hooks}
     norm_BTS = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in flat.values()], -1)
-    return {name: x.astype(dtype) for name, x in flat.items()}, norm_BTS
+    return {name: encode_on_device(x, dtype) for name, x in flat.items()}, norm_BTS
 
 
 def hook_of(text: str, model: lm.LanguageModel | lm.TorchModel) -> Any:

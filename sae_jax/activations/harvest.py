@@ -32,10 +32,11 @@ from sae_jax.activations.ahead import Ahead
 from sae_jax.activations.conversations import ALL, Conversations, roles_of
 from sae_jax.activations.fields import COLUMN
 from sae_jax.activations.forward import Forward, hooks_of, source_name
+from sae_jax.activations.rows import row_bytes
 from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.shards import empty_rows, index_of, take_shard
 from sae_jax.activations.sinks import MULTIPLE, Sinks
-from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, layout
+from sae_jax.activations.spec import SetSpec, SourceSpec, layout
 from sae_jax.lm.chat import first_template
 from sae_jax.progress import Progress, console, say_once
 from sae_jax.storage import Files, Lease
@@ -259,7 +260,7 @@ def plan(
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
     n_shards, shard_rows, chunk_rows = layout(
-        n_sequences * config.context, [w * DTYPES[config.dtype].itemsize for *_, w in hooks], config.context
+        n_sequences * config.context, [row_bytes(w, config.dtype) for *_, w in hooks], config.context
     )
     spec = SetSpec(
         sources=tuple(

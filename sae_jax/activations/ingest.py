@@ -21,7 +21,8 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import text as texts
 from sae_jax.activations.arrays import as_floats, as_numpy
-from sae_jax.activations.spec import DTYPES, SetSpec, SourceSpec, array_specs, layout
+from sae_jax.activations.rows import DTYPES, encode, row_bytes, width
+from sae_jax.activations.spec import SetSpec, SourceSpec, array_specs, layout
 from sae_jax.activations.store import ActivationSet, Writer, open_activations, open_array
 from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError, UserError, check_indices
@@ -52,7 +53,7 @@ def write_activations(
         rows: an array [..., d] (numpy, JAX, or a torch tensor); or a dict of source name -> array, all with the same
             rows; or an iterator of such arrays or dicts, in blocks of any size.
         name: of the source, when rows are arrays and not dicts.
-        dtype: on disk: bfloat16, float16 or float32.
+        dtype: on disk: bfloat16, float16, float32, or int8 with a scale for each row.
         seed: of the shuffle inside shards.
         tokens: int [n, context], for rows [n, context, d]: an array, or with an iterator of rows an iterator of blocks
             in step with it. A set with tokens can show the text around a row.
@@ -70,14 +71,13 @@ def write_activations(
     files = Files(path)
     if not isinstance(seed, int | np.integer):
         raise UsageError(f"seed={seed!r} must be a whole number")
-    n_rows, blocks = _blocks(rows, tokens, name, DTYPES[_known(dtype)])
+    n_rows, blocks = _blocks(rows, tokens, name, _known(dtype))
     tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
     origin = _Origin.of(tokenizer, model, model_digest, None if text is None else texts.resolve(text))
 
     def lay_out(n_rows: int, widths: dict[str, int], context: int | None) -> SetSpec:
         unit_rows = 1 if context is None else context
-        row_bytes = [d * DTYPES[dtype].itemsize for d in widths.values()]
-        n_shards, shard_rows, chunk_rows = layout(n_rows, row_bytes, unit_rows)
+        n_shards, shard_rows, chunk_rows = layout(n_rows, [row_bytes(d, dtype) for d in widths.values()], unit_rows)
         sources = tuple(SourceSpec(n, d, dtype, model, origin.model_digest, hook) for n, d in widths.items())
         origin.check_hook(hook, widths)
         per_shard = None if context is None else shard_rows // unit_rows
@@ -131,7 +131,7 @@ class _Shards:
         self._n_written = 0
 
     def push(self, block: dict[str, np.ndarray], tokens_BT: np.ndarray | None) -> None:
-        """Adds rows [n, d] of every source; writes the shards that they fill."""
+        """Adds stored rows [n, width] of every source; writes the shards that they fill."""
         self._buffer.push(block, tokens_BT)
         if self._n_rows is not None or self._writer is not None or self._buffer.n_bytes > BUFFER_BYTES:
             writer = self._opened(ENDLESS_ROWS if self._n_rows is None else self._n_rows)
@@ -226,8 +226,8 @@ class _Buffer:
         self.context: int | None = None
 
     def push(self, block: dict[str, np.ndarray], tokens_BT: np.ndarray | None) -> None:
-        """Adds rows [n, d] of every source. UsageError where they do not fit those before."""
-        widths = {name: rows.shape[1] for name, rows in block.items()}
+        """Adds stored rows [n, width] of every source. UsageError where they do not fit those before."""
+        widths = {name: width(rows) for name, rows in block.items()}
         context = None if tokens_BT is None else tokens_BT.shape[1]
         if self.n_pushed and (widths, context) != (self.widths, self.context):
             raise UsageError(
@@ -278,9 +278,9 @@ def _known(dtype: str) -> str:
 
 
 def _blocks(
-    rows: Any, tokens: Any, name: str, dtype: np.dtype
+    rows: Any, tokens: Any, name: str, dtype: str
 ) -> tuple[int | None, Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]]:
-    """Total rows (None for a stream) and blocks: rows [n, d] of each source in dtype, tokens [m, context]."""
+    """Total rows (None for a stream) and blocks: stored rows [n, width] of each source, tokens [m, context]."""
     named = rows if isinstance(rows, Mapping) else {name: rows}
     if not named:
         raise UsageError("rows name no source; give at least one array")
@@ -292,8 +292,8 @@ def _blocks(
         if len(set(lengths.values())) > 1:
             raise UsageError(f"all sources need the same rows, they have {lengths}")
         first = next(iter(named.values()))
-        row_bytes = sum(math.prod(values.shape[1:]) * dtype.itemsize for values in named.values())
-        step = max(1, SLICE_BYTES // max(row_bytes, 1))
+        n_bytes = sum(math.prod(values.shape[1:]) * DTYPES[dtype].itemsize for values in named.values())
+        step = max(1, SLICE_BYTES // max(n_bytes, 1))
         parts = [slice(low, low + step) for low in range(0, len(first), step)]
         stream = ({source: values[part] for source, values in named.items()} for part in parts)
         if tokens is not None:
@@ -313,7 +313,7 @@ def _blocks(
 
 
 def _paired(
-    stream: Iterator[Mapping[str, Any]], token_stream: Iterator[Any], dtype: np.dtype
+    stream: Iterator[Mapping[str, Any]], token_stream: Iterator[Any], dtype: str
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]:
     for number, block in enumerate(stream):
         try:
@@ -325,7 +325,7 @@ def _paired(
 
 
 def _block(
-    number: int, block: Mapping[str, Any], tokens: Any, dtype: np.dtype
+    number: int, block: Mapping[str, Any], tokens: Any, dtype: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     arrays = {source: as_floats(values, f"rows of {source} (block {number})") for source, values in block.items()}
     shapes = {source: values.shape for source, values in arrays.items()}
@@ -340,6 +340,6 @@ def _block(
         if tokens_BT.dtype.kind not in "iu" or (tokens_BT.size and not 0 <= tokens_BT.min() <= tokens_BT.max() < 2**31):
             raise UsageError(f"block {number}: tokens are {tokens_BT.dtype}; they must be integers in [0, 2^31)")
     # A value too large for dtype, or none, is refused with its row when it is written.
-    with np.errstate(over="ignore", invalid="ignore"):
-        # A copy: a generator may fill the same array again.
-        return {s: values.astype(dtype).reshape(-1, values.shape[-1]) for s, values in arrays.items()}, tokens_BT
+    flat = {source: values.reshape(-1, values.shape[-1]) for source, values in arrays.items()}
+    # A copy: a generator may fill the same array again.
+    return {source: encode(values, dtype, copy=True) for source, values in flat.items()}, tokens_BT

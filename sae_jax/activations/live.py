@@ -34,12 +34,13 @@ from jax.sharding import Mesh
 from sae_jax.activations import store
 from sae_jax.activations.harvest import prepare, shards_of_text
 from sae_jax.activations.order import shuffled
+from sae_jax.activations.rows import decode
 from sae_jax.activations.segments import Segments, ShardMaker, cut, noted, shard_rows
 from sae_jax.activations.settings import HarvestConfig
-from sae_jax.activations.shards import index_of, take_shard
+from sae_jax.activations.shards import empty_rows, index_of, take_shard
 from sae_jax.activations.sinks import Sinks
 from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows
-from sae_jax.activations.spec import DTYPES, SetSpec, as_bits
+from sae_jax.activations.spec import SetSpec, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.progress import Progress
 from sae_jax.record import DataRecord, SourceRecord
@@ -113,7 +114,7 @@ class LiveRows(RowSource):
         """See RowSource; spread over the first segment."""
         rows = self._first_rows(source)
         chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLE_ROWS)).round().astype(int)
-        return rows[chosen].astype(np.float32)
+        return decode(rows[chosen]).astype(np.float32)
 
     def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
         """See RowSource."""
@@ -183,9 +184,9 @@ class LiveBatches(Batches):
         self._order = lru_cache(maxsize=2)(self._compute_order)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """{source: [B, D]}, in the source's dtype. UserError where the text leaves no rows."""
-        sources = [self._spec.source(name) for name in self._sites.all]
-        batch = {s.name: np.empty((self._batch_size, s.d), DTYPES[s.dtype]) for s in sources}
+        """{source: [B, width]}, as stored (rows.py). UserError where the text leaves no rows."""
+        room = empty_rows(self._spec, self._batch_size)
+        batch = {name: room[name] for name in self._sites.all}
         end = 0
         for piece in self._pieces(step):
             rows, chosen = self._segments.use(piece.segment, step), self._chosen(piece)

@@ -23,7 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from sae_jax.activations.order import Group, GroupKey, RowOrder, Run
-from sae_jax.activations.spec import DTYPES, as_bits
+from sae_jax.activations.spec import as_bits
 from sae_jax.activations.store import ActivationSet
 from sae_jax.types import UsageError
 
@@ -78,7 +78,7 @@ class Loader:
         self._streams: list[Generator[tuple[int, dict[str, np.ndarray]], None, None]] = []
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of the batch of a step, for each source: [B / P, d] in the source's dtype.
+        """This process's rows of the batch of a step, for each source: [B / P, width], as stored (rows.py).
 
         UserError naming shard and chunk where the data is not what was written.
         """
@@ -177,10 +177,10 @@ class _Window:
         ahead_steps = -(-CHUNKS_AHEAD * self.set.spec.chunk_rows // self.share)
         self.horizon = group_steps + ahead_steps  # no group is read that reaches further
         self.free = list(range(self.horizon + MAX_LEASES))
-        self.rows: dict[str, np.ndarray] = {}  # [slots * share, d]: a slot is a batch
+        self.rows: dict[str, np.ndarray] = {}  # [slots * share, width]: a slot is a batch
         for name in loader.sources:
-            source = self.set.source(name)
-            self.rows[name] = np.empty((len(self.free) * self.share, source.d), DTYPES[source.dtype])
+            array = self.set.arrays[f"acts/{name}"]
+            self.rows[name] = np.empty((len(self.free) * self.share, *array.row_shape), array.dtype)
         self.slots: dict[int, int] = {}  # step -> slot
         self.plans: dict[int, dict[GroupKey, Run]] = {}  # step -> its pieces, in order
         self.groups: dict[GroupKey, tuple[Group, list[Future]]] = {}  # on their way, or needed again

@@ -15,6 +15,7 @@ which a resumed run knows where each step lies; it makes no more segments than i
 from __future__ import annotations
 
 import abc
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -29,8 +30,9 @@ import numpy as np
 import xxhash
 
 from sae_jax import storage
+from sae_jax.activations.rows import SCALE_BYTES, row_bytes
 from sae_jax.activations.shards import empty_rows
-from sae_jax.activations.spec import DTYPES, SetSpec, array_specs, as_bits
+from sae_jax.activations.spec import SetSpec, array_specs, as_bits
 from sae_jax.activations.store import refuse_not_finite
 from sae_jax.storage import disk
 from sae_jax.types import UsageError, UserError
@@ -54,7 +56,7 @@ class ShardMaker(abc.ABC):
 
         Args:
             shard: its number.
-            out: {source: [rows of a whole shard, D]}, to be filled.
+            out: {source: [rows of a whole shard, width]}, to be filled with rows as stored (rows.py).
             on_rows: told how many rows more are made, now and then, before any is left out; raises StoppedError once
                 nobody waits for the shard any more.
 
@@ -99,7 +101,7 @@ def cut(spec: SetSpec, memory_gib: float, disk_gib: float) -> Cut:
         memory_gib: for rows in memory.
         disk_gib: for segments and the first shard on the disk; 0: segments are in memory.
     """
-    shard_bytes = shard_rows(spec) * sum(source.d * DTYPES[source.dtype].itemsize for source in spec.sources)
+    shard_bytes = shard_rows(spec) * sum(row_bytes(source.d, source.dtype) for source in spec.sources)
     first_bytes = sum(array.shard_bytes for array in array_specs(spec).values())
     budget, beside, n_slots = memory_gib * GIB, AT_WORK * shard_bytes, IN_MEMORY
     if disk_gib:
@@ -156,7 +158,7 @@ class Segments:
         self._waiting: int | None = None  # a segment that waits for a checkpoint to have a slot
 
     def use(self, segment: int, step: int, on_wait: Callable[[], None] | None = None) -> dict[str, np.ndarray]:
-        """The rows of a segment, {source: [n, D]}, for the batch of a step; waits until they are made.
+        """The rows of a segment, {source: [n, width]}, for the batch of a step; waits until they are made.
 
         They are to be read before the next call, which may make another segment in their place. `on_wait` is called now
         and then until they are there.
@@ -306,7 +308,7 @@ class Segments:
         return [] if self._folder is None else list(self._folder.glob(_slot_name("*", "*")))
 
     def _buffer(self, slot: int) -> dict[str, np.ndarray]:
-        """Room for the rows of a segment, {source: [n, D]}: the same each time."""
+        """Room for the rows of a segment, {source: [n, width]}: the same each time."""
         spec, n = self._maker.spec, self.cut.per_segment * shard_rows(self._maker.spec)
         if slot not in self._buffers and self.cut.on_disk:
             assert self._folder is not None
@@ -315,8 +317,8 @@ class Segments:
                 if path.name not in known:  # of other rows
                     path.unlink()
             self._buffers[slot] = {
-                s.name: _row_file(self._folder / _slot_name(slot, s.name), (n, s.d), DTYPES[s.dtype])
-                for s in spec.sources
+                name: _row_file(self._folder / _slot_name(slot, name), (n, *row.shape[1:]), row.dtype)
+                for name, row in empty_rows(spec, 1).items()
             }
         if slot not in self._buffers:
             self._buffers[slot] = empty_rows(spec, n)
@@ -327,12 +329,12 @@ def _slot_name(slot: object, source: str) -> str:
     return f"slot-{slot}-{source}.rows"
 
 
-def _row_file(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+def _row_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A file as an array in memory, with its place on the disk taken. OSError that names it where there is too little.
 
     Without its place a full disk would end the process when a row is put into it.
     """
-    n_bytes = shape[0] * shape[1] * dtype.itemsize
+    n_bytes = math.prod(shape) * dtype.itemsize
     disk.make_folder(path.parent)
     with disk.naming(path), open(path, "ab") as file:
         file.truncate(n_bytes)
@@ -371,7 +373,9 @@ def _digests(rows: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def _is_finite(rows_ND: np.ndarray) -> bool:
-    """Looks at the bits: numpy is slow with bfloat16."""
+    """Of stored rows. Looks at the bits: numpy is slow with bfloat16."""
+    if rows_ND.dtype == np.int8:
+        return bool(np.isfinite(np.ascontiguousarray(rows_ND[:, -SCALE_BYTES:]).view(np.float32)).all())
     infinity = as_bits(np.array([np.inf], rows_ND.dtype))[0]
     block = max((1 << 20) // max(rows_ND[:1].nbytes, 1), 1)
     parts = (as_bits(rows_ND[low : low + block]) for low in range(0, len(rows_ND), block))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae_jax.activations.fields import COLUMN, Fields
-from sae_jax.activations.spec import DTYPES
+from sae_jax.activations.rows import DTYPES
 from sae_jax.types import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -44,7 +44,7 @@ class HarvestConfig:
     tokens: int = 0
     """tokens to run; 0 = all of the text"""
     dtype: str = "bfloat16"
-    """of the stored rows: bfloat16, float16 or float32"""
+    """of the stored rows: bfloat16, float16, float32, or int8 with a scale for each row"""
     max_norm_multiple: float | Literal["auto"] | None = "auto"
     """leave out rows whose norm exceeds this multiple of the shard's median (attention sinks); auto: 10 if the first
     sequences have such rows, none if not"""

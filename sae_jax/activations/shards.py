@@ -8,12 +8,13 @@ import numpy as np
 
 from sae_jax.activations.forward import Block
 from sae_jax.activations.sinks import Sinks, keep
-from sae_jax.activations.spec import DTYPES, SetSpec
+from sae_jax.activations.spec import SetSpec, array_specs
 
 
 def empty_rows(spec: SetSpec, n: int) -> dict[str, np.ndarray]:
-    """Room for n rows of each source: {source: [n, D]}."""
-    return {source.name: np.empty((n, source.d), DTYPES[source.dtype]) for source in spec.sources}
+    """Room for n stored rows of each source: {source: [n, width]}."""
+    arrays = {source.name: array_specs(spec)[f"acts/{source.name}"] for source in spec.sources}
+    return {name: np.empty((n, *array.row_shape), array.dtype) for name, array in arrays.items()}
 
 
 def take_shard(
@@ -32,7 +33,7 @@ def take_shard(
         ids_ST: the sequences, i32[S, T].
         text_ST: bool, the positions that may have rows.
         max_norm_multiple: see HarvestConfig.
-        out: {source: [S * T or more, D]}; the activations of all positions are put into its first S * T rows.
+        out: {source: [S * T or more, width]}; the rows of all positions are put into its first S * T rows.
         on_block: told the tokens of each forward pass, after it.
         sinks: counts rows with large norms.
 

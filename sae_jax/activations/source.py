@@ -17,10 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from sae_jax import mesh as meshes
+from sae_jax.activations.rows import decode_on_device
 from sae_jax.activations.sample import remarks
 from sae_jax.progress import console
 from sae_jax.record import DataRecord, SourceRecord
@@ -180,16 +182,24 @@ def place_rows(rows: Mapping[str, np.ndarray], sites: Sites, mesh: Mesh) -> Batc
     """This process's rows as its part of the global batch: sent to all devices once, ROWS in every slice.
 
     Args:
-        rows: [B / processes, D] of each source.
+        rows: [B / processes, D] of each source, or as stored (rows.py); int8 goes to the devices as it is.
         sites: what stands side by side in x and in y.
         mesh: the one in use.
     """
 
     def placed(sources: tuple[str, ...]) -> jax.Array:
         parts = [rows[source] for source in sources]
+        if any(part.dtype == np.int8 for part in parts):
+            return meshes.in_order(_side_by_side([placed_array(part, mesh) for part in parts]))
         return placed_array(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), mesh)
 
     return Batch(placed(sites.x), None if sites.y == sites.x else placed(sites.y))
+
+
+@jax.jit
+def _side_by_side(stored: list[jax.Array]) -> jax.Array:
+    """f32[B, sum of D] of rows of which some are stored in int8."""
+    return jnp.concatenate([decode_on_device(part).astype(jnp.float32) for part in stored], axis=1)
 
 
 def placed_array(part: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -18,20 +18,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from sae_jax.activations.fields import COLUMN, Fields
+from sae_jax.activations.rows import DTYPES, stored_width
 from sae_jax.storage import as_type, parse_json
 from sae_jax.types import UsageError, UserError
 
 FORMAT = 3
 
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
 INDEX_NAMES = ("token", "seq", "pos")
 # Fields that say where something lies, by the field with the digest that says what it is.
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
@@ -61,7 +56,7 @@ class SourceSpec:
 
     name: str  # a folder name: letters, digits, '.', '_', '-'
     d: int
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of rows.DTYPES
     model: str | None = None  # "bundled", hub-id@revision or a path; None for rows whose origin is not known
     model_digest: str | None = None
     hook: str | None = None
@@ -277,7 +272,7 @@ class ArraySpec:
 def array_specs(spec: SetSpec) -> dict[str, ArraySpec]:
     """All arrays of a set by path: `acts/<source>`, and with text `index/<name>` and `sequences`."""
     rows = (spec.n_shards, spec.shard_rows, spec.chunk_rows)
-    arrays = [ArraySpec(f"acts/{s.name}", DTYPES[s.dtype], (s.d,), *rows) for s in spec.sources]
+    arrays = [ArraySpec(f"acts/{s.name}", DTYPES[s.dtype], (stored_width(s.d, s.dtype),), *rows) for s in spec.sources]
     if spec.context is not None and spec.sequences_per_shard is not None:
         int32, per_shard = np.dtype(np.int32), spec.sequences_per_shard
         arrays += [ArraySpec(f"index/{name}", int32, (), *rows) for name in INDEX_NAMES]
@@ -290,7 +285,7 @@ def layout(n_rows: int, row_bytes: Sequence[int], unit_rows: int = 1) -> tuple[i
 
     Args:
       n_rows: rows of the set, at most.
-      row_bytes: bytes of one row of each source.
+      row_bytes: of one stored row of each source.
       unit_rows: rows which must stay in one shard: the context length of a set with text.
 
     Returns:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sae_jax.activations.rows import decode, width
+
 BLOCK_ROWS = 1024  # float64 copy of a block stays in cache up to d of a few thousand
 
 
@@ -31,11 +33,11 @@ class Stats:
 
     @classmethod
     def of_rows(cls, rows_BD: np.ndarray) -> Stats:
-        """Statistics of rows [B, D] of any float dtype. Non-finite rows give non-finite statistics."""
-        total = cls.empty(rows_BD.shape[1])
+        """Statistics of stored rows [B, width], or rows [B, D]. Those that are not finite give such statistics."""
+        total = cls.empty(width(rows_BD))
         with np.errstate(invalid="ignore"):
             for low in range(0, len(rows_BD), BLOCK_ROWS):
-                block_BD = rows_BD[low : low + BLOCK_ROWS].astype(np.float64)
+                block_BD = decode(rows_BD[low : low + BLOCK_ROWS]).astype(np.float64)
                 mean_D = block_BD.sum(axis=0) / len(block_BD)
                 block_BD -= mean_D
                 total = total.join(cls(len(block_BD), mean_D, np.einsum("bd,bd->d", block_BD, block_BD)))

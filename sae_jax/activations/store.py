@@ -1,7 +1,7 @@
 """The activation set on disk: written by any number of hosts, one shard at a time, and read chunk by chunk.
 
     dataset.json           the spec and its SHA-256
-    acts/<source>/         zarr v3, [n_shards * shard_rows, d]; a shard is one write, a chunk one read
+    acts/<source>/         zarr v3, [n_shards * shard_rows, width] (rows.py); a shard is one write, a chunk one read
     index/{token,seq,pos}/ int32 in the same row order, for sets with text
     sequences/             int32 [n_sequences, context], what the language model saw, by shard
     commits/<shard>.json   what the shard holds, written once its data is durable
@@ -39,6 +39,7 @@ from sae_jax.activations.commits import (
     read_commits,
 )
 from sae_jax.activations.order import WRITE_ORDER, shuffled
+from sae_jax.activations.rows import decode, encode
 from sae_jax.activations.spec import INDEX_NAMES, ArraySpec, SetSpec, SourceSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.storage import STORAGE_ERRORS, Files, Lease, context, reason, write_error
@@ -71,8 +72,8 @@ class Writer:
 
         Args:
           shard: its number, below spec.n_shards.
-          sources: name -> rows [n, d] for every source of the set, n <= shard_rows, any float dtype, in any
-            order: rows are shuffled here, all sources and the index alike, by (spec.seed, shard).
+          sources: name -> rows [n, d] for every source of the set, n <= shard_rows, any float dtype, or as they are
+            stored, in any order: they are shuffled here, all sources and the index alike, by (spec.seed, shard).
           index: "token", "seq" (number of the sequence in the whole set) and "pos" of the rows, int [n]. Sets
             with text only.
           sequences: int [m, context], m <= sequences_per_shard: the token sequences of this shard. Sets with
@@ -156,6 +157,7 @@ class Writer:
         if given.keys() != self.arrays.keys():
             raise UsageError(f"a shard of this set is {', '.join(self.arrays)}; got {', '.join(given) or 'none'}")
         n_rows = len(next(iter(sources.values())))
+        given |= {f"acts/{s.name}": encode(np.asarray(sources[s.name]), s.dtype) for s in spec.sources}
         blocks, stats = {}, {}
         for path, array in self.arrays.items():
             values = np.ascontiguousarray(given[path])
@@ -163,8 +165,7 @@ class Writer:
             if values.shape != (n, *array.row_shape) or n > array.shard_rows:
                 expected = ", ".join(map(str, (min(n, array.shard_rows), *array.row_shape)))
                 raise UsageError(f"shard {shard}: {path} is {list(values.shape)}; it must be [{expected}]")
-            with np.errstate(over="ignore"):  # reported below, as a value that is not finite
-                blocks[path] = values.astype(array.dtype, copy=False)
+            blocks[path] = values.astype(array.dtype, copy=False)
         for source in spec.sources:
             stored = blocks[f"acts/{source.name}"]
             stats[source.name] = Stats.of_rows(stored)
@@ -232,7 +233,7 @@ class ActivationSet:
         return self._stats[self.source(source).name]
 
     def read_chunk(self, source: str, chunk: int) -> np.ndarray:
-        """The valid rows of chunk `chunk` of 0 ... n_chunks - 1: [n, d] in the source's dtype.
+        """The valid rows of chunk `chunk` of 0 ... n_chunks - 1: [n, d] in the source's dtype, int8 rows in float32.
 
         Raises UserError naming the shard's object and the chunk when its bytes are not those that were
         written.
@@ -241,10 +242,10 @@ class ActivationSet:
         self._check_chunk(chunk)
         rows = np.empty((self.chunk_n_rows[chunk], *array.row_shape), array.dtype)
         self.read_chunk_into(source, chunk, rows)
-        return rows
+        return decode(rows)
 
     def read_chunk_into(self, source: str, chunk: int, out: np.ndarray) -> None:
-        """As `read_chunk`, into a contiguous array of n rows. Holds no lock: many threads read at once."""
+        """The same as stored, into a contiguous array of n rows. Holds no lock: many threads read at once."""
         shard, place = int(self.chunk_shard[chunk]), int(self.chunk_in_shard[chunk])
         self._read_block(f"acts/{source}", shard, place, out)
 
@@ -400,8 +401,8 @@ def _parse(files: Files, text: bytes) -> SetSpec:
 
 
 def refuse_not_finite(rows_BD: np.ndarray, source: SourceSpec, shard: int, first_row: int) -> NoReturn:
-    """UserError that names the first row which is not finite."""
-    bad_B = ~np.isfinite(rows_BD.astype(np.float32)).all(axis=1)
+    """UserError that names the first of these stored rows which is not finite."""
+    bad_B = ~np.isfinite(decode(rows_BD).astype(np.float32)).all(axis=1)
     row = first_row + int(np.argmax(bad_B))
     raise UserError(
         f"row {row} (shard {shard}) of source {source.name} is not finite in {source.dtype}; leave such "

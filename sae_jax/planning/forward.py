@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from sae_jax import lm, storage
 from sae_jax import mesh as meshes
 from sae_jax.activations.forward import activations_at
-from sae_jax.activations.spec import DTYPES
+from sae_jax.activations.rows import DTYPES, row_bytes
 from sae_jax.lm import params
 from sae_jax.lm.hooks import POINTS
 
@@ -106,7 +106,7 @@ class ForwardPass:
     @property
     def row_bytes(self) -> int:
         """Of a token, in all sources."""
-        return sum(self.widths) * DTYPES[self.dtype].itemsize
+        return sum(row_bytes(width, self.dtype) for width in self.widths)
 
     @property
     def result_bytes(self) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.activations.forward import batch_sequences, hooks_of
+from sae_jax.activations.rows import row_bytes
 from sae_jax.activations.settings import HarvestConfig
-from sae_jax.activations.spec import DTYPES, INDEX_NAMES, layout
+from sae_jax.activations.spec import INDEX_NAMES, layout
 from sae_jax.planning import compile, harvest_report
 from sae_jax.planning.forward import ForwardPass
 from sae_jax.planning.job import check_settings
@@ -171,7 +172,7 @@ def _run(
         return result
     tokens = n_sequences * config.context
     widths = [width for each in passes.values() for width in each.widths]
-    n_shards, _, _ = layout(tokens, [width * DTYPES[config.dtype].itemsize for width in widths], config.context)
+    n_shards, _, _ = layout(tokens, [row_bytes(width, config.dtype) for width in widths], config.context)
     # Where shards do not divide, some workers make one more than others.
     of_busiest = math.ceil(n_shards / n_workers) * math.ceil(n_sequences / n_shards) * config.context
     share = min(of_busiest / tokens, 1) * n_workers

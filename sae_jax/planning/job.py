@@ -8,8 +8,8 @@ from typing import Any
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
+from sae_jax.activations.rows import row_bytes
 from sae_jax.activations.settings import HarvestConfig
-from sae_jax.activations.spec import DTYPES
 from sae_jax.errors import UsageError
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import analytic, compile, report, targets
@@ -97,7 +97,7 @@ def from_recipe(
         widths=Widths((d_model,) * n_x, (d_model,) * (len(reconstruct) or n_x)),
         same=tuple(reconstruct) in ((), tuple(site)),
         model=model,
-        disk_bytes=rows * n_sources * d_model * DTYPES[harvest.dtype].itemsize,
+        disk_bytes=rows * n_sources * row_bytes(d_model, harvest.dtype),
         **settings,
     )
 

@@ -203,7 +203,7 @@ def test_models_with_another_tokenizer_are_refused(text, tuned, tmp_path):
         {"hooks": ("resid_post.0", "resid_post.0")},
         {"context": 1},
         {"tokens": 3},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"max_norm_multiple": 0.5},
         {"split": 0},
         {"split": 3},

@@ -482,8 +482,8 @@ def test_rows_that_cannot_be_written(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("[tnsk]*/dataset.json"))
     with pytest.raises(UsageError, match="there are no rows"):
         write_activations(tmp_path / "none", iter([]))
-    with pytest.raises(UsageError, match="dtype='int8'"):
-        write_activations(tmp_path / "dtype", rows, dtype="int8")
+    with pytest.raises(UsageError, match="dtype='int4'"):
+        write_activations(tmp_path / "dtype", rows, dtype="int4")
 
 
 def test_existing_and_cut_off_sets_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,3 +252,9 @@ def test_the_report_says_what_it_is(capsys, model, no_compiler):
 def test_what_torch_runs_is_not_planned():
     with pytest.raises(UsageError, match=r"harvest\.backend=torch is not compiled; plan with harvest\.backend=jax"):
         planning.HarvestJob("h100:1", HarvestConfig(backend="torch"))
+
+
+def test_a_row_of_int8_has_a_scale():
+    settings = HarvestConfig(tokens=1280, hooks=("resid_post.1", "mlp_act.1"), dtype="int8")
+    spec = passes_of(settings, 1)[""]
+    assert spec.row_bytes == sum(spec.widths) + 2 * 4
