@@ -40,8 +40,8 @@ points are few; score: ours over its own, a mean over the quantities. Sweeps and
 16 of 22 cover 0.85 to 0.95, and 12 of 18 have a score of at most 1.25. Of the others: how noise grows has to be guessed
 from the points, which the reference need not; whether there is a constant is not known over one decade, nor for six
 widths, and intervals hold both, where the reference knows; with two outliers the worst of 200 predictions was off by
-13 %, against 3 % without; most points under marks of 1 M are below the first; and budgets of a sweep share their points.
-Why gamma +0.02 is covered too little was not found.
+13 %, against 3 % without; most points under marks of 1 M are below the first; and budgets of a sweep share their
+points. Why gamma +0.02 is covered too little was not found.
 """
 
 from __future__ import annotations
