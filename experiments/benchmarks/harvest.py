@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 import tyro
 from rich.table import Table
 
@@ -124,8 +123,8 @@ def torch_seconds(model: str, hook: str, n_tokens: int, batch_tokens: int):
 
     blocks = net.transformer.h if hasattr(net, "transformer") else net.model.layers
     blocks[int(hook.rpartition(".")[2])].register_forward_hook(stop)
-    sequences = tokens.sequences("stdlib", lm.tokenizer(model), CONTEXT, 0, n_tokens // CONTEXT)
-    ids = torch.tensor(np.stack(list(sequences)), dtype=torch.long)
+    ids_ST, _ = tokens.TokenText("stdlib", lm.tokenizer(model), CONTEXT).stacked(0, n_tokens // CONTEXT)
+    ids = torch.tensor(ids_ST, dtype=torch.long)
 
     def once() -> float:
         began = time.perf_counter()

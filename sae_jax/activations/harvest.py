@@ -1,7 +1,7 @@
 """Run text through a language model and store its activations: the set that dictionaries are trained on.
 
-    text -> packed sequences -> model up to the last hook -> rows of a shard -> disk
-                                 (batch i+1 runs while i is fetched; shard s is written while s+1 is computed)
+    text -> token sequences -> model up to the last hook -> rows of a shard -> disk
+                                (batch i+1 runs while i is fetched; shard s is written while s+1 is computed)
 
 Several models with one tokenizer, such as a model and what fine-tuning made of it, run on the same sequences: their
 sources share rows and order.
@@ -101,7 +101,7 @@ class Prepared(NamedTuple):
 
     spec: SetSpec
     scanned: texts.Scan
-    text: tokens.PackedText
+    text: tokens.TokenText
     forward: Forward
 
 
@@ -133,7 +133,7 @@ def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Dev
     return Prepared(spec, scanned, text, forward)
 
 
-def _multiple(out: str | None, text: tokens.PackedText, forward: Forward) -> float | None:
+def _multiple(out: str | None, text: tokens.TokenText, forward: Forward) -> float | None:
     """What `auto` means for this set: what was decided when it was begun, or what the first sequences show."""
     if out is not None and Files(out).read("dataset.json") is not None:
         return store.read_spec(Files(out)).max_norm_multiple
@@ -235,7 +235,7 @@ def plan(
     models: Mapping[str, lm.LanguageModel | lm.TorchModel],
     tokenizer: lm.Tokenizer,
     chat: Conversations | None = None,
-) -> tuple[SetSpec, texts.Scan, tokens.PackedText]:
+) -> tuple[SetSpec, texts.Scan, tokens.TokenText]:
     """The set that these settings describe, the same on every machine, what its text is made of, and its sequences."""
     hooks = [(name, hook, width) for name, model in models.items() for hook, width in hooks_of(config, model).items()]
     text = texts.resolve(config.text)
@@ -252,10 +252,14 @@ def plan(
     if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
     first, seed = tokenizer.first_id, config.seed if config.shuffle else None
-    packed = tokens.PackedText(text, tokenizer, config.context, config.fields(), scanned.files, chat, first, seed)
+    sequenced = tokens.TokenText(
+        text, tokenizer, config.context, config.fields(), scanned.files, chat, first, seed, config.sequence
+    )
     n_sequences = config.tokens // config.context
-    if not n_sequences:
-        n_sequences = _count(packed, scanned.n_bytes)
+    if scanned.n_bytes and config.sequence == "document":
+        n_sequences = min(n_sequences or scanned.n_documents, scanned.n_documents)
+    elif not n_sequences:
+        n_sequences = _count(sequenced, scanned.n_bytes)
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
@@ -286,12 +290,13 @@ def plan(
         heldout_digest=heldout_digest,
         first_token=first,
         context=config.context,
+        sequence="document" if config.sequence == "document" else None,
         sequences_per_shard=-(-n_sequences // n_shards),
         max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
         precision=None if config.precision == "float32" else config.precision,
         backend="torch" if config.backend == "torch" else None,
     )
-    return spec, scanned, packed
+    return spec, scanned, sequenced
 
 
 def _scan(text: str, config: HarvestConfig) -> texts.Scan:
@@ -314,7 +319,7 @@ def _scan(text: str, config: HarvestConfig) -> texts.Scan:
     return scanned
 
 
-def _count(text: tokens.PackedText, n_bytes: int) -> int:
+def _count(text: tokens.TokenText, n_bytes: int) -> int:
     """Sequences of a whole text."""
     n_read = 0
     with Progress("counting tokens", n_bytes, "bytes", silent=not n_bytes, first="") as progress:
@@ -328,7 +333,7 @@ def _count(text: tokens.PackedText, n_bytes: int) -> int:
 
 
 def shards_of_text(
-    config: HarvestConfig, text: tokens.PackedText, todo: Sequence[int], spec: SetSpec, on_file: Callable[[str], Any]
+    config: HarvestConfig, text: tokens.TokenText, todo: Sequence[int], spec: SetSpec, on_file: Callable[[str], Any]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(shard, its sequences i32[n, T], bool[n, T]: which are text) for the shards `todo`, in one pass over the text.
 
@@ -342,12 +347,18 @@ def shards_of_text(
     def on_read(file: str, n_bytes: int) -> None:
         on_file(file)
 
-    stream = text.sequences(start, stop, on_read)
+    lengths: list[int] = []  # of documents that are sequences of their own, in tokens
+    stream = text.sequences(start, stop, on_read, lengths.append)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
         if shard in remaining:
             remaining.remove(shard)
             ids, marks = zip(*(pair for _, pair in group), strict=True)
             yield shard, np.stack(ids), np.stack(marks)
+    if over := [length - config.context for length in lengths if length > config.context]:
+        say_once(
+            f"{len(over):,} of {len(lengths):,} documents are longer than harvest.context={config.context} tokens, and "
+            f"cut: {sum(over):,} of {sum(lengths):,} tokens are left out"
+        )
     # The text may end before the number of tokens asked for; what is left of the set is empty, not missing.
     if remaining:
         say_once(f"{config.text} ends before harvest.tokens={config.tokens}; {len(remaining)} shards stay empty")

@@ -41,6 +41,9 @@ class HarvestConfig:
     which a model has; layers count from 0. With backend=torch also the name of a module, such as model.layers.5.mlp"""
     context: int = 128
     """tokens of a sequence"""
+    sequence: Literal["packed", "document"] = "packed"
+    """packed: documents are joined and cut into sequences; document: each is a sequence of its own, cut at `context`
+    or filled up with padding, which no row is made of"""
     tokens: int = 0
     """tokens to run; 0 = all of the text"""
     dtype: str = "bfloat16"

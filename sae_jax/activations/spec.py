@@ -32,7 +32,7 @@ INDEX_NAMES = ("token", "seq", "pos")
 PLACES = {"text_digest": "text", "heldout_digest": "heldout", "tokenizer_digest": "tokenizer", "model_digest": "model"}
 
 # Fields that were added to format 3: recorded where they say something, so that the SHA-256 of older sets is the same.
-ADDED = ("text_template", "shuffled", "chat", "chat_template_digest", "precision", "first_token", "backend")
+ADDED = ("text_template", "shuffled", "chat", "chat_template_digest", "precision", "first_token", "backend", "sequence")
 
 CHUNK_BYTES = 4 << 20  # one read: flat in speed from 1 to 12 MiB locally; on object stores the request is the unit
 SHARD_BYTES = 256 << 20  # one write of the widest source
@@ -78,7 +78,7 @@ class SetSpec:
     """An activation set: its sources, how rows are cut into shards and chunks, and the text they come from.
 
     A shard has room for `shard_rows` rows and is written at once; a chunk of `chunk_rows` rows is read at
-    once. Sets with text give `context` and `sequences_per_shard`; shard s then holds the packed token
+    once. Sets with text give `context` and `sequences_per_shard`; shard s then holds the token
     sequences [s * sequences_per_shard, (s + 1) * sequences_per_shard) and the rows which their tokens left.
     """
 
@@ -100,6 +100,7 @@ class SetSpec:
     heldout_digest: str | None = None
     first_token: int | None = None  # that every sequence begins with
     context: int | None = None  # tokens
+    sequence: Literal["document"] | None = None  # each is one document, cut or filled up; None: they are packed
     sequences_per_shard: int | None = None
     precision: str | None = None  # of the language model; None: float32
     backend: Literal["torch"] | None = None  # that ran the language model; None: JAX

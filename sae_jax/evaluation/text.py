@@ -29,7 +29,7 @@ class HeldOut:
     model: lm.LanguageModel | lm.TorchModel
     encoded: Hooks  # the sources side by side in what is encoded
     reconstructed: Hooks
-    sequences: np.ndarray  # i32[n, T], packed as in the set
+    sequences: np.ndarray  # i32[n, T], made as in the set
     text: np.ndarray  # bool[n, T], no special tokens, and of conversations those of the role that the set has rows of
     max_norm_multiple: float | None  # as in the set
 
@@ -127,8 +127,10 @@ def held_out(
         )
     files = _check_text(activations, heldout, text)
     chat = _conversations(activations, loaded, tokenizer, model)
-    packed = tokens.PackedText(heldout, tokenizer, spec.context, spec.fields, files, chat, spec.first_token)
-    ids_NT, text_NT = packed.stacked(0, max(n_tokens // spec.context, 1))
+    sequenced = tokens.TokenText(
+        heldout, tokenizer, spec.context, spec.fields, files, chat, spec.first_token, kind=spec.sequence or "packed"
+    )
+    ids_NT, text_NT = sequenced.stacked(0, max(n_tokens // spec.context, 1))
     encoded, reconstructed = _hooks(hooks, sites, loaded)
     return HeldOut(
         name=heldout,

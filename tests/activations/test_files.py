@@ -217,6 +217,7 @@ def test_a_long_file_is_cut_into_documents_and_never_whole_in_memory(tmp_path, n
 
     class Words:
         separator_id = 0
+        special_ids = (0,)
 
         def parts(self, text):
             return [text]

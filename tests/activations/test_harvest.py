@@ -62,6 +62,57 @@ def test_a_text_that_ends_early_leaves_empty_shards_not_missing_ones(tmp_path):
     assert min(commit.n_rows for commit in activations.commits.values()) == 0
 
 
+def test_a_document_a_sequence(tmp_path, capsys):
+    """Its rows are those that the model has of the document alone, and nothing is made of padding."""
+    texts = ["import os", "def f(x):\n    return x\n" * 9, "x", "print(1)"]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *texts]))
+    settings = {"sequence": "document", "heldout": "heldout", "dtype": "float32", "max_norm_multiple": None}
+    spec = harvest(small(str(path), **settings), str(tmp_path / "set"))
+    assert spec.sequence == "document"
+    model, tokenizer = lm.load("bundled"), lm.tokenizer("bundled")
+    whole = [[tokenizer.separator_id, *ids] for ids in tokenizer.encode(texts)]
+    n_cut, n = len(whole[1]) - 16, sum(map(len, whole))
+    assert (
+        f"1 of 4 documents are longer than harvest.context=16 tokens, and cut: {n_cut} of {n} tokens are left out"
+        in (" ".join(capsys.readouterr().err.split()))
+    )
+    activations = open_activations(tmp_path / "set")
+    ids_ST = activations.read_sequences(np.arange(4))
+    found = {}
+    for chunk in range(activations.n_chunks):
+        index = activations.read_index(chunk)
+        places = zip(index["seq"].tolist(), index["pos"].tolist(), strict=True)
+        found |= dict(zip(places, activations.read_chunk("resid_post.0", chunk), strict=True))
+    assert found.keys() == {(s, t) for s, ids in enumerate(whole) for t in range(1, min(len(ids), 16))}
+    for s, ids in enumerate(whole):
+        assert ids_ST[s].tolist() == (ids + [tokenizer.separator_id] * 16)[:16]
+        acts, _ = read_hooks(model, np.array([ids]), (lm.parse_hook("resid_post.0", model.spec),), "float32")
+        for t in range(1, min(len(ids), 16)):
+            np.testing.assert_allclose(found[s, t], acts["resid_post.0"][0, t], atol=1e-4)
+    # Held-out text comes in the same way, and nothing of padding counts there.
+    text = held_out(activations, Sites(("resid_post.0",), ("resid_post.0",)), 16 * 8)
+    assert (text.sequences[:, 0] == tokenizer.separator_id).all()
+    np.testing.assert_array_equal(text.text, ~np.isin(text.sequences, tokenizer.special_ids))
+    with pytest.raises(UsageError, match="is already a set in which"):
+        harvest(small(str(path), **settings | {"sequence": "packed"}), str(tmp_path / "set"))
+
+
+def test_a_set_of_documents_resumes(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"import m{i}\n" * (i % 5 + 1)}) + "\n" for i in range(40)))
+    config = small(str(path), sequence="document")
+    answers = iter([False, False, False])
+    harvest(config, str(tmp_path / "one"), stop=lambda: next(answers, True))
+    harvest(config, str(tmp_path / "one"))
+    for shard in ((1, 2), (0, 2)):
+        harvest(config, str(tmp_path / "two"), shard)
+    one, two = (open_activations(tmp_path / name) for name in ("one", "two"))
+    assert sum(commit.n_sequences for commit in one.commits.values()) == 40
+    for chunk in range(one.n_chunks):
+        np.testing.assert_array_equal(one.read_index(chunk)["token"], two.read_index(chunk)["token"])
+
+
 def test_the_set_does_not_depend_on_the_batch(text, tmp_path, monkeypatch):
     """How many sequences run at once is this machine's affair; the rows are the same to rounding."""
     hooks = ("resid_post.0", "attn_z.1")

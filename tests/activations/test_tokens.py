@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_jax.activations import text as texts
 from sae_jax.activations.fields import Fields
 from sae_jax.activations.text import documents, scan, stdlib_files
-from sae_jax.activations.tokens import marked_sequences, sequences
+from sae_jax.activations.tokens import TokenText, sequences
 from sae_jax.lm import tokenizer
 from sae_jax.types import UsageError, UserError
 
@@ -20,6 +20,7 @@ class Bytes:
     """A token for each byte, and one before each document."""
 
     separator_id = 256
+    special_ids = (256,)
 
     def parts(self, text):
         return [text[i : i + 3] for i in range(0, len(text), 3)]
@@ -60,6 +61,49 @@ def test_sequences_are_the_joined_documents_cut_up(jsonl, texts, context, start,
     part = list(sequences(reference, Bytes(), context, start, start + length))
     np.testing.assert_array_equal(np.array(part, np.int32).reshape(-1, context), expected[start : start + length])
     np.testing.assert_array_equal(list(sequences(reference, Bytes(), context, start)), got[start:])
+
+
+@settings(max_examples=40)
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=150),
+    context=st.integers(2, 20),
+    start=st.integers(0, 30),
+    length=st.integers(1, 30),
+    first=st.sampled_from([None, 7]),
+)
+def test_each_document_is_one_sequence(jsonl, texts, context, start, length, first):
+    text = TokenText(write_jsonl(jsonl, texts), Bytes(), context, first=first, kind="document")
+    whole = [[256 if first is None else first, *text.encode()] for text in texts]
+    padded = [(ids + [256] * context)[:context] for ids in whole]
+    marks = [([False] + [True] * (len(ids) - 1) + [False] * context)[:context] for ids in whole]
+    lengths, n_read = [], 0
+
+    def on_read(file, n_bytes):
+        nonlocal n_read
+        n_read += n_bytes
+
+    got = list(text.sequences(start, start + length, on_read, lengths.append))
+    here = slice(start, start + length)
+    np.testing.assert_array_equal(
+        np.array([ids for ids, _ in got]).reshape(-1, context), np.reshape(padded[here], (-1, context))
+    )
+    assert [mark.tolist() for _, mark in got] == marks[here]
+    assert lengths == [len(ids) for ids in whole[here]]
+    assert n_read == sum(len(text.encode()) for text in texts[: start + length])
+
+
+def test_what_comes_before_a_document_is_not_tokenised(tmp_path):
+    """So that a harvest of a document a sequence resumes at once."""
+    seen = []
+
+    class Watched(Bytes):
+        def encode(self, texts):
+            seen.extend(texts)
+            return super().encode(texts)
+
+    text = TokenText(write_jsonl(tmp_path / "a.jsonl", ["a", "b", "c"]), Watched(), 4, kind="document")
+    assert [ids.tolist() for ids, _ in text.sequences(2)] == [[256, ord("c"), 256, 256]]
+    assert seen == ["c"]
 
 
 def test_files_directories_and_globs_give_their_documents_in_order_of_path(tmp_path):
@@ -207,7 +251,7 @@ def test_it_is_said_what_has_been_read(tmp_path):
     def on_read(file, n_bytes):
         read[Path(file).name] = read.get(Path(file).name, 0) + n_bytes
 
-    stream = sequences(str(tmp_path), Bytes(), 8, on_read=on_read)
+    stream = TokenText(str(tmp_path), Bytes(), 8).sequences(on_read=on_read)
     assert [next(stream) is not None and dict(read) for _ in range(3)] == [
         {"a.txt": 9},  # a separator and 7 characters, in parts of 3
         {"a.txt": 10, "b.txt": 5},  # 3 and a separator, 4
@@ -223,7 +267,7 @@ def test_every_sequence_begins_with_the_token_that_is_asked_for(context):
     begun = np.stack(list(sequences("heldout", Bytes(), context, stop=6, first=7)))
     assert set(begun[:, 0]) == {7}
     np.testing.assert_array_equal(begun[:, 1:].ravel(), plain)  # nothing of the text is lost
-    marks = [marks_T for _, marks_T in marked_sequences("heldout", Bytes(), context, stop=6, first=7)]
+    marks = [marks_T for _, marks_T in TokenText("heldout", Bytes(), context, first=7).sequences(stop=6)]
     assert not np.stack(marks)[:, 0].any()
     with pytest.raises(UsageError, match="use 2 or more"):
         next(sequences("heldout", Bytes(), 1, first=7))
