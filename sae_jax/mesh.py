@@ -130,6 +130,14 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
     return jnp.reshape(x, shape, out_sharding=where)
 
 
+def n_shards(x: jax.Array) -> int:
+    """Over how many devices x is spread. Of axes that are Auto, where the compiler decides, all devices count."""
+    now = jax.typeof(x).sharding
+    kinds = zip(now.mesh.axis_names, now.mesh.axis_types, strict=True)
+    auto = math.prod(now.mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto)
+    return auto * (x.size // math.prod(now.shard_shape(x.shape)))
+
+
 def axis_size(axis: str | tuple[str, ...]) -> int:
     """How many ways the mesh in use splits along `axis`, one name or several; 1 without a mesh."""
     mesh = current()

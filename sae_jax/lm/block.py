@@ -6,6 +6,10 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 LayerNorm after Ba et al. 2016, arXiv 1607.06450; RMSNorm after Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; gated
 MLP after Shazeer 2020, arXiv 2002.05202, eq. 6; shared keys and values after Ainslie et al. 2023, arXiv 2305.13245;
 the cap of scores after Gemma Team 2024, arXiv 2408.00118, section 2.
+
+Scores of all pairs of positions would grow with the square of the context. Where they are many, attention goes through
+the queries in blocks, each with all keys at once, so that the softmax of a query is the same as without; the backward
+pass computes the scores of a block again.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 from flax import struct
 
 from sae_jax.lm.spec import Rotary, Spec
-from sae_jax.mesh import reshape
+from sae_jax.mesh import n_shards, reshape
 from sae_jax.ops.encode import product
 
 Tap = Callable[[str, jax.Array], jax.Array]
@@ -31,6 +35,7 @@ _ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+SCORE_BYTES = 256 << 20  # of f32 scores that a device holds at once
 _MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers and not NaN
 
 
@@ -38,22 +43,22 @@ _MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers
 class Positions:
     """What the place of T tokens among S means to layers of one kind; with a leading axis, of every kind."""
 
-    mask: jax.Array  # bool[T, S], which keys each query sees
+    position: jax.Array  # i32[T], of the queries; keys have positions 0 ... S - 1
+    window: jax.Array  # i32[], of how many positions, the last of which is its own, a query sees the keys
     cos: jax.Array | None  # f32[T, d_rotary / 2], of the angle that each pair of a head is turned by
     sin: jax.Array | None
 
 
 def positions_of(spec: Spec, position_T: jax.Array, n_slots: int) -> Positions:
     """Of every kind of layer, stacked in the order of `spec.attention`, for S = n_slots keys."""
-    back_TS = position_T[:, None] - jnp.arange(n_slots, dtype=jnp.int32)[None, :]
     windows = [n_slots if kind.window is None else kind.window for kind in spec.attention]
-    mask_ATS = jnp.stack([(back_TS >= 0) & (back_TS < window) for window in windows])
+    seen_A = jnp.stack([position_T] * len(windows)), jnp.asarray(windows, jnp.int32)
     if spec.positions != "rotary":
-        return Positions(mask_ATS, None, None)
+        return Positions(*seen_A, None, None)
     n = spec.d_head if spec.d_rotary is None else spec.d_rotary
     frequency_Ap = np.stack([frequencies(kind.rotary or Rotary(), n) for kind in spec.attention])
     angle_ATp = position_T.astype(jnp.float32)[None, :, None] * jnp.asarray(frequency_Ap, jnp.float32)[:, None, :]
-    return Positions(mask_ATS, jnp.cos(angle_ATp), jnp.sin(angle_ATp))
+    return Positions(*seen_A, jnp.cos(angle_ATp), jnp.sin(angle_ATp))
 
 
 def block(
@@ -81,7 +86,7 @@ def block(
         q_BTHd, k_BTGd = norm(spec, layer, "q_norm", q_BTHd), norm(spec, layer, "k_norm", k_BTGd)
     q_BTHd, k_BTGd = _rotate(q_BTHd, positions), _rotate(k_BTGd, positions)
     k_BSGd, v_BSGd = extend(k_BTGd, v_BTGd)
-    z_BTHd = tap("attn_z", _attend(spec, q_BTHd, k_BSGd, v_BSGd, positions.mask))
+    z_BTHd = tap("attn_z", _attend(spec, q_BTHd, k_BSGd, v_BSGd, positions))
     out_BTD = _linear(layer, "o", reshape(z_BTHd, *width, -1))
     if spec.post_norms:
         out_BTD = norm(spec, layer, "attn_norm", tap("attn_raw", out_BTD))
@@ -121,10 +126,41 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _attend(spec: Spec, q_BTHd: jax.Array, k_BSGd: jax.Array, v_BSGd: jax.Array, mask_TS: jax.Array) -> jax.Array:
-    """Attention outputs per head; heads are in groups that share keys and values."""
+def query_block(score_bytes: int, n_queries: int) -> int:
+    """How many of these queries are attended from at once, if scores of all of them take so many bytes on a device."""
+    n_blocks = min(-(-score_bytes // SCORE_BYTES), n_queries)
+    return -(-n_queries // n_blocks)
+
+
+def _attend(spec: Spec, q_BTHd: jax.Array, k_BSGd: jax.Array, v_BSGd: jax.Array, positions: Positions) -> jax.Array:
+    """Attention outputs per head, of a block of queries after the other."""
+    rows, n_new, n_heads, width = q_BTHd.shape
+    t = query_block(4 * rows * n_heads * n_new * k_BSGd.shape[1] // n_shards(q_BTHd), n_new)
+    if t >= n_new:
+        return _attend_block(spec, q_BTHd, k_BSGd, v_BSGd, positions.position, positions.window)
+    n_blocks = -(-n_new // t)
+    filling = n_blocks * t - n_new  # queries at position -1, which see nothing
+    q_BTHd = jnp.pad(q_BTHd, ((0, 0), (0, filling), (0, 0), (0, 0)))
+    position_nt = jnp.pad(positions.position, (0, filling), constant_values=-1).reshape(n_blocks, t)
+    q_nBtHd = jnp.moveaxis(reshape(q_BTHd, rows, n_blocks, t, n_heads, width), 1, 0)
+
+    @jax.checkpoint
+    def attend(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_BtHd, position_t = block
+        return _attend_block(spec, q_BtHd, k_BSGd, v_BSGd, position_t, positions.window)
+
+    z_BntHd = jnp.moveaxis(jax.lax.map(attend, (q_nBtHd, position_nt)), 0, 1)
+    return reshape(z_BntHd, rows, n_blocks * t, n_heads, width)[:, :n_new]
+
+
+def _attend_block(
+    spec: Spec, q_BTHd: jax.Array, k_BSGd: jax.Array, v_BSGd: jax.Array, position_T: jax.Array, window: jax.Array
+) -> jax.Array:
+    """Attention outputs per head of these queries; heads are in groups that share keys and values."""
     rows, n_new, n_heads, width = q_BTHd.shape
     scale = width**-0.5 if spec.query_scale is None else spec.query_scale
+    back_TS = position_T[:, None] - jnp.arange(k_BSGd.shape[1], dtype=jnp.int32)[None, :]
+    mask_TS = (back_TS >= 0) & (back_TS < window)
     q_BTGrd = reshape(q_BTHd, rows, n_new, spec.n_kv, n_heads // spec.n_kv, width)
     scores_BGrTS = product(q_BTGrd, k_BSGd, "btgrd,bsgd->bgrts")
     scores_BGrTS = jnp.where(mask_TS[None, None, None], capped(scores_BGrTS * scale, spec.attn_cap), _MASKED)

@@ -146,16 +146,16 @@ def test_seventy_billion_parameters_from_a_config_alone(model, no_compiler):
 
 
 def test_each_cure_fits_and_the_least_of_them_is_named(model, no_compiler):
-    path = model(LLAMA_70B)
-    # Scores of sequences of 8,192 tokens: 4.6 GiB a sequence over four devices.
-    long = planning.plan_harvest(seventy_billion(path, split=4, context=8192, batch_tokens=131072))
-    assert long["cure"] == ["--harvest.batch_tokens=65536"]
+    path = model({**LLAMA_70B, "max_position_embeddings": 2**19})
+    # The wide arrays of the MLP and the stream: 76 KiB a token over four devices, of which there are two copies.
+    large = planning.plan_harvest(seventy_billion(path, split=4, context=8192, batch_tokens=2**20))
+    assert large["cure"] == ["--harvest.batch_tokens=524288"]
     whole = planning.plan_harvest(
-        seventy_billion(path, split=8, precision="float32", context=32768, batch_tokens=32768)
+        seventy_billion(path, split=8, precision="float32", context=2**19, batch_tokens=2**19)
     )
     for content, changes in (
-        (long, {"split": 4, "context": 8192, "batch_tokens": 65536}),
-        (whole, {"split": 8, "context": 32768, "batch_tokens": 32768, "precision": "bfloat16"}),
+        (large, {"split": 4, "context": 8192, "batch_tokens": 524288}),
+        (whole, {"split": 8, "context": 2**19, "batch_tokens": 2**19, "precision": "bfloat16"}),
     ):
         assert not content["fits"]
         assert planning.plan_harvest(seventy_billion(path, **changes))["fits"]
