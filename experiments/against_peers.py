@@ -28,8 +28,9 @@ ours does at its default. dictionary-learning refuses a run that is shorter than
 up over 48. None of the three scales rows by default, and ours does (dataset_sqrt_d); the options of dictionary-learning
 and SAELens to do so were not tried. Not run: 10 million tokens, the search at 2,048 and 16,384.
 
-On an H200 (`--tokens 2000000 --seeds 1 --no-search --widths 2048 16384 --at-once 8`, JAX 0.11.2, torch 2.11.0), 1,998,848
-tokens of Python packages, held-out files of the standard library as before; some of what is silent is rare in those:
+On an H200 (`--tokens 2000000 --seeds 1 --no-search --widths 2048 16384 --at-once 8`, JAX 0.11.2, torch 2.11.0),
+1,998,848 tokens of Python packages, held-out files of the standard library as before; some of what is silent is rare in
+those:
 
     latents   sae_jax          eai-sparsify     dictionary-l.    sae-lens
     2,048     0.089    0 %     0.125   18 %     0.118    0 %     0.151   65 %
