@@ -99,7 +99,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
         def tier(capacity: int, stride: int) -> Callable:
             def some():
                 rows = x_RD, error_RD, jnp.ones(n_own, bool)
-                if stride > 1:
+                if draws_B is not None and stride > 1:
                     at_S, is_one_S = _sample(draws_B, n_own, stride)
                     rows = x_RD[at_S], error_RD[at_S], is_one_S
                 settings = b_pre_D, weight * stride, k, dtype, tangent
