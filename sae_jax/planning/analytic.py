@@ -33,7 +33,8 @@ class Step:
 
     state_bytes: int
     gradient_bytes: int
-    flop: int
+    flop: int  # while no latent is dead
+    aux_flop: int = 0  # what AuxK adds with dead latents, at most
     dtype: str = "bfloat16"  # of the factors of products
     model_bytes: int = 0  # parameters of the language model it is trained through
     model_activation_bytes: int = 0  # an estimate
@@ -75,6 +76,7 @@ def step(
         state_bytes=_shard_bytes(state),
         gradient_bytes=_shard_bytes(state.sae),
         flop=flop // mesh.size,
+        aux_flop=train.batch_size * flops.auxk(sae, widths, train.batch_size) // mesh.size,
         dtype=sae.dtype,
         model_bytes=model.parameter_bytes if model else 0,
         model_activation_bytes=train.batch_size // mesh.size * model.token_bytes if model else 0,

@@ -52,6 +52,7 @@ def report(
         "usable_bytes": usable,
         "headroom_bytes": None if peak is None else usable - peak,
         "flop": step.flop,
+        "aux_flop": step.aux_flop,
     }
     if compiled is not None and compiled.text is not None:
         device |= {"donated_bytes": compiled.alias_bytes, **of_program(compiled.text)}
@@ -108,7 +109,7 @@ def lines(content: dict[str, Any]) -> list[str]:
             else ()
         ),
         *memory_rows(content, "a step"),
-        ("work", f"{device['flop']:.3g} FLOP {of_step}"),
+        ("work", f"{device['flop']:.3g} FLOP {of_step}" + _with_dead(device)),
     ]
     if "collectives" in device:
         least = device["quietest"]
@@ -177,6 +178,11 @@ def _verdict(content: dict[str, Any]) -> list[str]:
 def sent(collective: dict[str, Any]) -> str:
     """Bytes of all collectives of a kind, and how many there are."""
     return f"{size(collective['bytes'])} in {collective['count']:,}"
+
+
+def _with_dead(device: dict[str, Any]) -> str:
+    """What AuxK may add; nothing where there is none."""
+    return f", up to {device['flop'] + device['aux_flop']:.3g} with dead latents" if device["aux_flop"] else ""
 
 
 def _or_unknown(n_bytes: int | None) -> str:

@@ -4,7 +4,8 @@
     loss = s * mean((x - x_hat)^2) + aux_coefficient * L_aux,       s = 1 / mean((x - mean x)^2) of a first sample
 
 L_aux lets the k_aux strongest dead latents explain the error that the live ones leave, e = sg(x - x_hat), decoded
-without bias. A latent is dead when it has not fired for `train.dead_after_tokens` tokens, this batch counted.
+without bias; with `aux_rows` = sampled on fewer rows the more are dead, unbiased (ours, to bound the price: see
+ops/auxk.py). A latent is dead when it has not fired for `train.dead_after_tokens` tokens, this batch counted.
 Multi-TopK adds multi_topk * s * mean((x - x_hat')^2), x_hat' from the 4k largest of the same pre-activations, so that
 a code stays useful when it is cut at another k.
 With k_start, k begins there and falls linearly to its value over k_steps steps; the same program runs throughout.

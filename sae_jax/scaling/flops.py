@@ -11,7 +11,8 @@ products alone, a multiplication and an addition as two.
 
 from __future__ import annotations
 
-from sae_jax.saes.base import SaeConfig
+from sae_jax.ops import auxk as ops_auxk
+from sae_jax.saes.base import KConfig, SaeConfig
 from sae_jax.types import Widths
 
 
@@ -21,11 +22,22 @@ def dense(sae: SaeConfig, widths: Widths) -> int:
 
 
 def executed(sae: SaeConfig, widths: Widths) -> int:
-    """FLOP a token that the engine carries out, but for AuxK, whose share depends on how many latents are dead."""
+    """FLOP a token that the engine carries out while no latent is dead; `auxk` says what dead ones add."""
     encoded, decoded = sum(widths.x), sum(widths.y)
     if sae.n_active is None:
         return dense(sae, widths)
     return 2 * (encoded * (sae.n_latents + sae.n_active) + 3 * sae.n_active * decoded)
+
+
+def auxk(sae: SaeConfig, widths: Widths, n_rows: int) -> int:
+    """FLOP a token, at most, that AuxK adds to steps of `n_rows`: x and its gradient once, y and its gradients thrice.
+
+    Five products over the latents and rows that ops/auxk.py looks at.
+    """
+    if not isinstance(sae, KConfig) or sae.n_active is None or not sae.aux_coefficient:
+        return 0
+    products = 2 * sae.n_latents * (2 * sum(widths.x) + 3 * sum(widths.y))
+    return round(ops_auxk.most_work(n_rows, sae.aux_rows == "sampled") * products)
 
 
 def optimiser_bytes(state_bytes: int) -> int:

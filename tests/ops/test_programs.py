@@ -62,3 +62,19 @@ def test_traffic_of_a_device_does_not_grow_with_the_number_of_devices():
     assert few.keys() == many.keys()
     for kind, n_bytes in many.items():
         assert n_bytes <= 1.05 * few[kind], kind
+
+
+def test_dead_latents_cost_at_most_four_tenths_of_a_step():
+    """However many there are: products with other work, and bytes, of the busiest branch beside the quietest."""
+    config, train = topk.Config(n_latents=32768, k=32), TrainConfig(batch_size=2048)
+    mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        rows = jax.ShapeDtypeStruct((2048, 768), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
+        state = abstract(config, train, Widths.one(768), mesh)
+        hparams = jax.eval_shape(lambda: hyperparameters(train, config))
+        text = Step(config, train).trace(state, hparams, base.Batch(rows)).lower().compile().as_text()
+    busiest, quietest = (hlo.analyse(text, quietest) for quietest in (False, True))
+    assert busiest.matmul_flop > quietest.matmul_flop
+    assert busiest.matmul_flop + busiest.other_flop <= 1.4 * (quietest.matmul_flop + quietest.other_flop)
+    assert busiest.moved_bytes <= 1.4 * quietest.moved_bytes
+    assert not busiest.open_loops

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sae_jax import mesh as meshes
 from sae_jax.ops import spmd, topk
+from sae_jax.planning import hlo
 from tests.oracles import topk as oracle
 
 MESHES = [(1, 8), (2, 4), (4, 2), (8, 1)]
@@ -83,6 +84,15 @@ def test_threshold_is_the_kth_largest_positive_value(shape, k):
             got = jax.jit(spmd.per_device(local, (meshes.CODE,), jax.P("data")))(placed)
     kth = np.sort(np.maximum(pre, 0), axis=1)[:, -k]
     np.testing.assert_array_equal(got, kth)
+
+
+def test_a_threshold_reads_the_values_few_times_and_ignores_what_is_no_number():
+    values = np.float32([[np.nan, -np.nan, np.inf, 1e-30, 3, -1, 0, 2]])
+    got = [float(topk.threshold(jnp.asarray(values), k)[0]) for k in range(1, 6)]
+    assert got == [np.inf, 3, 2, np.float32(1e-30), 0]
+    rows = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+    text = jax.jit(lambda values: topk.threshold(values, 99)).lower(rows).compile().as_text()
+    assert hlo.analyse(text).moved_bytes < 12 * 4 * 64 * 4096
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "negative"])

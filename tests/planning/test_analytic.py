@@ -22,6 +22,19 @@ def test_state_is_weights_two_moments_and_the_average(ema, copies):
     assert step.state_bytes == pytest.approx(copies * weights + 4 * N / 128, rel=1e-4)
     assert step.gradient_bytes == pytest.approx(weights, rel=1e-4)
     assert step.flop == (2 * BATCH * N * D + 8 * BATCH * K * D) // 128
+    assert step.aux_flop == 5 * 2 * BATCH * N * D // 16 // 128 < 0.4 * step.flop
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_rows", "share"),
+    [({}, 1024, 1 / 8), ({"aux_rows": "all"}, 8192, 1), ({"aux_coefficient": 0.0}, 8192, 0)],
+)
+def test_work_of_dead_latents(settings, n_rows, share):
+    """Of 128 rows at least, or of all."""
+    sae = base.config_class("topk")(n_latents=1024, k=4, **settings)
+    mesh = meshes.abstract_mesh(meshes.MeshConfig(), 1)
+    step = analytic.step(sae, TrainConfig(batch_size=n_rows), Widths.one(64), mesh)
+    assert step.aux_flop == share * 5 * 2 * n_rows * 1024 * 64
 
 
 @pytest.mark.parametrize("data", [1, 4])

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from sae_jax.planning import hlo
 
@@ -91,3 +94,19 @@ ENTRY %main (x: f32[8,4]) -> f32[8] {
 }
 """
     assert hlo.analyse(text).other_flop == 8 * 4 + 8 * 4 + 1  # and the addition of the sum itself
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")
+@pytest.mark.parametrize(
+    ("of", "n_bytes"),
+    [
+        (lambda a, at: a * 2 + a, 2 * 4096),  # read once, written once
+        (lambda a, at: a[at], 2 * 4 * 64 + 4),  # one row, and its number
+        (lambda a, at: a.at[at].set(0), 4 * 64 + 4),  # in place
+        (lambda a, at: lax.fori_loop(0, 5, lambda i, a: jnp.sin(a), a), 5 * 2 * 4096),
+    ],
+)
+def test_bytes_are_those_that_instructions_read_and_write(of, n_bytes):
+    array, at = jax.ShapeDtypeStruct((16, 64), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    text = jax.jit(of, donate_argnums=0).lower(array, at).compile().as_text()
+    assert n_bytes <= hlo.analyse(text).moved_bytes <= n_bytes + 500  # counters, numbers of rows
