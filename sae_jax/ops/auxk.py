@@ -98,10 +98,11 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 
         def tier(capacity: int, stride: int) -> Callable:
             def some():
-                rows = x_RD, error_RD, jnp.ones(n_own, bool)
+                x_SD, error_SD, is_one_S = x_RD, error_RD, jnp.ones(n_own, bool)
                 if draws_B is not None and stride > 1:
                     at_S, is_one_S = _sample(draws_B, n_own, stride)
-                    rows = x_RD[at_S], error_RD[at_S], is_one_S
+                    x_SD, error_SD = (jnp.take(a_RD, at_S, axis=0, mode="clip") for a_RD in (x_RD, error_RD))
+                rows = x_SD, error_SD, is_one_S
                 settings = b_pre_D, weight * stride, k, dtype, tangent
                 if capacity == n_latents:
                     return _dense(*rows, w_enc_RD, jnp.where(allowed_R, b_R, -jnp.inf), w_dec_RD, *settings)
@@ -151,7 +152,7 @@ def _sample(draws_B: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax
         stride: as many are neighbours; the last ones may be fewer, of which then none may be drawn.
 
     Returns:
-        i32[S], numbers of own rows, and bool[S], whether there is one: neighbours may lie on several devices.
+        i32[S], numbers of own rows, and bool[S], whether they are: neighbours may lie on several devices.
     """
     first = spmd.index(mesh.AXES) * n_own
     # A device begins at a multiple of what n_own and stride have in common: so many neighbours may own a row of it.
@@ -159,7 +160,7 @@ def _sample(draws_B: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax
     group_S = first // stride + jnp.arange(n_slots)
     draw_S = draws_B.at[group_S].get(mode="clip")
     at_S = group_S * stride + jnp.minimum((draw_S * stride).astype(jnp.int32), stride - 1) - first
-    return jnp.clip(at_S, 0, n_own - 1), (at_S >= 0) & (at_S < n_own)
+    return at_S, (at_S >= 0) & (at_S < n_own)
 
 
 def _dense(x_RD, error_RD, is_row_R, w_enc_CD, b_C, w_dec_CD, b_pre_D, weight, k, dtype, tangent):

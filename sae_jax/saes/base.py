@@ -222,8 +222,8 @@ class KConfig(SaeConfig):
     k_aux: int = 0
     """dead latents that explain the error; 0 = the power of two nearest d_model / 2"""
     aux_rows: Literal["sampled", "all"] = "sampled"
-    """rows whose error they explain. sampled, which bounds the price: 1/4 of them when more than 1/16 of the latents are
-    dead, 1/16 when more than 1/4, but at least 128, drawn anew each step; all: every row"""
+    """rows whose error they explain. sampled, which bounds the price: 1/4 of them when more than 1/16 of the latents
+    are dead, 1/16 when more than 1/4, but at least 128, drawn anew each step; all: every row"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,6 +75,16 @@ def test_objective_and_gradients_are_the_oracle(n_dead, multi_topk):
         np.testing.assert_allclose(getattr(gradients, name), gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_with_all_rows_the_objective_is_the_oracle_for_any_batch():
+    """Of 512 rows a sample would be 128."""
+    x = np.random.default_rng(5).standard_normal((512, D)).astype(np.float32)
+    for aux_rows, is_oracle in (("all", True), ("sampled", False)):
+        sae, stats = make(aux_rows=aux_rows), statistics(F)
+        _, gradients = value_and_gradient(sae, x, stats)
+        want = expected(sae, x, stats).gradients["w_enc"]
+        assert np.allclose(gradients.w_enc, want, rtol=1e-3, atol=1e-6) == is_oracle
+
+
 def test_the_oracle_gradients_are_finite_differences():
     sae, x = make(aux_coefficient=0.0), rows()
     weights = {name: np.asarray(getattr(sae, name), np.float64) for name in ("w_enc", "b_enc", "w_dec", "b_dec")}

@@ -19,6 +19,7 @@ from sae_jax.activations.source import Batches, place_rows, sampler
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows
 from sae_jax.artifact import load
+from sae_jax.ops import auxk
 from sae_jax.saes import relu, topk
 from sae_jax.saes.init import sample_statistics
 from sae_jax.training import loop
@@ -105,6 +106,14 @@ class Whole(NamedTuple):
     n_bytes: int  # that were read for them
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_rows() -> Iterator[None]:
+    """AuxK samples the rows of these small batches too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auxk, "LEAST_ROWS", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     run, n_bytes = tmp_path_factory.mktemp("together") / "run", []
@@ -127,6 +136,7 @@ def together(whole: Whole) -> Path:
 
 def test_each_batch_is_read_once(whole: Whole, small_set: Path) -> None:
     """Whatever the number of members: two epochs are touched, a third may be read ahead."""
+    assert max(row["dead_fraction"] for row in runs.rows_of(whole.run / "members" / "seeded")) > 0.3  # AuxK samples
     assert whole.steps == list(range(TRAIN.steps))
     assert whole.n_bytes <= 3 * open_activations(small_set).n_rows * runs.D_MODEL * 4
 

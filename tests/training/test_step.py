@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sae_jax import mesh as meshes
 from sae_jax.saes import base, init, topk
 from sae_jax.training.settings import TrainConfig, hyperparameters, learning_rate
 from sae_jax.training.state import initial
@@ -53,6 +54,38 @@ def test_steps_follow_the_oracle(clip):
         # Adam divides by the root of tiny second moments: rounding of f32 gradients shows in single entries.
         np.testing.assert_allclose(getattr(state.sae, name), weights[name], atol=2e-4, err_msg=name)
         np.testing.assert_allclose(getattr(state.average, name), average[name] / (1 - 0.9**3), atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)], ids=str)
+def test_steps_with_many_dead_are_the_same_on_each_mesh(shape):
+    """AuxK looks at the same rows: those that the seed and the step say. With all rows the step is another."""
+
+    def run(shape=None, seed=0, **settings):
+        sae_config = topk.Config(n_latents=64, k=K, dtype="float32", **settings)
+        config = TrainConfig(batch_size=512, lr=0.01, dead_after_tokens=10**6, seed=seed)
+        rows = np.random.default_rng(0).standard_normal((2, 512, D)).astype(np.float32)
+        sample, hparams = init.sample_statistics(rows[0], "none"), hyperparameters(config, sae_config)
+        mesh = meshes.make_mesh(meshes.MeshConfig(*(shape or (1, 1))), jax.devices()[: 8 if shape else 1])
+        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+            state = jax.jit(lambda s: initial(sae_config, TrainConfig(batch_size=512), s))(sample)
+            silent = jax.device_put(np.int32([10**6 + 1, 0] * 32), state.counters.silent.sharding)
+            # Too weak to be among the strongest, so that they stay dead.
+            scale = jax.device_put(np.float32([[0.01], [1]] * 32), meshes.sharding(mesh, meshes.DICT))
+            state = state.replace(
+                sae=state.sae.replace(w_enc=scale * state.sae.w_enc), counters=state.counters.replace(silent=silent)
+            )
+            step = Step(sae_config, config)
+            for x in rows:
+                x = jax.device_put(x, meshes.sharding(mesh, meshes.ROWS))
+                state, metrics = step(state, hparams, base.Batch(x, x))
+        assert metrics["dead_fraction"] > 0.25
+        return {name: np.asarray(getattr(state.sae, name)) for name in NAMES}, float(metrics["aux_loss"])
+
+    want, aux_loss = run()
+    got, _ = run(shape)
+    for name in NAMES:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=2e-4, err_msg=name)
+    assert len({aux_loss, run(seed=1)[1], run(aux_rows="all")[1]}) == 3
 
 
 def test_learning_rate_rule():
