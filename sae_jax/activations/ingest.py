@@ -24,6 +24,7 @@ from sae_jax.activations.arrays import as_floats, as_numpy
 from sae_jax.activations.rows import DTYPES, encode, row_bytes, width
 from sae_jax.activations.spec import SetSpec, SourceSpec, array_specs, layout
 from sae_jax.activations.store import ActivationSet, Writer, open_activations, open_array
+from sae_jax.progress import say_once
 from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError, UserError, check_indices
 
@@ -59,8 +60,9 @@ def write_activations(
             in step with it. A set with tokens can show the text around a row.
         tokenizer: reference of the tokenizer that made the tokens.
         text: reference of the text.
-        model: reference of the model that made the rows; with `hook`, lets evaluation splice into it.
-        model_digest: of the model's weights; by default computed, if the model is a folder.
+        model: reference of the model that made the rows; with `hook`, lets evaluation splice into it. One of a family
+            that is not supported is recorded, unread.
+        model_digest: of the model's weights; by default computed, if the model is a folder and supported.
         hook: where in the model the rows come from.
 
     Raises:
@@ -187,9 +189,13 @@ class _Origin(NamedTuple):
             tokenizer_digest = loaded.digest
             bounds.append((f"the tokenizer {tokenizer}", loaded.size))
         if model is not None and _is_here(model):
-            spec = lm.read_spec(model, recorded=True)
-            bounds.append((f"the model {model}", spec.n_vocab))
-            digest = digest or lm.digest(lm.locate(model, recorded=True))
+            try:
+                spec = lm.read_spec(model, recorded=True)
+            except lm.UnsupportedError:
+                say_once(f"{model} is not supported: it is recorded, but rows and tokens are not compared with it")
+            else:
+                bounds.append((f"the model {model}", spec.n_vocab))
+                digest = digest or lm.digest(lm.locate(model, recorded=True))
         return cls(text, tokenizer_digest, digest, tuple(bounds), spec)
 
     def check(self, tokens_BT: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from sae_jax.lm.intervene import ReplacedSite, later_hooks, replaced_site
 from sae_jax.lm.logits import logit_effect
 from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, resolve, tokenizer
 from sae_jax.lm.run import Cache, Output, check_ids, empty_cache, run
-from sae_jax.lm.spec import Spec
+from sae_jax.lm.spec import Spec, UnsupportedError
 from sae_jax.lm.tokenizer import Tokenizer
 from sae_jax.lm.torch_model import TorchModel, TorchSite, load_torch
 from sae_jax.lm.weights import digest
@@ -25,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "TorchModel",
     "TorchSite",
+    "UnsupportedError",
     "check_hook",
     "check_ids",
     "cross_entropy",

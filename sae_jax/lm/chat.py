@@ -1,6 +1,7 @@
 """Conversations as the tokens that a model's authors trained it on, with the message that each token comes from.
 
-The chat template of a model (chat_template.jinja, or "chat_template" in tokenizer_config.json) writes the messages as
+The chat template of a model (chat_template.jinja, "chat_template" in tokenizer_config.json, or that of its .gguf file)
+writes the messages as
 one text, special tokens included. The content of every message is marked with characters that no text has, to find out
 what the text does not say:
 
@@ -29,6 +30,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from sae_jax import storage
+from sae_jax.lm import gguf_file
+from sae_jax.lm.checkpoint import gguf_of
 from sae_jax.lm.files import read_json
 from sae_jax.lm.model import locate
 from sae_jax.lm.special import token_contents
@@ -112,8 +115,8 @@ def read_template(reference: str) -> ChatTemplate | None:
 
     Raises UserError for one that cannot be read.
     """
-    folder = locate(reference, FILES, recorded=True)
-    folder = folder.parent if folder.is_file() else folder  # beside a .gguf file
+    place = locate(reference, FILES, recorded=True)
+    folder = place.parent if place.is_file() else place  # files beside a .gguf file come first
     stated: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -127,13 +130,16 @@ def read_template(reference: str) -> ChatTemplate | None:
                 f"{folder / 'tokenizer_config.json'} has chat templates named {', '.join(map(str, named))} and no "
                 f"default; put the one to use into {folder / 'chat_template.jinja'}"
             )
+    of_gguf: dict[str, str] = {}
+    if template is None and (path := gguf_of(place)) is not None:
+        template, of_gguf = gguf_file.chat_template(path)
     if template is None:
         return None
     if not isinstance(template, str):
         raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is no text; get the file again")
     contents = {key: token_contents(value) for key, value in stated.items() if key.endswith("_token")}
     tokens = {key: content[0] for key, content in contents.items() if content}
-    return ChatTemplate(template, tokens, reference)
+    return ChatTemplate(template, of_gguf | tokens, reference)
 
 
 def first_template(references: Sequence[str]) -> ChatTemplate:
@@ -143,8 +149,8 @@ def first_template(references: Sequence[str]) -> ChatTemplate:
             return template
     raise UsageError(
         f"{' and '.join(references)} {'have' if len(references) > 1 else 'has'} no chat template (chat_template.jinja, "
-        f"or chat_template in tokenizer_config.json), as base models have none; use an instruct model, or leave out "
-        f"harvest.chat"
+        f"chat_template in tokenizer_config.json, or that of a .gguf file), as base models have none; use an instruct "
+        f"model, or leave out harvest.chat"
     )
 
 

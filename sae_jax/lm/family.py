@@ -12,8 +12,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sae_jax.lm.spec import Spec
-from sae_jax.types import UserError
+from sae_jax.lm.spec import Spec, UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +57,11 @@ def family(model_type: str) -> Family:
 
 
 def family_of(config: Mapping[str, Any], reference: str) -> Family:
-    """The family of a parsed config.json. Raises UserError naming `reference` if its model_type is not supported."""
+    """The family of a parsed config.json. Raises UnsupportedError, naming `reference`, if there is none."""
     model_type = config.get("model_type")
     if model_type not in families():
-        raise UserError(
-            f"model {reference!r} has model_type {model_type!r}, which is not supported; "
-            f"supported: {', '.join(families())}. Any other runs in torch with harvest.backend=torch; or compute the "
-            f"activations yourself and write them with sae_jax.write_activations"
+        raise UnsupportedError(
+            f"model {reference!r} has model_type {model_type!r}, which is not supported; supported: "
+            f"{', '.join(families())}"
         )
     return family(model_type)

@@ -216,6 +216,19 @@ def tokenizer(path: Path) -> tuple[dict[str, Any], str | None, str | None, list[
     return state, bos, eos, special, by_default if begins is None else bool(begins)
 
 
+def chat_template(path: Path) -> tuple[str | None, dict[str, str]]:
+    """(the chat template that the file has, if it has one, what that may call bos_token and the like)."""
+    reader = _open(path)
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    numbers = {ours: _value(reader, f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    tokens = _value(reader, "tokenizer.ggml.tokens") or []
+    return _value(reader, "tokenizer.chat_template"), {
+        f"{name}_token": tokens[number]
+        for name, number in numbers.items()
+        if number is not None and number < len(tokens)
+    }
+
+
 def _byte_level(parted: str) -> dict[str, Any]:
     """Parts of a tokenizer.json of byte-level BPE."""
     bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

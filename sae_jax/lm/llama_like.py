@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_jax.lm.family import Stored
-from sae_jax.lm.spec import Attention, Rotary, Spec
+from sae_jax.lm.spec import Attention, Rotary, Spec, UnsupportedError
 from sae_jax.types import UserError
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers, as `layer_types` calls them
@@ -130,7 +130,9 @@ def rope_parameters(rotary: Rotary) -> dict[str, Any]:
 def layers_of_two_kinds(layer_types: Sequence[str], full: Attention, sliding: Attention) -> dict[str, Any]:
     """Fields of the Spec of a model whose layers are of these types."""
     if unknown := {*layer_types} - {SLIDING, FULL}:
-        raise UserError(f"layer_types has {min(unknown)!r}, which is not implemented; implemented: {SLIDING}, {FULL}")
+        raise UnsupportedError(
+            f"layer_types has {min(unknown)!r}, which is not implemented; implemented: {SLIDING}, {FULL}"
+        )
     if len({*layer_types}) == 1:
         return {"attention": (sliding if layer_types[0] == SLIDING else full,)}
     kinds = tuple(int(layer_type == SLIDING) for layer_type in layer_types)

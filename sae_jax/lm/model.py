@@ -28,6 +28,7 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "bundled_lm"
 
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_TORCH_FILES = ["pytorch_model*.bin"]  # fetched where there are no safetensors: many repositories have both
 
 
 @struct.dataclass
@@ -140,8 +141,15 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
         raise UserError(f"model {reference!r} is no reference; say where the model is with --model")
     import huggingface_hub
 
+    def fetched(patterns: Sequence[str]) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=[*patterns])
+        )
+
     try:
-        return Path(huggingface_hub.snapshot_download(match["id"], revision=match["revision"], allow_patterns=[*files]))
+        folder = fetched(files)
+        has_weights = files is not _FILES or any(folder.glob("*.safetensors"))
+        return folder if has_weights else fetched([*files, *_TORCH_FILES])
     except (OSError, ValueError) as error:
         # Every error of the hub client and its transport is one of the two; the first line says which it was.
         reason = str(error).partition("\n")[0]

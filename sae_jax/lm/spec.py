@@ -43,11 +43,22 @@ class Attention:
     window: int | None = None  # each position sees this many, itself included; None: all before it
 
 
+class UnsupportedError(UserError):
+    """A model that is in order as far as is known, but has what is implemented in torch alone."""
+
+    def __init__(self, problem: str) -> None:
+        """`problem`: what is not supported."""
+        super().__init__(
+            f"{problem}. harvest.backend=torch runs any causal model of transformers; or compute the activations "
+            f"yourself and write them with sae_jax.write_activations"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """Sizes and kinds of one decoder.
 
-    Raises UserError for a kind that is not implemented.
+    Raises UnsupportedError for a kind that is not implemented.
     """
 
     family: str
@@ -86,11 +97,11 @@ class Spec:
         for field, name in names.items():
             value, implemented = getattr(self, field), get_args(kinds[field])
             if value not in implemented:
-                raise UserError(f"{name} {value!r} is not implemented; implemented: {', '.join(implemented)}")
+                raise UnsupportedError(f"{name} {value!r} is not implemented; implemented: {', '.join(implemented)}")
         for kind in self.attention:
             rotary_kinds = get_args(get_type_hints(Rotary)["kind"])
             if kind.rotary is not None and kind.rotary.kind not in rotary_kinds:
-                raise UserError(
+                raise UnsupportedError(
                     f"rotary positions of kind {kind.rotary.kind!r} are not implemented; implemented: "
                     f"{', '.join(rotary_kinds)}"
                 )

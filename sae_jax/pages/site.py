@@ -79,7 +79,10 @@ def _write_site(
     elif activations.spec.backend == "torch":
         say_once(f"{activations.path} was made with harvest.backend=torch: pages are without effects on the logits")
     elif reference and target.hook:
-        effects = _logit_effects(reference, target, activations.path, model)
+        try:
+            effects = _logit_effects(reference, target, activations.path, model)
+        except lm.UnsupportedError:
+            say_once(f"{reference} is not supported: pages are without effects on the logits")
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
         table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)
     cure = f"{tokenizer} is not the tokenizer of {activations.path}; name the one that is with --model"

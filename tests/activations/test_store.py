@@ -550,6 +550,27 @@ def test_rows_are_of_a_hook_that_the_model_has(tmp_path: Path) -> None:
     assert not (tmp_path / "set" / "dataset.json").exists()
 
 
+@pytest.mark.parametrize("config", [{"model_type": "opt"}, {"model_type": "llama", "hidden_act": "swiglu"}])
+def test_rows_may_be_of_a_model_that_is_not_supported(tmp_path: Path, capsys, config: dict) -> None:
+    """The message that refuses it names write_activations as a way out."""
+    (tmp_path / "lm").mkdir()
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    sizes = dict.fromkeys((*sizes, "max_position_embeddings"), 8)
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(sizes | config))
+    model, hook = str(tmp_path / "lm"), "model.decoder.layers.1"
+    with pytest.raises(UserError, match=r"write them with sae_jax\.write_activations"):
+        lm.read_spec(model)
+    activations = write_activations(
+        tmp_path / "set", np.ones((8, 4, 3)), tokens=np.ones((8, 4), int), model=model, hook=hook
+    )
+    (source,) = activations.spec.sources
+    assert (source.model, source.model_digest, source.hook) == (model, None, hook)
+    assert "is not supported: it is recorded, but" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "lm" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config"):
+        write_activations(tmp_path / "other", np.ones((8, 3)), model=model)
+
+
 def test_rows_that_end_before_their_tokens_are_refused(tmp_path: Path) -> None:
     blocks, tokens = iter([np.ones((8, 4, 2))]), iter([np.ones((8, 4), int)] * 2)
     with pytest.raises(UsageError, match="rows end before the tokens"):

@@ -1,23 +1,27 @@
 """Weights in files of torch and of llama.cpp: the same parameters, or a refusal in one line."""
 
+import fnmatch
 import io
 import json
 import pickle
+import shutil
 import struct
 import sys
 import zipfile
 
 import gguf
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sae_jax.lm import load, tokenizer
 from sae_jax.lm.block import frequencies
+from sae_jax.lm.chat import first_template, read_template
 from sae_jax.lm.spec import Rotary
 from sae_jax.lm.weights import save
-from sae_jax.types import UserError
+from sae_jax.types import UsageError, UserError
 from tests.lm.tiny import SPEC
 from tests.lm.variants import CONFIGS, write_folder
 
@@ -106,6 +110,25 @@ def tensors_of(model, folder):
     return load_file(folder / "again" / "model.safetensors")
 
 
+@pytest.mark.parametrize("has_both", [False, True])
+def test_a_repository_of_torchs_files_alone_is_fetched(folder, model, tmp_path, monkeypatch, has_both):
+    """Where there are safetensors, the same weights are not fetched a second time."""
+    if has_both:
+        save_file(tensors_of(model, folder), folder / "model.safetensors")
+    snapshot = tmp_path / "cache" / "snapshot"
+    snapshot.mkdir(parents=True)
+
+    def fetch(repo, *, revision, allow_patterns):
+        for path in folder.iterdir():
+            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    jax.tree.map(np.testing.assert_array_equal, load("owner/name").params, model.params)
+    assert (snapshot / "pytorch_model.bin").exists() != has_both
+
+
 class Evil:
     def __reduce__(self):
         return print, ("this must not run",)
@@ -168,7 +191,7 @@ TOKENS = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(26)), "\u0120", "
 TOKENS += [f"x{i}" for i in range(48 - len(TOKENS))]
 
 
-def write_gguf(path, config, tensors, architecture, factors=None):
+def write_gguf(path, config, tensors, architecture, factors=None, template=None):
     """What llama.cpp's converter makes of a checkpoint."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config["num_hidden_layers"])
@@ -191,6 +214,8 @@ def write_gguf(path, config, tensors, architecture, factors=None):
     writer.add_token_merges(["t h", "th e", "\u0120 the"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if template is not None:
+        writer.add_chat_template(template)
     names = GGUF_NAMES | (GEMMA_NORMS if architecture == "gemma3" else LLAMA_NORM)
     for key, array in tensors.items():
         module, _, kind = key.rpartition(".")
@@ -211,13 +236,13 @@ def write_gguf(path, config, tensors, architecture, factors=None):
     writer.close()
 
 
-def gguf_of(tmp_path, golden, name, architecture, factors=None, change=None):
+def gguf_of(tmp_path, golden, name, architecture, factors=None, change=None, template=None):
     """(the model from safetensors, the path of the same model in llama.cpp's format)."""
     shapes = json.loads(golden[f"{name}/shapes"].tobytes())
     folder = write_folder(tmp_path / "folder", CONFIGS[name], shapes)
     tensors = load_file(folder / "model.safetensors")
     path = tmp_path / "model.gguf"
-    write_gguf(path, CONFIGS[name], (change or (lambda same: same))(tensors), architecture, factors)
+    write_gguf(path, CONFIGS[name], (change or (lambda same: same))(tensors), architecture, factors, template)
     return load(str(folder)), path
 
 
@@ -250,6 +275,23 @@ def test_the_tokenizer_comes_out_of_the_file(golden, tmp_path):
     (ids,) = found.encode(["the the"])
     assert found.tokens(ids) == ["the", " the"]
     assert (found.bos_id, found.eos_id, found.special_ids) == (1, 2, (0, 1, 2))
+
+
+def test_the_chat_template_comes_out_of_the_file(golden, tmp_path):
+    template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    _, path = gguf_of(tmp_path, golden, "llama", "llama", template=template)
+    found = read_template(str(path))
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "the the"}]
+    ids, owners = found.encode(messages, tokenizer(str(path)), by_message=True)
+    the, _, space_the = (TOKENS.index(token) for token in ("the", "th", "\u0120the"))
+    assert ids == [1, the, 2, the, space_the, 2]
+    assert owners == [-1, 0, -1, 1, 1, -1]
+    # What lies beside the file comes first, as its tokenizer.json does.
+    (tmp_path / "chat_template.jinja").write_text("one")
+    assert read_template(str(path)).digest != found.digest
+    _, path = gguf_of(tmp_path / "base", golden, "llama", "llama")
+    with pytest.raises(UsageError, match=r"has no chat template .* or that of a \.gguf file"):
+        first_template([str(path)])
 
 
 def test_a_tensor_that_the_model_does_not_use_is_refused(golden, tmp_path):

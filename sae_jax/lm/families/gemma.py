@@ -8,14 +8,13 @@ from typing import Any
 
 from sae_jax.lm.families import llama
 from sae_jax.lm.llama_like import config_of, rotary, sizes
-from sae_jax.lm.spec import Attention, Spec
-from sae_jax.types import UserError
+from sae_jax.lm.spec import Attention, Spec, UnsupportedError
 
 
 def gemma_sizes(config: Mapping[str, Any], family: str, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fields of the Spec that the Gemmas share; arguments as `llama_like.sizes`."""
     if config.get("use_bidirectional_attention"):
-        raise UserError(
+        raise UnsupportedError(
             "Gemma with use_bidirectional_attention=true is not implemented; it must attend to what is past"
         )
     own = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_new"} | dict(defaults or {})

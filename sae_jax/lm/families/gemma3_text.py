@@ -10,14 +10,13 @@ from typing import Any
 
 from sae_jax.lm.families import gemma, gemma2
 from sae_jax.lm.llama_like import FULL, SLIDING, layers_of_two_kinds, rope_parameters, rotary
-from sae_jax.lm.spec import Attention, Rotary, Spec
-from sae_jax.types import UserError
+from sae_jax.lm.spec import Attention, Rotary, Spec, UnsupportedError
 
 
 def read_spec(config: Mapping[str, Any]) -> Spec:
     """The Spec of a config.json."""
     if (cap := config.get("attn_logit_softcapping")) is not None:  # stated by none, and ignored by the library
-        raise UserError(f"Gemma 3 with attn_logit_softcapping={cap} is not implemented; it must be null")
+        raise UnsupportedError(f"Gemma 3 with attn_logit_softcapping={cap} is not implemented; it must be null")
     pattern = config.get("sliding_window_pattern", 6)
     types = config.get("layer_types") or [
         SLIDING if (layer + 1) % pattern else FULL for layer in range(config["num_hidden_layers"])

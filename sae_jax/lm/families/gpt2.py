@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_jax.lm.family import Family, Stored
 from sae_jax.lm.llama_like import activation
-from sae_jax.lm.spec import Spec
+from sae_jax.lm.spec import Spec, UnsupportedError
 from sae_jax.types import UserError
 
 _NEEDED = {
@@ -20,7 +20,7 @@ _NEEDED = {
 def _read_spec(config: Mapping[str, Any]) -> Spec:
     for key, needed in _NEEDED.items():
         if config.get(key, needed) != needed:
-            raise UserError(f"GPT-2 with {key}={config[key]} is not implemented; it must be {needed}")
+            raise UnsupportedError(f"GPT-2 with {key}={config[key]} is not implemented; it must be {needed}")
     d_model = config["n_embd"]
     if d_model % config["n_head"]:
         raise UserError(f"n_head={config['n_head']} does not divide n_embd={d_model}; the config.json is damaged")

@@ -8,13 +8,12 @@ from typing import Any
 
 from sae_jax.lm.families import llama
 from sae_jax.lm.llama_like import config_of, rotary, sizes, window
-from sae_jax.lm.spec import Attention, Spec
-from sae_jax.types import UserError
+from sae_jax.lm.spec import Attention, Spec, UnsupportedError
 
 
 def _read_spec(config: Mapping[str, Any]) -> Spec:
     if config.get("layer_types") is not None:
-        raise UserError("Mistral with layer_types is not implemented; it must be left out")
+        raise UnsupportedError("Mistral with layer_types is not implemented; it must be left out")
     # The library's own default is a window of 4,096; what states null has none.
     attention = Attention(rotary(config), config.get("sliding_window", 4096))
     return Spec(**sizes(config, "mistral"), attention=(attention,))
