@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import shutil
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -21,6 +23,8 @@ from sae_jax.activations.store import open_activations
 from sae_jax.evaluation.text import held_out
 from sae_jax.storage import Files
 from sae_jax.types import Sites, UsageError, UserError
+
+harvest_module = sys.modules["sae_jax.activations.harvest"]
 
 
 def test_special_tokens_and_large_norms_are_left_out():
@@ -96,6 +100,27 @@ def test_a_document_a_sequence(tmp_path, capsys):
     np.testing.assert_array_equal(text.text, ~np.isin(text.sequences, tokenizer.special_ids))
     with pytest.raises(UsageError, match="is already a set in which"):
         harvest(small(str(path), **settings | {"sequence": "packed"}), str(tmp_path / "set"))
+
+
+def test_text_is_tokenised_while_the_model_runs(text, tmp_path, monkeypatch):
+    second_is_there, started, original = threading.Event(), [], harvest_module.shards_of_text
+
+    def watched(*args):
+        for number, shard in enumerate(original(*args)):
+            if number == 1:
+                second_is_there.set()
+            yield shard
+
+    def start(self, ids_BT):
+        started.append(second_is_there.wait(60))  # the first batch is under way
+        return run(self, ids_BT)
+
+    run = Forward._start
+    monkeypatch.setattr(Forward, "_start", start)
+    monkeypatch.setattr(harvest_module, "shards_of_text", watched)
+    harvest(small(text, max_norm_multiple=None), str(tmp_path / "set"))
+    assert started
+    assert all(started)
 
 
 def test_a_set_of_documents_resumes(tmp_path):
