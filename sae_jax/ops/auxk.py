@@ -27,7 +27,7 @@ from sae_jax.mesh import DICT, REPLICATED, ROWS
 from sae_jax.ops import spmd, topk, tuning
 from sae_jax.ops.encode import EXACT, centred, product
 
-# (a, b): while at most 1/a of the latents of every device are dead, 1/b of the rows are looked at.
+# (a, b): while at most 1/a of the latents are dead, 1/b of the rows are looked at.
 TIERS = ((16, 1), (4, 4), (1, 16))
 LEAST_ROWS = 128  # of a batch that are looked at in any tier, or all if there are fewer
 ROWS_AT_ONCE = 4  # encoder blocks' rows: the products here are narrower
@@ -90,13 +90,14 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
         n_own, n_latents = len(x_RD), len(b_R)
         n_rows = n_own * mesh.axis_size(mesh.AXES)
         draws_B = None if key is None else jax.random.uniform(key, (n_rows,))  # once for all tiers
-        n_allowed = spmd.largest(allowed_R.sum(dtype=jnp.int32))
-        tiers = [(-(-n_latents // part), stride) for part, stride in _tiers(n_rows, sampled=key is not None)]
+        tiers = _tiers(n_rows, sampled=key is not None)
 
         def none():
             return jnp.float32(0), jax.tree.map(jnp.zeros_like, (w_enc_RD, b_R, b_pre_D, w_dec_RD))
 
-        def tier(capacity: int, stride: int) -> Callable:
+        def tier(part: int, stride: int) -> Callable:
+            capacity = _capacity(n_latents, part)
+
             def some():
                 x_SD, error_SD, is_one_S = x_RD, error_RD, jnp.ones(n_own, bool)
                 if draws_B is not None and stride > 1:
@@ -120,9 +121,13 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
 
             return some
 
-        limits = 0, *(capacity for capacity, _ in tiers[:-1])
-        number = sum((n_allowed > limit).astype(jnp.int32) for limit in limits)
-        return lax.switch(number, (none, *(tier(*sizes) for sizes in tiers)))
+        n_allowed = allowed_R.sum(dtype=jnp.int32)
+        n_all, n_most = spmd.total(n_allowed), spmd.largest(n_allowed)
+        number = (n_all > 0).astype(jnp.int32)
+        for part, _ in tiers[:-1]:
+            limit = -(-n_latents * mesh.axis_size(mesh.AXES) // part)
+            number += ((n_all > limit) | (n_most > _capacity(n_latents, part))).astype(jnp.int32)
+        return lax.switch(number, (none, *(tier(*parts) for parts in tiers)))
 
     in_specs = (ROWS, ROWS, DICT, DICT, REPLICATED, DICT, DICT, REPLICATED, REPLICATED)
     return spmd.per_device(local, in_specs, (REPLICATED, (DICT, DICT, REPLICATED, DICT)))(
@@ -141,6 +146,18 @@ def _tiers(n_rows: int, sampled: bool) -> list[tuple[int, int]]:
     strides = [max(1, min(stride, n_rows // LEAST_ROWS)) if sampled else 1 for _, stride in TIERS]
     last = {stride: part for (part, _), stride in zip(TIERS[1:], strides[1:], strict=True)}
     return [(TIERS[0][0], 1), *((part, stride) for stride, part in last.items())]
+
+
+def _capacity(n_own: int, part: int) -> int:
+    """For how many of a device's own latents a tier has room that is for 1/part of all.
+
+    Of several devices some own more than that: room for four standard deviations more, if they are dead at random, lets
+    every mesh take the same tier. One that owns more still, as where the last latents die first, takes all to the next.
+    """
+    capacity = -(-n_own // part)
+    if mesh.axis_size(mesh.AXES) > 1:
+        capacity += math.ceil(4 * math.sqrt(capacity))
+    return min(capacity, n_own)
 
 
 def _sample(draws_B: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax.Array]:

@@ -14,12 +14,12 @@ STRIDE = {16: 1, 40: 4, 128: 16, F: 16}  # one of how many rows is looked at, by
 
 
 def inputs(n_rows: int, n_dead: int, n_latents: int = F):
-    """x, weights, error, dead: as many of the latents of each eighth, so that devices agree what few are."""
+    """x, weights, error, dead: devices own more of these, and fewer."""
     rng = np.random.default_rng(0)
     shapes = ((n_rows, D), (n_latents, D), (n_latents,), (D,), (n_latents, D), (n_rows, D))
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     dead = np.zeros(n_latents, bool)
-    dead[np.arange(n_latents).reshape(8, -1).T.ravel()[:n_dead]] = True
+    dead[rng.permutation(n_latents)[:n_dead]] = True
     return (*arrays, dead)
 
 

@@ -136,7 +136,7 @@ def together(whole: Whole) -> Path:
 
 def test_each_batch_is_read_once(whole: Whole, small_set: Path) -> None:
     """Whatever the number of members: two epochs are touched, a third may be read ahead."""
-    assert max(row["dead_fraction"] for row in runs.rows_of(whole.run / "members" / "seeded")) > 0.3  # AuxK samples
+    assert max(row["dead_fraction"] for row in runs.rows_of(whole.run / "members" / "fast")) > 1 / 16  # AuxK samples
     assert whole.steps == list(range(TRAIN.steps))
     assert whole.n_bytes <= 3 * open_activations(small_set).n_rows * runs.D_MODEL * 4
 
