@@ -44,9 +44,9 @@ from sae_jax.types import UsageError
 
 N_FILES_NAMED = 5
 N_CONVERSATIONS_TRIED = 100  # of a dataset of the hub, in which a role has to be
-# Shards that are tokenised while one is computed, in a thread. Worker processes would bring nothing: the tokenizer works
-# in threads of its own, one a core, without Python's lock. Of 8.3 s that two cores took for 3.8 million tokens of source
-# code 1.0 s was in Python, which leaves room for millions of tokens a second.
+# Shards that are tokenised while one is computed, in a thread. Worker processes would bring nothing: the tokenizer
+# works in threads of its own, one a core, without Python's lock. Of 8.3 s that two cores took for 3.8 million tokens of
+# source code 1.0 s was in Python, which leaves room for millions of tokens a second.
 SHARDS_AHEAD = 1
 
 
