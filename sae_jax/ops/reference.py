@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from sae_jax.ops.encode import product
+from sae_jax.ops.encode import EXACT, product
 from sae_jax.ops.tiled import Tiled
 from sae_jax.types import Code
 
@@ -29,9 +31,10 @@ def unexplained(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F,
 
 
 def reconstruct(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, above) -> Tiled:
-    """See ops/tiled.py."""
-    codes, penalties = activation(product(x_BD - b_pre_D[None], w_enc_FD, "bd,fd->bf"), latents)
-    x_hat = jax.tree.map(lambda z_BF, w_FD: product(z_BF, w_FD, "bf,fd->bd"), codes, w_dec)
+    """See ops/tiled.py; in float64, too."""
+    exact = partial(jnp.matmul, precision=EXACT)
+    codes, penalties = activation(exact(x_BD - b_pre_D[None], w_enc_FD.T), latents)
+    x_hat = jax.tree.map(exact, codes, w_dec)
     z_BF = jax.tree.leaves(codes)[0]
     penalty = jax.tree.map(lambda penalty_BF: penalty_BF.sum(0), penalties)
     return Tiled(x_hat, penalty, (z_BF > 0).sum(0, dtype=jnp.float32), (z_BF > above).any(0))
