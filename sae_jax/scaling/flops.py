@@ -32,7 +32,8 @@ def executed(sae: SaeConfig, widths: Widths) -> int:
 def auxk(sae: SaeConfig, widths: Widths, n_rows: int) -> int:
     """FLOP a token, at most, that AuxK adds to steps of `n_rows`: x and its gradient once, y and its gradients thrice.
 
-    Five products over the latents and rows that ops/auxk.py looks at.
+    Five products over the latents and rows that ops/auxk.py looks at, but for the room that each of several devices
+    leaves for an uneven spread.
     """
     if not isinstance(sae, KConfig) or sae.n_active is None or not sae.aux_coefficient:
         return 0
