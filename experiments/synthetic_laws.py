@@ -7,7 +7,7 @@ parametric bootstrap which knows the law's form, which points are outliers and h
 exp(zeta), which may be nought.
 Guess: 85 to 95 % covered; a score at most 1.25 times as large.
 Command: python experiments/synthetic_laws.py --out OUT
-Cost: half an hour on two cores, for 200 trials of each (`--trials 200`).
+Cost: less than half an hour on two cores that had other work, for 200 trials of each (`--trials 200`).
 Answer: largely. 200 trials each (JAX 0.10.2, CPU); error: the median of predictions beyond the points; covers: pooled
 over the coefficients and the prediction; the reference is that bootstrap, whose percentiles cover too little where
 points are few; score: ours over its own, a mean over the quantities. Sweeps and marks have no such reference.

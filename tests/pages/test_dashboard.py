@@ -15,6 +15,7 @@ import threading
 import numpy as np
 import pytest
 
+import sae_jax
 from sae_jax.analysis import examples
 from sae_jax.pages import dashboard
 from sae_jax.types import UsageError, UserError
@@ -117,6 +118,18 @@ def test_energy_stands_in_for_effect_without_a_language_model(tmp_path):
     expected = (table.of_latent(DENSE)[1] ** 2).sum() / table.n_rows * (w_dec[DENSE] ** 2).sum()
     assert index["score"][DENSE] == pytest.approx(expected, rel=1e-3)
     assert index["topLogits"][DENSE] == []
+
+
+def test_of_a_model_that_is_not_supported_there_are_no_effects(tmp_path, capsys):
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    rows, ids = np.random.default_rng(0).standard_normal((32, 8, 16)), np.arange(256).reshape(32, 8)
+    origin = {"model": str(tmp_path / "lm"), "hook": "backbone.layers.1"}
+    activations = sae_jax.write_activations(tmp_path / "set", rows, tokens=ids, tokenizer="bundled", **origin)
+    sae_jax.train(activations, n_latents=32, k=4, steps=2, batch_size=64, out=tmp_path / "run")
+    sae_jax.dashboard(tmp_path / "run", tmp_path / "site", tokens=256)
+    assert "is not supported: pages are without effects on the logits" in " ".join(capsys.readouterr().err.split())
+    assert read(tmp_path / "site", "index")[0]["scoreName"] == "energy"
 
 
 def test_record_of_a_latent(site):
