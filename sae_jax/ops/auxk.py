@@ -30,6 +30,7 @@ from sae_jax.ops.encode import EXACT, centred, product
 # (a, b): while at most 1/a of the latents are dead, 1/b of the rows are looked at.
 TIERS = ((16, 1), (4, 4), (1, 16))
 LEAST_ROWS = 128  # of a batch that are looked at in any tier, or all if there are fewer
+PARTS = 8  # that a gradient is scaled in
 ROWS_AT_ONCE = 4  # encoder blocks' rows: the products here are narrower
 
 
@@ -214,8 +215,23 @@ def _dense(x_RD, error_RD, is_row_R, w_enc_CD, b_C, w_dec_CD, b_pre_D, weight, k
     g_pre_D = -spmd.total(jnp.matmul(g_b_C, w_enc_CD, precision=EXACT))
     left = weight * spmd.total(error)
     factor = jnp.where(jnp.isfinite(left), weight, 0.0)
-    gradients = jax.tree.map(lambda g: jnp.where(factor == 0, 0.0, factor * g), (g_enc_CD, g_b_C, g_pre_D, g_dec_CD))
+    gradients = tuple(_times(factor, g) for g in (g_enc_CD, g_b_C, g_pre_D, g_dec_CD))
     return jnp.where(factor == 0, 0.0, left), gradients
+
+
+def _times(factor: jax.Array, g: jax.Array) -> jax.Array:
+    """factor * g, and 0 for a factor of 0 whatever g is.
+
+    In parts, since a loop works in place: as one operation XLA makes copies of arrays that leave a branch.
+    """
+    n_parts = math.gcd(len(g), PARTS)
+
+    def part(i: jax.Array, g: jax.Array) -> jax.Array:
+        at = i * (len(g) // n_parts)
+        own = lax.dynamic_slice_in_dim(g, at, len(g) // n_parts)
+        return lax.dynamic_update_slice_in_dim(g, jnp.where(factor == 0, 0.0, factor * own), at, 0)
+
+    return lax.fori_loop(0, n_parts, part, g)
 
 
 def _row_blocks(n_own: int, d_model: int, n_latents: int) -> spmd.RowBlocks:
