@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 
@@ -55,6 +56,7 @@ TABLE = {
     "tpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=False, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
 }
 MIN_TILE = 1024  # latents
+CPUINFO = Path("/proc/cpuinfo")  # on Linux
 
 
 def gpu_flags() -> str:
@@ -66,6 +68,21 @@ def gpu_flags() -> str:
     version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
     slow = (0, 10, 2) <= version <= (0, 11, 0)
     return "--xla_backend_extra_options=-nvptx-allow-ftz-atomics" if slow else ""
+
+
+def product_dtype(platform: str) -> Literal["bfloat16", "float32"]:
+    """The faster type for the inputs of large products: bfloat16, but on a CPU that has no units for it.
+
+    There it is emulated: at d=768, 32,768 latents, 2,048 rows a step took 1.7 s in bfloat16 and 1.2 s in float32 on an
+    AMD Zen 3. Where Linux does not tell what a CPU has, it is taken to have none.
+    """
+    if platform != "cpu":
+        return "bfloat16"
+    try:
+        flags = set(CPUINFO.read_text().split())
+    except OSError:
+        flags = set()
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def step(
         gradient_bytes=_shard_bytes(state.sae),
         flop=flop // mesh.size,
         aux_flop=train.batch_size * flops.auxk(sae, widths, train.batch_size) // mesh.size,
-        dtype=sae.dtype,
+        dtype=sae.product_dtype.name,
         model_bytes=model.parameter_bytes if model else 0,
         model_activation_bytes=train.batch_size // mesh.size * model.token_bytes if model else 0,
     )

@@ -124,7 +124,9 @@ def plan(job: Job) -> dict[str, Any]:
     n_slices = job.mesh.member
     meshes.abstract_mesh(job.mesh, target.n_devices)  # refuses numbers that do not multiply to the devices
     slice_mesh = meshes.abstract_mesh(replace(job.mesh, member=1), target.n_devices // n_slices)
-    job.engine.on("tpu" if target.is_tpu else "gpu")
+    platform = "tpu" if target.is_tpu else "gpu"
+    job.engine.on(platform)
+    job = replace(job, members={name: (sae.on(platform), train) for name, (sae, train) in job.members.items()})
     _check(job, slice_mesh)
     steps = {
         name: analytic.step(sae, train, job.widths, slice_mesh, job.model) for name, (sae, train) in job.members.items()

@@ -162,8 +162,9 @@ class SaeConfig:
     input_norm: InputNorm = "dataset_sqrt_d"
     """dataset_*: one constant a source, so that the mean square of its rows' norms is its width (sqrt_d) or 1 (rms);
     layer_norm, unit_norm: of each vector, undone on outputs; none: rows as they are"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """inputs of products over all latents; weights, sums, selection and losses are float32"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """inputs of products over all latents; auto: bfloat16, but float32 on CPUs that would have to emulate it. Weights,
+    sums, selection and losses are float32"""
 
     ADAM: ClassVar[Adam] = Adam()
     # Settings that objectives read from `hparams.coefficients`, so that a sweep over them is one program.
@@ -181,6 +182,15 @@ class SaeConfig:
     def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
         """What the objective keeps in `Counters.extra`, before the first step."""
         return {}
+
+    @property
+    def product_dtype(self) -> jnp.dtype:
+        """Of the inputs of products."""
+        return jnp.dtype(self.on(jax.default_backend()).dtype)
+
+    def on(self, platform: str) -> Self:
+        """The same with a `dtype` of auto settled for a platform, "cpu", "gpu" or "tpu": for this machine if a CPU."""
+        return replace(self, dtype=tuning.product_dtype(platform)) if self.dtype == "auto" else self
 
     @property
     def n_active(self) -> int | None:
@@ -253,7 +263,7 @@ class KConfig(SaeConfig):
         n_devices = mesh.axis_size(mesh.AXES)
         shape = (math.ceil(N_PROBES / n_devices) * n_devices, width)
         probes_PX = unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
-        code, _ = encode.encode_topk(probes_PX, w_enc, b_enc, jnp.zeros(width), self.k, jnp.dtype(self.dtype))
+        code, _ = encode.encode_topk(probes_PX, w_enc, b_enc, jnp.zeros(width), self.k, self.product_dtype)
         r = jnp.linalg.norm(sparse.decode(code, w_dec)[0], axis=-1).mean()
         return {"w_enc": w_enc / jnp.where(r > 0, r, 1.0), "b_enc": b_enc, "w_dec": w_dec}
 

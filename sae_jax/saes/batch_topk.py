@@ -116,7 +116,7 @@ class BatchTopK(Thresholded):
         config = self.config
         code, w_enc, selection = select(self, batch.x, self.b_dec)
         dense = encode.dense_slots(config.k)
-        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, jnp.dtype(config.dtype), tangent=True, dense=dense)
+        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, config.product_dtype, tangent=True, dense=dense)
         y_hat_BY = y_hat_BY + self.b_dec[None]
         loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
         encoder = w_enc, self.b_enc, self.b_dec
@@ -126,7 +126,7 @@ class BatchTopK(Thresholded):
 
 def select(sae: Any, x_BX: jax.Array, b_pre: jax.Array) -> tuple[Code, jax.Array, BatchSelection]:
     """The code of a batch, see `encode.encode_batch_topk`; `sae` has the weights, and k and dtype in its config."""
-    k, n_latents, dtype = sae.config.k, sae.config.n_latents, jnp.dtype(sae.config.dtype)
+    k, n_latents, dtype = sae.config.k, sae.config.n_latents, sae.config.product_dtype
     # The more shards, the fewer of a row's winners on each; k leaves room for latents that fire together.
     width = min(k + -(-3 * k // mesh.axis_size(mesh.LATENT)), n_latents)
     return encode.encode_batch_topk(x_BX, sae.w_enc, sae.b_enc, b_pre, k, dtype, width, min(4 * width, n_latents))

@@ -213,7 +213,7 @@ class Crosscoder(AbstractSae):
 
     @property
     def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
+        return self.config.product_dtype
 
     def _project(self, g_FY: jax.Array, w_FY: jax.Array) -> jax.Array:
         """The decoder's gradient: nothing where a mask bars, nor along rows whose length is kept."""

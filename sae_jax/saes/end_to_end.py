@@ -190,7 +190,7 @@ class EndToEnd(AbstractSae):
 
     @property
     def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
+        return self.config.product_dtype
 
     def _pass(self, x_BC: jax.Array, w_enc_FC: jax.Array, b_pre_C: jax.Array) -> tiled.Tiled:
         """Encode and decode, without bias; with a k the penalty is 0."""
@@ -220,4 +220,4 @@ def orthogonal_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
 
 @tuning.jit
 def _n_active(sae: EndToEnd, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae.b_enc, tiled.relu, jnp.dtype(sae.config.dtype))
+    return tiled.n_active(x_BX, sae.w_enc, sae.b_dec, sae.b_enc, tiled.relu, sae.config.product_dtype)

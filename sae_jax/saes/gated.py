@@ -131,7 +131,7 @@ class Gated(AbstractSae):
 
     @property
     def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
+        return self.config.product_dtype
 
     @property
     def _latents(self) -> dict[str, jax.Array]:

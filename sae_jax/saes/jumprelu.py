@@ -152,7 +152,7 @@ class JumpRelu(AbstractSae):
 
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
-        dtype = jnp.dtype(self.config.dtype)
+        dtype = self.config.product_dtype
         return tiled.encode_largest(x_BX, self.w_enc, self._b_pre, self._latents, _counting(), dtype, n_slots)
 
     def decode_rows(self, code: Code) -> jax.Array:
@@ -220,7 +220,7 @@ class JumpRelu(AbstractSae):
     def _reconstruct(
         self, x_BD: jax.Array, w_dec: jax.Array, latents: Any, activation: tiled.Activation
     ) -> tiled.Tiled:
-        dtype = jnp.dtype(self.config.dtype)
+        dtype = self.config.product_dtype
         return tiled.reconstruct(x_BD, self.w_enc, w_dec, self._b_pre, latents, activation, dtype, base.FIRED_ABOVE)
 
 
@@ -250,7 +250,7 @@ def calibrated(sae: Any, x: Any, per_latent: bool = False, pre_bias: bool = True
     """
     config, (n_latents, width) = sae.config, sae.w_enc.shape
     x_NX = normalise.normalise(base.as_rows(x, width).reshape(-1, width), config.input_norm)[0]
-    b_pre, dtype, threshold_F = sae.b_dec if pre_bias else jnp.zeros(width), jnp.dtype(config.dtype), []
+    b_pre, dtype, threshold_F = sae.b_dec if pre_bias else jnp.zeros(width), config.product_dtype, []
     if not per_latent:
         n_slots, encoder = min(4 * config.k, n_latents), (sae.w_enc, sae.b_enc, b_pre)
         while True:
@@ -317,4 +317,4 @@ def _smooth(pre_bf: jax.Array, latents: Any, bandwidth: float) -> tuple[jax.Arra
 
 @tuning.jit
 def _n_active(sae: JumpRelu, x_BX: jax.Array) -> jax.Array:
-    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae._latents, _counting(), jnp.dtype(sae.config.dtype))
+    return tiled.n_active(x_BX, sae.w_enc, sae._b_pre, sae._latents, _counting(), sae.config.product_dtype)

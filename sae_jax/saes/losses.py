@@ -97,7 +97,7 @@ def with_auxk(
         return loss, outcome
     error_BY = lax.stop_gradient(batch.y - y_hat_BY)
     k_aux = config.k_aux or 2 ** round(math.log2(max(error_BY.shape[1] / 2, 1)))
-    dead_F, dtype = counters.silent > context.hparams.dead_after, jnp.dtype(config.dtype)
+    dead_F, dtype = counters.silent > context.hparams.dead_after, config.product_dtype
     weight = auxiliary_weight(error_BY, config.aux_coefficient)
     key = None if config.aux_rows == "all" else jax.random.fold_in(context.key, AUXK)
     aux = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, weight, key, k_aux, dtype, tangent)

@@ -98,7 +98,7 @@ class ReluCode(AbstractSae):
 
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
-        dtype = jnp.dtype(self.config.dtype)
+        dtype = self.config.product_dtype
         return tiled.encode_largest(x_BX, self.w_enc, self.b_pre, self.b_enc, tiled.relu, dtype, n_slots)
 
     def decode_rows(self, code: Code) -> jax.Array:
@@ -112,7 +112,7 @@ class ReluCode(AbstractSae):
 
     def in_tiles(self, x_BX: jax.Array, w_dec: jax.Array, b_pre: jax.Array) -> tiled.Tiled:
         """Encode and decode with this decoder, without bias."""
-        dtype = jnp.dtype(self.config.dtype)
+        dtype = self.config.product_dtype
         return tiled.reconstruct(x_BX, self.w_enc, w_dec, b_pre, self.b_enc, tiled.relu, dtype, base.FIRED_ABOVE)
 
 
@@ -205,4 +205,4 @@ def _resampled(updated: Updated, dead_after: jax.Array, clear_rows: ClearRows) -
 @tuning.jit
 def n_active(sae: ReluCode, x_BX: jax.Array) -> jax.Array:
     """Active latents of each row, i32[B]."""
-    return tiled.n_active(x_BX, sae.w_enc, sae.b_pre, sae.b_enc, tiled.relu, jnp.dtype(sae.config.dtype))
+    return tiled.n_active(x_BX, sae.w_enc, sae.b_pre, sae.b_enc, tiled.relu, sae.config.product_dtype)

@@ -135,7 +135,7 @@ class TopK(AbstractSae):
 
     @property
     def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
+        return self.config.product_dtype
 
     def _encode(self, x_BD: jax.Array, k: int, k_now: jax.Array | None = None) -> tuple[Code, jax.Array]:
         max_k = None if k_now is None else self.config.k_start

@@ -165,7 +165,7 @@ class Transcoder(AbstractSae):
 
     @property
     def _dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.config.dtype)
+        return self.config.product_dtype
 
     @property
     def _no_pre_bias(self) -> jax.Array:

@@ -115,6 +115,7 @@ def _planned(name: str, member: SweepJob, source: RowSource, lr: Callable[[int],
     """A member as it will be trained. Raises UsageError if it cannot be."""
     sites, widths = choose_sites(source, member.site, member.reconstruct, member.d_model)
     member.sae.check(widths, sites.x == sites.y)
+    member = dataclasses.replace(member, sae=member.sae.on(jax.default_backend()))
     steps, batch_size = member.train.steps, member.train.batch_size
     if member.train.decay:
         raise UsageError(

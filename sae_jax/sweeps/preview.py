@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from sae_jax.ops import tuning
 from sae_jax.planning import targets
 from sae_jax.sweeps.plan import Planned, SweepJob
 from sae_jax.units import duration, memory
@@ -40,10 +41,10 @@ def preview(job: SweepJob, planned: dict[str, Planned], passes: dict[str, list[s
 
 
 def _measured_rate() -> float:
-    """FLOP/s of a bfloat16 product on all devices here."""
+    """FLOP/s of a product on all devices here."""
     n, repeats = 2048, 5
     product = jax.jit(lambda a: jnp.einsum("ij,kj->ik", a, a, preferred_element_type=jnp.float32))
-    a = jnp.ones((n, n), jnp.bfloat16)
+    a = jnp.ones((n, n), tuning.product_dtype(jax.default_backend()))
     product(a).block_until_ready()
     began = time.monotonic()
     for _ in range(repeats):

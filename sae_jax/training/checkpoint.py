@@ -285,11 +285,11 @@ def read_record(run: Path) -> RunRecord:
     return dataclasses.replace(record, train=configs.to_dict(train))  # with the settings that are newer than the run
 
 
-def settings_of(run: Path) -> dict[str, Any]:
-    """`train.*` of a run that has begun, {name: value}; nothing of another folder."""
+def begun(run: Path) -> RunRecord | None:
+    """The record of a run that has begun; None of another folder."""
     content = storage.read_json(run / "config.json") or {}
     is_run = content.get("kind") == RunRecord.KIND
-    return RunRecord.from_json(content, run / "config.json").train if is_run else {}
+    return RunRecord.from_json(content, run / "config.json") if is_run else None
 
 
 def members(run: Path) -> list[str]:

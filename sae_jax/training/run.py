@@ -17,6 +17,7 @@ from sae_jax.training import checkpoint, loop
 from sae_jax.training.groups import Member
 from sae_jax.training.loop import Trained
 from sae_jax.training.members import Measurements
+from sae_jax.training.ownership import as_the_first_says
 from sae_jax.training.settings import TrainConfig, settled
 from sae_jax.types import UsageError
 
@@ -68,10 +69,11 @@ def run(
     sites, widths = choose_sites(source, job.site, job.reconstruct, job.d_model)
     for member in jobs.values():
         member.sae.check(widths, sites.x == sites.y)
-    members = [_member(name, member, folder, source) for name, member in jobs.items()]
+    platform = mesh.devices.flat[0].platform
+    members = [_member(name, member, folder, source, platform) for name, member in jobs.items()]
     rows = source.learning(learning(jobs))
     with (
-        tuning.using(job.engine.on(mesh.devices.flat[0].platform)),
+        tuning.using(job.engine.on(platform)),
         rows.open(sites, job.train.batch_size, job.train.order, mesh) as batches,
     ):
         return loop.train(folder, members, mesh, batches, sampler(source, sites, widths), measurements, lease)
@@ -111,16 +113,23 @@ def record_of(job: TrainJob, source: RowSource) -> RunRecord:
     return RunRecord(dictionary, **settings, allow_partial=job.allow_partial)
 
 
-def _member(name: str, job: TrainJob, folder: Path | None, source: RowSource) -> Member:
+def _member(name: str, job: TrainJob, folder: Path | None, source: RowSource, platform: str) -> Member:
     if folder is not None and name:
         folder = folder / checkpoint.MEMBERS / name
-    job = replace(job, train=settled(_as_begun(job.train, folder), job.sae))
+    job = _as_begun(job, folder, platform)
+    job = replace(job, train=settled(job.train, job.sae))
     return Member(name, job.sae, job.train, folder, record_of(job, source))
 
 
-def _as_begun(train: TrainConfig, folder: Path | None) -> TrainConfig:
-    """What is left out and follows from the number of steps stays as it was, whatever that number is now."""
-    begun = {} if folder is None else checkpoint.settings_of(folder)
-    names = [name for name in ("lr", "dead_after_tokens") if getattr(train, name) is None and name in begun]
-    kept: dict[str, Any] = {name: begun[name] for name in names}
-    return replace(train, **kept)
+def _as_begun(job: TrainJob, folder: Path | None, platform: str) -> TrainJob:
+    """What is left out stays as it was, whatever the number of steps and the machine are now."""
+    begun = None if folder is None else checkpoint.begun(folder)
+    train = begun.train if begun else {}
+    names = [name for name in ("lr", "dead_after_tokens") if getattr(job.train, name) is None and name in train]
+    kept: dict[str, Any] = {name: train[name] for name in names}
+    sae = job.sae
+    if sae.dtype == "auto":
+        dtype = begun.dictionary.sae["dtype"] if begun else sae.on(platform).dtype
+        # Processes may be on unlike CPUs, but run one program.
+        sae = replace(sae, dtype="bfloat16" if as_the_first_says(dtype == "bfloat16") else "float32")
+    return replace(job, train=replace(job.train, **kept), sae=sae)
