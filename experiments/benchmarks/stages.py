@@ -99,8 +99,10 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     gather = jax.jit(lambda index, value, w: sparse.gather_rows(index, value, w))
     products = jax.jit(lambda index, value, x, w: sparse.sampled_products(index, value, x, w))
 
+    along = jax.jit(lambda gradient, sae: (optim.along_sphere(gradient, sae)[1], (gradient.w_dec * sae.w_dec).sum(-1)))
+
     def adam(held, gradient):
-        updates, moments = tx.update(gradient, held[1], held[0])
+        updates, moments = tx.update(gradient, held[1], norm=jnp.float32(1))
         return optax.apply_updates(held[0], updates), moments
 
     matrix, touched = 4 * n * d, 4 * min(b * k, n) * d  # bytes of a weight matrix, and of its rows that a code names
@@ -140,10 +142,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
             times=2,
             n_bytes=matrix + batch + pairs,
         ),
-        "projection of the decoder gradient": Stage(
-            in_place(lambda g, w, along: g - along[:, None] * w, gradient.w_dec, sae.w_dec, sae.b_enc),
-            n_bytes=3 * matrix,
-        ),
+        "norm of the gradients, and what is along unit rows": Stage(lambda: along(gradient, sae), n_bytes=3 * matrix),
         "Adam": Stage(in_place(adam, (sae, state.optimiser_state), gradient), n_bytes=7 * 2 * matrix),
         "renormalise": Stage(in_place(init.unit_rows, sae.w_dec), n_bytes=2 * matrix),
         "running average": Stage(

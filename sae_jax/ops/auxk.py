@@ -34,7 +34,7 @@ PARTS = 8  # that a gradient is scaled in
 ROWS_AT_ONCE = 4  # encoder blocks' rows: the products here are narrower
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
+@partial(jax.custom_vjp, nondiff_argnums=(9, 10))
 def unexplained(
     x_BD: jax.Array,
     error_BD: jax.Array,
@@ -47,7 +47,6 @@ def unexplained(
     key: jax.Array | None,
     k: int,
     dtype: jnp.dtype,
-    tangent: bool = False,
 ) -> jax.Array:
     """`weight` times the squared error that is left when the k strongest allowed latents explain `error`.
 
@@ -62,13 +61,12 @@ def unexplained(
         key: what the rows are drawn with, the same ones on every mesh; None: all rows.
         k: latents a row; of several equal to the k-th largest value all are taken.
         dtype: what inputs of products are rounded to.
-        tangent: of the gradient of w_dec, as in `sparse.decode`.
 
     Returns:
         f32[]; 0 if none is allowed, and, as its gradients, if it is not finite.
     """
     args = x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key
-    return _with_gradients(*args, k, dtype, tangent)[0]
+    return _with_gradients(*args, k, dtype)[0]
 
 
 def most_work(n_rows: int, sampled: bool) -> float:
@@ -76,12 +74,12 @@ def most_work(n_rows: int, sampled: bool) -> float:
     return max(-(-n_rows // stride) / n_rows / part for part, stride in _tiers(n_rows, sampled))
 
 
-def _backward(k, dtype, tangent, gradients, factor: jax.Array):
+def _backward(k, dtype, gradients, factor: jax.Array):
     g_w_enc, g_b_enc, g_b_pre, g_w_dec = jax.tree.map(lambda g: factor * g, gradients)
     return None, None, g_w_enc, g_b_enc, g_b_pre, g_w_dec, None, None, None
 
 
-def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key, k, dtype, tangent):
+def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key, k, dtype):
     """The weighted sum, and its gradients with respect to w_enc, b_enc, b_pre and w_dec: one pass over rows for both.
 
     The gradient of a sum of squares is known up to its factor.
@@ -94,7 +92,10 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
         tiers = _tiers(n_rows, sampled=key is not None)
 
         def none():
-            return jnp.float32(0), jax.tree.map(jnp.zeros_like, (w_enc_RD, b_R, b_pre_D, w_dec_RD))
+            # One of the two is zeros that the compiler does not know: it would make one array of them, and a copy.
+            zero = 0 * number.astype(jnp.float32)
+            g_dec_RD = jnp.broadcast_to(zero, w_dec_RD.shape)
+            return jnp.float32(0), (*jax.tree.map(jnp.zeros_like, (w_enc_RD, b_R, b_pre_D)), g_dec_RD)
 
         def tier(part: int, stride: int) -> Callable:
             capacity = _capacity(n_latents, part)
@@ -105,7 +106,7 @@ def _with_gradients(x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowe
                     at_S, is_one_S = _sample(draws_B, n_own, stride)
                     x_SD, error_SD = (jnp.take(a_RD, at_S, axis=0, mode="clip") for a_RD in (x_RD, error_RD))
                 rows = x_SD, error_SD, is_one_S
-                settings = b_pre_D, weight * stride, k, dtype, tangent
+                settings = b_pre_D, weight * stride, k, dtype
                 if capacity == n_latents:
                     return _dense(*rows, w_enc_RD, jnp.where(allowed_R, b_R, -jnp.inf), w_dec_RD, *settings)
                 at_C = jnp.nonzero(allowed_R, size=capacity, fill_value=0)[0]
@@ -181,7 +182,7 @@ def _sample(draws_B: jax.Array, n_own: int, stride: int) -> tuple[jax.Array, jax
     return at_S, (at_S >= 0) & (at_S < n_own)
 
 
-def _dense(x_RD, error_RD, is_row_R, w_enc_CD, b_C, w_dec_CD, b_pre_D, weight, k, dtype, tangent):
+def _dense(x_RD, error_RD, is_row_R, w_enc_CD, b_C, w_dec_CD, b_pre_D, weight, k, dtype):
     """`_with_gradients` on one device, for the rows and latents it is given of those that it owns."""
     w_enc_GD, w_dec_GD = (spmd.gather(w_CD.astype(dtype), mesh.DATA) for w_CD in (w_enc_CD, w_dec_CD))
     b_G = spmd.gather(b_C, mesh.DATA)
@@ -210,8 +211,6 @@ def _dense(x_RD, error_RD, is_row_R, w_enc_CD, b_C, w_dec_CD, b_pre_D, weight, k
     blocks = rows.own(x_RD), rows.own(error_RD), rows.own(is_row_R)
     sums, _ = spmd.scan(block, zeros, blocks)
     error, g_enc_CD, g_b_C, g_dec_CD = (sums[0], *(spmd.reduce_scatter(g, mesh.DATA) for g in sums[1:]))
-    if tangent:
-        g_dec_CD = g_dec_CD - (g_dec_CD * w_dec_CD).sum(-1, keepdims=True) * w_dec_CD
     g_pre_D = -spmd.total(jnp.matmul(g_b_C, w_enc_CD, precision=EXACT))
     left = weight * spmd.total(error)
     factor = jnp.where(jnp.isfinite(left), weight, 0.0)

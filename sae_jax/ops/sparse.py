@@ -28,12 +28,11 @@ from sae_jax.types import Code
 SINGLES = 4096  # chunks of single numbers are those of rows of this width: longer sorts take a TPU's compiler long
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def decode(
     code: Code,
     w_dec_FD: jax.Array,
     dtype: jnp.dtype = jnp.float32,
-    tangent: bool = False,
     dense: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the decoder rows of the active latents, without bias.
@@ -42,8 +41,6 @@ def decode(
         code: [B, K], CODE on a mesh. A slot of value 0 is empty: it adds nothing and has no gradient.
         w_dec_FD: f32[F, D], DICT.
         dtype: in which the gradient of the reconstruction is sent to other latent shards.
-        tangent: the rows of w_dec are of unit norm, and what this use of them adds to their gradient loses its
-            component along each, g_f - (g_f . w_f) w_f. g_f . w_f is a sum over pairs of value * (value's gradient).
         dense: leading slots that most rows use; None: all. It decides how the work is done, not what comes out.
 
     Returns:
@@ -67,7 +64,7 @@ def _decode(code: Code, w_dec_FD: jax.Array, dense: int | None) -> jax.Array:
     return spmd.per_device(local, (spmd.CODES, DICT), ROWS)(code, w_dec_FD)
 
 
-def _decode_backward(dtype, tangent, dense, saved, cotangents: tuple[jax.Array, jax.Array]):
+def _decode_backward(dtype, dense, saved, cotangents: tuple[jax.Array, jax.Array]):
     code, w_dec_FD = saved
     g_x_hat_BD, g_w_FD = cotangents
 
@@ -86,11 +83,7 @@ def _decode_backward(dtype, tangent, dense, saved, cotangents: tuple[jax.Array, 
         index_BK = code.indices - spmd.first_latent(len(w_FD))
         blocks = rows.own(g_RD), rows.shared(index_BK), rows.shared(code.values)
         g_w_RD, g_values_nbK = accumulated(block, g_w_RD, blocks)
-        g_values_BK = rows.join_shared(g_values_nbK)
-        if tangent:
-            along_F = add_up(index_BK, code.values * g_values_BK, len(w_FD))
-            g_w_RD = g_w_RD - spmd.reduce_scatter(along_F, mesh.DATA)[:, None] * w_RD
-        return g_w_RD, g_values_BK
+        return g_w_RD, rows.join_shared(g_values_nbK)
 
     g_w_FD, g_values_BK = spmd.per_device(local, (spmd.CODES, DICT, ROWS, DICT), (DICT, CODE))(
         code, w_dec_FD, g_x_hat_BD, g_w_FD
@@ -98,7 +91,7 @@ def _decode_backward(dtype, tangent, dense, saved, cotangents: tuple[jax.Array, 
     return Code(None, g_values_BK), g_w_FD  # pyrefly: ignore[bad-argument-type] (integers have no gradient)
 
 
-def _decode_saving(code, w_dec_FD, dtype, tangent, dense):
+def _decode_saving(code, w_dec_FD, dtype, dense):
     return (_decode(code, w_dec_FD, dense), w_dec_FD), (code, w_dec_FD)
 
 

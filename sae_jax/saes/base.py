@@ -4,7 +4,8 @@ A variant is one file: a frozen config named `Config` with `init`, and one final
 methods of `AbstractSae`. The training loop knows no variant. It asks for
 
     objective(batch, context) -> loss, Outcome                    differentiated with respect to the sae
-    constrained() -> sae                                          such as unit rows, after every update
+    unit_rows                                                     names of arrays whose rows keep norm 1
+    constrained() -> sae                                          with these restored, after every update
     after_step(updated, context, clear_rows) -> Updated           such as resampling
 
 and stores whatever tree the variant is. Weights are latent-major, `w_enc[F, X]` and `w_dec[F, Y]`: a latent is a row.
@@ -269,7 +270,7 @@ class KConfig(SaeConfig):
 
 
 class AbstractSae(abc.ABC):
-    """A sparse dictionary. Subclasses are final flax structs; nothing concrete here but `after_step` is overridden.
+    """A sparse dictionary. Subclasses are final flax structs; what is concrete here is seldom overridden.
 
     Methods that end in `_rows` take normalised rows, may be traced, and may run on a mesh.
     """
@@ -328,9 +329,14 @@ class AbstractSae(abc.ABC):
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """Loss of a batch (f32[]) and what else the step needs to know."""
 
-    @abc.abstractmethod
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """Names of the arrays whose rows keep norm 1 in training: the optimiser moves them along the sphere."""
+        return ("w_dec",)
+
     def constrained(self) -> Self:
-        """The same weights with the variant's constraints restored, such as decoder rows of norm 1."""
+        """The same weights with the variant's constraints restored: `unit_rows`."""
+        return replace(cast(Any, self), **{name: unit_rows(getattr(self, name)) for name in self.unit_rows})
 
     def after_step(self, updated: Updated, context: Context, clear_rows: ClearRows) -> Updated:
         """What else changes once the optimiser has moved the weights and they are `constrained`.

@@ -29,7 +29,7 @@ from flax import struct
 from sae_jax import mesh
 from sae_jax.ops import encode, sparse
 from sae_jax.ops.topk import BatchSelection
-from sae_jax.saes import init, jumprelu, losses
+from sae_jax.saes import jumprelu, losses
 from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, KConfig, Outcome
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
@@ -89,11 +89,6 @@ class Thresholded(AbstractSae):
         """See AbstractSae."""
         return self.to_jumprelu().reconstruct_rows(x_BX)
 
-    def constrained(self) -> Self:
-        """Unit decoder rows."""
-        sae = cast(Any, self)  # a struct, as all that inherit from this
-        return replace(sae, w_dec=init.unit_rows(self.w_dec))
-
     def folded(self, scale: Scale) -> Self:
         """See AbstractSae. For rows c times as large, biases, codes and the threshold are too."""
         c, sae = scale.x[0], cast(Any, self)  # a struct, as all that inherit from this
@@ -116,7 +111,7 @@ class BatchTopK(Thresholded):
         config = self.config
         code, w_enc, selection = select(self, batch.x, self.b_dec)
         dense = encode.dense_slots(config.k)
-        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, config.product_dtype, tangent=True, dense=dense)
+        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, config.product_dtype, dense=dense)
         y_hat_BY = y_hat_BY + self.b_dec[None]
         loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
         encoder = w_enc, self.b_enc, self.b_dec

@@ -169,9 +169,7 @@ class Crosscoder(AbstractSae):
             y_hat_BY = y_hat_BY + self.b_dec[None]
             loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
             encoder = w_enc, self.b_enc, self._no_pre_bias
-            loss, outcome = losses.with_auxk(
-                loss, batch, y_hat_BY, code, encoder, w_dec, config, context, tangent=False
-            )
+            loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
             return loss, batch_topk.with_threshold(outcome, self.threshold, selection, context.step, config)
         latents = {"b_enc": self.b_enc, "norm": row_norms(w_dec, self.widths.y, config.decoder_norm)}
         tiles = tiled.reconstruct(
@@ -182,6 +180,11 @@ class Crosscoder(AbstractSae):
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
         counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
         return loss, Outcome(y_hat_BY, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
+
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """None of the whole array: see `constrained`."""
+        return ()
 
     def constrained(self) -> Crosscoder:
         """With batch_topk ||d_i|| = 1."""

@@ -179,9 +179,10 @@ class EndToEnd(AbstractSae):
         counters = penalty.led(self.config, context, context.count(tiles.fired, len(y_BD)), l0)
         return loss, Outcome(kept[0], l0, counters, metrics, y=kept[1])
 
-    def constrained(self) -> EndToEnd:
-        """There are none: rows are scaled in the forward pass."""
-        return self
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """None: rows are scaled in the forward pass."""
+        return ()
 
     def folded(self, scale: Scale) -> EndToEnd:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""

@@ -88,7 +88,7 @@ class Gated(AbstractSae):
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         config, n_rows = self.config, batch.x.shape[0]
-        decoders = init.tangent_to_rows(self.w_dec), lax.stop_gradient(self.w_dec)
+        decoders = self.w_dec, lax.stop_gradient(self.w_dec)
         tiles = self._reconstruct(batch.x, decoders, _both)
         x_hat_BD, gate_hat_BD = tiles.x_hat
         x_hat_BD = x_hat_BD + self.b_dec[None]
@@ -99,10 +99,6 @@ class Gated(AbstractSae):
         counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
         metrics = {"l1": l1, "gate_error": gate_error, "coefficient": coefficient}
         return loss, Outcome(x_hat_BD, tiles.l0, counters, metrics)
-
-    def constrained(self) -> Gated:
-        """Unit decoder rows."""
-        return replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> Gated:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""

@@ -120,23 +120,6 @@ def row_norms(w_FD: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.linalg.norm(w_FD, axis=-1), 1e-12)
 
 
-@jax.custom_vjp
-def tangent_to_rows(w_FD: jax.Array) -> jax.Array:
-    """The identity, whose gradient loses its component along each unit row: g_i - (g_i . w_i) w_i.
-
-    Written into the objective of a variant with unit rows, so that the optimiser's moments never see a direction
-    that renormalisation will undo.
-    """
-    return w_FD
-
-
-def _tangent(w_FD: jax.Array, g_FD: jax.Array) -> tuple[jax.Array]:
-    return (g_FD - (g_FD * w_FD).sum(-1, keepdims=True) * w_FD,)
-
-
-tangent_to_rows.defvjp(lambda w_FD: (w_FD, w_FD), _tangent)
-
-
 def biases_for(w_FD: jax.Array, sample: Sample, b_pre: jax.Array, n_active: int) -> jax.Array:
     """f32[F]: so many latents of a row exceed 0, as far as a normal distribution can tell, but at most half of all."""
     mean_F = (w_FD * (sample.mean - b_pre)[None]).sum(-1)

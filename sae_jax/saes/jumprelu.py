@@ -173,7 +173,7 @@ class JumpRelu(AbstractSae):
             count_F, below_F = tiles.penalty
         else:
             counting = _counting(config.bandwidth)
-            tiles = self._reconstruct(batch.x, init.tangent_to_rows(self.w_dec), self._latents, counting)
+            tiles = self._reconstruct(batch.x, self.w_dec, self._latents, counting)
             count_F, below_F = tiles.penalty, None
         share_F = count_F / n_rows
         if config.penalty == "squared":
@@ -192,9 +192,10 @@ class JumpRelu(AbstractSae):
         counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
         return loss, Outcome(x_hat_BD, tiles.l0, counters, metrics)
 
-    def constrained(self) -> JumpRelu:
-        """Unit decoder rows, but for the tanh."""
-        return self if self.config.penalty == "tanh" else replace(self, w_dec=init.unit_rows(self.w_dec))
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """Those of the decoder, but for the tanh."""
+        return () if self.config.penalty == "tanh" else ("w_dec",)
 
     def folded(self, scale: Scale) -> JumpRelu:
         """See AbstractSae. For rows c times as large, biases, thresholds and codes are too."""

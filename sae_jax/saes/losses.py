@@ -73,7 +73,6 @@ def with_auxk(
     w_dec: jax.Array,
     config: KConfig,
     context: Context,
-    tangent: bool = True,
 ) -> tuple[jax.Array, Outcome]:
     """A loss with that of AuxK added; counters and L0 of the code.
 
@@ -88,7 +87,6 @@ def with_auxk(
         w_dec: f32[F, Y], DICT; as the code's decoding returned it.
         config: says the weight, and k_aux.
         context: as the objective got it.
-        tangent: the rows of w_dec have unit norm, and the gradient keeps it: see `sparse.decode`.
     """
     # Counters before AuxK: a latent that fires in this very batch is not dead.
     counters = context.count(sparse.fired(code, config.n_latents, base.FIRED_ABOVE), batch.x.shape[0])
@@ -100,6 +98,6 @@ def with_auxk(
     dead_F, dtype = counters.silent > context.hparams.dead_after, config.product_dtype
     weight = auxiliary_weight(error_BY, config.aux_coefficient)
     key = None if config.aux_rows == "all" else jax.random.fold_in(context.key, AUXK)
-    aux = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, weight, key, k_aux, dtype, tangent)
+    aux = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, weight, key, k_aux, dtype)
     outcome.metrics["aux_loss"] = aux / config.aux_coefficient
     return loss + aux, outcome

@@ -94,7 +94,7 @@ class Matryoshka(batch_topk.Thresholded):
         y_hat_BY, loss = jnp.broadcast_to(self.b_dec[None], batch.y.shape), jnp.float32(0)
         for group in range(n_groups):
             part = replace(code, values=jnp.where(group_BK == group, code.values, 0.0))
-            part_BY, w_dec = sparse.decode(part, w_dec, config.product_dtype, tangent=True, dense=0)
+            part_BY, w_dec = sparse.decode(part, w_dec, config.product_dtype, dense=0)
             y_hat_BY = y_hat_BY + part_BY
             loss = loss + context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean() / n_groups
         encoder = w_enc, self.b_enc, self.b_dec

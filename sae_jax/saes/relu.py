@@ -129,7 +129,7 @@ class Relu(ReluCode):
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         n_rows = batch.x.shape[0]
-        tiles = self.in_tiles(batch.x, init.tangent_to_rows(self.w_dec), self.b_dec)
+        tiles = self.in_tiles(batch.x, self.w_dec, self.b_dec)
         x_hat_BD = tiles.x_hat + self.b_dec[None]
         l1 = tiles.penalty.sum() / n_rows
         coefficient = penalty.weight(self.config, context, batch.y.shape[1])
@@ -139,10 +139,6 @@ class Relu(ReluCode):
             error_B = lax.stop_gradient(((batch.y - x_hat_BD) ** 2).sum(-1))
             counters = replace(counters, extra={**counters.extra, **self._kept_rows(batch.x, error_B, context)})
         return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
-
-    def constrained(self) -> Relu:
-        """Unit decoder rows."""
-        return replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def after_step(self, updated: Updated, context: Context, clear_rows: ClearRows) -> Updated:
         """New rows for dead latents when it is time."""

@@ -81,9 +81,10 @@ class ReluNorm(ReluCode):
         counters = penalty.led(self.config, context, context.count(tiles.fired, n_rows), tiles.l0)
         return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
-    def constrained(self) -> ReluNorm:
-        """There are none."""
-        return self
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """None: the penalty counts their norms."""
+        return ()
 
     def folded(self, scale: Scale) -> ReluNorm:
         """See AbstractSae. For rows c times as large, biases and codes are too; decoder rows have norm 1."""

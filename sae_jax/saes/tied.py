@@ -74,8 +74,7 @@ class Tied(ReluCode):
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
         n_rows, centre_D = batch.x.shape[0], lax.stop_gradient(self.b_dec)
-        w_FD = init.tangent_to_rows(self.w_enc)  # for both sides
-        tiles = replace(self, w_enc=w_FD).in_tiles(batch.x, w_FD, centre_D)
+        tiles = self.in_tiles(batch.x, self.w_enc, centre_D)
         x_hat_BD = tiles.x_hat + centre_D[None]
         l1 = tiles.penalty.sum() / n_rows
         coefficient = penalty.weight(self.config, context, batch.y.shape[1])
@@ -83,9 +82,10 @@ class Tied(ReluCode):
         counters = penalty.led(self.config, context, context.count(tiles.fired, n_rows), tiles.l0)
         return loss, Outcome(x_hat_BD, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
 
-    def constrained(self) -> Tied:
-        """Unit rows."""
-        return replace(self, w_enc=init.unit_rows(self.w_enc))
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """Those of the one matrix."""
+        return ("w_enc",)
 
     def folded(self, scale: Scale) -> Tied:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sae_jax.ops import encode, sparse
-from sae_jax.saes import base, init, jumprelu, losses
+from sae_jax.saes import base, jumprelu, losses
 from sae_jax.saes.base import AbstractSae, Batch, Context, KConfig, Outcome
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import Scale
@@ -125,10 +125,6 @@ class TopK(AbstractSae):
         loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         return loss, replace(outcome, metrics={**outcome.metrics, **metrics})
 
-    def constrained(self) -> TopK:
-        """Unit decoder rows."""
-        return replace(self, w_dec=init.unit_rows(self.w_dec))
-
     def folded(self, scale: Scale) -> TopK:
         """See AbstractSae. Codes are in the units of the rows: for rows c times as large, biases and codes are too."""
         return replace(self, b_enc=self.b_enc / scale.x[0], b_dec=self.b_dec / scale.y)
@@ -143,5 +139,5 @@ class TopK(AbstractSae):
         return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype, max_k, k_now)
 
     def _decode(self, code: Code, w_dec: jax.Array, dense: int | None = None) -> tuple[jax.Array, jax.Array]:
-        y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, tangent=True, dense=dense)
+        y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, dense=dense)
         return y_hat_BY + self.b_dec[None], w_dec

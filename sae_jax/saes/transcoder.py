@@ -129,13 +129,13 @@ class Transcoder(AbstractSae):
         rest_BY = self.b_dec[None] + self._skipped(batch.x)
         if config.activation == "topk":
             code, w_enc = self._encode(batch.x)
-            y_hat_BY, w_dec = sparse.decode(code, self.w_dec, self._dtype, tangent=True)
+            y_hat_BY, w_dec = sparse.decode(code, self.w_dec, self._dtype)
             y_hat_BY = y_hat_BY + rest_BY
             loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
             encoder = w_enc, self.b_enc, self._no_pre_bias
             return losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         tiles = tiled.reconstruct(
-            *(batch.x, self.w_enc, init.tangent_to_rows(self.w_dec), self._no_pre_bias, self.b_enc),
+            *(batch.x, self.w_enc, self.w_dec, self._no_pre_bias, self.b_enc),
             *(tiled.relu, self._dtype, base.FIRED_ABOVE),
         )
         y_hat_BY, l1 = tiles.x_hat + rest_BY, tiles.penalty.sum() / n_rows
@@ -143,10 +143,6 @@ class Transcoder(AbstractSae):
         loss = losses.error(config.error, batch.y - y_hat_BY) + coefficient * l1
         counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
         return loss, Outcome(y_hat_BY, tiles.l0, counters, {"l1": l1, "coefficient": coefficient})
-
-    def constrained(self) -> Transcoder:
-        """Unit decoder rows."""
-        return replace(self, w_dec=init.unit_rows(self.w_dec))
 
     def folded(self, scale: Scale) -> Transcoder:
         """See AbstractSae. Codes are in the units of x; decoder rows then lead from these to those of y."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from sae_jax.saes.base import Adam, Hyperparameters
+from sae_jax.saes.base import AbstractSae, Adam, Hyperparameters
 from sae_jax.training.quantise import MEAN, SQUARE, dequantise, update_moment, zeros_like_moments
 from sae_jax.training.settings import TrainConfig
 
@@ -47,8 +47,24 @@ def share_of_rate(config: TrainConfig, step: jax.Array, n_steps: jax.Array) -> j
     return share
 
 
-def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> optax.GradientTransformation:
-    """Clip by the global norm, then Adam.
+def along_sphere(gradients: AbstractSae, weights: AbstractSae) -> tuple[AbstractSae, jax.Array]:
+    """Gradients without what would change the norm of unit rows, g_f - (g_f . w_f) w_f; and the norm of all of them.
+
+    So the moments never see a direction that renormalisation will undo. The norm of a row is that of its gradient as it
+    comes less that of what is taken out: of what is left XLA would make an array of weights, and read it once more.
+    """
+    unit = {name: (getattr(gradients, name), getattr(weights, name)) for name in weights.unit_rows}
+    square = optax.tree.norm(replace(cast(Any, gradients), **dict.fromkeys(unit)), squared=True)
+    left = {}
+    for name, (g_FD, w_FD) in unit.items():
+        along_F = (g_FD * w_FD).sum(-1)
+        square += jnp.maximum((g_FD * g_FD).sum(-1) - along_F**2, 0.0).sum()
+        left[name] = g_FD - along_F[:, None] * w_FD
+    return replace(cast(Any, gradients), **left), jnp.sqrt(square)
+
+
+def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> optax.GradientTransformationExtraArgs:
+    """Clip by the global norm, which is given to the update as `norm`, then Adam.
 
     Args:
         config: what is done, and how moments are kept.
@@ -63,9 +79,9 @@ def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> 
         mean, square = (zeros_like_moments(weights, config.moments, codebook) for codebook in (MEAN, SQUARE))
         return AdamState(jnp.int32(0), mean, square)
 
-    def update(gradients: Any, state: AdamState, weights: Any = None) -> tuple[Any, AdamState]:
+    def update(gradients: Any, state: AdamState, weights: Any = None, *, norm: jax.Array) -> tuple[Any, AdamState]:
         # One factor, not a quotient of every gradient, of which XLA would make an array.
-        clip = jnp.minimum(1, hparams.clip / optax.tree.norm(gradients)) if config.clip else 1.0
+        clip = jnp.minimum(1, hparams.clip / norm) if config.clip else 1.0
         count = state.count + 1
         mean = update_moment(state.mean, gradients, b1, count, salt=0, factor=clip)
         square = update_moment(state.square, gradients, b2, count, salt=1, factor=clip, power=2)
@@ -77,7 +93,7 @@ def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> 
 
         return jax.tree.map(step, dequantise(mean), dequantise(square)), AdamState(count, mean, square)
 
-    return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def clear_rows(state: AdamState, rows_F: jax.Array, names: tuple[str, ...]) -> AdamState:

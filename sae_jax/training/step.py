@@ -1,6 +1,6 @@
 """One optimiser step, pure: (state, hyperparameters, batch) -> (state, metrics).
 
-objective and gradient -> clip, Adam -> constraints of the variant -> running average
+objective and gradient -> unit rows along their sphere, clip, Adam -> constraints of the variant -> running average
 
 And how well a state does on rows it does not learn from: (state, batch) -> sums.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sae_jax.ops import mixing, tuning
 from sae_jax.saes import losses
@@ -59,9 +58,9 @@ def _make_step(sae_config: SaeConfig, config: TrainConfig):
                 state.sae
             )
         with jax.named_scope("optimiser"):
-            grad_norm = optax.tree.norm(gradients)
+            gradients, grad_norm = optim.along_sphere(gradients, state.sae)
             tx = optim.optimiser(config, hparams, sae_config.ADAM)
-            updates, optimiser_state = tx.update(gradients, state.optimiser_state, state.sae)  # pyrefly: ignore[bad-argument-type]
+            updates, optimiser_state = tx.update(gradients, state.optimiser_state, norm=grad_norm)  # pyrefly: ignore[bad-argument-type]
             # Skip the update if the gradient is not finite. This also keeps the update apart from the norms that
             # constraints take of the new weights: XLA's CPU fusion of the two would write every scalar of Adam's out
             # as an array of weights.

@@ -1,8 +1,6 @@
 """Encoding and sparse decoding against their dense references, values and gradients, on every mesh."""
 
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -118,34 +116,6 @@ def test_gradients_of_several_uses_gather_in_one(arrays):
     got = jax.grad(lambda *w: loss(encode.encode_topk, sparse.decode, *w), argnums=(0, 1))(w_enc, w_dec)
     expected = jax.grad(lambda *w: loss(reference.encode_topk, reference.decode, *w), argnums=(0, 1))(w_enc, w_dec)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
-
-
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
-def test_the_gradient_of_unit_rows_is_tangent_to_them(arrays, shape):
-    """That of all uses of a decoder together, in whatever pieces."""
-    x, w_enc, b_enc, b_pre, w_dec = arrays
-    w_dec = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
-    allowed = np.arange(F) % 2 == 0
-
-    def loss(ops, w_dec, x, w_enc, b_enc, b_pre, allowed):
-        code, _ = ops.encode_topk(x, w_enc, b_enc, b_pre, K, jnp.float32)
-        wide, _ = ops.encode_topk(x, w_enc, b_enc, b_pre, 2 * K, jnp.float32)
-        x_hat, w_dec = ops.decode(code, w_dec)
-        wide_hat, w_dec = ops.decode(wide, w_dec)
-        left = ops.unexplained(x, x, w_enc, b_enc, b_pre, w_dec, allowed, 1.0, None, 3, jnp.float32)
-        return ((x_hat - x) ** 2).sum() + 0.3 * (wide_hat**2).sum() + left
-
-    free = jax.grad(partial(loss, reference))(w_dec, x, w_enc, b_enc, b_pre, allowed)
-    expected = free - (free * w_dec).sum(1, keepdims=True) * w_dec
-    ops = SimpleNamespace(
-        encode_topk=encode.encode_topk,
-        decode=partial(sparse.decode, tangent=True),
-        unexplained=partial(auxk.unexplained, tangent=True),
-    )
-    roles = (meshes.DICT, meshes.ROWS, meshes.DICT, meshes.DICT, meshes.REPLICATED, meshes.DICT)
-    with tuning.using(PIECES):
-        got = on_mesh(shape, jax.jit(jax.grad(partial(loss, ops))), (w_dec, x, w_enc, b_enc, b_pre, allowed), roles)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4)], ids=str)

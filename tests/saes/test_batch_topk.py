@@ -13,6 +13,7 @@ from sae_jax.training.step import Step
 from sae_jax.types import UsageError
 from tests.oracles import batch_topk as oracle
 from tests.saes.contexts import context_of, with_silent
+from tests.saes.oracle_checks import learnt
 
 B, D, F, K, K_AUX, WINDOW = 16, 8, 64, 3, 6, 100
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
@@ -48,7 +49,7 @@ def value_and_gradient(sae, x, stats, step=0):
     def objective(sae):
         return sae.objective(base.Batch(x, x), stats.replace(step=jnp.int32(step), key=jax.random.key(3)))
 
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
+    return jax.jit(learnt(objective))(sae)
 
 
 def prefixes(kind: str, stats: base.Context) -> np.ndarray | None:

@@ -14,6 +14,7 @@ from sae_jax.training.step import Step
 from sae_jax.types import UsageError, Widths
 from tests.oracles import relu as oracle
 from tests.saes.contexts import context_of, with_silent
+from tests.saes.oracle_checks import learnt
 
 B, D, F, WINDOW = 16, 8, 48, 100
 
@@ -44,7 +45,7 @@ def value_and_gradient(sae, x, stats):
     def objective(sae):
         return sae.objective(base.Batch(x, x), stats)
 
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
+    return jax.jit(learnt(objective))(sae)
 
 
 def expected(sae, x, stats) -> oracle.Result:

@@ -12,6 +12,7 @@ from sae_jax.saes import base, init, losses, normalise, topk
 from sae_jax.types import Code, UsageError
 from tests.oracles import topk as oracle
 from tests.saes.contexts import context_of, with_silent
+from tests.saes.oracle_checks import learnt
 
 B, D, F, K, K_AUX, WINDOW = 16, 8, 48, 4, 6, 100
 
@@ -41,7 +42,7 @@ def value_and_gradient(sae, x, stats):
     def objective(sae):
         return sae.objective(base.Batch(x, x), stats)
 
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
+    return jax.jit(learnt(objective))(sae)
 
 
 def expected(sae, x, stats) -> oracle.Result:
@@ -255,11 +256,11 @@ def test_k_falls_on_its_schedule_in_one_program(shape):
             with_silent(stats, place(stats.counters.silent, meshes.DICT)),
         )
         batch = base.Batch(*(place(x, meshes.ROWS),) * 2)
-        both = jax.jit(
-            jax.value_and_grad(
-                lambda sae, t: sae.objective(batch, split_stats.replace(step=t, key=jax.random.key(0))), has_aux=True
-            )
-        )
+
+        @jax.jit
+        def both(sae, t):
+            return learnt(lambda sae: sae.objective(batch, split_stats.replace(step=t, key=jax.random.key(0))))(sae)
+
         for step, k in ((0, 20), (1, 18), (7, 6), (8, 4), (1000, 4)):
             (loss, outcome), gradients = both(split, jnp.int32(step))
             weights = [np.asarray(w, np.float64) for w in (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec)]

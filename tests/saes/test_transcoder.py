@@ -10,6 +10,7 @@ from sae_jax.saes import base, init, normalise, topk, transcoder
 from sae_jax.types import UsageError, Widths
 from tests.oracles import transcoder as oracle
 from tests.saes.contexts import context_of
+from tests.saes.oracle_checks import learnt
 
 B, X, Y, F, K = 16, 8, 12, 48, 4
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "w_skip")
@@ -39,7 +40,7 @@ def value_and_gradient(sae, rows, place=lambda a, role: a):
     def objective(sae):
         return sae.objective(rows, stats)
 
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(sae)
+    return jax.jit(learnt(objective))(sae)
 
 
 def expected(sae, rows) -> oracle.Result:

@@ -26,7 +26,7 @@ MESHES = ((1, 8), (2, 4), (8, 1))
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def optimiser(**settings) -> optax.GradientTransformation:
+def optimiser(**settings) -> optax.GradientTransformationExtraArgs:
     config = TrainConfig(**settings)
     return optim.optimiser(config, hyperparameters(config, SAE), SAE.ADAM)
 
@@ -38,7 +38,7 @@ def steps_of_adam(form: str, gradients: np.ndarray, clip: float = 0.0) -> tuple[
 
     def step(carry, gradient):
         weights, state = carry
-        updates, state = tx.update(gradient, state, weights)
+        updates, state = tx.update(gradient, state, norm=optax.tree.norm(gradient))
         return (optax.apply_updates(weights, updates), state), None
 
     (weights, state), _ = jax.jit(lambda c, g: jax.lax.scan(step, c, g))((weights, tx.init(weights)), gradients)
@@ -68,6 +68,35 @@ def test_f32_is_adam(clip):
     np.testing.assert_allclose(weights, want_weights, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
+def test_gradients_of_unit_rows_lie_along_their_sphere(shape):
+    """And their norm is that of what is left, also of rows whose gradient is nearly all along them."""
+    rng = np.random.default_rng(0)
+    w_enc, w_dec, g_enc, g_dec = (np.float32(rng.standard_normal((64, 24))) for _ in range(4))
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    g_dec[:8] += 30 * w_dec[:8]
+    roles = topk.TopK(meshes.DICT, meshes.DICT, meshes.DICT, meshes.REPLICATED, SAE)
+    weights, gradients = (
+        topk.TopK(enc, np.float32(rng.standard_normal(64)), dec, np.float32(rng.standard_normal(24)), SAE)
+        for enc, dec in ((w_enc, w_dec), (g_enc, g_dec))
+    )
+    if shape is None:
+        left, norm = optim.along_sphere(gradients, weights)
+    else:
+        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+        with jax.set_mesh(mesh):
+            placed = (
+                jax.tree.map(lambda a, r: jax.device_put(a, meshes.sharding(mesh, r)), t, roles)
+                for t in (gradients, weights)
+            )
+            left, norm = jax.jit(optim.along_sphere)(*placed)
+    g, w = np.float64(g_dec), np.float64(w_dec)
+    want = gradients.replace(w_dec=g - (g * w).sum(1, keepdims=True) * w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), left, want)
+    squares = (np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(want))
+    np.testing.assert_allclose(norm, np.sqrt(sum(squares)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0.1, 0), (0.1, 0.2), (0.3, 0.7), (0, 1)])
 def test_the_rate_rises_stays_and_falls(shape, warmup, decay):
@@ -77,7 +106,7 @@ def test_the_rate_rises_stays_and_falls(shape, warmup, decay):
     weights = jnp.zeros(1)
 
     def step(state, _):
-        update, state = tx.update(jnp.ones(1), state, weights)
+        update, state = tx.update(jnp.ones(1), state, norm=1.0)
         return state, update[0]
 
     with jax.numpy_dtype_promotion("standard"):  # optax
@@ -203,7 +232,7 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
 
     def compiled(tx):
         def update(weights, state, gradients):
-            updates, state = tx.update(gradients, state, weights)
+            updates, state = tx.update(gradients, state, norm=optax.tree.norm(gradients))
             return optax.apply_updates(weights, updates), state
 
         program = jax.jit(update, donate_argnums=(0, 1)).lower(weights, tx.init(weights), weights).compile()
@@ -211,7 +240,8 @@ def test_f32_moves_no_more_memory_than_optax_and_fewer_bytes_move_less():
 
     with jax.numpy_dtype_promotion("standard"):
         clip = optax.clip_by_global_norm(1.0)
-        theirs, _ = compiled(optax.chain(clip, optax.scale_by_adam(0.9, 0.999, 6.25e-10), optax.scale(-1e-3)))
+        chain = optax.chain(clip, optax.scale_by_adam(0.9, 0.999, 6.25e-10), optax.scale(-1e-3))
+        theirs, _ = compiled(optax.with_extra_args_support(chain))
     ours = {form: compiled(optimiser(moments=form)) for form in FORMS}
     assert ours["int8"][0] < ours["float32"][0] <= theirs
     assert ours["bfloat16"][0] < ours["float32"][0]
