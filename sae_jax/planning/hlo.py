@@ -93,8 +93,9 @@ class _Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations that it calls, but for the parts of a loop."""
-        return re.findall(r"[\w.\-]+", self.attribute(_CALLS))
+        """Computations that it calls, but for the parts of a loop. A conditional has one attribute of all or two."""
+        listed = re.finditer(rf"\b(?:{_CALLS})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.text)
+        return [name for found in listed for name in re.findall(r"[\w.\-]+", found[1] or found[2] or "")]
 
 
 _Computations = dict[str, list[_Instruction]]

@@ -1,5 +1,6 @@
 """The reader of compiled programs, on programs that two compilers printed (tests/golden/make_programs.py)."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -110,3 +111,18 @@ def test_bytes_are_those_that_instructions_read_and_write(of, n_bytes):
     array, at = jax.ShapeDtypeStruct((16, 64), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     text = jax.jit(of, donate_argnums=0).lower(array, at).compile().as_text()
     assert n_bytes <= hlo.analyse(text).moved_bytes <= n_bytes + 500  # counters, numbers of rows
+
+
+def test_the_branch_not_taken_counts_however_a_compiler_lists_it():
+    """For GPUs a conditional names its two branches in two attributes; the first alone was always taken."""
+
+    def either(is_wide, a):
+        return lax.cond(is_wide, lambda: a @ a, lambda: 2 * a)
+
+    a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    text = jax.jit(either).lower(jax.ShapeDtypeStruct((), bool), a).compile().as_text()
+    no, yes = re.search(r"branch_computations=\{%([\w.]+), %([\w.]+)\}", text).groups()
+    in_two = re.sub(r"branch_computations=\{.*?\}", f"true_computation=%{yes}, false_computation=%{no}", text)
+    for each in (text, in_two):
+        assert hlo.analyse(each).matmul_flop == 2 * 64**3
+        assert hlo.analyse(each, quietest=True).matmul_flop == 0
