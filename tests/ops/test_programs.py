@@ -1,5 +1,6 @@
 """What the compiled step holds and sends: nothing that grows with batch x dictionary, or with the number of devices."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -64,16 +65,37 @@ def test_traffic_of_a_device_does_not_grow_with_the_number_of_devices():
         assert n_bytes <= 1.05 * few[kind], kind
 
 
-def test_dead_latents_cost_at_most_four_tenths_of_a_step():
+@pytest.fixture(scope="module")
+def at_size():
+    """A function that compiles the step of a variant at the size of the benchmark on CPUs: its text."""
+
+    @functools.cache
+    def compiled(variant: str) -> str:
+        config, train = (
+            base.config_class(variant)(n_latents=32768, k=32, dtype="bfloat16"),
+            TrainConfig(batch_size=2048),
+        )
+        mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
+        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+            rows = jax.ShapeDtypeStruct((2048, 768), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
+            state = abstract(config, train, Widths.one(768), mesh)
+            hparams = jax.eval_shape(lambda: hyperparameters(train, config))
+            return Step(config, train).trace(state, hparams, base.Batch(rows)).lower().compile().as_text()
+
+    return compiled
+
+
+@pytest.mark.parametrize(("variant", "most"), [("batch_topk", 1.15), ("matryoshka", 1.5)])
+def test_a_selection_over_the_batch_costs_little_more_than_one_of_each_row(at_size, variant, most):
+    """And so do several reconstructions from one code: products and bytes beside TopK's."""
+    ours, topks = (hlo.analyse(at_size(name), quietest=True) for name in (variant, "topk"))
+    assert ours.matmul_flop <= most * topks.matmul_flop
+    assert ours.moved_bytes <= most * topks.moved_bytes
+
+
+def test_dead_latents_cost_at_most_four_tenths_of_a_step(at_size):
     """However many there are: products with other work, and bytes, of the busiest branch beside the quietest."""
-    config, train = topk.Config(n_latents=32768, k=32), TrainConfig(batch_size=2048)
-    mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
-    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        rows = jax.ShapeDtypeStruct((2048, 768), jnp.bfloat16, sharding=meshes.sharding(mesh, meshes.ROWS))
-        state = abstract(config, train, Widths.one(768), mesh)
-        hparams = jax.eval_shape(lambda: hyperparameters(train, config))
-        text = Step(config, train).trace(state, hparams, base.Batch(rows)).lower().compile().as_text()
-    busiest, quietest = (hlo.analyse(text, quietest) for quietest in (False, True))
+    busiest, quietest = (hlo.analyse(at_size("topk"), quietest) for quietest in (False, True))
     assert busiest.matmul_flop > quietest.matmul_flop
     assert busiest.matmul_flop + busiest.other_flop <= 1.4 * (quietest.matmul_flop + quietest.other_flop)
     assert busiest.moved_bytes <= 1.4 * quietest.moved_bytes
