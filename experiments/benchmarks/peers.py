@@ -37,9 +37,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What is switched on in each setting. torch.compile refuses what the nnsight that dictionary-learning pins makes of
 # tensors; the sparse activations that SAELens offers have no gradient on a CPU.
 SETTINGS = {
-    "eai-sparsify": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
-    "dictionary-learning": {"default": "", "fast": "fused bf16"},
-    "sae-lens": {"default": "", "fast": "fused bf16", "fast, compiled": "fused bf16 compile"},
+    "eai-sparsify": {
+        "default": "",
+        "fast": "fused bf16",
+        "fast, float32": "fused",
+        "fast, compiled": "fused bf16 compile",
+    },
+    "dictionary-learning": {"default": "", "fast": "fused bf16", "fast, float32": "fused"},
+    "sae-lens": {"default": "", "fast": "fused bf16", "fast, float32": "fused", "fast, compiled": "fused bf16 compile"},
 }
 
 
