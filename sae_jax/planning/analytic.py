@@ -94,14 +94,18 @@ def peak_bytes(steps: Sequence[Step], n_slices: int) -> int:
     return state_bytes(steps, n_slices) + largest.model_bytes + largest.working_bytes
 
 
+def floor_seconds(step: Step, target: Target) -> float:
+    """The least that a step takes: its products at the full matrix rate, then its state read and written once."""
+    return step.flop / target.rate(step.dtype) + flops.optimiser_bytes(step.state_bytes) / target.chip.bandwidth
+
+
 def run(steps: Sequence[tuple[Step, TrainConfig]], target: Target, n_slices: int, mfu: float, disk_bytes: int) -> Run:
     """The run of these members on all devices of a target, at `mfu` of its matrix rate."""
     seconds = floor = 0.0
     for step, train in steps:
-        compute = train.steps * step.flop / target.rate(step.dtype)
-        memory = train.steps * flops.optimiser_bytes(step.state_bytes) / target.chip.bandwidth
-        seconds += max(compute / mfu, compute + memory) / n_slices
-        floor += (compute + memory) / n_slices
+        compute, least = step.flop / target.rate(step.dtype), floor_seconds(step, target)
+        seconds += train.steps * max(compute / mfu, least) / n_slices
+        floor += train.steps * least / n_slices
     return Run(
         tokens=max(train.steps * train.batch_size for _, train in steps),
         disk_bytes=disk_bytes,
