@@ -42,10 +42,16 @@ def collectives(where: Where) -> Figures:
 
     exchanges = dict(_exchanges(group_of))
     own_PRW = make(where.mesh, meshes.ROWS, (n, n_rows, WIDTH), lambda index: _numbers(np.arange(n)[index[0]], n_rows))
-    results = jax.jit(spmd.per_device(local, (meshes.ROWS,), meshes.ROWS))(own_PRW)
+    results = meshes.in_order(jax.jit(spmd.per_device(local, (meshes.ROWS,), meshes.ROWS))(own_PRW))
+    everyone = np.ravel(multihost_utils.process_allgather(np.array(3 * jax.process_index() + 1)))
+    first = int(multihost_utils.broadcast_one_to_all(np.array(7 + jax.process_index())))
     for name, (_, expected) in exchanges.items():
         check(name, results[name], lambda index, expected=expected: _of_places(expected, n, n_rows, index[0]))
-    _check_processes()
+    in_turn = 3 * np.arange(jax.process_count()) + 1
+    if (everyone != in_turn).any():
+        raise MismatchError(f"gather over processes is {everyone.tolist()}", f"{in_turn.tolist()}")
+    if first != 7:
+        raise MismatchError(f"the number of the first process is {first} on process {jax.process_index()}", "7")
     return {"devices": n, "exchanges": len(exchanges), "processes": jax.process_count()}
 
 
@@ -102,15 +108,3 @@ def _exchanges(group_of: Callable[[Any, int], tuple[list[int], int]]) -> Exchang
 
 def _of_places(expected: Callable[[int, int], np.ndarray], n: int, n_rows: int, places: slice) -> np.ndarray:
     return np.stack([expected(p, n_rows) for p in range(n)[places]])
-
-
-def _check_processes() -> None:
-    """What training tells from process to process: one value of each to all, and the first one's to all."""
-    process, n = jax.process_index(), jax.process_count()
-    everyone = np.ravel(multihost_utils.process_allgather(np.array(3 * process + 1)))
-    if (everyone != 3 * np.arange(n) + 1).any():
-        raise MismatchError(f"gather over processes is {everyone.tolist()}", f"{(3 * np.arange(n) + 1).tolist()}")
-    first = int(multihost_utils.broadcast_one_to_all(np.array(7 + process)))
-    if first != 7:
-        raise MismatchError(f"the first process's number is {first} on process {process}", "7")
-    multihost_utils.sync_global_devices("selftest")

@@ -37,13 +37,15 @@ def selection(where: Where) -> Figures:
     x_BD, w_FD, b_F, b_D = _whole_numbers(0, (n_rows, D), (n_latents, D), (n_latents,), (D,))
     roles = (meshes.ROWS, meshes.DICT, meshes.DICT, meshes.REPLICATED)
     x, w, b, b_pre = (place(where.mesh, role, each) for role, each in zip(roles, (x_BD, w_FD, b_F, b_D), strict=True))
+    codes: dict[str, Code] = {}
     for dtype in (jnp.float32, jnp.bfloat16):
 
         def code_of(x: jax.Array, w: jax.Array, b: jax.Array, b_pre: jax.Array, dtype=dtype) -> Code:
             code, _ = encode.encode_topk(x, w, b, b_pre, K, jnp.dtype(dtype))
             return jax.tree.map(lambda each: jax.sharding.reshard(each, P((meshes.DATA, *meshes.LATENT))), code)
 
-        code = tuning.jit(code_of)(x, w, b, b_pre)
+        codes[jnp.dtype(dtype).name] = meshes.in_order(tuning.jit(code_of)(x, w, b, b_pre))
+    for name, code in codes.items():
         for indices, values in zip(code.indices.addressable_shards, code.values.addressable_shards, strict=True):
             first = indices.index[0].start or 0
             should = dense.encode(x_BD[indices.index[0]] - b_D, w_FD, b_F, K)
@@ -52,8 +54,7 @@ def selection(where: Where) -> Figures:
                 seen, expected = _pairs(*of_row), _pairs(should.latents[in_row], should.values[in_row])
                 if seen != expected:
                     raise MismatchError(
-                        f"row {first + i} with {jnp.dtype(dtype).name} products has {_shown(seen, expected)}",
-                        _shown(expected, seen),
+                        f"row {first + i} with {name} products has {_shown(seen, expected)}", _shown(expected, seen)
                     )
     return {"rows": n_rows, "latents": n_latents, "k": K}
 

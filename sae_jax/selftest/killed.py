@@ -32,6 +32,7 @@ from sae_jax.types import Widths
 
 STEPS, EVERY = 8, 4  # saves begin after 2, 4, 6 and 8 steps
 KILLED_AT, WHOLE = 4, 2  # the save that is cut off, and the one before it
+ONE_DEVICE = "--xla_force_host_platform_device_count=1"  # whatever was said before
 SECONDS = 240  # for one process
 
 
@@ -72,7 +73,7 @@ def child() -> None:
         finish(response, checkpoint, lease)
 
     saving.finish_save = finish_or_die
-    job = saves.job_of(jax.device_count(), str(folder), STEPS)
+    job = saves.job_of(1, str(folder), STEPS)
     job = replace(job, train=replace(job.train, checkpoint_every=EVERY))
     run.run({"": job}, saves.rows())
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -94,7 +95,12 @@ def _start(where: Where, folder: Path, dies_at: int = 0) -> subprocess.Popen[str
     }
     return subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import child; child()", str(folder), str(dies_at)],
-        env={**compiled, **kept, "JAX_PLATFORMS": "cpu"},
+        env={
+            **compiled,
+            **kept,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_DEVICE}",
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

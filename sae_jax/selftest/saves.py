@@ -36,10 +36,13 @@ def saves(where: Where) -> Figures:
     """Save and restore a state; then train in two parts, and at once."""
     with _silent():
         whole = train(where, "", STEPS)
-        _save_and_restore(where, whole)
+        with Checkpoints(where.folder / "saved") as checkpoints:
+            checkpoints.save(STEPS, {"": whole})
+        restored = _restored(where, where.folder / "saved")
         train(where, "run", CUT)
         train(where, "run", STEPS)
-    resumed = _restored(where, where.folder / "run")
+        resumed = _restored(where, where.folder / "run")
+    _compare("restored", restored, whole)
     if int(resumed.step) != STEPS:
         raise MismatchError(f"the resumed run stands at step {int(resumed.step)}", str(STEPS))
     _compare("resumed", resumed, whole, ROUNDING if where.platform == "gpu" else 0.0)
@@ -63,13 +66,6 @@ def job_of(n_devices: int, out: str, steps: int) -> TrainJob:
 def rows() -> ArrayRows:
     """Rows to learn from, the same on every process."""
     return ArrayRows(np.random.default_rng(0).standard_normal((ROWS, D)).astype(np.float32))
-
-
-def _save_and_restore(where: Where, state: TrainState) -> None:
-    folder = where.folder / "saved"
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.save(STEPS, {"": state})
-    _compare("restored", _restored(where, folder), state)
 
 
 def _restored(where: Where, folder: Path) -> TrainState:

@@ -22,7 +22,7 @@ from sae_jax.training.step import Step
 from sae_jax.types import Widths
 
 D, K = 768, 32
-OF_DEVICE = {"cpu": (1024, 128)}  # latents and rows
+OF_DEVICE = {"cpu": (512, 64)}  # latents and rows
 OF_ACCELERATOR = (65_536, 8192)
 WARM, TIMED = 2, 5
 

@@ -58,11 +58,15 @@ def _rows(process: int, number_N: np.ndarray) -> np.ndarray:
 
 
 def _together(do: Callable[[], T]) -> tuple[T, float]:
-    """What `do` returns, and the seconds of the process that takes longest; all begin at once."""
+    """What `do` returns, and the seconds of the process that takes longest; all begin at once, and end together."""
     multihost_utils.sync_global_devices("storage")
     began = time.monotonic()
-    result = do()
-    return result, float(np.max(multihost_utils.process_allgather(np.array(time.monotonic() - began))))
+    seconds = 0.0
+    try:
+        result = do()
+    finally:  # the others wait for this also where it failed
+        seconds = float(np.max(multihost_utils.process_allgather(np.array(time.monotonic() - began))))
+    return result, seconds
 
 
 def _read(path: str) -> list[np.ndarray]:
