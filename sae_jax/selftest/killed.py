@@ -9,6 +9,7 @@ recognised and repeated. It kills itself, with SIGKILL, once the arrays of a sav
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -41,25 +42,23 @@ def killed(where: Where) -> Figures:
     if jax.process_index() > 0:
         return {}
     run_folder, reference = where.folder / "killed", where.folder / "undisturbed"
-    processes = [_start(where, run_folder, KILLED_AT), _start(where, reference)]  # side by side
-    code, said = _end(processes[0])
-    if code != -signal.SIGKILL:
-        _end(processes[1])
-        raise MismatchError(f"a run that kills itself in a save ended with exit code {code}: {said}", "SIGKILL")
-    _succeed(*_end(processes[1]))
-    if not (mark := run_folder / "checkpoints" / saving.mark_name(KILLED_AT)).exists():
-        raise MismatchError(
-            f"{mark} is not there, so the kill did not meet the save", "it says that a save was cut off"
-        )
-    _succeed(*_end(_start(where, run_folder)))
+    with contextlib.ExitStack() as left_over:
+        dies, undisturbed = _start(where, left_over, run_folder, KILLED_AT), _start(where, left_over, reference)
+        code, said = _end(dies)
+        if code != -signal.SIGKILL:
+            raise MismatchError(f"a run that kills itself in a save ended with exit code {code}: {said}", "SIGKILL")
+        if not (mark := run_folder / "checkpoints" / saving.mark_name(KILLED_AT)).exists():
+            raise MismatchError(f"{mark} is not there, so the kill met no save", "it says that a save was cut off")
+        _succeed(*_end(undisturbed))
+        _succeed(*_end(_start(where, left_over, run_folder)))
     starts = [attempt["start_step"] for attempt in storage.read_lines(run_folder / "attempts.jsonl")]
     if starts[1:] != [WHOLE]:
         raise MismatchError(f"the run was taken up at step {starts[1:]}", f"[{WHOLE}], the last save that had ended")
-    seen, expected = (storage.read_json(folder / "bits.json") for folder in (run_folder, reference))
-    for name in sorted((expected or {}).keys() | (seen or {}).keys()):
-        if (seen or {}).get(name) != (expected or {}).get(name):
+    seen, expected = (storage.read_json(folder / "bits.json") or {} for folder in (run_folder, reference))
+    for name in sorted(expected.keys() | seen.keys()):
+        if seen.get(name) != expected.get(name):
             raise MismatchError(f"{name} of the resumed run is other bits", "those of the run that nobody disturbed")
-    return {"killed_at": KILLED_AT, "resumed_at": WHOLE, "steps": STEPS}
+    return {"killed_at": KILLED_AT, "resumed_at": WHOLE, "steps": STEPS, "arrays": len(expected)}
 
 
 def child() -> None:
@@ -84,7 +83,8 @@ def child() -> None:
     storage.write_json(folder / "bits.json", {name: hashlib.sha256(each).hexdigest() for name, each in bits.items()})
 
 
-def _start(where: Where, folder: Path, dies_at: int = 0) -> subprocess.Popen[str]:
+def _start(where: Where, left_over: contextlib.ExitStack, folder: Path, dies_at: int = 0) -> subprocess.Popen[str]:
+    """A process that trains; `left_over` kills it if nobody has waited for its end."""
     # Neither the devices of this process nor its job, and one folder of compiled programs for all.
     others = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_", "OMPI_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
@@ -93,7 +93,7 @@ def _start(where: Where, folder: Path, dies_at: int = 0) -> subprocess.Popen[str
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import child; child()", str(folder), str(dies_at)],
         env={
             **compiled,
@@ -105,6 +105,9 @@ def _start(where: Where, folder: Path, dies_at: int = 0) -> subprocess.Popen[str
         stderr=subprocess.PIPE,
         text=True,
     )
+    left_over.callback(process.wait)
+    left_over.callback(process.kill)
+    return process
 
 
 def _end(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -17,11 +17,14 @@ from sae_jax.activations.store import ActivationSet
 from sae_jax.commands import main as cli
 from sae_jax.ops import sparse, spmd, topk, tuning
 from sae_jax.ops.tuning import EngineConfig
-from sae_jax.planning import targets
+from sae_jax.planning import analytic, targets
+from sae_jax.saes.topk import Config
 from sae_jax.selftest import MismatchError, Where, engine, killed, saves, step_time, stored
 from sae_jax.selftest import run as selftest
 from sae_jax.selftest.collectives import collectives
 from sae_jax.training.checkpoint import Checkpoints
+from sae_jax.training.settings import TrainConfig
+from sae_jax.types import Widths
 from tests import runs
 
 Try = Callable[[Callable], dict]
@@ -150,6 +153,17 @@ def test_devices_whose_data_sheet_is_known_have_a_floor():
     assert targets.of_devices("cpu", 1) is None
 
 
+@pytest.mark.long
+def test_a_step_of_known_devices_stands_beside_its_floor(attempt, monkeypatch):
+    monkeypatch.setitem(targets.TPUS, "cpu", "v5e")
+    figures = attempt(step_time.step_time)
+    sae = Config(n_latents=8 * 64, k=step_time.K)
+    mesh = meshes.abstract_mesh(meshes.MeshConfig(data=2), 8)
+    step = analytic.step(sae, TrainConfig(batch_size=8 * 8), Widths.one(step_time.D), mesh)
+    assert figures["floor_seconds"] == step.flop / 197e12 + 2 * step.state_bytes / 819e9
+    assert figures["times_the_floor"] == pytest.approx(figures["step_seconds"] / figures["floor_seconds"], abs=0.01)
+
+
 ONE_FAULT = """
 import sys, jax
 from sae_jax.commands import main, runtime
@@ -183,7 +197,7 @@ def test_what_one_process_sees_all_processes_say(tmp_path: Path):
 @pytest.mark.long
 def test_a_run_that_is_not_killed_is_named(monkeypatch, attempt):
     start = killed._start
-    monkeypatch.setattr(killed, "_start", lambda where, folder, dies_at=0: start(where, folder))
+    monkeypatch.setattr(killed, "_start", lambda where, left_over, folder, dies_at=0: start(where, left_over, folder))
     with pytest.raises(MismatchError, match="ended with exit code 0"):
         attempt(killed.killed)
 
