@@ -18,7 +18,7 @@ ORDER = [
     {"artifact"},
     {"analysis"},
     {"evaluation", "scaling", "planning"},
-    {"pages", "sweeps"},
+    {"pages", "selftest", "sweeps"},
     {"recipe", "runs"},
     {"commands"},
 ]

@@ -59,14 +59,14 @@ def no_whole_files() -> None:
 
 def no_ended_saves() -> None:
     """The end of a save is seen on the disk, and Orbax is not asked for it: its thread goes on."""
-    finish = checkpoint._finish
+    finish = checkpoint.finish_save
 
     def seen(response: object, path: Path, lease: object) -> None:
         while not path.exists():
             time.sleep(0.01)
         finish(types.SimpleNamespace(result=lambda: None), path, lease)
 
-    checkpoint._finish = seen
+    checkpoint.finish_save = seen
 
 
 MECHANISMS = {"": lambda: None, "digests": no_digests, "leases": no_leases, "whole files": no_whole_files}

@@ -14,12 +14,13 @@ from sae_jax.activations.settings import HarvestConfig
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import harvest_report, report
+from sae_jax.planning.storage import StorageConfig
 from sae_jax.training.expand import expand_members
 from sae_jax.training.settings import TrainConfig
 
 S = TypeVar("S")
 OF_HARVEST = "--harvest"
-PARTS = ("target", "harvest", "site", "reconstruct", "d_model", "mesh", "engine", "mfu", "timeout")
+PARTS = ("target", "harvest", "site", "reconstruct", "d_model", "mesh", "engine", "mfu", "timeout", "storage")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Plan(Generic[S]):
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     members: tuple[str, ...] = ()
     """several SAEs from one pass over the data, as `train` takes them"""
 

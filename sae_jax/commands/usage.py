@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "hooks": "where activations of a language model can be read, and what other libraries call it",
     "harvest": "text through a language model into an activation set on disk",
+    "selftest": "try the machine: exact results, exchanges, storage, save, kill and restore, time of a step",
     "plan": "compile the train step for machines that are not there: does it fit, what does it do",
     "train": "a sparse autoencoder on an activation set; repeat the command to resume",
     "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to resume",

@@ -63,6 +63,8 @@ class Run:
     flop: int
     hours: float  # at the stated share of the matrix rate, and no less than floor_hours
     floor_hours: float  # at the full matrix rate, and the full bandwidth for the state, one after the other
+    step_seconds: float  # of all members, while none has ended, at the stated share
+    floor_step_seconds: float
 
 
 def step(
@@ -94,20 +96,30 @@ def peak_bytes(steps: Sequence[Step], n_slices: int) -> int:
     return state_bytes(steps, n_slices) + largest.model_bytes + largest.working_bytes
 
 
+def floor_seconds(step: Step, target: Target) -> float:
+    """The least that a step takes: its products at the full matrix rate, then its state read and written once."""
+    return step.flop / target.rate(step.dtype) + flops.optimiser_bytes(step.state_bytes) / target.chip.bandwidth
+
+
 def run(steps: Sequence[tuple[Step, TrainConfig]], target: Target, n_slices: int, mfu: float, disk_bytes: int) -> Run:
     """The run of these members on all devices of a target, at `mfu` of its matrix rate."""
-    seconds = floor = 0.0
-    for step, train in steps:
-        compute = train.steps * step.flop / target.rate(step.dtype)
-        memory = train.steps * flops.optimiser_bytes(step.state_bytes) / target.chip.bandwidth
-        seconds += max(compute / mfu, compute + memory) / n_slices
-        floor += (compute + memory) / n_slices
+    floors = [floor_seconds(step, target) for step, _ in steps]
+    taken = [
+        max(step.flop / target.rate(step.dtype) / mfu, least) for (step, _), least in zip(steps, floors, strict=True)
+    ]
+
+    def hours(of_step: Sequence[float]) -> float:
+        parts = (train.steps * seconds for seconds, (_, train) in zip(of_step, steps, strict=True))
+        return sum(parts) / n_slices / 3600
+
     return Run(
         tokens=max(train.steps * train.batch_size for _, train in steps),
         disk_bytes=disk_bytes,
         flop=sum(train.steps * step.flop for step, train in steps) * target.n_devices // n_slices,
-        hours=seconds / 3600,
-        floor_hours=floor / 3600,
+        hours=hours(taken),
+        floor_hours=hours(floors),
+        step_seconds=sum(taken) / n_slices,
+        floor_step_seconds=sum(floors) / n_slices,
     )
 
 

@@ -8,6 +8,7 @@ One branch of a conditional runs: the one with the most work in the busiest step
 - An asynchronous collective is two instructions, start and done. It counts where it is done.
 - A TPU's `all-reduce-scatter` is a fusion around an all-reduce that moves what a reduce-scatter moves, and is one.
 - Operands are names; their shapes stand where they are made.
+- What one instruction applies to each number, such as the sum of a reduction, is part of it, as what it fuses is.
 - A TPU makes a batched product a convolution whose batch axes are spatial, as wide as they are and dilated as much; so
   are axes of the right side alone, along which the left side is one number among zeros.
 """
@@ -18,6 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -44,6 +46,7 @@ _ELEMENTWISE = {
     *("log-plus-one", "logistic", "tanh", "erf", "sine", "cosine", "and", "or", "not"),
 }
 _NO_BUFFER = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call")
+_NO_KERNEL = (*_NO_BUFFER, "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain")
 
 
 @dataclass
@@ -64,6 +67,30 @@ class Buffer:
     origin: str  # the operation in the source that asked for it
 
 
+class Moved(NamedTuple):
+    """What a kernel reads of an array, or writes of it."""
+
+    elements: int  # of the array
+    bytes: int  # that are read or written
+    is_whole: bool  # all of it, as by a pass over it; else rows, or slices
+
+
+@dataclass
+class Kernel:
+    """What a device is told to do at once: an instruction outside of fusions."""
+
+    origin: str  # the operation in the source that asked for it
+    kind: str  # of instruction; a sort is one, though a GPU takes several steps for it
+    times: int  # that it runs
+    flop: dict[str, int]  # of products, by the type of their factors, each time
+    moved: list[Moved]  # each time
+
+    @property
+    def bytes(self) -> int:
+        """Read and written each time."""
+        return sum(moved.bytes for moved in self.moved)
+
+
 @dataclass
 class Program:
     """What one device does in one run of the program."""
@@ -71,10 +98,15 @@ class Program:
     collectives: dict[str, Collective] = field(default_factory=dict)
     matmul_flop: int = 0  # of products; element-wise work and sums are left out
     other_flop: int = 0  # of these, one for each number; an exponential counts as an addition does
-    moved_bytes: int = 0  # read and written by instructions, as if nothing stayed in a cache between two of them
+    kernels: list[Kernel] = field(default_factory=list)
     sorts: int = 0  # instructions, however often they run
     open_loops: int = 0  # loops whose length depends on data; their bodies count once
     largest: list[Buffer] = field(default_factory=list)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Read and written by kernels, as if nothing stayed in a cache between two of them."""
+        return sum(kernel.times * kernel.bytes for kernel in self.kernels)
 
 
 @dataclass
@@ -116,12 +148,13 @@ def analyse(text: str, quietest: bool = False, n_largest: int = 5) -> Program:
     program = Program()
     buffers: dict[str, Buffer] = {}
     for computation, times, in_fusion in _walk(computations, entry, min if quietest else max):
-        program.matmul_flop += times * _products_flop(computation)
+        program.matmul_flop += times * sum(flop for _, flop in _products(computation))
         program.other_flop += times * _other_flop(computation)
         made = {i.name: i for i in computation}
         for i in computation:
-            if not in_fusion:
-                program.moved_bytes += times * _moved_bytes(i, made, computations)
+            if not in_fusion and times and _is_kernel(i):
+                flop = _flop_of_kernel(i, made, computations)
+                program.kernels.append(Kernel(_origin(i), i.opcode, times, flop, _moved(i, made, computations)))
             if kind := _collective(i):
                 begun = made[i.operands[0]] if i.opcode.endswith("-done") else i
                 taken = sum(_bytes(made[name].shape) for name in begun.operands)
@@ -183,7 +216,7 @@ def _walk(
 
     def work(branch: str) -> tuple[int, int]:
         parts = list(_walk(computations, branch, choose))
-        flop = sum(times * _products_flop(computation) for computation, times, _ in parts)
+        flop = sum(times * flop for computation, times, _ in parts for _, flop in _products(computation))
         return flop, sum(times * len(computation) for computation, times, _ in parts)
 
     computation = computations[name]
@@ -198,7 +231,7 @@ def _walk(
             yield from _walk(computations, choose(i.called, key=work), choose, times, in_fusion)
         elif not _collective(i):
             for called in i.called:
-                yield from _walk(computations, called, choose, times, in_fusion or i.opcode == "fusion")
+                yield from _walk(computations, called, choose, times, in_fusion or i.opcode != "call")
 
 
 def _collective(i: _Instruction) -> str | None:
@@ -253,19 +286,23 @@ def _numbers(listed: str) -> list[int]:
     return [int(number) for number in listed.split(",") if number]
 
 
-def _products_flop(computation: list[_Instruction]) -> int:
-    """Two for each multiplication of a matrix product, or of the convolution that a TPU makes of it."""
-    shapes = {i.name: i.shape for i in computation}
-    flop = 0
+def _products(
+    computation: list[_Instruction], made: dict[str, _Instruction] | None = None
+) -> Iterator[tuple[str, int]]:
+    """(type of the left factor, FLOP) of each matrix product, or of the convolution that a TPU makes of it.
+
+    Two for each multiplication. `made`: where the factors stand, if not among these instructions.
+    """
+    made = made or {i.name: i for i in computation}
     for i in computation:
         if i.opcode not in ("dot", "convolution"):
             continue
-        left, right, out = (_numbers(_ARRAY.findall(s)[0][1]) for s in (*(shapes[o] for o in i.operands), i.shape))
+        found = [_ARRAY.findall(shape)[0] for shape in (*(made[name].shape for name in i.operands), i.shape)]
+        kind, (left, right, out) = found[0][0], [_numbers(sizes) for _, sizes in found]
         if i.opcode == "dot":
-            flop += 2 * math.prod(out) * math.prod(left[axis] for axis in _numbers(i.attribute("lhs_contracting_dims")))
+            yield kind, 2 * math.prod(out) * math.prod(left[a] for a in _numbers(i.attribute("lhs_contracting_dims")))
         else:
-            flop += _convolution_flop(i, left, right, out)
-    return flop
+            yield kind, _convolution_flop(i, left, right, out)
 
 
 def _convolution_flop(i: _Instruction, left: list[int], right: list[int], out: list[int]) -> int:
@@ -290,30 +327,50 @@ def _along(window: str, name: str, axis: int, default: str) -> str:
     return values[1].split("x")[axis] if values else default
 
 
-def _moved_bytes(i: _Instruction, made: dict[str, _Instruction], computations: _Computations) -> int:
-    """What one run of an instruction reads and writes: each operand once, and its result.
+def _is_kernel(i: _Instruction) -> bool:
+    # An asynchronous one is two instructions: of a fusion the first says what is done, of others the second.
+    return (
+        i.opcode not in _NO_KERNEL and (not i.opcode.endswith("-start") or _is_fusion(i)) and i.opcode != "fusion-done"
+    )
+
+
+def _is_fusion(i: _Instruction) -> bool:
+    return i.opcode in ("fusion", "fusion-start")
+
+
+def _flop_of_kernel(i: _Instruction, made: dict[str, _Instruction], computations: _Computations) -> dict[str, int]:
+    """FLOP of products, by the type of their factors."""
+    products = [*_products([i], made)]
+    for name in i.called:
+        products += [each for inside, *_ in _walk(computations, name, max) for each in _products(inside)]
+    return {kind: sum(n for each, n in products if each == kind) for kind, _ in products}
+
+
+def _moved(i: _Instruction, made: dict[str, _Instruction], computations: _Computations) -> list[Moved]:
+    """What one run of a kernel reads and writes: each operand once, and its results.
 
     Of an array from which rows are taken only those count, of one that is changed in place what is changed.
     """
-    if i.opcode in _NO_BUFFER or i.opcode.endswith("-start"):
-        return 0
-    if i.opcode != "fusion":
-        n_bytes = sum(_taken_bytes(made[name], [i]) for name in dict.fromkeys(i.operands))
-        return n_bytes + _written_bytes(i, made)
+    if not _is_fusion(i):
+        begun = made[i.operands[0]] if i.opcode.endswith("-done") else i
+        moved = [_taken(made[name], [begun]) for name in dict.fromkeys(begun.operands)]
+        return [each for each in (*moved, _written(i, made)) if each.bytes]
     inside = computations[i.attribute("calls")]
     names = {j.name: j for j in inside}
     root = next(j for j in inside if j.is_root)
     results = [names[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    n_bytes = sum(_written_bytes(_behind_bitcasts(result, names), names) for result in results)
-    for parameter in inside:
-        if parameter.opcode == "parameter":
-            n_bytes += _taken_bytes(parameter, inside)
-    return n_bytes
+    moved = [_written(_behind_bitcasts(result, names), names) for result in results]
+    return [each for each in (*moved, *(_taken(j, inside) for j in inside if j.opcode == "parameter")) if each.bytes]
 
 
-def _taken_bytes(array: _Instruction, users: list[_Instruction]) -> int:
+def _elements(shape: str) -> int:
+    """Of all arrays in a shape."""
+    return sum(math.prod(_numbers(sizes)) for _, sizes in _ARRAY.findall(shape))
+
+
+def _taken(array: _Instruction, users: list[_Instruction]) -> Moved:
     """What instructions read of an array, together: at most all of it."""
-    n_bytes, names = 0, {array.name}
+    n_bytes, size, names = 0, _bytes(array.shape), {array.name}
     made = {i.name: i for i in users}
     for i in users:
         if not names.intersection(i.operands):
@@ -326,17 +383,16 @@ def _taken_bytes(array: _Instruction, users: list[_Instruction]) -> int:
             update = made.get(i.operands[1 if i.opcode == "dynamic-update-slice" else 2])
             n_bytes += _bytes(update.shape) if update and i.opcode == "scatter" else 0
         else:
-            return _bytes(array.shape)
-    return min(n_bytes, _bytes(array.shape))
+            return Moved(_elements(array.shape), size, True)
+    return Moved(_elements(array.shape), min(n_bytes, size), False)
 
 
-def _written_bytes(i: _Instruction, made: dict[str, _Instruction]) -> int:
+def _written(i: _Instruction, made: dict[str, _Instruction]) -> Moved:
     """Of a result, what is new: the update of one that is changed in place."""
-    if i.opcode == "dynamic-update-slice":
-        return _bytes(made[i.operands[1]].shape)
-    if i.opcode == "scatter" and len(i.operands) == 3:
-        return _bytes(made[i.operands[2]].shape)
-    return _bytes(i.shape)
+    update = {"dynamic-update-slice": 1, "scatter": 2}.get(i.opcode)
+    if update is None or (i.opcode == "scatter" and len(i.operands) != 3):
+        return Moved(_elements(i.shape), _bytes(i.shape), True)
+    return Moved(_elements(i.shape), _bytes(made[i.operands[update]].shape), False)
 
 
 def _behind_bitcasts(i: _Instruction, made: dict[str, _Instruction]) -> _Instruction:

@@ -13,11 +13,14 @@ from sae_jax.activations.settings import HarvestConfig
 from sae_jax.errors import UsageError
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import analytic, compile, report, targets
+from sae_jax.planning.storage import StorageConfig, demand
 from sae_jax.planning.through_model import ThroughModel, check_batch
 from sae_jax.progress import console
 from sae_jax.saes.base import SaeConfig
 from sae_jax.training.settings import TrainConfig, program
 from sae_jax.types import Widths
+
+TOKEN_BYTES = 4  # of a set, that is trained on through its model
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Job:
     engine: EngineConfig = field(default_factory=EngineConfig)
     model: ThroughModel | None = None  # where the members are trained through a language model
     disk_bytes: int = 0  # of the activation set
+    row_bytes: int = 0  # that a step reads of it for each row that it learns from
+    storage: StorageConfig = field(default_factory=StorageConfig)
     mfu: float = 0.3  # share of the matrix rate that the run is taken to reach
     timeout: float = 600.0  # seconds until a compiler that does not come back is killed
 
@@ -90,14 +95,15 @@ def from_recipe(
         raise UsageError(f"d_model={d_model}: a plan needs the width of the rows; give --d-model")
     n_x = len(site) or 1
     rows = harvest.tokens or max(train.steps * train.batch_size for _, train in members.values())
-    n_sources = len({*site, *reconstruct}) or 1
+    of_row = (len({*site, *reconstruct}) or 1) * row_bytes(d_model, harvest.dtype)
     return Job(
         target=target,
         members=members,
         widths=Widths((d_model,) * n_x, (d_model,) * (len(reconstruct) or n_x)),
         same=tuple(reconstruct) in ((), tuple(site)),
         model=model,
-        disk_bytes=rows * n_sources * row_bytes(d_model, harvest.dtype),
+        disk_bytes=rows * of_row,
+        row_bytes=TOKEN_BYTES if model else of_row,
         **settings,
     )
 
@@ -140,7 +146,16 @@ def plan(job: Job) -> dict[str, Any]:
         sae, train = job.members[largest]
         parts = (sae, train, job.mesh, job.engine, job.widths, job.same, job.model)
         compiled = compile.compile_step(target, *parts, timeout=job.timeout)
-    return report.report(target, steps, largest, n_slices, run, job.mfu, compiled)
+    _, train = job.members[largest]  # members agree on batch and checkpoints
+    of_storage = demand(
+        job.storage,
+        input_bytes=train.batch_size * job.row_bytes,
+        step_seconds=run.step_seconds,
+        floor_seconds=run.floor_step_seconds,
+        save_bytes=analytic.state_bytes([*steps.values()], n_slices) * target.n_devices,
+        checkpoint_every=train.checkpoint_every,
+    )
+    return report.report(target, steps, largest, n_slices, run, job.mfu, of_storage, compiled)
 
 
 def _check(job: Job, slice_mesh: Any) -> None:

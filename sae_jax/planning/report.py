@@ -9,6 +9,7 @@ from typing import Any
 from sae_jax.planning import analytic, hlo
 from sae_jax.planning.analytic import Run, Step
 from sae_jax.planning.compile import INSTALL, Compiled
+from sae_jax.planning.storage import Demand
 from sae_jax.planning.targets import Target
 from sae_jax.units import duration, memory, size
 
@@ -22,6 +23,7 @@ def report(
     n_slices: int,
     run: Run,
     mfu: float,
+    storage: Demand,
     compiled: Compiled | None,
 ) -> dict[str, Any]:
     """The report. Without `compiled` it is an estimate: the compiler is not installed.
@@ -33,6 +35,7 @@ def report(
         n_slices: members that are stepped at once.
         run: all of it.
         mfu: share of the matrix rate.
+        storage: what the run asks of it.
         compiled: the step of `largest`, alone.
     """
     usable, step = target.usable_bytes, steps[largest]
@@ -67,6 +70,7 @@ def report(
         "refusal": compiled.refusal if compiled else None,
         "device": device,
         "run": {**asdict(run), "mfu": mfu},
+        "storage": asdict(storage),
         "compiler": of_compiler(compiled),
     }
 
@@ -130,7 +134,26 @@ def lines(content: dict[str, Any]) -> list[str]:
         ("time", f"{duration(time)} {at_rate}"),
         ("floor", f"{duration(floor)} at the full matrix rate, then the state read and written once a step"),
     ]
-    return [*_verdict(content), *section("each device", rows), *section("the run", whole)]
+    parts = {"each device": rows, "the run": whole, "storage": storage_rows(content["storage"])}
+    return [*_verdict(content), *(line for title, rows in parts.items() for line in section(title, rows))]
+
+
+def storage_rows(storage: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run asks of its storage."""
+    rate, between = f"{storage['gb_per_second']:g} GB/s", f"{storage['hours_between_preemptions']:g} hours"
+    every, best = storage["checkpoint_every"], storage["best_checkpoint_every"]
+    most = storage["most_input_gb_per_second"]
+    return [
+        ("input", f"{storage['input_gb_per_second']:.3g} GB/s, and {most:.3g} at the floor"),
+        ("a save", f"{size(storage['save_bytes'])}: {duration(storage['save_seconds'])} at {rate}, with its digests"),
+        ("a restore", f"{duration(storage['restore_seconds'])} at that rate, with its digests"),
+        ("goodput", f"{storage['goodput']:.1%} or more, if machines are taken away every {between}"),
+        (
+            "best",
+            f"{storage['best_goodput']:.1%} or more with a save every {duration(storage['best_interval_seconds'])}: "
+            f"train.checkpoint_every={best} for {every}",
+        ),
+    ]
 
 
 def memory_rows(content: dict[str, Any], what: str) -> list[tuple[str, str]]:

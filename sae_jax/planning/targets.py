@@ -82,6 +82,11 @@ CHIPS = {
         Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 102400, 101376, 75497472, 2.52),
     ),
 }
+# What JAX calls the devices of each kind of TPU; those of GPUs stand in CHIPS.
+TPUS = {
+    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+    **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x"},
+}
 EXAMPLES = "v5p:8x8x8, v6e:16x16, h200:64, rtx4090:1"
 
 
@@ -124,6 +129,16 @@ class Target:
     def usable_bytes(self) -> int:
         """What a step may take of a device's memory."""
         return int(self.chip.memory_bytes * self.chip.usable)
+
+
+def of_devices(device_kind: str, n_devices: int) -> Target | None:
+    """The target that devices are which are here, named as JAX names them; None for a kind without a data sheet.
+
+    It says how fast they are, not how they are connected: nothing can be compiled for it.
+    """
+    gpus = {chip.gpu.name: kind for kind, chip in CHIPS.items() if chip.gpu}
+    kind = {**TPUS, **gpus}.get(device_kind)
+    return None if kind is None else Target(device_kind, CHIPS[kind], n_devices, {})
 
 
 def parse(text: str) -> Target:

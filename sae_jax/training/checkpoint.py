@@ -103,7 +103,7 @@ class Checkpoints:
                 self._end_save()
                 self._mark(step)
                 response = self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
-                self._saving = self._thread.submit(_finish, response, self._folder / str(step), self._lease)
+                self._saving = self._thread.submit(finish_save, response, self._folder / str(step), self._lease)
 
     def wait(self) -> None:
         """Return when all saves, of all processes, are on the disk. Raises UserError if one cannot be written."""
@@ -165,12 +165,12 @@ class Checkpoints:
     def _mark(self, step: int | None = None) -> None:
         """Say that this save is under way, and no longer that those are which all processes have ended."""
         if jax.process_index() == 0:
-            for mark in self._folder.glob(_mark_name("*")):
-                checkpoint = self._folder / mark.name.removeprefix(_mark_name(""))
+            for mark in self._folder.glob(mark_name("*")):
+                checkpoint = self._folder / mark.name.removeprefix(mark_name(""))
                 if is_complete(checkpoint) or not checkpoint.exists():
                     mark.unlink()
             if step is not None:
-                (self._folder / _mark_name(step)).touch()
+                (self._folder / mark_name(step)).touch()
 
     def _forget_what_was_cut(self) -> None:
         """Remove the rest of a checkpoint whose removal was cut off, and then the one whose save was."""
@@ -352,12 +352,13 @@ def _steps_in(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("*") if path.name.isdecimal() and not _is_under_way(path)]
 
 
-def _mark_name(step: object) -> str:
+def mark_name(step: object) -> str:
+    """The file beside a checkpoint that says its save is under way, or was cut off."""
     return f".saving-{step}"
 
 
 def _is_under_way(checkpoint: Path) -> bool:
-    return checkpoint.with_name(_mark_name(checkpoint.name)).exists() and not is_complete(checkpoint)
+    return checkpoint.with_name(mark_name(checkpoint.name)).exists() and not is_complete(checkpoint)
 
 
 def _lacks_files(checkpoint: Path) -> bool:
@@ -395,7 +396,7 @@ def _time_by_a_clock_that_nobody_sets() -> None:
             module.time = clock  # pyrefly: ignore[missing-attribute]
 
 
-def _finish(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
+def finish_save(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
     """The end of a save, in the thread of this process: wait for Orbax, then list the digests of what was written."""
     response.result()  # its thread and event loop end here, and nowhere else
     lease.check()

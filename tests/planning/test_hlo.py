@@ -126,3 +126,56 @@ def test_the_branch_not_taken_counts_however_a_compiler_lists_it():
     for each in (text, in_two):
         assert hlo.analyse(each).matmul_flop == 2 * 64**3
         assert hlo.analyse(each, quietest=True).matmul_flop == 0
+
+
+def test_kernels_are_what_a_device_is_told_to_do_at_once():
+    """A loop's count as often as it runs; what a sum does to each number is part of it, as what is fused is."""
+    text = """%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (w.1: f32[64,32], at.1: s32[]) -> f32[8,32] {
+  %w.1 = f32[64,32]{1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  ROOT %rows = f32[8,32]{1,0} dynamic-slice(%w.1, %at.1, %zero.1), dynamic_slice_sizes={8,32}
+}
+
+%body (held: (s32[], f32[64,32])) -> (s32[], f32[64,32]) {
+  %held = (s32[], f32[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%held), index=0
+  %w.2 = f32[64,32]{1,0} get-tuple-element(%held), index=1
+  %few = f32[8,32]{1,0} fusion(%w.2, %i), kind=kLoop, calls=%fused
+  %product = f32[8,64]{1,0} dot(%few, %w.2), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %next = (s32[], f32[64,32]{1,0}) tuple(%i, %w.2)
+}
+
+%condition (held.1: (s32[], f32[64,32])) -> pred[] {
+  %held.1 = (s32[], f32[64,32]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%held.1), index=0
+  %last = s32[] constant(3)
+  ROOT %less = pred[] compare(%i.1, %last), direction=LT
+}
+
+ENTRY %main (w: f32[64,32], n: s32[]) -> f32[64] {
+  %w = f32[64,32]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = f32[] constant(0)
+  %begin = (s32[], f32[64,32]{1,0}) tuple(%n, %w)
+  %loop = (s32[], f32[64,32]{1,0}) while(%begin), condition=%condition, body=%body, TRIPS
+  ROOT %norms = f32[64]{0} reduce(%w, %zero), dimensions={1}, to_apply=%add
+}
+"""
+    program = hlo.analyse(text.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"3"}}'))
+    kernels = {kernel.kind: kernel for kernel in program.kernels}
+    assert {kind: kernel.times for kind, kernel in kernels.items()} == {"reduce": 1, "fusion": 3, "dot": 3}
+    assert kernels["dot"].flop == {"f32": 2 * 8 * 64 * 32}
+    whole = {
+        kind: [moved.is_whole for moved in kernel.moved if moved.elements == 64 * 32]
+        for kind, kernel in kernels.items()
+    }
+    assert whole == {"reduce": [True], "fusion": [False], "dot": [True]}
+    assert kernels["fusion"].bytes == 2 * 4 * 8 * 32 + 4  # rows read and written, and which
+    assert program.moved_bytes == sum(kernel.times * kernel.bytes for kernel in program.kernels)
