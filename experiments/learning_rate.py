@@ -82,6 +82,8 @@ class Config:
     """That every member learns from."""
     batch_size: int = 2048
     """Rows a step."""
+    widths: tuple[int, ...] = WIDTHS
+    """Numbers of latents; the law of all but the largest predicts the rate of that."""
     smoke: bool = False
     """Three rates of three narrow widths, five steps: does it run?"""
 
@@ -93,7 +95,7 @@ def main(config: Config) -> None:
         train = dataclasses.replace(recipe.train, batch_size=config.batch_size)
         recipe = dataclasses.replace(recipe, train=train)
     data = harvested(recipe, config.data, config.out)
-    widths, rates = ((64, 128, 256), RATES[2:7:2]) if config.smoke else (WIDTHS, RATES)
+    widths, rates = ((64, 128, 256), RATES[2:7:2]) if config.smoke else (config.widths, RATES)
     grid = {"n_latents": list(widths), "lr": list(rates)}
     tokens = 1280 if config.smoke else config.tokens
     points = table.read(swept(recipe, data, config.out, config.smoke, grid, tokens=(tokens,)))
