@@ -35,8 +35,8 @@ or 3.4 % were dead so (neither, both), but after 0.15 M tokens, before any die; 
 
 The window and AuxK's rows at the defaults of short runs: resid_post.2, k = 32, ema 0, else only what is named; silent:
 on 32,768 held-out tokens; firings: of a latent in the window, on average; dead: at most, in the log (`train_members(
-SET, {"a": {"dead_after_tokens": 40_000, "aux_rows": "all"}}, n_latents=..., k=32, steps=..., batch_size=..., ema=0.0)`; one
-seed, JAX 0.10.2, CPU):
+SET, {"a": {"dead_after_tokens": 40_000, "aux_rows": "all"}}, n_latents=..., k=32, steps=..., batch_size=..., ema=0.0)`;
+one seed, JAX 0.10.2, CPU):
 
     latents  steps, batch   window            firings   rows      FVU      silent   dead
     4,096    976, 512       50 k (a tenth)    390       sampled   0.0779    7.9 %    2.7 %

@@ -72,8 +72,8 @@ them the 200 of above. `decay_constant` was fitted wherever it is here. Score: o
     sweep, 3 %                      70.2 %   13.1 %    0.66     0.96
     sweep, two lucky points         70.1 %   13.2 %    0.64     0.87
 
-Where points are clean nothing changed that 45 trials could tell. What was wrong is better: outliers (an upper end of the
-floor was nearly infinite, hence 5e14), noise that grows, smallest points off the trend, marks, sweeps.
+Where points are clean nothing changed that 45 trials could tell. What was wrong is better: outliers (an upper end of
+the floor was nearly infinite, hence 5e14), noise that grows, smallest points off the trend, marks, sweeps.
 """
 
 from __future__ import annotations
