@@ -10,7 +10,7 @@ Cost: 22 minutes (run as two pairs of kinds) and 27 on two cores with much other
 Answer: yes, for want of AuxK above all. resid_post.2, d_model 128, layer_norm; 8,192 latents, k = 8, 256 rows a step,
 one epoch, one seed; dead: silent for 200,000 tokens, in which a latent fires 195 times on average; FVU: mean of the
 last ten batches that were logged (JAX 0.10.2, CPU; figures/dead_latents.png is rate 1e-3). AuxK looked at all rows:
-what is now `--kinds all_rows`, beside which `both` looks at a sample of them while many are dead; not compared yet.
+what is now `--kinds all_rows`, beside which `both` looks at a sample of them while many are dead; see the end.
 
     rate   decoder       AuxK   dead after 0.5 M   1.0 M    1.5 M    2.0 M tokens   FVU
     1e-3   transposed    yes            0.1 %      1.2 %    0.9 %     0.9 %         0.118
@@ -32,6 +32,36 @@ rows none had died after 0.8 M tokens at 1e-3, with both or neither, but 11.8 an
 long. At 50,000 tokens (k = 16, 512 rows, 1e-3, no layer_norm, 0.5 M tokens) the order was the other way round, 10.0 %
 dead with both and 0.6 % with neither: AuxK then seems to pull away latents that are only rare. Of 32,768 latents none
 or 3.4 % were dead so (neither, both), but after 0.15 M tokens, before any die; longer was not run.
+
+The window and AuxK's rows at the defaults of short runs: resid_post.2, k = 32, ema 0, else only what is named; silent:
+on 32,768 held-out tokens; firings: of a latent in the window, on average; dead: at most, in the log (`train_members(
+SET, {"a": {"dead_after_tokens": 40_000, "aux_rows": "all"}}, n_latents=..., k=32, steps=..., batch_size=..., ema=0.0)`;
+one seed, JAX 0.10.2, CPU):
+
+    latents  steps, batch   window            firings   rows      FVU      silent   dead
+    4,096    976, 512       50 k (a tenth)    390       sampled   0.0779    7.9 %    2.7 %
+                            20 k              156                 0.0777    1.5 %    1.6 %
+                            10 k               78                 0.0775    0.2 %    1.6 %
+                             5 k               39                 0.0769    0.0 %    4.7 %
+    8,192    488, 1,024     20 k               78       sampled   0.0790   11.4 %   13.6 %
+                                               78       all       0.0786    5.9 %   26.5 %
+                            10 k               39       sampled   0.0796   28.2 %   31.4 %
+                                               39       all       0.0790   14.3 %   44.3 %
+    16,384   488, 2,048     100 k (a tenth)   195       sampled   0.0712   26.8 %   13.7 %
+                            40 k               78       sampled   0.0715   37.9 %   32.9 %
+                                               78       all       0.0709   41.4 %   42.7 %
+                            20 k               39       sampled   0.0722   46.8 %   46.0 %
+             at 0.7 of the rate       100 k   195       sampled   0.0759   16.9 %    9.6 %
+
+A tenth of the run is too long for 4,096 latents, two thirds of whose silent ones it never sees; a shorter window, which
+helps them, is worse at 16,384: a share of the run is right for none but by chance, and so is a number of firings.
+A lower rate loses fewer and leaves more unexplained: 0.0818 for 0.0779 at 4,096 (2.5 % silent), 0.0759 for 0.0712 here.
+What goes wrong differs. With 16,384 and a tenth, hardly any latent dies in the first 200 steps; those silent at the end
+are still near the threshold (median of their largest pre-activation 1.80, of the 32nd largest of a row 1.87). With
+short windows latents that were only rare count as dead from step 30 on, AuxK moves them, and half of those silent at
+the end have a largest pre-activation below 0.17 (20 k): it loses what it was to save. So the default stayed. Sampled
+rows bring back fewer than all at 8,192 (twice as many silent with either window; with 10,240 tokens in place of 10 k
+26.2 %), but not at 16,384, where both lose them; 2^15 latents were not run.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ ReLU had four rates and the others one, 1e-3: it is best at 4e-3, or at 8e-3 whe
 coefficients of 0.12 and 0.24, 39 and 72 % of the latents then fire on no held-out token); at 1e-3 alone its four errors
 would be 0.40, 0.29, 0.20 and 0.13. L0 of BatchTopK is that of its threshold, 8.08, 15.8, 31.8 and 63.9; at 8 and 64 the
 nearest member stands for it. Coefficients of JumpReLU and Gated were not searched beyond what spans the range of L0.
+JumpReLU's row dates from before it began centred (`init.centring`), and was not rerun.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ seed; on 32,768 held-out tokens (JAX 0.10.2, CPU; figures/norm_l1.png); dead: si
 
 L0 falls with training: a run of 400 steps at 1e-3 ended at 41.9, 21.5 and 10.3. The authors' rate, 5e-5, is for longer
 runs than these. The coefficient stands against norms of sqrt(d_model), 11.3 here, so in a wider model the same numbers
-should leave more latents active and less unexplained; that was not measured.
+should leave more latents active and less unexplained; that was not measured. All of this ran before the variant began
+centred (`init.centring`), which on this layer left fewer latents silent and changed FVU by less than 1 %
+(experiments/untuned.py); it was not rerun.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 DECAY = 0.2  # share of a run over which its rate falls
 MAX_DEAD_AFTER = 10_000_000  # tokens (Gao et al. 2024, arXiv 2406.04093, A.3)
 FITTED = 8192  # latents up to which rates of short runs were measured
+SHORTEST = 100  # steps; a shorter run takes this one's rate, as ever higher ones leave more than they find
 
 # What may differ when a run is resumed: everything else would make it another run.
 MAY_CHANGE = (
@@ -140,13 +141,15 @@ def learning_rate(config: TrainConfig, sae: SaeConfig) -> float:
     A variant's own rate is that of its authors at their width, and falls as the root of the number of latents (Gao et
     al. 2024, arXiv 2406.04093, A.3). It is for runs of many steps. What short runs need is fitted to TopK of 256 to
     8,192 latents and 500 to 1,500 steps of 2,048 rows (experiments/learning_rate.py), and up to twice as much for L1
-    penalties at 1,024 latents; elsewhere it is a guess, which falls as theirs beyond FITTED.
+    penalties at 1,024 latents; elsewhere it is a guess, which falls as theirs beyond FITTED. A run of fewer than
+    SHORTEST steps takes the rate of SHORTEST.
     """
     if config.lr is not None:
         return config.lr
     own = sae.ADAM.lr * math.sqrt(sae.ADAM.n_latents / sae.n_latents)
     beyond = max(1.0, sae.n_latents / FITTED)
-    short = sae.ADAM.short_run / (sae.n_latents / beyond) ** (1 / 3) / beyond ** (1 / 2) / math.sqrt(config.steps)
+    by_width = (sae.n_latents / beyond) ** (1 / 3) * beyond ** (1 / 2)
+    short = sae.ADAM.short_run / by_width / math.sqrt(max(config.steps, SHORTEST))
     return max(own, short)
 
 

@@ -1,5 +1,7 @@
 """One optimiser step against numpy: objective, clip, Adam, unit rows, running average."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,9 @@ def test_learning_rate_rule():
     narrow, wide = (learning_rate(short, topk.Config(n_latents=n)) for n in (2**9, 2**12))
     assert 2e-4 < narrow / 2 == pytest.approx(wide)
     assert learning_rate(TrainConfig(steps=4000), topk.Config(n_latents=2**9)) == pytest.approx(narrow / 2)
+    # It does not go on rising below a hundred steps, where ten would get a rate at which nothing is learnt.
+    tiny, hundred = (learning_rate(TrainConfig(steps=n), topk.Config(n_latents=2**9)) for n in (10, 100))
+    assert tiny == hundred == pytest.approx(narrow * math.sqrt(10))
     # Beyond the widths that were measured as the paper's, so that its own runs have its own rate.
     widest = [learning_rate(short, topk.Config(n_latents=n)) for n in (2**20, 2**22)]
     assert widest[0] == pytest.approx(2 * widest[1])
