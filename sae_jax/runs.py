@@ -233,7 +233,10 @@ def _dictionaries(jobs: dict[str, TrainJob], source: RowSource) -> dict[str, Dic
     if missing := jobs.keys() - trained.states.keys():
         what = f" ({', '.join(sorted(missing))})" if "" not in missing else ""
         raise UserError(f"stopped by SIGTERM at step {trained.step}{what}, and nothing is kept without out=; give out=")
-    return {name: artifact.from_state(trained.states[name], run.record_of(job, source)) for name, job in jobs.items()}
+    states = trained.states
+    # As they were trained: settings that the run settled are those of its state.
+    jobs = {name: dataclasses.replace(job, sae=states[name].sae.config) for name, job in jobs.items()}
+    return {name: artifact.from_state(states[name], run.record_of(job, source)) for name, job in jobs.items()}
 
 
 def _with_members(job: Any, members: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -45,6 +45,13 @@ def test_a_run_keeps_the_type_it_began_with_on_another_cpu(cpu, tmp_path):
         train(6, dtype="bfloat16")
 
 
+def test_what_a_run_returns_says_the_type(cpu, tmp_path):
+    cpu("")
+    dictionary = sae_jax.train(ROWS, n_latents=32, k=2, batch_size=32, steps=2)
+    dictionary.save(tmp_path / "saved")
+    assert sae_jax.load(tmp_path / "saved").record.sae["dtype"] == "float32"
+
+
 def test_a_plan_is_of_its_targets_type(cpu):
     cpu("")
     job = planning.Job("h100:1", {"": (topk.Config(n_latents=1024, k=4), TrainConfig())}, Widths.one(64))
