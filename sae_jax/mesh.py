@@ -130,6 +130,11 @@ def reshape(x: jax.Array, *shape: int) -> jax.Array:
     return jnp.reshape(x, shape, out_sharding=where)
 
 
+def everywhere(x: jax.Array) -> jax.sharding.Sharding:
+    """Whole on each device that has a part of `x`."""
+    return NamedSharding(x.sharding.mesh, REPLICATED) if isinstance(x.sharding, NamedSharding) else x.sharding
+
+
 def n_shards(x: jax.Array) -> int:
     """Over how many devices x is spread. Of axes that are Auto, where the compiler decides, all devices count."""
     now = jax.typeof(x).sharding
@@ -159,6 +164,17 @@ def lm_mesh(split: int, devices: list[jax.Device]) -> Mesh:
     if split == 1:
         return make_mesh(MeshConfig(), devices)
     return jax.make_mesh(*_lm_shape(split, len(devices)), devices=devices)
+
+
+def one_copy(split: int) -> Mesh | None:
+    """The mesh of a single language model over `split` devices of this process; None: it lies whole on one.
+
+    Raises UsageError if there are not so many.
+    """
+    devices = jax.local_devices()
+    if not 1 <= split <= len(devices):
+        raise UsageError(f"split={split}: this process has {len(devices)} devices for a model; use 1 to {len(devices)}")
+    return None if split == 1 else jax.make_mesh(*_lm_shape(split, split), devices=devices[:split])
 
 
 def abstract_lm_mesh(split: int, n_devices: int) -> AbstractMesh:

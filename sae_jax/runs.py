@@ -286,6 +286,7 @@ def evaluate(
     batch_tokens: int = 4096,
     ema: bool = False,
     shard: tuple[int, int] = (0, 1),
+    split: int = 1,
 ) -> dict[str, Any]:
     """{folder, or number: all metrics} of dictionaries, in one pass over the rows that they share.
 
@@ -298,6 +299,7 @@ def evaluate(
         batch_tokens: tokens of one forward pass.
         ema: of runs, the averaged weights instead of the live ones.
         shard: (i, n): measure the i-th of n shares of folders; those that are not complete yet are left out.
+        split: devices of this process that the language model is split over.
     """
     names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
     given = dict(zip(names, dictionaries, strict=True))
@@ -305,7 +307,7 @@ def evaluate(
     path = None if data is None else os.fspath(data)
     candidates = {name: Candidate.of(d, open_set(d.record, path)) for name, d in loaded.items()}
     model, heldout = model and lm.resolve(model), heldout and texts.resolve(heldout)
-    settings = evaluation.Settings(tokens, batch_tokens, model, heldout)
+    settings = evaluation.Settings(tokens, batch_tokens, model, heldout, split)
     documents: dict[str, Any] = {}
     for name, measured in evaluation.evaluate(candidates, settings, shard).items():
         if isinstance(given[name], Dictionary):
@@ -323,6 +325,7 @@ def dashboard(
     model: str | None = None,
     tokens: int = 400_000,
     ema: bool = False,
+    split: int = 1,
 ) -> Path:
     """Write a static site of a dictionary's latents; returns the page to open.
 
@@ -333,11 +336,12 @@ def dashboard(
         model: another reference for the language model, if it moved.
         tokens: tokens of the set's text to show examples from.
         ema: of a run, the averaged weights instead of the live ones.
+        split: devices of this process that the language model is split over.
     """
     is_path = not isinstance(dictionary, Dictionary)
     d = artifact.load(dictionary, ema) if is_path else dictionary
     model = model and lm.resolve(model)
-    write_site(d, out, Path(dictionary).resolve().name if is_path else d.record.variant, data, model, tokens)
+    write_site(d, out, Path(dictionary).resolve().name if is_path else d.record.variant, data, model, tokens, split)
     return Path(out) / "index.html"
 
 

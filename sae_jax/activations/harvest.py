@@ -26,7 +26,7 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
-from sae_jax.activations import store, tokens
+from sae_jax.activations import places, store, tokens
 from sae_jax.activations import text as texts
 from sae_jax.activations.ahead import Ahead
 from sae_jax.activations.conversations import ALL, Conversations, roles_of
@@ -70,24 +70,28 @@ def harvest(
 
 
 def _harvest(config: HarvestConfig, out: str, shard: tuple[int, int], stop: Callable[[], bool]) -> SetSpec:
-    spec, scanned, text, forward = prepare(config, out)
+    spec, scanned, text, forward, n_sequences = prepare(config, out)
     writer = store.create(out, spec)
+    if config.tokens == 0:
+        places.note_count(out, n_sequences)
     done = writer.committed()
     mine = range(shard[0], spec.n_shards, shard[1])
     todo = [s for s in mine if s not in done]
     shard_tokens = (spec.sequences_per_shard or 0) * config.context
     start = (len(mine) - len(todo)) * shard_tokens
-    # Shards come in order, so the text before the first of them is tokenised, too, if it is not the first of the text.
+    known = places.Places(out, spec.sequences_per_shard or 1)
+    # Shards come in order, so the text before the first of them is tokenised, too, from the last known place on.
     first = "running the first batch" if forward.is_compiled else "compiling"
-    if todo and todo[0]:
+    if todo and known.before(todo[0] * known.every)[0] < todo[0] * known.every:
         first = f"tokenising the text before shard {todo[0]}; {first}"
     unread = dict.fromkeys(scanned.files)
     with Progress("harvest", len(mine) * shard_tokens, "tokens", start, first=first) as progress:
-        stream = () if stop() else shards_of_text(config, text, todo, spec, lambda file: unread.pop(file, None))
+        stream = () if stop() else shards_of_text(config, text, todo, spec, lambda file: unread.pop(file, None), known)
         with Ahead(stream, SHARDS_AHEAD, "tokenise") as ahead:
             _write_shards(forward, text.tokenizer, spec, writer, ahead, progress, start, stop)
     if len(missing := set(range(spec.n_shards)) - writer.committed()) == 0:
         writer.finish()
+        places.remove(out)
     elif not stop():
         console.print(f"{out}: {len(missing)} of {spec.n_shards} shards are still to come from other workers")
     if unread and spec.n_shards - 1 in todo and not stop():
@@ -106,6 +110,7 @@ class Prepared(NamedTuple):
     scanned: texts.Scan
     text: tokens.TokenText
     forward: Forward
+    n_sequences: int  # of the set, at most
 
 
 def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Device] | None = None) -> Prepared:
@@ -129,11 +134,11 @@ def prepare(config: HarvestConfig, out: str | None = None, devices: list[jax.Dev
     chat = None
     if template is not None and config.chat is not None:
         chat = Conversations(template, tokenizer, config.chat, n_vocab)
-    spec, scanned, text = plan(config, models, tokenizer, chat)
+    spec, scanned, text, n_sequences = plan(config, models, tokenizer, chat, out)
     forward = Forward(models, config, mesh)
     if config.max_norm_multiple == "auto":
         spec = replace(spec, max_norm_multiple=_multiple(out, text, forward))
-    return Prepared(spec, scanned, text, forward)
+    return Prepared(spec, scanned, text, forward, n_sequences)
 
 
 def _multiple(out: str | None, text: tokens.TokenText, forward: Forward) -> float | None:
@@ -238,8 +243,12 @@ def plan(
     models: Mapping[str, lm.LanguageModel | lm.TorchModel],
     tokenizer: lm.Tokenizer,
     chat: Conversations | None = None,
-) -> tuple[SetSpec, texts.Scan, tokens.TokenText]:
-    """The set that these settings describe, the same on every machine, what its text is made of, and its sequences."""
+    out: str | None = None,
+) -> tuple[SetSpec, texts.Scan, tokens.TokenText, int]:
+    """The set that these settings describe, the same on every machine, what its text is made of, its sequences.
+
+    The last is how many sequences there are, at most; of a whole text they are counted if a set at `out` does not say.
+    """
     hooks = [(name, hook, width) for name, model in models.items() for hook, width in hooks_of(config, model).items()]
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
@@ -258,48 +267,51 @@ def plan(
     sequenced = tokens.TokenText(
         text, tokenizer, config.context, config.fields(), scanned.files, chat, first, seed, config.sequence
     )
+
+    def spec_of(n_sequences: int) -> SetSpec:
+        n_shards, shard_rows, chunk_rows = layout(
+            n_sequences * config.context, [row_bytes(w, config.dtype) for *_, w in hooks], config.context
+        )
+        return SetSpec(
+            sources=tuple(
+                SourceSpec(
+                    source_name(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook)
+                )
+                for name, hook, width in hooks
+            ),
+            n_shards=n_shards,
+            shard_rows=shard_rows,
+            chunk_rows=chunk_rows,
+            seed=config.seed,
+            tokenizer=next(iter(models.values())).reference,
+            tokenizer_digest=tokenizer.digest,
+            text=text,
+            text_digest=scanned.digest,
+            text_column=None if config.text_column == COLUMN else config.text_column,
+            text_template=config.fields().template,
+            chat=config.chat,
+            shuffled=config.shuffle or None,
+            chat_template_digest=None if chat is None else chat.template.digest,
+            heldout=heldout,
+            heldout_digest=heldout_digest,
+            first_token=first,
+            context=config.context,
+            sequence="document" if config.sequence == "document" else None,
+            sequences_per_shard=-(-n_sequences // n_shards),
+            max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
+            precision=None if config.precision == "float32" else config.precision,
+            backend="torch" if config.backend == "torch" else None,
+        )
+
     n_sequences = config.tokens // config.context
     if scanned.n_bytes and config.sequence == "document":
         n_sequences = min(n_sequences or scanned.n_documents, scanned.n_documents)
     elif not n_sequences:
-        n_sequences = _count(sequenced, scanned.n_bytes)
+        n_sequences = places.count(out, spec_of) or _count(sequenced, scanned.n_bytes)
     elif scanned.n_bytes:
         # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
         n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
-    n_shards, shard_rows, chunk_rows = layout(
-        n_sequences * config.context, [row_bytes(w, config.dtype) for *_, w in hooks], config.context
-    )
-    spec = SetSpec(
-        sources=tuple(
-            SourceSpec(
-                source_name(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook)
-            )
-            for name, hook, width in hooks
-        ),
-        n_shards=n_shards,
-        shard_rows=shard_rows,
-        chunk_rows=chunk_rows,
-        seed=config.seed,
-        tokenizer=next(iter(models.values())).reference,
-        tokenizer_digest=tokenizer.digest,
-        text=text,
-        text_digest=scanned.digest,
-        text_column=None if config.text_column == COLUMN else config.text_column,
-        text_template=config.fields().template,
-        chat=config.chat,
-        shuffled=config.shuffle or None,
-        chat_template_digest=None if chat is None else chat.template.digest,
-        heldout=heldout,
-        heldout_digest=heldout_digest,
-        first_token=first,
-        context=config.context,
-        sequence="document" if config.sequence == "document" else None,
-        sequences_per_shard=-(-n_sequences // n_shards),
-        max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
-        precision=None if config.precision == "float32" else config.precision,
-        backend="torch" if config.backend == "torch" else None,
-    )
-    return spec, scanned, sequenced
+    return spec_of(n_sequences), scanned, sequenced, n_sequences
 
 
 def _scan(text: str, config: HarvestConfig) -> texts.Scan:
@@ -336,11 +348,17 @@ def _count(text: tokens.TokenText, n_bytes: int) -> int:
 
 
 def shards_of_text(
-    config: HarvestConfig, text: tokens.TokenText, todo: Sequence[int], spec: SetSpec, on_file: Callable[[str], Any]
+    config: HarvestConfig,
+    text: tokens.TokenText,
+    todo: Sequence[int],
+    spec: SetSpec,
+    on_file: Callable[[str], Any],
+    known: places.Places | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(shard, its sequences i32[n, T], bool[n, T]: which are text) for the shards `todo`, in one pass over the text.
 
-    `on_file` is called with each file that a sequence has reached, and again as more of it is read.
+    `on_file` is called with each file that a sequence has reached, and again as more of it is read; `known` says where
+    shards begin, as far as that is known.
     """
     if not todo:
         return
@@ -351,7 +369,7 @@ def shards_of_text(
         on_file(file)
 
     lengths: list[int] = []  # of documents that are sequences of their own, in tokens
-    stream = text.sequences(start, stop, on_read, lengths.append)
+    stream = text.sequences(start, stop, on_read, lengths.append, known)
     for shard, group in itertools.groupby(enumerate(stream, start), key=lambda item: item[0] // per_shard):
         if shard in remaining:
             remaining.remove(shard)

@@ -280,7 +280,7 @@ class ModelShards(ShardMaker):
         Raises as `harvest`.
         """
         self._config = config
-        self.spec, _, self._text, self._forward = prepare(config, devices=devices)
+        self.spec, _, self._text, self._forward, _ = prepare(config, devices=devices)
         self._shards: Iterator[tuple[int, np.ndarray, np.ndarray]] = iter(())
         self._next = -1  # shard that the text is at
         self._on_rows: Callable[[int], None] = lambda n: None

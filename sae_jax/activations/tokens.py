@@ -16,12 +16,14 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sae_jax.activations.conversations import Conversations
 from sae_jax.activations.fields import TEXT_FIELD, Fields
+from sae_jax.activations.places import START, Place, Places, digest
 from sae_jax.activations.text import named_documents
 from sae_jax.lm import Tokenizer
 from sae_jax.progress import console
@@ -42,7 +44,8 @@ class _Part(NamedTuple):
     file: str
     text: str
     document: int  # its number
-    is_first: bool
+    number: int  # in the document
+    whole: str  # the document
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,13 @@ class TokenText:
         stop: int | None = None,
         on_read: OnRead = lambda file, n_bytes: None,
         on_document: OnDocument = lambda n_tokens: None,
+        places: Places | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids i32[context], bool[context]) of sequences `start` to `stop` - 1: which ids rows are made of.
 
         These are all tokens of a text but special ones, and of conversations those of one role. What is left over at
         the end of a packed text is dropped. There, skipping costs as much as reading: the text before `start` is
-        tokenised and discarded.
+        tokenised and discarded, or what of it comes after a known place.
 
         Args:
             start: first sequence.
@@ -81,11 +85,12 @@ class TokenText:
                 over.
             on_document: called with the tokens of each document that is a sequence of its own, however many of them are
                 in it.
+            places: of a packed text: where to begin, and what notes where each shard begins.
 
         Raises:
             UsageError: for a context below 1 or a range that is none.
-            UserError: as `named_documents` and Conversations.encode, and if a whole packed text is shorter than one
-                context.
+            UserError: as `named_documents` and Conversations.encode, if a whole packed text is shorter than one
+                context, and if a known place is not in it.
         """
         if self.context < 1 + (self.first is not None):
             raise UsageError(f"context={self.context} is not a length; use {1 + (self.first is not None)} or more")
@@ -95,7 +100,10 @@ class TokenText:
             return
         special = np.asarray(self.tokenizer.special_ids, np.int32)
         is_packed = self.kind == "packed"
-        found = self._packed(start, stop, on_read) if is_packed else self._one_by_one(start, stop, on_read, on_document)
+        if is_packed:
+            found = self._packed(start, stop, on_read, places)
+        else:
+            found = self._one_by_one(start, stop, on_read, on_document)
         for ids_T, of_role_T in found:
             yield ids_T, of_role_T & ~np.isin(ids_T, special)
 
@@ -104,29 +112,39 @@ class TokenText:
         ids, marks = zip(*self.sequences(start, stop), strict=True)
         return np.stack(ids), np.stack(marks)
 
-    def _packed(self, start: int, stop: int | None, on_read: OnRead) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _packed(
+        self, start: int, stop: int | None, on_read: OnRead, places: Places | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         head = np.array([] if self.first is None else [self.first], np.int32)
         width = self.context - len(head)  # tokens of the stream that a sequence has
-        number, rest, rest_marks = 0, np.zeros(0, np.int32), np.zeros(0, bool)
+        number, place = (0, START) if places is None else places.before(start)
+        n_before = place.n_tokens  # of the first part, which are none of these sequences'
+        rest, rest_marks = np.zeros(0, np.int32), np.zeros(0, bool)
         unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
+        begun: tuple[int, _Part] | None = None  # the last part that a sequence has reached
         separator = np.array([self.tokenizer.separator_id], np.int32)
-        for parts in self._batches(0, on_read):
-            pieces, marks, end = [rest], [rest_marks], number * width + len(rest)
+        for parts in self._batches(place, on_read):
+            pieces, marks, end = [rest], [rest_marks], number * width + len(rest) - n_before
             for part, ids, of_role in parts:
                 unread.append((end, part))
                 has_its_own = self.chat is not None and ids[:1].tolist() == separator.tolist()  # from the chat template
-                if part.is_first and not has_its_own:
+                if part.number == 0 and not has_its_own:
                     ids, of_role = np.concatenate([separator, ids]), np.append(True, of_role)
                 pieces.append(ids)
                 marks.append(of_role)
                 end += len(ids)
-            stream, stream_marks = np.concatenate(pieces), np.concatenate(marks)
+            stream, stream_marks = np.concatenate(pieces)[n_before:], np.concatenate(marks)[n_before:]
+            n_before = 0
             n_whole = len(stream) // width
             for i in range(n_whole):
                 if number + i == stop:
                     return
+                if places is not None:
+                    at = (number + i) * width
+                    first, part = begun if begun and not (unread and unread[0][0] <= at) else unread[0]
+                    places.note(number + i, partial(_place, part, at - first))
                 while unread and unread[0][0] < (number + i + 1) * width:
-                    _, part = unread.popleft()
+                    begun = _, part = unread.popleft()
                     on_read(part.file, len(part.text.encode()))
                 if number + i >= start:
                     here = slice(i * width, (i + 1) * width)
@@ -146,7 +164,7 @@ class TokenText:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         separator = self.tokenizer.separator_id
         head = np.array([separator if self.first is None else self.first], np.int32)
-        pieces = itertools.chain.from_iterable(self._batches(start, on_read))
+        pieces = itertools.chain.from_iterable(self._batches(Place(start, 0, 0, ""), on_read))
         for number, of_document in itertools.groupby(pieces, key=lambda piece: piece[0].document):
             if number == stop:
                 return
@@ -163,10 +181,10 @@ class TokenText:
                 np.pad(of_role[: self.context], (0, n_padding)),
             )
 
-    def _batches(self, start: int, on_read: OnRead) -> Iterator[list[tuple[_Part, np.ndarray, np.ndarray]]]:
-        """(part, its ids, which of them rows are made of) from document `start` on, for one tokeniser call each."""
+    def _batches(self, place: Place, on_read: OnRead) -> Iterator[list[tuple[_Part, np.ndarray, np.ndarray]]]:
+        """(part, its ids, which of them rows are made of) from a place on, for one tokeniser call each."""
         batch, n_characters = [], 0
-        for part in self._parts(start, on_read):
+        for part in self._parts(place, on_read):
             batch.append(part)
             n_characters += len(part.text)
             if len(batch) == _BATCH_TEXTS or n_characters >= _BATCH_CHARACTERS:
@@ -175,20 +193,32 @@ class TokenText:
         if batch:
             yield list(self._encoded(batch))
 
-    def _parts(self, start: int, on_read: OnRead) -> Iterator[_Part]:
+    def _parts(self, place: Place, on_read: OnRead) -> Iterator[_Part]:
         documents = named_documents(self.reference, self.fields, self.files, self.seed)
+        is_there = not place.xxh3_64
         for number, (file, document) in enumerate(documents):
-            if number < start:
+            if number < place.document:
                 on_read(file, len(document.encode()))
                 continue
+            if not is_there and digest(document) != place.xxh3_64:
+                break
+            is_there = True
             parts = [document] if self.fields.is_chat else self.tokenizer.parts(document)
-            for place, text in enumerate(parts):
+            for number_in_document, text in enumerate(parts):
+                if (number, number_in_document) < (place.document, place.part):
+                    on_read(file, len(text.encode()))
+                    continue
                 if len(text) > _LONG and not self.fields.is_chat:
                     console.print(
                         f"{file or self.reference}: {len(text):,} characters are tokenised at once, since this "
                         f"tokenizer does not part them at white space"
                     )
-                yield _Part(file, text, number, place == 0)
+                yield _Part(file, text, number, number_in_document, document)
+        if not is_there:
+            raise UserError(
+                f"text {self.reference!r} is another one than when this set was begun: its document {place.document} "
+                f"has changed or is not there; harvest into another folder (of the hub name a dataset@revision)"
+            )
 
     def _encoded(self, parts: list[_Part]) -> Iterator[tuple[_Part, np.ndarray, np.ndarray]]:
         if self.chat is None:
@@ -200,6 +230,10 @@ class TokenText:
                 yield part, *self.chat.encode(part.text)
             except UserError as error:
                 raise UserError(f"{part.file}: {error}" if part.file else str(error)) from None
+
+
+def _place(part: _Part, n_tokens: int) -> Place:
+    return Place(part.document, part.number, n_tokens, digest(part.whole))
 
 
 def sequences(

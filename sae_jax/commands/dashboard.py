@@ -30,6 +30,8 @@ class Dashboard:
     """tokens of the set's text to show examples from"""
     ema: bool = False
     """show the averaged weights instead of the live ones"""
+    split: int = 1
+    """devices that the language model is split over, as harvest.split"""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -40,6 +42,6 @@ def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
     gpu.warn_of_idle_gpu()
-    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema")}
+    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split")}
     runs.dashboard(command.run, command.out, **settings)
     console.print(f"{Path(command.out) / 'index.html'}")

@@ -35,6 +35,8 @@ class Evaluate:
     """measure the averaged weights instead of the live ones"""
     shard: str = "0/1"
     """i/n: measure the i-th of n shares; the worker that finishes last merges them"""
+    split: int = 1
+    """devices that the language model is split over, as harvest.split"""
     json: bool = False
     """print one JSON document, {directory: {metric: value}}, instead of a table"""
 
@@ -49,7 +51,9 @@ def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
     gpu.warn_of_idle_gpu()
-    settings = {name: getattr(command, name) for name in ("data", "model", "heldout", "tokens", "batch_tokens", "ema")}
+    settings = {
+        name: getattr(command, name) for name in ("data", "model", "heldout", "tokens", "batch_tokens", "ema", "split")
+    }
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.json:
         sys.stdout.write(storage.json_text(results, "--json"))

@@ -80,7 +80,10 @@ class TextBatch:
     def losses(self, rows_NY: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(cross-entropy, KL from the model as it is) with rows f32[S * T, Y] put in: sums over T, f32[S] each."""
         site = self.model
-        logits_STV = site.with_rows(rows_NY) if isinstance(site, lm.TorchSite) else _logits_with(site, rows_NY)
+        if isinstance(site, lm.TorchSite):
+            logits_STV = site.with_rows(rows_NY)
+        else:
+            logits_STV = _logits_with(site, jax.device_put(rows_NY, site.ids.sharding))  # it may be split, and they not
         return _losses(site.logits, logits_STV, site.ids, self.counted)
 
     @cached_property

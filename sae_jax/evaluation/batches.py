@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
+from sae_jax import mesh as meshes
 from sae_jax.activations.forward import Hooks
 from sae_jax.activations.sinks import MULTIPLE, above
 from sae_jax.activations.store import ActivationSet
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation.base import EvalBatch, Subject, TextBatch
 from sae_jax.evaluation.text import HeldOut, spread_chunks
-from sae_jax.mesh import reshape
 from sae_jax.progress import console
 from sae_jax.saes.base import AbstractSae
 from sae_jax.types import Sites, Widths
@@ -100,7 +100,7 @@ def of_text(
             for sites, text in texts.items():
                 here = [name for name, candidate in candidates.items() if candidate.sites == sites]
                 text_ST = text.text[start : start + size]
-                site, x_NX, is_sink_ST = _at_site(text, text_ST, filled_ST, acts, logits_STV)
+                site, x_NX, y_NY, is_sink_ST = _at_site(text, text_ST, filled_ST, acts, logits_STV)
                 text_batch = TextBatch(
                     model=site,
                     is_text=_as_rows(text_ST, len(filled_ST)),
@@ -109,8 +109,7 @@ def of_text(
                     mean=subjects[here[0]].mean,
                 )
                 for name in here:
-                    sae, y_NY = candidates[name].sae, site.rows
-                    batch[name] = EvalBatch(sae, x_NX, y_NY, reshape(site.keep, -1), text_batch)
+                    batch[name] = EvalBatch(candidates[name].sae, x_NX, y_NY, meshes.reshape(site.keep, -1), text_batch)
             yield batch
 
     return len(starts), batches()
@@ -118,8 +117,8 @@ def of_text(
 
 def _at_site(
     text: HeldOut, text_ST: np.ndarray, filled_ST: np.ndarray, acts: dict[Any, jax.Array], logits_STV: jax.Array
-) -> tuple[lm.ReplacedSite | lm.TorchSite, jax.Array, np.ndarray]:
-    """(the model, ready for other rows where a dictionary writes; what it encodes; which positions are sinks)."""
+) -> tuple[lm.ReplacedSite | lm.TorchSite, jax.Array, jax.Array, np.ndarray]:
+    """(the model, ready for other rows where a dictionary writes; its rows x and y; which positions are sinks)."""
     hooks = tuple(dict.fromkeys(text.encoded + text.reconstructed))
     norms = [_norms(acts[hook])[: len(text_ST)] for hook in hooks]
     norm_STS = np.stack(jax.device_get(norms), axis=-1)
@@ -127,14 +126,22 @@ def _at_site(
     keep_ST = text.keep(text_ST, norm_STS)
     keep_ST = np.pad(keep_ST, ((0, len(filled_ST) - len(text_ST)), (0, 0)))  # what is filled up counts nowhere
 
+    where = meshes.everywhere(logits_STV)
+
     def site(hooks: Hooks) -> lm.ReplacedSite | lm.TorchSite:
         here = {hook: acts[hook] for hook in hooks}
-        ids, keep, model = jnp.asarray(filled_ST, jnp.int32), jnp.asarray(keep_ST), text.model
+        ids, keep, model = jax.device_put(filled_ST, where), jnp.asarray(keep_ST), text.model
         if isinstance(model, lm.TorchModel):
             return lm.TorchSite(model, ids, keep, here, logits_STV, hooks)
         return lm.ReplacedSite(model, ids, keep, here, logits_STV, (), hooks)
 
-    return site(text.reconstructed), site(text.encoded).rows, is_sink_ST
+    x, y = site(text.encoded), site(text.reconstructed)
+    return y, _on_one_device(x.rows), _on_one_device(y.rows), is_sink_ST
+
+
+def _on_one_device(rows_NX: jax.Array) -> jax.Array:
+    """Rows where dictionaries lie, over however many devices the language model is split."""
+    return rows_NX if len(rows_NX.devices()) == 1 else jnp.asarray(jax.device_get(rows_NX))
 
 
 def _as_rows(mask_ST: np.ndarray, size: int) -> jax.Array:
@@ -160,4 +167,4 @@ def _run(
 @jax.jit
 def _norms(acts: jax.Array) -> jax.Array:
     """Norm at each position, f32[S, T], heads joined."""
-    return jnp.linalg.norm(reshape(acts, *acts.shape[:2], -1).astype(jnp.float32), axis=-1)
+    return jnp.linalg.norm(meshes.reshape(acts, *acts.shape[:2], -1).astype(jnp.float32), axis=-1)

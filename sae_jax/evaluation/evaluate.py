@@ -40,6 +40,7 @@ class Settings:
     batch_tokens: int = 4096  # of one forward pass of the language model
     model: str | None = None  # where the language model is now, if not where the set says
     heldout: str | None = None  # and the held-out text
+    split: int = 1  # devices that the language model is split over
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +89,13 @@ def evaluate(
         if (path, sites) not in texts:
             another = next((text for (other, _), text in texts.items() if text and other == path), None)
             texts[path, sites] = held_out(
-                candidate.activations, sites, settings.n_tokens, settings.model, settings.heldout, another
+                candidate.activations,
+                sites,
+                settings.n_tokens,
+                settings.model,
+                settings.heldout,
+                another,
+                settings.split,
             )
         text = texts[path, sites]
         passes.setdefault((path, None if text is None else text.model.reference), []).append(name)
@@ -129,7 +136,8 @@ def finish(
     n = shard[1]
     if n > 1:
         about = {**measured.about, **asdict(settings), "evaluators": sorted(base.evaluators())}
-        del about["data"]  # where a worker has it, and not what it is
+        for name in ("data", "split"):  # where and how a worker measures, and not what
+            del about[name]
         if jax.process_index() == 0:
             shards.write(folder, shard, measured.sums, about)
         sums, missing = shards.merge(folder, n, about)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from sae_jax import lm
+from sae_jax import lm, mesh
 from sae_jax.activations import text as texts
 from sae_jax.activations import tokens
 from sae_jax.activations.conversations import Conversations
@@ -83,6 +83,7 @@ def held_out(
     model: str | None = None,
     text: str | None = None,
     another: HeldOut | None = None,
+    split: int = 1,
 ) -> HeldOut | None:
     """Held-out text for sources of a set; None where the set names no text, no model or several.
 
@@ -93,6 +94,7 @@ def held_out(
         model: where the language model is now, if not where the set says (a reference that lm.resolve made).
         text: where the held-out text is now (one that activations.text.resolve made).
         another: the same text for another site, whose model is used again if it is the same.
+        split: devices that the language model is split over; 1: it lies whole on one.
 
     Raises UserError where text or model is not there, or not what the set was made with; another one that is named here
     is taken, with a warning.
@@ -116,8 +118,7 @@ def held_out(
     if another is not None and another.model.reference == reference:
         encoded, reconstructed = _hooks(hooks, sites, another.model)
         return replace(another, encoded=encoded, reconstructed=reconstructed)
-    load = lm.load_torch if spec.backend == "torch" else lm.load
-    loaded = load(reference, spec.precision or "float32", recorded=True)
+    loaded = load_model(activations, reference, split)
     tokenizer = lm.tokenizer(reference, loaded.spec.n_vocab, recorded=True)
     if loaded.digest != sources[0].model_digest:
         say_or_refuse(f"the weights of {reference} are not those that {activations.path} was made with", model, "model")
@@ -141,6 +142,18 @@ def held_out(
         text=text_NT,
         max_norm_multiple=spec.max_norm_multiple,
     )
+
+
+def load_model(activations: ActivationSet, reference: str, split: int) -> lm.LanguageModel | lm.TorchModel:
+    """A language model in the precision in which it made a set, over `split` devices of this process."""
+    precision, placed = activations.spec.precision or "float32", mesh.one_copy(split)
+    if activations.spec.backend != "torch":
+        return lm.load(reference, precision, recorded=True, mesh=placed)
+    if split > 1:
+        raise UsageError(
+            f"split={split}: {activations.path} was made with harvest.backend=torch, which runs a model whole; use 1"
+        )
+    return lm.load_torch(reference, precision, recorded=True)
 
 
 def _conversations(

@@ -13,11 +13,12 @@ import numpy as np
 
 from sae_jax import lm, storage
 from sae_jax.activations.spec import SourceSpec
+from sae_jax.activations.store import ActivationSet
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import base
-from sae_jax.evaluation.text import open_set, say_or_refuse
+from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
 from sae_jax.progress import Progress, say_once
 from sae_jax.record import Record, SourceRecord
@@ -34,6 +35,7 @@ def write_site(
     data: str | None = None,
     model: str | None = None,
     n_tokens: int = 400_000,
+    split: int = 1,
 ) -> tuple[Activations, np.ndarray]:
     """Write the site; returns the activations it shows and the sequences that these index, i32[n, context].
 
@@ -44,6 +46,7 @@ def write_site(
         data: the activation set; default: the one the dictionary was trained on.
         model: another reference for the language model, if it moved.
         n_tokens: tokens of the set's text to show examples from.
+        split: devices that the language model is split over.
 
     Raises:
         UsageError: a set without text, or something at `out` that is not a dashboard.
@@ -51,7 +54,7 @@ def write_site(
     """
     refuse_to_overwrite(Path(out))
     with storage.lease_of_folder(out) as lease:
-        return _write_site(d, out, title, data, model, n_tokens, lease)
+        return _write_site(d, out, title, data, model, n_tokens, split, lease)
 
 
 def _write_site(
@@ -61,6 +64,7 @@ def _write_site(
     data: str | None,
     model: str | None,
     n_tokens: int,
+    split: int,
     lease: storage.Lease,
 ) -> tuple[Activations, np.ndarray]:
     record, activations = d.record, open_set(d.record, data)
@@ -80,7 +84,7 @@ def _write_site(
         say_once(f"{activations.path} was made with harvest.backend=torch: pages are without effects on the logits")
     elif reference and target.hook:
         try:
-            effects = _logit_effects(reference, target, activations.path, model)
+            effects = _logit_effects(reference, target, activations, model, split)
         except lm.UnsupportedError:
             say_once(f"{reference} is not supported: pages are without effects on the logits")
     with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
@@ -136,10 +140,13 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if os.path.isabs(value) else _FOLDERS.sub("", value)
 
 
-def _logit_effects(reference: str, target: SourceSpec, where: str, given: str | None) -> Any:
-    model = lm.load(reference, recorded=True)
+def _logit_effects(
+    reference: str, target: SourceSpec, activations: ActivationSet, given: str | None, split: int
+) -> Any:
+    model = load_model(activations, reference, split)
+    assert isinstance(model, lm.LanguageModel)
     if target.model_digest not in (None, model.digest):
-        say_or_refuse(f"the weights of {reference} are not those that {where} was made with", given, "model")
+        say_or_refuse(f"the weights of {reference} are not those that {activations.path} was made with", given, "model")
     effect = jax.jit(lm.logit_effect, static_argnums=1)
     site = lm.parse_hook(str(target.hook), model.spec)
     return lambda rows_ND: np.asarray(effect(model, site, rows_ND))
