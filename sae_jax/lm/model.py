@@ -81,7 +81,10 @@ def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
 
 def read_spec(reference: str, *, recorded: bool = False) -> Spec:
     """The sizes and kinds of the model that `reference` names; of a hub model only config.json is fetched."""
-    return weights.read_spec(locate(reference, ["config.json"], recorded=recorded))
+    folder = locate(reference, ["config.json"], recorded=recorded)
+    if not (folder / "config.json").exists():  # a .gguf file says it itself
+        folder = locate(reference, recorded=recorded)
+    return weights.read_spec(folder)
 
 
 def tokenizer(reference: str, *n_vocab: int, recorded: bool = False) -> Tokenizer:
@@ -148,8 +151,12 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
 
     try:
         folder = fetched(files)
-        has_weights = files is not _FILES or any(folder.glob("*.safetensors"))
-        return folder if has_weights else fetched([*files, *_TORCH_FILES])
+        if files is not _FILES or any(folder.glob("*.safetensors")):
+            return folder
+        folder = fetched([*files, *_TORCH_FILES])
+        if any(folder.glob("*.bin")) or any(folder.glob("*.gguf")):
+            return folder
+        names = huggingface_hub.list_repo_files(match["id"], revision=match["revision"])
     except (OSError, ValueError) as error:
         # Every error of the hub client and its transport is one of the two; the first line says which it was.
         reason = str(error).partition("\n")[0]
@@ -157,3 +164,10 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
             f"model {reference!r} is no folder, is not in the hub's cache and cannot be fetched ({reason}); "
             "check the name and the network"
         ) from error
+    quantised = [name for name in names if name.endswith(".gguf")]
+    if len(quantised) > 1:
+        raise UserError(
+            f"model {reference!r} has {len(quantised)} .gguf files and no other weights; fetch one of them "
+            f"(hf download {match['id']} {quantised[0]}) and give its path"
+        )
+    return fetched([*files, *quantised])

@@ -46,10 +46,12 @@ class Attention:
 class UnsupportedError(UserError):
     """A model that is in order as far as is known, but has what is implemented in torch alone."""
 
-    def __init__(self, problem: str) -> None:
-        """`problem`: what is not supported."""
+    def __init__(self, problem: str, in_gguf: bool = False) -> None:
+        """`problem`: what is not supported. `in_gguf`: in a .gguf file, which the torch back end does not read."""
+        self.problem = problem
         super().__init__(
-            f"{problem}. harvest.backend=torch runs any causal model of transformers; or compute the activations "
+            f"{problem}. harvest.backend=torch runs any causal model of transformers"
+            f"{', from safetensors and not from .gguf: get the model as these' * in_gguf}; or compute the activations "
             f"yourself and write them with sae_jax.write_activations"
         )
 

@@ -28,7 +28,7 @@ from sae_jax.lm.checkpoint import Checkpoint, gguf_of, weight_files
 from sae_jax.lm.family import family, family_of
 from sae_jax.lm.files import read_json
 from sae_jax.lm.params import ArrayInfo, parameters
-from sae_jax.lm.spec import Spec
+from sae_jax.lm.spec import Spec, UnsupportedError
 from sae_jax.progress import say_once
 from sae_jax.types import UserError
 
@@ -49,6 +49,8 @@ def read_spec(folder: Path) -> Spec:
         raise UserError(f"{folder} has no config.json; a model is a Hugging Face folder, or a .gguf file")
     try:
         spec = family_of(config, str(folder)).read_spec(config)
+    except UnsupportedError as error:
+        raise UnsupportedError(error.problem, in_gguf=path.suffix == ".gguf") from None
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; get the file again") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:

@@ -54,6 +54,7 @@ def write_dashboard(
     about: str,
     metrics: Sequence[tuple[str, float | int | str | None, str]],
     config: Mapping[str, object],
+    lengths: np.ndarray | None = None,
     latents: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
     lease: storage.Lease | None = None,
@@ -74,6 +75,7 @@ def write_dashboard(
         about: what it is of, in a line that stands at the top of every page: model, place in it, size.
         metrics: (name, value, what it means) of what was measured, in order of importance.
         config: how the dictionary was made; may be nested. It is published: it should name no private paths.
+        lengths: i64[n_seq], tokens of each sequence that are shown, those after which are padding; None for all.
         latents: numbers of the latents that get a page, since a page takes about 6 kB; None for all.
         progress: called with (latents written, latents).
         lease: `storage.lease_of_folder(out_dir)`, if the caller holds it already.
@@ -90,14 +92,15 @@ def write_dashboard(
     with storage.new_folder(out_dir, replace=True, lease=lease) as building:
         data = building / "data"
         data.mkdir()
-        shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool))
+        lengths = np.full(len(sequences), sequences.shape[1]) if lengths is None else lengths
+        shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool), lengths)
         columns = _write_latents(data, table, latents, sequences, w_dec, logit_effects, shown, progress)
         texts_per_file = _write_texts(data, sequences, shown)
         text_or_0 = [text if used else 0 for text, used in zip(token_strings, shown.tokens, strict=True)]
         _write_script(data / "tokens.js", "tokens", text_or_0)
         score = "energy" if logit_effects is None else "effect"
         head = {"title": title, "metrics": _plain(metrics), "config": _plain(config), "scoreName": score}
-        sizes = {"nPos": sequences.shape[1], "bytesPerToken": shown.bytes_per_token, "textsPerFile": texts_per_file}
+        sizes = {"bytesPerToken": shown.bytes_per_token, "textsPerFile": texts_per_file}
         _write_script(data / "index.js", "index", head | sizes | _index(table, latents) | columns)
         _write_page(building, title, about)
         refuse_to_overwrite(out_dir)  # a run may have begun there
@@ -183,6 +186,7 @@ class _Shown:
 
     tokens: np.ndarray  # bool[V]
     sequences: np.ndarray  # bool[n_seq]
+    lengths: np.ndarray  # i64[n_seq], of which the rest is padding
 
     @property
     def bytes_per_token(self) -> int:
@@ -258,7 +262,7 @@ def _contexts(table: Activations, latent: int, sequences: np.ndarray, shown: _Sh
 
     at_ET = pos_E[:, None] + np.arange(-_BEFORE, _AFTER + 1)
     row_ET = np.broadcast_to(seq_E[:, None], at_ET.shape)
-    inside_ET = (at_ET >= 0) & (at_ET < sequences.shape[1])
+    inside_ET = (at_ET >= 0) & (at_ET < shown.lengths[seq_E, None])
     window = sequences[row_ET[inside_ET], at_ET[inside_ET]]
     shown.tokens[window] = True
 
@@ -274,6 +278,7 @@ def _contexts(table: Activations, latent: int, sequences: np.ndarray, shown: _Sh
         "histogram": counts.tolist(),
         "seq": seq_E.tolist(),
         "pos": pos_E.tolist(),
+        "length": shown.lengths[seq_E].tolist(),
         "ids": _packed(window, shown.bytes_per_token),
         "values": [of_context.ravel().tolist() for of_context in values],
         "nTop": len(groups[0].seq),
@@ -331,8 +336,9 @@ def _write_texts(data: Path, sequences: np.ndarray, shown: _Shown) -> int:
         used = shown.sequences[low : low + per_file]
         if not used.any():
             continue
-        part = sequences[low : low + per_file]
-        shown.tokens[part[used]] = True
+        part = [ids[:length] for ids, length in zip(sequences[low : low + per_file], shown.lengths[low:], strict=False)]
+        for ids, use in zip(part, used, strict=True):
+            shown.tokens[ids] |= use
         texts = [_packed(ids, shown.bytes_per_token) if use else 0 for ids, use in zip(part, used, strict=True)]
         _write_script(data / f"text-{low // per_file:03d}.js", "text", low // per_file, texts)
     return per_file

@@ -107,10 +107,16 @@ def _write_site(
                 if description.in_table and name in record.metrics
             ],
             config=_without_folders(record.to_json()),
+            lengths=_lengths(sequences, vocabulary.separator_id) if activations.spec.sequence == "document" else None,
             progress=lambda done, _: progress.update(done),
             lease=lease,
         )
     return table, sequences
+
+
+def _lengths(sequences: np.ndarray, padding: int) -> np.ndarray:
+    """i64[n]: tokens of each sequence i32[n, T] without the padding at its end."""
+    return sequences.shape[1] - (sequences[:, ::-1] != padding).argmax(axis=1)
 
 
 def about(record: Record) -> str:

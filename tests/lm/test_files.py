@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sae_jax.lm import load, tokenizer
+from sae_jax.lm import UnsupportedError, gguf_file, load, locate, tokenizer
 from sae_jax.lm.block import frequencies
 from sae_jax.lm.chat import first_template, read_template
 from sae_jax.lm.spec import Rotary
@@ -127,6 +127,38 @@ def test_a_repository_of_torchs_files_alone_is_fetched(folder, model, tmp_path, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     jax.tree.map(np.testing.assert_array_equal, load("owner/name").params, model.params)
     assert (snapshot / "pytorch_model.bin").exists() != has_both
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_repository_of_gguf_alone(tmp_path, monkeypatch, n):
+    """A single file is fetched; of several quantisations the user has to choose one."""
+    names = ["model-Q4_0.gguf", "model-Q8_0.gguf"][:n]
+    (tmp_path / "snapshot").mkdir()
+
+    def fetch(repo, *, revision, allow_patterns):
+        for name in names:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / "snapshot" / name).write_bytes(b"GGUF")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, *, revision: ["README.md", *names])
+    if n == 1:
+        assert [path.name for path in locate("owner/name").iterdir()] == names
+        return
+    with pytest.raises(
+        UserError, match=r"has 2 \.gguf files .*\(hf download owner/name model-Q4_0.gguf\) and give its"
+    ):
+        locate("owner/name")
+    assert not any((tmp_path / "snapshot").iterdir())
+
+
+def test_the_way_out_of_a_gguf_file_is_not_into_torch(tmp_path, golden, monkeypatch):
+    _, path = gguf_of(tmp_path, golden, "llama", "llama")
+    config = gguf_file.config(path) | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    monkeypatch.setattr(gguf_file, "config", lambda path: config)
+    with pytest.raises(UnsupportedError, match=r"'yarn' are not .* safetensors and not from \.gguf: get the model as"):
+        load(str(path))
 
 
 class Evil:

@@ -18,6 +18,7 @@ import pytest
 import sae_jax
 from sae_jax.analysis import examples
 from sae_jax.pages import dashboard
+from sae_jax.pages import site as pages
 from sae_jax.types import UsageError, UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -92,6 +93,24 @@ def read(site, name):
 
 
 # ---- data
+
+
+def test_padding_is_not_shown(tmp_path):
+    """Neither around a place nor in the whole sequence."""
+    lengths = np.where(np.arange(N_SEQ) % 2, N_POS - 8, N_POS)
+    site = write(tmp_path / "site", lengths=lengths)
+    _, records = read(site, "latents-000")
+    seq, pos = (np.array(records[0][name]) for name in ("seq", "pos"))
+    assert records[0]["length"] == lengths[seq].tolist()
+    shown = np.minimum(lengths[seq], pos + dashboard._AFTER + 1) - np.maximum(pos - dashboard._BEFORE, 0)
+    assert len(base64.b64decode(records[0]["ids"])) == 2 * shown.clip(0).sum()
+    _, texts = read(site, "text-000")
+    assert {len(base64.b64decode(text)) // 2 for text in texts if text} == {N_POS, N_POS - 8}
+
+
+def test_lengths_of_padded_sequences():
+    sequences = np.array([[0, 5, 6, 0, 0], [0, 5, 0, 7, 8], [0, 0, 0, 0, 9]])
+    assert pages._lengths(sequences, 0).tolist() == [3, 5, 5]
 
 
 def test_index_columns(site):

@@ -58,7 +58,7 @@ function contexts(record, most) {
   const items = record.seq.map((seq, i) => {
     const pos = record.pos[i];
     const first = Math.max(0, pos - index.before);
-    const length = Math.min(index.nPos, pos + index.after + 1) - first;
+    const length = Math.min(record.length[i], pos + index.after + 1) - first;
     at += length;
     return context(seq, pos, ids.slice(at - length, at), first, record.values[i], most);
   });
