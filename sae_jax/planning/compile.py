@@ -190,7 +190,7 @@ def _lower_step(job: dict[str, Any], devices: list[Any]) -> Any:
     from sae_jax.training.state import abstract
     from sae_jax.training.step import Step
 
-    sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"])
+    sae = configs.from_dict(base.config_class(job["sae"]["variant"]), job["sae"]).on(devices[0].platform)
     train = configs.from_dict(TrainConfig, job["train"])
     mesh = meshes.first_slice(meshes.make_mesh(configs.from_dict(meshes.MeshConfig, job["mesh"]), devices))
     meshes.check_divides(mesh, sae.n_latents, train.batch_size)

@@ -64,6 +64,17 @@ def test_state_is_given_away_and_is_what_arithmetic_says(name):
     assert toy(name).peak_bytes > expected
 
 
+def test_the_optimiser_passes_over_the_matrices_as_often_as_it_must():
+    """Of the encoder 1 for the norm and 9 of Adam and average; of the decoder 2 for norm and projection, 7 and 4."""
+    kernels = hlo.analyse(toy("h200:1", 4 * N).text, quietest=True).kernels
+    passes = [
+        (kernel.origin, sum(moved.bytes for moved in kernel.moved if moved.elements == 4 * N * D) / (4 * 4 * N * D))
+        for kernel in kernels
+        if "/optimiser/" in kernel.origin
+    ]
+    assert sum(n for _, n in passes) <= 1 + 9 + 2 + 7 + 4, passes
+
+
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("quietest", [True, False])
 def test_traffic_does_not_grow_with_the_dictionary(name, quietest):
