@@ -7,6 +7,7 @@ the selection must then be the reference's to the last latent, and there are tie
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from sae_jax.saes.base import Batch, Constants, Context, Counters, Hyperparamete
 from sae_jax.saes.normalise import Scale
 from sae_jax.selftest import dense
 from sae_jax.selftest.checks import Figures, LeftOutError, MismatchError, Where, check, place
+from sae_jax.training import optim
 from sae_jax.types import Code
 
 D, K, K_AUX = 32, 8, 8
@@ -86,8 +88,13 @@ def gradients(where: Where) -> Figures:
         loss, outcome = sae.objective(Batch(x_BD, x_BD), context)
         return loss, outcome.metrics["aux_loss"]
 
+    def learnt(sae: topk.TopK, x_BD: jax.Array, context: Context) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """And the gradient as the optimiser takes it: that of rows of norm 1 lies along their sphere."""
+        value, found = jax.value_and_grad(objective, has_aux=True)(sae, x_BD, context)
+        return value, optim.along_sphere(found, sae)[0]
+
     x = place(where.mesh, meshes.ROWS, x_BD)
-    (loss, aux_loss), found = tuning.jit(jax.value_and_grad(objective, has_aux=True))(sae, x, context)
+    (loss, aux_loss), found = tuning.jit(learnt)(sae, x, context)
     expected_loss, expected = dense.objective(x_BD, weights, K, K_AUX, AUX, loss_scale, silent_F)
     if not float(aux_loss) > 0:
         raise MismatchError(f"the loss of AuxK is {float(aux_loss)}", "above 0 with half of the latents silent")
