@@ -34,6 +34,19 @@ STEPS_TIMED = 5  # together: a GPU runs behind what it is told
 SECONDS = 0.5  # that one measurement of a rate or a stage takes at least
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a step: width, latents, active latents, rows."""
+
+    d: int
+    n: int
+    k: int
+    batch: int
+
+
+SIZES = {"A": Size(768, 131_072, 32, 8192), "B": Size(4096, 262_144, 64, 8192), "smoke": Size(32, 512, 4, 64)}
+
+
 def structured_rows(n_rows: int, d: int, seed: int, block: int = 8192) -> Iterator[np.ndarray]:
     """Blocks f32[block, d] that a sparse autoencoder can explain, and only with many latents.
 

@@ -34,6 +34,7 @@ from typing import Any
 
 import common
 import tyro
+from common import SIZES, Size
 
 from sae_jax import mesh as meshes
 from sae_jax.ops.tuning import EngineConfig
@@ -57,17 +58,6 @@ class Benchmark:
     smoke: bool = False  # one tiny step, compiled for this machine; seconds
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of a step."""
-
-    d: int
-    n: int
-    k: int
-    batch: int
-
-
-SIZES = {"A": Size(768, 131_072, 32, 8192), "B": Size(4096, 262_144, 64, 8192), "smoke": Size(32, 512, 4, 64)}
 COLUMNS = ["", "launches", "HBM, GB", "arrays", "sorts", "roofline, ms", "floor, ms", "roofline / floor"]
 
 

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import SIZES, Size
 
 from sae_jax.ops import tuning
 from sae_jax.saes import base, init
@@ -41,19 +42,6 @@ from sae_jax.training.step import Step
 
 DEAD = (0.02, 0.1, 0.5, 0.95)  # shares of the latents
 VARIANTS = ("batch_topk", "matryoshka", "jumprelu")
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a step."""
-
-    d: int
-    n: int
-    k: int
-    batch: int
-
-
-SIZES = {"A": Size(768, 131_072, 32, 8192), "B": Size(4096, 262_144, 64, 8192), "smoke": Size(32, 512, 4, 64)}
 
 
 @dataclass(frozen=True)
