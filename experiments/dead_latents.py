@@ -61,7 +61,20 @@ are still near the threshold (median of their largest pre-activation 1.80, of th
 short windows latents that were only rare count as dead from step 30 on, AuxK moves them, and half of those silent at
 the end have a largest pre-activation below 0.17 (20 k): it loses what it was to save. So the default stayed. Sampled
 rows bring back fewer than all at 8,192 (twice as many silent with either window; with 10,240 tokens in place of 10 k
-26.2 %), but not at 16,384, where both lose them; 2^15 latents were not run.
+26.2 %), but not at 16,384, where both lose them.
+
+Wider, with windows to fit: a million tokens at 2^15 latents, two million at 2^17, in which one fires 488 times on average
+(`--n-latents 32768 --k 16 --batch-size 1024 --rate 5e-4 --steps 4880 --window 1000000 --kinds both neither`, and
+`--n-latents 131072 --k 32 --batch-size 2048 --rate 2.5e-4 --steps 2440 --window 2000000 --kinds both`; the set of
+configs/scaling_laptop.yaml, one seed, JAX 0.11.2, an H200 with other runs beside):
+
+    latents            dead after 2.0 M   3.0 M    4.0 M    5.0 M tokens   FVU
+    32,768   both             0.0 %       0.1 %    4.2 %     8.8 %         0.075
+             neither          0.0 %       2.7 %   26.2 %    46.2 %         0.095
+    131,072  both             0.0 %       0.0 %    0.0 %     0.0 %         0.059
+
+At 2^15 AuxK and the transposed decoder lose a fifth of what is lost without, but not less than 5 %, and the share still
+rises. At 2^17 two and a half windows are too few for a verdict.
 """
 
 from __future__ import annotations
