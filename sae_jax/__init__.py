@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.artifact import Dictionary, load, save
     from sae_jax.record import Record
-    from sae_jax.runs import advise, dashboard, evaluate, fit, harvest, live, plan, sweep, train, train_members
+    from sae_jax.runs import advise, collect, dashboard, evaluate, fit, harvest, live, plan, sweep, train, train_members
     from sae_jax.saes.base import AbstractSae
     from sae_jax.types import Code, UsageError, UserError
 
@@ -34,6 +34,7 @@ __all__ = [
     "UsageError",
     "UserError",
     "advise",
+    "collect",
     "dashboard",
     "evaluate",
     "fit",
@@ -66,7 +67,19 @@ _HOMES = {
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
-        ("advise", "dashboard", "evaluate", "fit", "harvest", "live", "plan", "sweep", "train", "train_members"),
+        (
+            "advise",
+            "collect",
+            "dashboard",
+            "evaluate",
+            "fit",
+            "harvest",
+            "live",
+            "plan",
+            "sweep",
+            "train",
+            "train_members",
+        ),
         "sae_jax.runs",
     ),
 }

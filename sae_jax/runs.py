@@ -1,4 +1,4 @@
-"""What commands and notebooks call: harvest, train, sweep, evaluate, dashboard, fit, advise, plan.
+"""What commands and notebooks call: harvest, train, sweep, evaluate, collect, dashboard, fit, advise, plan.
 
 Each takes a job (the dataclass that the command of the same name parses) or keywords. They raise UserError and
 UsageError, never exit, and leave logging, signal handlers, the environment and JAX's global state as they found them.
@@ -22,6 +22,8 @@ from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows
+from sae_jax.analysis.collect import collect_set
+from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import evaluate as evaluation
 from sae_jax.evaluation.batches import Candidate
@@ -317,6 +319,31 @@ def evaluate(
     return documents
 
 
+def collect(
+    dictionary: Dictionary | StrPath,
+    out: StrPath,
+    *,
+    data: str | None = None,
+    tokens: int = 400_000,
+    ema: bool = False,
+    shard: tuple[int, int] = (0, 1),
+) -> Activations | None:
+    """Keep at `out` where in a sample of text each latent is active, and how strongly; returns it.
+
+    What is there already is not made again, so a call that was interrupted is repeated.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        out: folder of the store; `sae_jax.analysis.store.Store(out).open()` reads it later.
+        data: the activation set, if not that of its training.
+        tokens: tokens of the set's text, spread over its shards.
+        ema: of a run, the averaged weights.
+        shard: (i, n): make the i-th of n shares. None is returned while those of others are missing.
+    """
+    d = dictionary if isinstance(dictionary, Dictionary) else artifact.load(dictionary, ema)
+    return collect_set(d.sae, open_set(d.record, data), d.record.sites.x, tokens, out, shard)
+
+
 def dashboard(
     dictionary: Dictionary | StrPath,
     out: StrPath,
@@ -326,6 +353,7 @@ def dashboard(
     tokens: int = 400_000,
     ema: bool = False,
     split: int = 1,
+    store: StrPath | None = None,
 ) -> Path:
     """Write a static site of a dictionary's latents; returns the page to open.
 
@@ -337,11 +365,13 @@ def dashboard(
         tokens: tokens of the set's text to show examples from.
         ema: of a run, the averaged weights instead of the live ones.
         split: devices of this process that the language model is split over.
+        store: where `collect` keeps the activations of the sample; those that are there are not made again.
     """
     is_path = not isinstance(dictionary, Dictionary)
     d = artifact.load(dictionary, ema) if is_path else dictionary
     model = model and lm.resolve(model)
-    write_site(d, out, Path(dictionary).resolve().name if is_path else d.record.variant, data, model, tokens, split)
+    title = Path(dictionary).resolve().name if is_path else d.record.variant
+    write_site(d, out, title, data, model, tokens, split, store)
     return Path(out) / "index.html"
 
 

@@ -13,18 +13,16 @@ from sae_jax.analysis.examples import Activations, DenseBlock, strongest_dense, 
 BATCH = 64  # sequences
 
 
-def neuron_token_purity(model: lm.LanguageModel, layer: int, table: Activations, sequences: np.ndarray) -> float:
-    """`token_purity` of the MLP neurons of a layer, on the rows of `table`, whose text is `sequences` i32[n, T]."""
-    lm.check_ids(sequences, model.spec)
-    has_row = np.zeros(sequences.shape, bool)
-    has_row[table.seq, table.pos] = True
+def neuron_token_purity(model: lm.LanguageModel, layer: int, table: Activations) -> float:
+    """`token_purity` of the MLP neurons of a layer, on the rows of `table`."""
+    lm.check_ids(table.sequences, model.spec)
     neurons = lm.Hook(layer, "mlp_act")
 
     def blocks() -> Iterator[DenseBlock]:
-        for first in range(0, len(sequences), BATCH):
-            ids_BT = sequences[first : first + BATCH]
+        for first in range(0, len(table.sequences), BATCH):
+            ids_BT = table.sequences[first : first + BATCH]
             acts, _ = read_hooks(model, ids_BT, (neurons,), "float32")
-            keep_BT = has_row[first : first + BATCH]
+            keep_BT = table.has_row[first : first + BATCH]
             seq, pos = np.nonzero(keep_BT)
             yield np.asarray(acts[str(neurons)])[keep_BT], ids_BT[keep_BT], seq + first, pos
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+import xxhash
 
 from sae_jax.activations.store import ActivationSet
-from sae_jax.analysis.examples import Activations, SparseBlock, collect
+from sae_jax.analysis.examples import Activations, SparseBlock
+from sae_jax.analysis.store import Plan, Store
+from sae_jax.progress import Progress
 from sae_jax.saes.base import AbstractSae
 
 N_PLACES = 8  # the sample comes from at least so many shards, spread over the set
@@ -15,54 +21,115 @@ BLOCK = 4096  # rows encoded at once
 
 
 def collect_set(
-    sae: AbstractSae, activations: ActivationSet, sources: Sequence[str], n_tokens: int, progress: Callable[[int], None]
-) -> tuple[Activations, np.ndarray]:
-    """Encode the stored rows of about `n_tokens` tokens of text, `sources` side by side.
+    sae: AbstractSae,
+    activations: ActivationSet,
+    sources: Sequence[str],
+    n_tokens: int,
+    path: str | os.PathLike[str],
+    worker: tuple[int, int] = (0, 1),
+) -> Activations | None:
+    """The store at `path` of the stored rows of about `n_tokens` tokens of text: what is missing is made.
+
+    Blocks of rows go to the devices of this process in turn.
+
+    Args:
+        sae: the dictionary, on one device.
+        activations: the set.
+        sources: which are encoded, side by side.
+        n_tokens: how much text.
+        path: of the store, new, begun or finished.
+        worker: (i, n): this one makes every n-th part from the i-th on; the parts of others may be missing.
 
     Returns:
-        the activations by latent, with sequences renumbered from 0, and these sequences i32[n, context].
+        What the store holds, with sequences renumbered from 0; None while parts of other workers are missing.
 
     Raises:
-        UsageError: a set without text.
+        UsageError: a set without text, or another store at `path`.
+        HeldError: another process makes the same part.
     """
+    store = Store.create(path, plan_sample(sae, activations, sources, n_tokens))
+    todo = [part for part in store.missing() if part % worker[1] == worker[0]]
+    with Progress("encode", sum(store.plan.n_sequences[part] for part in todo), "sequences") as progress:
+        done = 0
+        for part in todo:
+            sequences = _sequences(activations, store.plan, part)
+            store.write_part(part, sequences, _codes(sae, _rows(activations, store.plan, part)))
+            progress.update(done := done + len(sequences))
+    if store.missing():
+        return None
+    if not store.is_finished:
+        store.join()
+    return store.open()
+
+
+def plan_sample(sae: AbstractSae, activations: ActivationSet, sources: Sequence[str], n_tokens: int) -> Plan:
+    """Which sequences are taken: whole ones from the start of each of several shards, spread evenly over the set."""
+    activations.check_text()
     spec = activations.spec
     per_shard, context = spec.sequences_per_shard or 1, spec.context or 1
     counts = {s: c.n_sequences for s, c in activations.commits.items() if c.n_sequences}
     shards = np.array(sorted(counts))
     n_needed = max(n_tokens // context, 1)
     n_chosen = min(max(N_PLACES, -(-n_needed // per_shard)), len(shards))
-    chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)]
-    # Whole sequences from the start of each chosen shard, so that every context is complete.
+    chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)].tolist()
     share = -(-n_needed // n_chosen)
-    numbers = np.concatenate([s * per_shard + np.arange(min(share, counts[int(s)])) for s in chosen])
-    sequences = activations.read_sequences(numbers)
-    renumbered = {
-        int(s): offset for s, offset in zip(chosen, np.searchsorted(numbers, chosen * per_shard), strict=True)
-    }
+    return Plan(
+        dictionary=_digest(sae),
+        content=activations.content,
+        sources=list(sources),
+        n_latents=sae.b_enc.shape[0],
+        context=context,
+        shards=chosen,
+        n_sequences=[min(share, counts[shard]) for shard in chosen],
+    )
 
-    def rows() -> Iterator[tuple[np.ndarray, ...]]:
-        """(row, token, sequence, position) of the chosen text, chunk by chunk."""
-        for chunk in np.flatnonzero(np.isin(activations.chunk_shard, chosen)):
-            index = activations.read_index(int(chunk))
-            shard = int(activations.chunk_shard[chunk])
-            local = index["seq"] - shard * per_shard
-            is_chosen = local < share
-            parts = [activations.read_chunk(source, int(chunk))[is_chosen].astype(np.float32) for source in sources]
-            x_ND = np.concatenate(parts, axis=1)
-            yield x_ND, index["token"][is_chosen], local[is_chosen] + renumbered[shard], index["pos"][is_chosen]
 
-    def codes() -> Iterator[SparseBlock]:
-        done = 0
-        for x_ND, token, seq, pos in _in_blocks(rows()):
-            # Every block is filled up to one shape: each new shape would compile the encoder again.
-            padded_ND = np.pad(x_ND, ((0, BLOCK - len(x_ND)), (0, 0)))
-            code = sae.encode(padded_ND)
-            indices, values = (np.asarray(field)[: len(x_ND)] for field in (code.indices, code.values))
-            yield indices, values, token, seq, pos
-            done += len(x_ND)
-            progress(done)
+def _digest(sae: AbstractSae) -> str:
+    digest = xxhash.xxh3_64(repr(sae.config).encode())
+    for path, leaf in jax.tree.leaves_with_path(sae):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
 
-    return collect(codes(), sae.b_enc.shape[0]), sequences
+
+def _sequences(activations: ActivationSet, plan: Plan, part: int) -> np.ndarray:
+    """The text of a part, i32[q, T]."""
+    first = plan.shards[part] * (activations.spec.sequences_per_shard or 1)
+    return activations.read_sequences(first + np.arange(plan.n_sequences[part]))
+
+
+def _rows(activations: ActivationSet, plan: Plan, part: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(row, its place in the part) of the text of a part, chunk by chunk."""
+    shard, n_sequences = plan.shards[part], plan.n_sequences[part]
+    first = shard * (activations.spec.sequences_per_shard or 1)
+    for chunk in np.flatnonzero(activations.chunk_shard == shard).tolist():
+        index = activations.read_index(chunk)
+        seq = index["seq"].astype(np.int64) - first
+        is_chosen = seq < n_sequences
+        parts = [activations.read_chunk(source, chunk)[is_chosen].astype(np.float32) for source in plan.sources]
+        yield np.concatenate(parts, axis=1), (seq * plan.context + index["pos"])[is_chosen]
+
+
+def _codes(sae: AbstractSae, rows: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[SparseBlock]:
+    """Codes of rows, a block on each device at a time."""
+    devices = jax.local_devices()
+    copies: dict[int, AbstractSae] = {}
+    pending: deque[tuple[jax.Array, jax.Array, np.ndarray]] = deque()
+    for number, (x_ND, place) in enumerate(_in_blocks(rows)):
+        at = number % len(devices)
+        copy = copies.setdefault(at, sae if len(devices) == 1 else jax.device_put(sae, devices[at]))
+        # Every block is filled up to one shape: each new shape would compile the encoder again.
+        padded_ND = np.pad(x_ND, ((0, BLOCK - len(x_ND)), (0, 0)))
+        code = copy.encode(jax.device_put(padded_ND, devices[at]))
+        pending.append((code.indices, code.values, place))
+        if len(pending) > len(devices):
+            yield _on_host(*pending.popleft())
+    while pending:
+        yield _on_host(*pending.popleft())
+
+
+def _on_host(indices: jax.Array, values: jax.Array, place: np.ndarray) -> SparseBlock:
+    return np.asarray(indices)[: len(place)], np.asarray(values)[: len(place)], place
 
 
 def _in_blocks(parts: Iterator[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:

@@ -1,33 +1,35 @@
 """Which contexts activate which latent.
 
 A code lists the active latents of each token. To interpret a latent one needs the transpose: all tokens at which it
-is active. `collect` builds that transpose (compressed sparse rows by latent) from a stream of blocks, and what people
-look at is read from it: firing rate, histograms, the strongest contexts, contexts from the whole range of values.
+is active. `Activations` is that transpose, compressed by latent, in memory (`collect`) or on disk (store.py). What
+people look at is read from it: firing rate, histograms, the strongest contexts, contexts from the whole range of
+values.
 
-Memory: 8 bytes an activation and 12 bytes a row are held, about 32 bytes an activation at the peak of
-`collect` (1M tokens with k = 32: 0.27 GB held, 1 GB peak). The caller bounds the number of tokens.
+A token is named by its place: sequence * T + position.
 
 Sampling over equal-width intervals of the activation follows Bricken et al. (2023, "Towards
 Monosemanticity").
 
-Axis key of types.py, and: A activations (one latent at one row), E examples of a latent, M strongest kept.
+Axis key of types.py, and: A activations (one latent at one row), E examples of a latent, M strongest kept, Q sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
 from sae_jax.types import UserError
 
-# indices i32[B, K], values f32[B, K] (0 = empty slot), token, seq, pos i32[B]
-SparseBlock = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# indices i32[B, K], values f32[B, K] (0 = empty slot), place i64[B]
+SparseBlock = tuple[np.ndarray, np.ndarray, np.ndarray]
 # values [B, F], token, seq, pos i32[B]
 DenseBlock = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
+MAX_PLACES = 2**32  # tokens of a sample
 _SORT_BLOCK = 2**22  # activations sorted at once: about 150 MB of keys and orders
 
 
@@ -62,19 +64,21 @@ class Strongest:
 
 @dataclass(frozen=True)
 class Activations:
-    """All activations, by latent: those of latent f are `offsets[f]:offsets[f + 1]` of `rows` and `values`."""
+    """All activations, by latent: those of latent f are `offsets[f]:offsets[f + 1]` of `places` and `values`.
 
-    token: np.ndarray  # i32[N], rows in order of (seq, pos)
-    seq: np.ndarray  # i32[N]
-    pos: np.ndarray  # i32[N]
+    `places` and `values` are arrays in memory, or columns on disk of which slices are read.
+    """
+
+    sequences: np.ndarray  # i32[Q, T], the text
+    has_row: np.ndarray  # bool[Q, T], the tokens whose rows were encoded
     offsets: np.ndarray  # i64[F + 1]
-    rows: np.ndarray  # i32[A], ascending within a latent
-    values: np.ndarray  # f32[A], > 0
+    places: Any  # u32[A], ascending within a latent
+    values: Any  # f32[A], > 0
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         """Rows seen, with and without activations."""
-        return len(self.token)
+        return int(np.count_nonzero(self.has_row))
 
     @property
     def n_latents(self) -> int:
@@ -92,11 +96,11 @@ class Activations:
         return self.counts / max(self.n_rows, 1)
 
     def of_latent(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows i32[E] (ascending) and values f32[E] of one latent, as views."""
+        """Places u32[E] (ascending) and values f32[E] of one latent."""
         if not 0 <= latent < self.n_latents:
             raise UserError(f"latent {latent} does not exist; choose 0 to {self.n_latents - 1}")
         part = slice(self.offsets[latent], self.offsets[latent + 1])
-        return self.rows[part], self.values[part]
+        return self.places[part], self.values[part]
 
     def density_histogram(self, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
         """Counts i64[n_bins] and edges f64[n_bins + 1] of log10(density) over the latents that fired.
@@ -119,16 +123,16 @@ class Activations:
         With `one_per_sequence` only the strongest activation of each sequence is considered, so that one
         repetitive text does not fill the list.
         """
-        rows, values = self.of_latent(latent)
-        if one_per_sequence and len(rows):
-            seq = self.seq[rows]
-            starts = np.flatnonzero(np.diff(seq, prepend=seq[0] - 1))
-            ends = np.append(starts[1:], len(rows))
+        places, values = self.of_latent(latent)
+        if one_per_sequence and len(places):
+            seq = places // self.sequences.shape[1]
+            starts = np.append(0, np.flatnonzero(np.diff(seq)) + 1)
+            ends = np.append(starts[1:], len(places))
             chosen = _largest(np.maximum.reduceat(values, starts), m)
             picks = np.array([starts[i] + np.argmax(values[starts[i] : ends[i]]) for i in chosen], int)
         else:
             picks = _largest(values, m)
-        return self._examples(rows[picks], values[picks])
+        return self._examples(places[picks], values[picks])
 
     def quantile_samples(
         self,
@@ -149,7 +153,7 @@ class Activations:
                 "count" cuts the sorted activations into parts of equal size.
             seed: the draw is a function of (seed, latent).
         """
-        rows, values = self.of_latent(latent)
+        places, values = self.of_latent(latent)
         rng = np.random.default_rng([seed, latent])
         order = np.argsort(values, kind="stable")
         if by == "count":
@@ -164,7 +168,7 @@ class Activations:
             drawn = rng.choice(part, min(per_bin, len(part)), replace=False)
             drawn = np.sort(drawn)
             drawn = drawn[np.argsort(-values[drawn], kind="stable")]
-            intervals.append(Interval(low, high, len(part), self._examples(rows[drawn], values[drawn])))
+            intervals.append(Interval(low, high, len(part), self._examples(places[drawn], values[drawn])))
         return intervals
 
     def windows(self, latent: int, seq: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
@@ -176,92 +180,117 @@ class Activations:
             start: i32[E] first position of each stretch; it may be negative or run past the end.
             length: positions in each stretch.
         """
-        rows, values = self.of_latent(latent)
-        pos_A = self.pos[rows]
-        place_A = (self.seq[rows].astype(np.int64) << 32) + pos_A
-        first_E = (seq.astype(np.int64) << 32) + start
-        low_E, high_E = np.searchsorted(place_A, first_E), np.searchsorted(place_A, first_E + length)
+        places, values = self.of_latent(latent)
+        n_pos = self.sequences.shape[1]
+        place_A, first_E = places.astype(np.int64), seq.astype(np.int64) * n_pos
+        # What lies before or behind a sequence belongs to others.
+        low_E = np.searchsorted(place_A, first_E + np.clip(start, 0, n_pos))
+        high_E = np.searchsorted(place_A, first_E + np.clip(start.astype(np.int64) + length, 0, n_pos))
         n_E = high_E - low_E
         context = np.repeat(np.arange(len(seq)), n_E)
         at = np.arange(n_E.sum()) + np.repeat(low_E - (np.cumsum(n_E) - n_E), n_E)
         window_ET = np.zeros((len(seq), length), np.float32)
-        window_ET[context, pos_A[at] - start[context]] = values[at]
+        window_ET[context, place_A[at] - first_E[context] - start[context]] = values[at]
         return window_ET
 
     def strongest(self, m: int = 25) -> Strongest:
         """The m strongest activations of every latent; ties go to the lowest (seq, pos)."""
         value_FM = np.zeros((self.n_latents, m), np.float32)
-        row_FM = np.zeros((self.n_latents, m), np.int32)
-        for first, last in self._latent_blocks():
+        place_FM = np.zeros((self.n_latents, m), np.int64)
+        for first, last in latent_blocks(self.offsets):
             part = slice(self.offsets[first], self.offsets[last])
+            values_A = self.values[part]
             latent_A = np.repeat(np.arange(first, last), self.counts[first:last])
-            pick, latent, rank = _best_per_latent(latent_A, self.values[part], m)
-            value_FM[latent, rank] = self.values[part][pick]
-            row_FM[latent, rank] = self.rows[part][pick]
-        empty_FM = value_FM == 0
-        places = (np.where(empty_FM, -1, of_row[row_FM]) for of_row in (self.token, self.seq, self.pos))
-        return Strongest(value_FM, *places)
+            pick, latent, rank = _best_per_latent(latent_A, values_A, m)
+            value_FM[latent, rank] = values_A[pick]
+            place_FM[latent, rank] = self.places[part][pick]
+        seq_FM, pos_FM = np.divmod(place_FM, max(self.sequences.shape[1], 1))
+        token_FM = self.sequences[seq_FM, pos_FM] if self.sequences.size else place_FM
+        found = (np.where(value_FM == 0, -1, x_FM).astype(np.int32) for x_FM in (token_FM, seq_FM, pos_FM))
+        return Strongest(value_FM, *found)
 
-    def _examples(self, rows: np.ndarray, values: np.ndarray) -> Examples:
-        return Examples(self.seq[rows], self.pos[rows], values)
-
-    def _latent_blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of latents that hold about _SORT_BLOCK activations each."""
-        first = 0
-        while first < self.n_latents and self.offsets[-1] > 0:
-            last = int(np.searchsorted(self.offsets, self.offsets[first] + _SORT_BLOCK))
-            last = min(max(last, first + 1), self.n_latents)
-            yield first, last
-            first = last
+    def _examples(self, places: np.ndarray, values: np.ndarray) -> Examples:
+        seq, pos = np.divmod(places, max(self.sequences.shape[1], 1))
+        return Examples(seq.astype(np.int32), pos.astype(np.int32), values)
 
 
-def collect(blocks: Iterable[SparseBlock], n_latents: int) -> Activations:
-    """Group a stream of codes by latent.
+def latent_blocks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of latents that hold about _SORT_BLOCK activations each, by offsets i64[F + 1]."""
+    n_latents, first = len(offsets) - 1, 0
+    while first < n_latents and offsets[-1] > 0:
+        last = int(np.searchsorted(offsets, offsets[first] + _SORT_BLOCK))
+        last = min(max(last, first + 1), n_latents)
+        yield first, last
+        first = last
+
+
+@dataclass(frozen=True)
+class Run:
+    """Some activations, sorted by latent and place."""
+
+    counts: np.ndarray  # u32[F], of each latent
+    places: np.ndarray  # u32[A]
+    values: np.ndarray  # f32[A]
+
+
+def sorted_runs(
+    blocks: Iterable[SparseBlock], n_latents: int, has_row: np.ndarray, n_largest: int | None = None
+) -> Iterator[Run]:
+    """A stream of codes as sorted runs.
 
     Args:
-        blocks: (indices i32[B, K], values f32[B, K], token, seq, pos i32[B]) in any order of rows; value 0
-            is an empty slot. A row is named by (seq, pos) and comes once.
+        blocks: (indices i32[B, K], values f32[B, K], place i64[B]), rows in any order; value 0 is an empty slot.
         n_latents: size of the dictionary.
+        has_row: bool[places]; those that come are set here.
+        n_largest: activations of a run, or a little more, since a block goes whole into one; None: all in one run. They
+            are held at 12 bytes each, and at about 32 while they are sorted.
 
     Raises:
-        UserError: a value that is negative or not finite, an index out of range, a row or a latent of a row
-            that comes twice.
+        UserError: a value that is negative or not finite, an index out of range, a row or a latent of a row that comes
+            twice.
     """
-    latents, rows, values, places = [], [], [], []
-    n_rows = 0
-    for indices_BK, values_BK, *place in blocks:
+    keys, values, n_held = [], [], 0
+    for indices_BK, values_BK, place_B in blocks:
         if not (np.isfinite(values_BK).all() and (values_BK >= 0).all()):
             raise UserError("an activation is negative or not finite; values must be 0 or more")
+        unique_B, times_B = np.unique(place_B, return_counts=True)
+        twice = unique_B[(times_B > 1) | has_row[unique_B]]
+        if twice.size:
+            raise UserError(f"the row at place {twice[0]} comes twice; feed every row once")
+        has_row[place_B] = True
         row_A, slot_A = np.nonzero(values_BK)
-        latents.append(indices_BK[row_A, slot_A].astype(np.uint32))
-        rows.append((row_A + n_rows).astype(np.int32))
+        latent_A = indices_BK[row_A, slot_A]
+        if len(latent_A) and not 0 <= latent_A.min() <= latent_A.max() < n_latents:
+            strange = latent_A[(latent_A < 0) | (latent_A >= n_latents)][0]
+            raise UserError(f"latent index {strange} does not fit n_latents={n_latents}")
+        keys.append((latent_A.astype(np.uint64) << np.uint64(32)) | place_B[row_A].astype(np.uint64))
         values.append(values_BK[row_A, slot_A].astype(np.float32))
-        places.append(np.stack(place).astype(np.int32))
-        n_rows += len(values_BK)
+        n_held += len(latent_A)
+        if n_largest is not None and n_held >= n_largest:
+            yield _sorted(_drain(keys, np.uint64), _drain(values, np.float32), n_latents)
+            n_held = 0
+    if n_held or n_largest is None:
+        yield _sorted(_drain(keys, np.uint64), _drain(values, np.float32), n_latents)
 
-    token, seq, pos = np.concatenate([np.zeros((3, 0), np.int32), *places], axis=1)
-    order_N = np.lexsort((pos, seq))
-    token, seq, pos = token[order_N], seq[order_N], pos[order_N]
-    twice = (np.diff(seq) == 0) & (np.diff(pos) == 0)
-    if twice.any():
-        at = np.argmax(twice)
-        raise UserError(f"row (seq {seq[at]}, pos {pos[at]}) comes twice; feed every row once")
 
-    rank_N = np.empty(n_rows, np.uint64)
-    rank_N[order_N] = np.arange(n_rows, dtype=np.uint64)
-    latent_A = _drain(latents, np.uint32)
-    if len(latent_A) and latent_A.max() >= n_latents:
-        raise UserError(f"latent index {latent_A.max()} does not fit n_latents={n_latents}")
-    offsets = np.append(0, np.cumsum(np.bincount(latent_A, minlength=n_latents)))
-    key_A = (latent_A.astype(np.uint64) << np.uint64(32)) | rank_N[_drain(rows, np.int32)]
-    del latent_A
-    order_A = np.argsort(key_A)
-    key_A = key_A[order_A]
-    if (key_A[1:] == key_A[:-1]).any():
-        raise UserError("a latent comes twice in one row; give each active latent one slot")
-    return Activations(
-        token, seq, pos, offsets, key_A.astype(np.uint32).view(np.int32), _drain(values, np.float32)[order_A]
-    )
+def merged(places_A: np.ndarray, values_A: np.ndarray, latent_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places and values of several runs, sorted by latent (any integers), then place."""
+    order_A = np.argsort((latent_A.astype(np.uint64) << np.uint64(32)) | places_A)
+    return places_A[order_A], values_A[order_A]
+
+
+def collect(blocks: Iterable[SparseBlock], n_latents: int, sequences: np.ndarray) -> Activations:
+    """A stream of codes by latent, in memory.
+
+    Args:
+        blocks: see `sorted_runs`, which also says what is refused.
+        n_latents: size of the dictionary.
+        sequences: i32[Q, T], the text that places are in.
+    """
+    has_row = np.zeros(sequences.size, bool)
+    (run,) = sorted_runs(blocks, n_latents, has_row)
+    offsets = np.append(0, np.cumsum(run.counts, dtype=np.int64))
+    return Activations(sequences, has_row.reshape(sequences.shape), offsets, run.places, run.values)
 
 
 def strongest_dense(blocks: Iterable[DenseBlock], m: int = 25) -> Strongest:
@@ -355,6 +384,15 @@ def _merge(kept: Strongest, values_BF: np.ndarray, token: np.ndarray, seq: np.nd
     kept.value[changed[group], rank] = value[pick]
     for old, new in ((kept.token, token), (kept.seq, seq), (kept.pos, pos)):
         old[changed[group], rank] = np.append(old[changed], new[row])[pick]
+
+
+def _sorted(key_A: np.ndarray, values_A: np.ndarray, n_latents: int) -> Run:
+    order_A = np.argsort(key_A)
+    key_A = key_A[order_A]
+    if (key_A[1:] == key_A[:-1]).any():
+        raise UserError("a latent comes twice in one row; give each active latent one slot")
+    counts = np.bincount((key_A >> np.uint64(32)).astype(np.int64), minlength=n_latents).astype(np.uint32)
+    return Run(counts, key_A.astype(np.uint32), values_A[order_A])
 
 
 def _drain(pieces: list[np.ndarray], dtype: type) -> np.ndarray:

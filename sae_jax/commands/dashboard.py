@@ -32,6 +32,8 @@ class Dashboard:
     """show the averaged weights instead of the live ones"""
     split: int = 1
     """devices that the language model is split over, as harvest.split"""
+    store: str | None = None
+    """folder of `sae-jax collect` with the activations to show; what is missing there is made. Default: none is kept"""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -42,6 +44,6 @@ def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
     gpu.warn_of_idle_gpu()
-    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split")}
+    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split", "store")}
     runs.dashboard(command.run, command.out, **settings)
     console.print(f"{Path(command.out) / 'index.html'}")

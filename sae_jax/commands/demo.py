@@ -16,6 +16,7 @@ from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.analysis.baselines import neuron_token_purity
 from sae_jax.analysis.examples import token_purity
+from sae_jax.analysis.store import Store
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation import baselines
@@ -60,7 +61,8 @@ def run(argv: Sequence[str]) -> None:
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     result, d = runs.evaluate(run_path)[run_path], artifact.load(run_path)
     plot_training(metrics := read_metrics(Path(run_path)), out / "training.png", about(d.record))
-    table, sequences = write_site(d, out / "dashboard", title=out.resolve().name)
+    write_site(d, out / "dashboard", title=out.resolve().name, store=out / "latents")
+    table = Store(out / "latents").open()
 
     activations = open_activations(activations_path)
     text = held_out(activations, d.record.sites, ALL_TOKENS)
@@ -71,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         **{name: result[name] for name in SHOWN},
         "fvu_pca": on_rows(pca, text.rows())["fvu"],
         "token_purity": token_purity(table.strongest()),
-        "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table, sequences),
+        "neuron_token_purity": neuron_token_purity(text.model, text.encoded[0].layer, table),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in metrics])),
         "seconds": round(time.monotonic() - began, 1),
     }

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "a sparse autoencoder on an activation set; repeat the command to resume",
     "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to resume",
     "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
+    "collect": "where in a sample of text each latent is active; repeat the command to resume",
     "dashboard": "a static site to look at the latents of a run",
     "fit": "scaling laws from the table of a sweep, with intervals and figures",
     "advise": "latents, tokens, learning rate and error for a budget, by the laws of a fit",
@@ -18,7 +19,7 @@ COMMANDS = {
 }
 
 
-RESUMING = ("harvest", "train", "sweep", "demo")
+RESUMING = ("harvest", "train", "sweep", "collect", "demo")
 
 
 def usage() -> str:

@@ -46,7 +46,6 @@ def write_dashboard(
     out_dir: str | Path,
     *,
     table: Activations,
-    sequences: np.ndarray,
     token_strings: Sequence[str],
     w_dec: np.ndarray,
     logit_effects: Callable[[np.ndarray], np.ndarray] | None,
@@ -63,8 +62,7 @@ def write_dashboard(
 
     Args:
         out_dir: where the site goes; an earlier dashboard there is replaced.
-        table: the activations to show. Its rows may leave out positions of `sequences`, never the reverse.
-        sequences: i32[n_seq, T] token ids; `table.seq` and `table.pos` index it.
+        table: the activations to show.
         token_strings: text of each token id. Bytes that are not UTF-8 on their own come as the error handler
             "surrogateescape" decodes them, and are shown as \\xNN.
         w_dec: f32[F, D] decoder rows.
@@ -82,19 +80,20 @@ def write_dashboard(
 
     Raises:
         UsageError: `out_dir` holds something that is not a dashboard.
-        UserError: the table, the sequences, the tokens and the decoder do not fit each other.
+        UserError: the table, the tokens and the decoder do not fit each other.
     """
     latents = np.arange(table.n_latents) if latents is None else np.unique(latents)
     out_dir = Path(out_dir).absolute()
     refuse_to_overwrite(out_dir)
-    _check(table, sequences, len(token_strings), w_dec, latents)
+    _check(table, len(token_strings), w_dec, latents)
+    sequences = table.sequences
 
     with storage.new_folder(out_dir, replace=True, lease=lease) as building:
         data = building / "data"
         data.mkdir()
         lengths = np.full(len(sequences), sequences.shape[1]) if lengths is None else lengths
         shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool), lengths)
-        columns = _write_latents(data, table, latents, sequences, w_dec, logit_effects, shown, progress)
+        columns = _write_latents(data, table, latents, w_dec, logit_effects, shown, progress)
         texts_per_file = _write_texts(data, sequences, shown)
         text_or_0 = [text if used else 0 for text, used in zip(token_strings, shown.tokens, strict=True)]
         _write_script(data / "tokens.js", "tokens", text_or_0)
@@ -159,7 +158,7 @@ def refuse_to_overwrite(out_dir: Path) -> None:
         raise UsageError(f"{out_dir} exists and is not a dashboard; choose another folder or remove it")
 
 
-def _check(table: Activations, sequences: np.ndarray, n_tokens: int, w_dec: np.ndarray, latents: np.ndarray) -> None:
+def _check(table: Activations, n_tokens: int, w_dec: np.ndarray, latents: np.ndarray) -> None:
     if len(w_dec) != table.n_latents:
         raise UserError(f"w_dec has {len(w_dec)} rows for {table.n_latents} latents; give one row for each latent")
     strange = latents[(latents < 0) | (latents >= table.n_latents)]
@@ -167,17 +166,9 @@ def _check(table: Activations, sequences: np.ndarray, n_tokens: int, w_dec: np.n
         raise UserError(f"latent {strange[0]} does not exist; choose from 0 to {table.n_latents - 1}")
     if not latents.size:
         raise UserError("no latents to show; name at least one")
-    strange = sequences[(sequences < 0) | (sequences >= n_tokens)]
+    strange = table.sequences[(table.sequences < 0) | (table.sequences >= n_tokens)]
     if strange.size:
         raise UserError(f"token id {strange[0]} has no text; give more than {n_tokens} token_strings")
-    n_seq, n_pos = sequences.shape
-    if not table.n_rows:
-        return
-    if table.seq.max() >= n_seq or table.pos.max() >= n_pos:
-        place = f"(seq {table.seq.max()}, pos {table.pos.max()})"
-        raise UserError(f"a row at {place} lies outside sequences of shape {sequences.shape}; give them all")
-    if not np.array_equal(sequences[table.seq, table.pos], table.token):
-        raise UserError("the tokens of the rows differ from sequences; give the sequences the rows came from")
 
 
 @dataclass(frozen=True)
@@ -197,7 +188,6 @@ def _write_latents(
     data: Path,
     table: Activations,
     latents: np.ndarray,
-    sequences: np.ndarray,
     w_dec: np.ndarray,
     logit_effects: Callable[[np.ndarray], np.ndarray] | None,
     shown: _Shown,
@@ -214,7 +204,7 @@ def _write_latents(
             _, values = table.of_latent(latent)
             norm = float(np.linalg.norm(w_dec[latent]))
             mean = values.mean(dtype=np.float64) if len(values) else 0.0
-            tokens = _commonest(table, latent, sequences)
+            tokens = _commonest(table, latent)
             shown.tokens[[token for token, _ in tokens]] = True
             record: dict[str, object] = {
                 "count": len(values),
@@ -224,7 +214,7 @@ def _write_latents(
                 "near": _pairs(near_LN[low + i], cosine_LN[low + i]),
             }
             if len(values):
-                record |= _contexts(table, latent, sequences, shown)
+                record |= _contexts(table, latent, shown)
             promoted = []
             if logits is None:
                 score = np.square(values, dtype=np.float64).sum() / max(table.n_rows, 1) * norm**2
@@ -244,7 +234,7 @@ def _write_latents(
     return columns
 
 
-def _contexts(table: Activations, latent: int, sequences: np.ndarray, shown: _Shown) -> dict[str, object]:
+def _contexts(table: Activations, latent: int, shown: _Shown) -> dict[str, object]:
     """Histogram and contexts of a latent that fires: the strongest contexts first, then those of each interval.
 
     Token ids of the windows are one run of bytes, since their lengths follow from the positions. Values are
@@ -263,7 +253,7 @@ def _contexts(table: Activations, latent: int, sequences: np.ndarray, shown: _Sh
     at_ET = pos_E[:, None] + np.arange(-_BEFORE, _AFTER + 1)
     row_ET = np.broadcast_to(seq_E[:, None], at_ET.shape)
     inside_ET = (at_ET >= 0) & (at_ET < shown.lengths[seq_E, None])
-    window = sequences[row_ET[inside_ET], at_ET[inside_ET]]
+    window = table.sequences[row_ET[inside_ET], at_ET[inside_ET]]
     shown.tokens[window] = True
 
     value_ET = table.windows(latent, seq_E, pos_E - _REACH, 2 * _REACH + 1)
@@ -320,10 +310,10 @@ def _largest_of_rows(value_BN: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarr
     return np.take_along_axis(index_Bn, order_Bn, axis=1), np.take_along_axis(value_Bn, order_Bn, axis=1)
 
 
-def _commonest(table: Activations, latent: int, sequences: np.ndarray) -> list[list[int]]:
+def _commonest(table: Activations, latent: int) -> list[list[int]]:
     """[token id, count] of the tokens under a latent's strongest activations, commonest first."""
     top = table.top(latent, _N_STRONGEST)
-    token = sequences[top.seq, top.pos]
+    token = table.sequences[top.seq, top.pos]
     ids, first, counts = np.unique(token, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
     return np.stack([ids[order], counts[order]], axis=1).tolist()

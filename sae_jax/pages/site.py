@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ from sae_jax import lm, storage
 from sae_jax.activations.spec import SourceSpec
 from sae_jax.activations.store import ActivationSet
 from sae_jax.analysis.collect import collect_set
-from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
@@ -36,8 +37,9 @@ def write_site(
     model: str | None = None,
     n_tokens: int = 400_000,
     split: int = 1,
-) -> tuple[Activations, np.ndarray]:
-    """Write the site; returns the activations it shows and the sequences that these index, i32[n, context].
+    store: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write the site.
 
     Args:
         d: the dictionary.
@@ -47,14 +49,16 @@ def write_site(
         model: another reference for the language model, if it moved.
         n_tokens: tokens of the set's text to show examples from.
         split: devices that the language model is split over.
+        store: where the activations of the sample are kept; what is there is not made again. None: nowhere.
 
     Raises:
-        UsageError: a set without text, or something at `out` that is not a dashboard.
+        UsageError: a set without text, another store at `store`, or something at `out` that is not a dashboard.
         HeldError: another process writes a dashboard there.
     """
     refuse_to_overwrite(Path(out))
-    with storage.lease_of_folder(out) as lease:
-        return _write_site(d, out, title, data, model, n_tokens, split, lease)
+    with storage.lease_of_folder(out) as lease, contextlib.ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory()) if store is None else store
+        _write_site(d, out, title, data, model, n_tokens, split, store, lease)
 
 
 def _write_site(
@@ -65,8 +69,9 @@ def _write_site(
     model: str | None,
     n_tokens: int,
     split: int,
+    store: str | os.PathLike[str],
     lease: storage.Lease,
-) -> tuple[Activations, np.ndarray]:
+) -> None:
     record, activations = d.record, open_set(d.record, data)
     tokenizer = model or activations.spec.tokenizer
     target = activations.source(record.sites.y[-1])  # what latents write to, nearest to the logits
@@ -87,15 +92,17 @@ def _write_site(
             effects = _logit_effects(reference, target, activations, model, split)
         except lm.UnsupportedError:
             say_once(f"{reference} is not supported: pages are without effects on the logits")
-    with Progress("encode", min(n_tokens, activations.n_rows), "tokens") as progress:
-        table, sequences = collect_set(d.sae, activations, record.sites.x, n_tokens, progress.update)
+    table = collect_set(d.sae, activations, record.sites.x, n_tokens, store)
+    if table is None:
+        raise UsageError(f"{store} lacks parts that other workers are to make; run sae-jax collect there to its end")
     cure = f"{tokenizer} is not the tokenizer of {activations.path}; name the one that is with --model"
-    check_indices(sequences, vocabulary.size, "token id", cure)
+    check_indices(table.sequences, vocabulary.size, "token id", cure)
+    is_padded = activations.spec.sequence == "document"
+    lengths = _lengths(table.sequences, vocabulary.separator_id) if is_padded else None
     with Progress("dashboard", table.n_latents, "latents", first="") as progress:
         write_dashboard(
             Path(out),
             table=table,
-            sequences=sequences,
             token_strings=vocabulary.tokens(range(vocabulary.size)),
             w_dec=np.asarray(d.w_dec[:, -target.d :]),
             logit_effects=effects,
@@ -107,11 +114,10 @@ def _write_site(
                 if description.in_table and name in record.metrics
             ],
             config=_without_folders(record.to_json()),
-            lengths=_lengths(sequences, vocabulary.separator_id) if activations.spec.sequence == "document" else None,
+            lengths=lengths,
             progress=lambda done, _: progress.update(done),
             lease=lease,
         )
-    return table, sequences
 
 
 def _lengths(sequences: np.ndarray, padding: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from sae_jax.analysis import examples
 from sae_jax.types import UserError
 
 N_SEQ, N_POS, N_TOKENS = 5, 6, 4
+SEQUENCES = np.random.default_rng(7).integers(0, N_TOKENS, (N_SEQ, N_POS)).astype(np.int32)
 
 
 @st.composite
@@ -20,8 +21,7 @@ def codes(draw, n_latents=7):
     dense = rng.choice([0, 0, 0, 0.5, 1, 1.5, 2, 3.25], size=(N_SEQ * N_POS, n_latents)).astype(np.float32)
     dense[:, 2] = 0  # a dead latent
     place = rng.permutation(N_SEQ * N_POS)[: draw(st.integers(1, N_SEQ * N_POS))]
-    token = rng.integers(0, N_TOKENS, len(place))
-    return dense[place], token, place // N_POS, place % N_POS, draw(st.integers(1, 9))
+    return dense[place], SEQUENCES.ravel()[place], place // N_POS, place % N_POS, draw(st.integers(1, 9))
 
 
 def sparse_blocks(dense, token, seq, pos, block):
@@ -31,11 +31,11 @@ def sparse_blocks(dense, token, seq, pos, block):
     values = np.take_along_axis(dense, order, axis=1)
     order[values == 0] = 0
     for low in range(0, n, block):
-        yield tuple(x[low : low + block] for x in (order.astype(np.int32), values, token, seq, pos))
+        yield tuple(x[low : low + block] for x in (order.astype(np.int32), values, seq * N_POS + pos))
 
 
 def collected(drawn):
-    return examples.collect(sparse_blocks(*drawn), drawn[0].shape[1])
+    return examples.collect(sparse_blocks(*drawn), drawn[0].shape[1], SEQUENCES)
 
 
 def by_strength(drawn, latent):
@@ -57,11 +57,11 @@ def test_table_holds_every_activation_in_order_of_place(drawn):
     np.testing.assert_array_equal(table.counts, (dense > 0).sum(0))
     np.testing.assert_allclose(table.density, (dense > 0).mean(0))
     for latent in range(dense.shape[1]):
-        rows, values = table.of_latent(latent)
-        got = list(zip(table.seq[rows], table.pos[rows], table.token[rows], values, strict=True))
+        places, values = table.of_latent(latent)
+        got = list(zip(places // N_POS, places % N_POS, SEQUENCES.ravel()[places], values, strict=True))
         assert got == sorted((s, p, t, v) for v, s, p, t in by_strength(drawn, latent))
     assert table.values.dtype == np.float32
-    assert table.rows.dtype == table.seq.dtype == np.int32
+    assert table.places.dtype == np.uint32
 
 
 @given(codes(), st.integers(0, 8))
@@ -160,7 +160,7 @@ def test_density_histogram_leaves_the_dead_out_and_has_fixed_edges():
     indices = np.tile(np.array([[0, 1]], np.int32), (100, 1))
     values = np.ones((100, 2), np.float32)
     values[1:, 1] = 0
-    table = examples.collect([(indices, values, place, place, place)], 3)
+    table = examples.collect([(indices, values, place)], 3, np.zeros((10, 10), np.int32))
     counts, edges = table.density_histogram(4)
     np.testing.assert_array_equal(counts, [1, 0, 0, 1])
     np.testing.assert_allclose(edges, [-2, -1.5, -1, -0.5, 0])
@@ -169,7 +169,7 @@ def test_density_histogram_leaves_the_dead_out_and_has_fixed_edges():
 def test_histogram_of_values_starts_at_zero():
     place = np.arange(4)
     values = np.array([[1.0], [2.0], [4.0], [4.0]], np.float32)
-    table = examples.collect([(np.zeros((4, 1), np.int32), values, place, place, place)], 2)
+    table = examples.collect([(np.zeros((4, 1), np.int32), values, place)], 2, np.zeros((2, 3), np.int32))
     counts, edges = table.histogram(0, 4)
     np.testing.assert_array_equal(counts, [0, 1, 1, 2])
     np.testing.assert_array_equal(edges, [0, 1, 2, 3, 4])
@@ -177,31 +177,31 @@ def test_histogram_of_values_starts_at_zero():
 
 
 @pytest.mark.parametrize(
-    ("indices", "values", "seq", "message"),
+    ("indices", "values", "place", "message"),
     [
         ([[0, 1]], [[1.0, np.nan]], [0], "not finite"),
         ([[0, 1]], [[1.0, -2.0]], [0], "negative"),
         ([[0, 9]], [[1.0, 1.0]], [0], "latent index 9 does not fit n_latents=4"),
         ([[0, -1]], [[1.0, 1.0]], [0], "does not fit"),
         ([[2, 2]], [[1.0, 1.0]], [0], "a latent comes twice"),
-        ([[0, 1], [0, 1]], [[1.0, 1.0], [1.0, 1.0]], [3, 3], r"row \(seq 3, pos 0\) comes twice"),
+        ([[0, 1], [0, 1]], [[1.0, 1.0], [1.0, 1.0]], [3, 3], "the row at place 3 comes twice"),
     ],
 )
-def test_damaged_codes_are_refused(indices, values, seq, message):
-    block = (
-        np.array(indices),
-        np.array(values, np.float32),
-        np.zeros(len(seq)),
-        np.array(seq),
-        np.zeros(len(seq)),
-    )
+def test_damaged_codes_are_refused(indices, values, place, message):
+    block = (np.array(indices), np.array(values, np.float32), np.array(place))
     with pytest.raises(UserError, match=message):
-        examples.collect([block], 4)
+        examples.collect([block], 4, np.zeros((2, 2), np.int32))
+
+
+def test_a_row_of_an_earlier_block_is_refused():
+    block = (np.array([[0]]), np.ones((1, 1), np.float32), np.array([3]))
+    with pytest.raises(UserError, match="the row at place 3 comes twice"):
+        examples.collect([block, block], 4, np.zeros((2, 2), np.int32))
 
 
 def test_a_latent_out_of_range_is_refused():
     with pytest.raises(UserError, match="latent 3 does not exist; choose 0 to 2"):
-        examples.collect([], 3).of_latent(3)
+        examples.collect([], 3, np.zeros((1, 1), np.int32)).of_latent(3)
 
 
 def test_dense_without_rows_or_with_nan_is_refused():

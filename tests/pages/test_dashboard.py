@@ -57,19 +57,18 @@ def inputs():
     values[token != 1, 1] = 0
     indices = np.stack([token, np.full_like(token, FAR), np.full_like(token, DENSE)], axis=1)
     kept = pos > 0  # the first token of a sequence has no row, as when special tokens are masked
-    block = [x[kept] for x in (indices, values.astype(np.float32), token, seq, pos)]
+    block = [x[kept] for x in (indices, values.astype(np.float32), seq * N_POS + pos)]
     w_dec = rng.normal(size=(F, D)).astype(np.float32)
     w_dec[7] = w_dec[3] * 2 + 0.1 * w_dec[7]
     unembed = rng.normal(size=(D, len(TOKENS) + 2)).astype(np.float32)
     unembed[:, len(TOKENS) :] = 100  # padding of the vocabulary
-    return examples.collect([block], F), sequences, w_dec, unembed
+    return examples.collect([block], F, sequences), sequences, w_dec, unembed
 
 
 def write(out, **changes):
-    table, sequences, w_dec, unembed = inputs()
+    table, _, w_dec, unembed = inputs()
     arguments = {
         "table": table,
-        "sequences": sequences,
         "token_strings": TOKENS,
         "w_dec": w_dec,
         "logit_effects": lambda rows: rows @ unembed,
@@ -163,8 +162,8 @@ def test_record_of_a_latent(site):
     ids = np.frombuffer(base64.b64decode(record["ids"]), "<u2")
     np.testing.assert_array_equal(ids, np.concatenate(windows))
     dense = np.zeros((N_SEQ, N_POS))
-    rows, values = table.of_latent(FAR)
-    dense[table.seq[rows], table.pos[rows]] = values
+    places, values = table.of_latent(FAR)
+    dense.ravel()[places] = values
     for seq, pos, flat in zip(record["seq"], record["pos"], record["values"], strict=True):
         expected = np.zeros(N_POS)
         expected[max(0, pos - 128) : pos + 129] = dense[seq, max(0, pos - 128) : pos + 129]
@@ -251,8 +250,6 @@ def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
     [
         ({"w_dec": np.ones((7, D), np.float32)}, "w_dec has 7 rows for 300 latents"),
         ({"token_strings": TOKENS[:3]}, "has no text; give more than 3 token_strings"),
-        ({"sequences": np.zeros((N_SEQ, 20), np.int32)}, "lies outside sequences of shape"),
-        ({"sequences": np.zeros((N_SEQ, N_POS), np.int32)}, "tokens of the rows differ from sequences"),
         ({"latents": np.array([1, 300])}, "latent 300 does not exist; choose from 0 to 299"),
         ({"latents": np.array([], int)}, "no latents to show"),
     ],
