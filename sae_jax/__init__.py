@@ -20,7 +20,22 @@ if TYPE_CHECKING:
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.artifact import Dictionary, load, save
     from sae_jax.record import Record
-    from sae_jax.runs import advise, collect, dashboard, evaluate, fit, harvest, live, plan, sweep, train, train_members
+    from sae_jax.runs import (
+        active,
+        advise,
+        collect,
+        dashboard,
+        evaluate,
+        find,
+        fit,
+        harvest,
+        live,
+        plan,
+        steer,
+        sweep,
+        train,
+        train_members,
+    )
     from sae_jax.saes.base import AbstractSae
     from sae_jax.types import Code, UsageError, UserError
 
@@ -33,10 +48,12 @@ __all__ = [
     "RowSource",
     "UsageError",
     "UserError",
+    "active",
     "advise",
     "collect",
     "dashboard",
     "evaluate",
+    "find",
     "fit",
     "harvest",
     "live",
@@ -44,6 +61,7 @@ __all__ = [
     "open_activations",
     "plan",
     "save",
+    "steer",
     "sweep",
     "train",
     "train_members",
@@ -68,17 +86,8 @@ _HOMES = {
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
         (
-            "advise",
-            "collect",
-            "dashboard",
-            "evaluate",
-            "fit",
-            "harvest",
-            "live",
-            "plan",
-            "sweep",
-            "train",
-            "train_members",
+            *("active", "advise", "collect", "dashboard", "evaluate", "find", "fit", "harvest", "live", "plan"),
+            *("steer", "sweep", "train", "train_members"),
         ),
         "sae_jax.runs",
     ),

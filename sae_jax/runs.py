@@ -1,4 +1,4 @@
-"""What commands and notebooks call: harvest, train, sweep, evaluate, collect, dashboard, fit, advise, plan.
+"""What commands and notebooks call: from harvest to advise.
 
 Each takes a job (the dataclass that the command of the same name parses) or keywords. They raise UserError and
 UsageError, never exit, and leave logging, signal handlers, the environment and JAX's global state as they found them.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sae_jax import artifact, config, lm, planning, storage
 from sae_jax.activations import text as texts
@@ -26,7 +28,9 @@ from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import evaluate as evaluation
+from sae_jax.evaluation import prompts, steering
 from sae_jax.evaluation.batches import Candidate
+from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
@@ -340,8 +344,108 @@ def collect(
         ema: of a run, the averaged weights.
         shard: (i, n): make the i-th of n shares. None is returned while those of others are missing.
     """
-    d = dictionary if isinstance(dictionary, Dictionary) else artifact.load(dictionary, ema)
+    d = _load(dictionary, ema)
     return collect_set(d.sae, open_set(d.record, data), d.record.sites.x, tokens, out, shard)
+
+
+def active(
+    dictionary: Dictionary | StrPath,
+    text: str,
+    n: int = 10,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    ema: bool = False,
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The strongest latents at each token of a text.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        text: of a token or more.
+        n: latents at each token.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        ema: of a run, the averaged weights.
+
+    Returns:
+        The T tokens, i32[T, n] latents and f32[T, n] values, 0 for none.
+    """
+    return prompts.active(_subject(dictionary, data, model, ema)[0], text, n)
+
+
+def find(
+    dictionary: Dictionary | StrPath,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    n: int = 10,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    ema: bool = False,
+) -> list[Separation]:
+    """The n latents that best tell positive texts from negative ones, judged on texts that they were not chosen by.
+
+    Arguments as `active`; the texts should be alike in all but what is looked for (evaluation/prompts.py).
+    """
+    return prompts.separating(_subject(dictionary, data, model, ema)[0], positive, negative, n)
+
+
+def steer(
+    dictionary: Dictionary | StrPath,
+    prompt: str,
+    latents: Sequence[int],
+    scales: Sequence[float] = (5.0,),
+    *,
+    how: steering.How = "clamp",
+    tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    data: str | None = None,
+    model: str | None = None,
+    ema: bool = False,
+) -> tuple[list[float], list[steering.Steered]]:
+    """What the language model writes after a prompt, as it is and with latents set to multiples of their largest value.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        prompt: what is continued.
+        latents: which are set.
+        scales: multiples of the largest value of each on rows of the set; 0 ablates with `how="clamp"`.
+        how: "clamp" sets their values, "add" adds as much to whatever they are (evaluation/steering.py).
+        tokens: that are written.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the random numbers.
+        chat: the prompt is a message of a user to an instruct model, which answers.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        ema: of a run, the averaged weights.
+
+    Returns:
+        The largest value of each latent, and the texts: unsteered first, then one a scale.
+    """
+    subject, activations = _subject(dictionary, data, model, ema)
+    ids_T = subject.chat_ids(prompt) if chat else subject.ids(prompt)
+    steering.check(subject, latents, how)
+    names = _load(dictionary, ema).record.sites.x
+    largest_L = steering.largest_values(subject.sae, activations, names, latents)
+    if silent := [latent for latent, value in zip(latents, largest_L, strict=True) if not value]:
+        raise UserError(f"latent {silent[0]} fires on none of the rows that were looked at; choose another")
+    written = steering.steer(subject, ids_T, latents, largest_L, scales, how, tokens, temperature, seed)
+    return largest_L.tolist(), written
+
+
+def _load(dictionary: Dictionary | StrPath, ema: bool) -> Dictionary:
+    return dictionary if isinstance(dictionary, Dictionary) else artifact.load(dictionary, ema)
+
+
+def _subject(
+    dictionary: Dictionary | StrPath, data: str | None, model: str | None, ema: bool
+) -> tuple[prompts.Subject, ActivationSet]:
+    """A dictionary in its language model, and its set."""
+    d = _load(dictionary, ema)
+    activations = open_set(d.record, data)
+    return prompts.subject(d.sae, d.record, activations, model and lm.resolve(model)), activations
 
 
 def dashboard(

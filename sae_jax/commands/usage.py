@@ -11,6 +11,8 @@ COMMANDS = {
     "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to resume",
     "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
     "collect": "where in a sample of text each latent is active; repeat the command to resume",
+    "find": "the latents that are active in a text, or that tell two kinds of texts apart",
+    "steer": "what the language model writes with latents set to chosen values",
     "dashboard": "a static site to look at the latents of a run",
     "fit": "scaling laws from the table of a sweep, with intervals and figures",
     "advise": "latents, tokens, learning rate and error for a budget, by the laws of a fit",

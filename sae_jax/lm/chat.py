@@ -69,7 +69,7 @@ class ChatTemplate:
             ) from None
 
     def encode(
-        self, messages: Sequence[Message], tokenizer: Tokenizer, by_message: bool
+        self, messages: Sequence[Message], tokenizer: Tokenizer, by_message: bool, answer: bool = False
     ) -> tuple[list[int], list[int]]:
         """Token ids of a conversation, and the number of the message that each has characters of; -1 for none.
 
@@ -77,13 +77,14 @@ class ChatTemplate:
             messages: of the conversation.
             tokenizer: of the model.
             by_message: whether the numbers are needed. Without them, they may all be -1.
+            answer: end where the assistant's next message begins.
 
         Raises UserError for a conversation that the template refuses, and for one of which it changes a message, so
         that it cannot be said which tokens are its.
         """
-        text = self._render(messages)
+        text = self._render(messages, answer)
         marked = [{**message, "content": _mark(number, message["content"])} for number, message in enumerate(messages)]
-        pieces = _MARKED.split(self._render(marked))
+        pieces = _MARKED.split(self._render(marked, answer))
         spans, at = [], 0
         if "".join(piece for i, piece in enumerate(pieces) if i % 3 != 1) != text:
             if by_message or any(tokenizer.has_special(message["content"]) for message in messages):
@@ -98,10 +99,10 @@ class ChatTemplate:
             at += len(piece) if i % 3 != 1 else 0
         return tokenizer.encode_with_special(text, spans)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(self, messages: Sequence[Message], answer: bool) -> str:
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._tokens
+                messages=messages, tools=None, documents=None, add_generation_prompt=answer, **self._tokens
             )
         except Exception as error:  # whatever a template does to what it is given
             raise UserError(

@@ -313,6 +313,11 @@ class AbstractSae(abc.ABC):
     def n_slots(self, x_BX: jax.Array) -> int:
         """Slots that a code of these rows needs. Not traced."""
 
+    @property
+    def most_slots(self) -> int:
+        """Slots that the code of any rows fits into: for `encode_rows` where a trace cannot look at them."""
+        return self.b_enc.shape[0]
+
     @abc.abstractmethod
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """The code [B, n_slots] of rows."""

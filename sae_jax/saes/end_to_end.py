@@ -128,6 +128,11 @@ class EndToEnd(AbstractSae):
         """See AbstractSae."""
         return self.config.k or min(base.slots_for(_n_active(self, x_BX)), self.config.n_latents)
 
+    @property
+    def most_slots(self) -> int:
+        """See AbstractSae."""
+        return self.config.k or self.config.n_latents
+
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
         if self.config.k:

@@ -94,6 +94,11 @@ class TopK(AbstractSae):
         """See AbstractSae."""
         return self.config.k
 
+    @property
+    def most_slots(self) -> int:
+        """See AbstractSae."""
+        return self.config.k
+
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
         return self._encode(x_BX, n_slots)[0]

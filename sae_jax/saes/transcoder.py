@@ -106,6 +106,11 @@ class Transcoder(AbstractSae):
         """See AbstractSae."""
         return self._relu.n_slots(x_BX) if self.config.activation == "relu" else self.config.k
 
+    @property
+    def most_slots(self) -> int:
+        """See AbstractSae."""
+        return self.config.n_latents if self.config.activation == "relu" else self.config.k
+
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
         return self._relu.encode_rows(x_BX, n_slots) if self.config.activation == "relu" else self._encode(x_BX)[0]

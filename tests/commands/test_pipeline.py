@@ -226,6 +226,70 @@ def test_dashboard_is_written(work, tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
+def test_latents_are_collected_found_and_steered(work, tmp_path, capsys):
+    run(work, "collect", work / "run", "--out", tmp_path / "store", "--tokens", 500, "--shard", "0/2")
+    assert "the shares of other workers are missing" in capsys.readouterr().err
+    run(work, "collect", work / "run", "--out", tmp_path / "store", "--tokens", 500)
+    assert re.search(
+        r"store: [\d,]+ activations of \d+ latents on \d+ rows; \d+ latents never fire", capsys.readouterr().err
+    )
+    run(work, "dashboard", work / "run", "--out", tmp_path / "site", "--tokens=500", "--store", tmp_path / "store")
+    assert "encode" not in capsys.readouterr().err, "the store is complete"
+    run(work, "find", work / "run", "--text", "def name_1_2(self):", "--n", 2, "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert "".join(row["token"] for row in rows[1:]) == "def name_1_2(self):"
+    assert all(len(row["latents"]) <= 2 for row in rows)
+    latent = rows[2]["latents"][0][0]
+    run(
+        work,
+        "steer",
+        work / "run",
+        "--latent",
+        latent,
+        "--scale",
+        0,
+        8,
+        "--prompt",
+        "def name",
+        "--tokens",
+        4,
+        "--json",
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["largest"][str(latent)] > 0
+    assert [text["scale"] for text in found["written"]] == [None, 0, 8]
+    for name, word in (("positive", "return"), ("negative", "def")):
+        (tmp_path / name).write_text("\n".join(f"    {word} value_{i}" for i in range(8)))
+    run(work, "find", work / "run", "--positive", tmp_path / "positive", "--negative", tmp_path / "negative", "--json")
+    assert max(latent["auc"] for latent in json.loads(capsys.readouterr().out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["find"], "give --text, or both --positive and --negative"),
+        (["find", "--positive=x"], "give --text, or both --positive and --negative"),
+        (["find", "--text=x", "--n=0"], "--n=0 must be at least 1"),
+        (["find", "--text="], "text is empty; give it a value"),
+        (["steer", "--latent=99", "--prompt=x"], "latent 99 does not exist; choose 0 to 63"),
+        (["steer", "--latent=1", "--scale=inf", "--prompt=x"], "--scale=inf must be finite"),
+        (["steer", "--latent=1", "--prompt=x", "--chat"], "has no chat template"),
+        (["steer", "--latent=1", "--prompt=x", "--tokens=99999"], "do not fit the model's context"),
+        (["collect", "--out=x", "--tokens=0"], "--tokens=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_found_or_steered_is_refused(work, capsys, arguments, message):
+    command, *flags = arguments
+    assert message in refused(capsys, work, command, work / "run", *flags)
+
+
+def test_a_file_of_texts_that_is_none_is_refused(work, tmp_path, capsys):
+    (tmp_path / "texts").write_bytes(b"\xff\xfe")
+    flags = ["--positive", tmp_path / "texts", "--negative", tmp_path / "texts"]
+    assert "is no UTF-8 text" in refused(capsys, work, "find", work / "run", *flags, code=1)
+    assert "nothing" in refused(capsys, work, "find", work / "run", "--positive=nothing", "--negative=nothing", code=1)
+
+
 @pytest.mark.slow
 def test_the_demo_does_all_of_it(work, tmp_path):
     """On a short held-out text: it measures all of it."""

@@ -1,0 +1,138 @@
+"""Text that a language model writes while latents of a dictionary are set to values.
+
+    clamp   x' = x + s (c - z_i) d_i for each latent i: its value becomes c, all else of the reconstruction and the
+            dictionary's error stay (s: the scale of a norm of each vector, 1 elsewhere; d_i: its decoder row)
+    add     y' = y + c d_i, whatever the latent's value: also where a dictionary reads another place than it writes
+
+c is `scale` times the largest value of the latent on rows of the set. Every position is changed, of the prompt and of
+what is written, but for special tokens of the prompt, of which the set has no rows.
+
+Source: Templeton et al. 2024, "Scaling Monosemanticity", methodological details (clamping with the error kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import lm
+from sae_jax.activations.store import ActivationSet
+from sae_jax.evaluation.prompts import Subject
+from sae_jax.evaluation.text import spread_chunks
+from sae_jax.saes.base import AbstractSae
+from sae_jax.saes.normalise import normalise
+from sae_jax.types import UsageError
+
+How = Literal["clamp", "add"]
+N_ROWS = 2**16  # of the set, to look for the largest value on
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What the model wrote."""
+
+    scale: float | None  # None: unsteered
+    text: str  # without the prompt
+
+
+def largest_values(
+    sae: AbstractSae, activations: ActivationSet, sources: Sequence[str], latents: Sequence[int], n_rows: int = N_ROWS
+) -> np.ndarray:
+    """The largest value of each latent on rows spread over a set, f32[L]; 0 for one that never fires there."""
+    largest_L = np.zeros(len(latents), np.float32)
+    for chunk in spread_chunks(activations, n_rows):
+        parts = [activations.read_chunk(source, chunk).astype(np.float32) for source in sources]
+        code = sae.encode(np.concatenate(parts, axis=1))
+        indices, values = np.asarray(code.indices), np.asarray(code.values)
+        for at, latent in enumerate(latents):
+            largest_L[at] = max(largest_L[at], values[indices == latent].max(initial=0.0))
+    return largest_L
+
+
+def check(subject: Subject, latents: Sequence[int], how: How) -> None:
+    """UsageError for what cannot be steered, see `steer`."""
+    model, n_latents = subject.model, subject.sae.b_enc.shape[0]
+    if not latents:
+        raise UsageError("name at least one latent")
+    for latent in latents:
+        if not 0 <= latent < n_latents:
+            raise UsageError(f"latent {latent} does not exist; choose 0 to {n_latents - 1}")
+    if len(set(latents)) < len(latents):
+        raise UsageError(f"latents {', '.join(map(str, latents))}: one is there twice; name each once")
+    if not isinstance(model, lm.LanguageModel):
+        raise UsageError(f"{model.reference} runs in torch, where nothing is steered; use a model that JAX runs here")
+    if how == "clamp" and (subject.encoded != subject.reconstructed or len(subject.encoded) > 1):
+        raise UsageError("the dictionary reads another place than it writes, or several; use --how add")
+
+
+def steer(
+    subject: Subject,
+    ids_T: np.ndarray,
+    latents: Sequence[int],
+    largest_L: np.ndarray,
+    scales: Sequence[float],
+    how: How = "clamp",
+    n_new: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Steered]:
+    """Continuations of a prompt, unsteered first, then at each scale, all with the same random numbers.
+
+    Args:
+        subject: the dictionary in its model.
+        ids_T: i32[T], the prompt.
+        latents: that are set.
+        largest_L: f32[L], what scales are multiples of.
+        scales: of all these latents.
+        how: see the head.
+        n_new: tokens that are written.
+        temperature: 0: the likeliest token each time.
+        seed: of the random numbers.
+
+    Raises:
+        UsageError: a latent that does not exist or is named twice, a clamp of a dictionary that reads another place
+            than it writes, a model that torch runs, or a prompt that leaves no room for `n_new`.
+    """
+    check(subject, latents, how)
+    sae, model = subject.sae, subject.model
+    assert isinstance(model, lm.LanguageModel)
+    is_special_T = np.isin(ids_T, subject.tokenizer.special_ids)
+    prompt_1T, keep_1T = jnp.asarray(ids_T[None]), jnp.asarray(~is_special_T[None])
+    indices_L, key = jnp.asarray(latents, jnp.int32), jax.random.key(seed)
+    write = partial(lm.generate, model, prompt_1T, n_new, key, temperature=temperature)
+    edits, first = {}, 0
+    for hook in subject.reconstructed:
+        width = lm.hook_width(model.spec, hook)
+        rows_LY = sae.w_dec[indices_L, first : first + width]
+        first += width
+        edits[hook] = partial(_clamped if how == "clamp" else _added, rows_LY=rows_LY)
+    written: list[tuple[float | None, jax.Array]] = [(None, write())]
+    for scale in scales:
+        args = {"sae": sae, "latents": indices_L, "values": jnp.asarray(scale * largest_L), "keep": keep_1T}
+        written.append((scale, write(edits=edits, edit_args=args)))
+    return [Steered(scale, subject.tokenizer.decode(np.asarray(ids)[0, len(ids_T) :])) for scale, ids in written]
+
+
+def _clamped(x_BTX: jax.Array, args: dict[str, Any], rows_LY: jax.Array) -> jax.Array:
+    sae, latents_L = args["sae"], args["latents"]
+    x_NX, _, scale_N1 = normalise(x_BTX.reshape(-1, x_BTX.shape[-1]), sae.config.input_norm)
+    code = sae.encode_rows(x_NX, sae.most_slots)
+    is_it_NKL = code.indices[:, :, None] == latents_L[None, None]
+    z_NL = jnp.where(is_it_NKL, code.values[:, :, None], 0.0).sum(1)
+    change_NY = scale_N1 * ((args["values"][None] - z_NL) @ rows_LY)
+    return _where(args["keep"], x_BTX + change_NY.reshape(x_BTX.shape), x_BTX)
+
+
+def _added(x_BTX: jax.Array, args: dict[str, Any], rows_LY: jax.Array) -> jax.Array:
+    return _where(args["keep"], x_BTX + (args["values"] @ rows_LY)[None, None], x_BTX)
+
+
+def _where(keep_1T: jax.Array, changed_BTX: jax.Array, x_BTX: jax.Array) -> jax.Array:
+    """What is written after the prompt comes alone, and is changed whatever it is."""
+    return jnp.where(keep_1T[:, :, None], changed_BTX, x_BTX) if x_BTX.shape[1] == keep_1T.shape[1] else changed_BTX
