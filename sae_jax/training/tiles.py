@@ -87,7 +87,7 @@ def update(
             first: Any = first_own + start
             before: Any = AdamState(count, mean, second)
             updates, moments = cast(Any, update)(gradients, before, norm=norm, first=first)
-            is_finite = jnp.isfinite(norm_of_tile)  # if not, the weights stay, as in the step of a whole dictionary
+            is_finite = jnp.isfinite(norm_of_tile + norm)  # if not, the weights stay, as in the step of the whole
             moved = jax.tree.map(lambda w, update: jnp.where(is_finite, w + update, w), weights, updates)
             kept = quantise.rounded_like(kept, _with_unit_rows(moved, kept), moments.count, salt=3, first=first)
             if config.ema:
@@ -102,7 +102,7 @@ def update(
         def norm_of_all(square):
             return jnp.sqrt(spmd.total(square) + norm_of_others**2)
 
-        norm = norm_of_others  # not looked at unless gradients are clipped
+        norm = norm_of_others  # all there is before the tiles; enough unless gradients are clipped
         if config.clip:
             norm = norm_of_all(over_tiles(squares, jnp.float32(0)))
         state, square = over_tiles(partial(tile, norm), (state, jnp.float32(0)))
