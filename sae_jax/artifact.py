@@ -33,7 +33,7 @@ from sae_jax.storage import digests
 from sae_jax.storage.digests import FileDigest
 from sae_jax.training import checkpoint
 from sae_jax.training.quantise import WEIGHT, dequantise, zeros_like_moments
-from sae_jax.training.state import TrainState, placed
+from sae_jax.training.state import TrainState, initial_weights, placed
 from sae_jax.types import Code, UsageError, UserError, Widths, check_indices
 
 ARRAYS, RECORD = "dictionary.safetensors", "dictionary.json"
@@ -206,8 +206,10 @@ def _folded(
 ) -> Dictionary:
     """Weights as they are in training, for rows as they are."""
     of_run = record.dictionary
-    # The average of rows of norm 1 is a little shorter.
-    sae = sae.constrained().folded(scale) if ema else sae.folded(scale)
+    is_exact = not ema and record.train["weights"] == "float32"
+    sae = jax.tree.map(lambda a: a.astype(jnp.float32), sae)
+    # The average of rows of norm 1 is a little shorter, and rows in bf16 have it to about 1e-3.
+    sae = sae.folded(scale) if is_exact else sae.constrained().folded(scale)
     factors = [_by_source(side, widths) for side, widths in zip((scale.x, scale.y), of_run.widths, strict=True)]
     kind = of_run.normalisation.kind
     return Dictionary(
@@ -246,7 +248,7 @@ def _abstract_parts(config: SaeConfig, record: RunRecord) -> dict[str, Any]:
     """Shapes of the parts of a checkpoint that a dictionary is made of, all on the default device."""
 
     def parts(sample: init.Sample) -> dict[str, Any]:
-        sae = config.init(jax.random.key(0), sample)
+        sae = initial_weights(config, record.train["weights"], jax.random.key(0), sample)
         silent = init.zeros((config.n_latents,), mesh.DICT, jnp.int32)
         return {
             "sae": sae,

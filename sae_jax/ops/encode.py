@@ -25,7 +25,9 @@ from jax import lax
 
 from sae_jax import mesh
 from sae_jax.mesh import CODE, DICT, REPLICATED, ROWS
-from sae_jax.ops import sparse, spmd, topk, tuning
+from sae_jax.ops import pairs, sparse, spmd, topk, tuning
+from sae_jax.ops.pairs import Pairs
+from sae_jax.ops.sparse import shared_type
 from sae_jax.types import Code
 
 EXACT = lax.Precision.HIGHEST  # float32 means float32: accelerators would round the inputs of a product by default
@@ -45,7 +47,7 @@ def encode_topk(
 
     Args:
         x_BD: [B, D], ROWS, any float type.
-        w_enc_FD: f32[F, D], DICT.
+        w_enc_FD: bf16 or f32[F, D], DICT.
         b_enc_F: f32[F], DICT; -inf bars a latent.
         b_pre_D: f32[D], subtracted from x first, in f32.
         k: active latents a row.
@@ -59,6 +61,19 @@ def encode_topk(
         And w_enc as it is. What uses the encoder again should use that one: the gradients of all uses then gather in
         one buffer, where several would be added up.
     """
+    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, _largest_of_row(k, max_k), k, dtype)
+    return code, w_enc_FD
+
+
+def select_topk(
+    x_BD: jax.Array, w_enc_FD: jax.Array, b_enc_F: jax.Array, b_pre_D: jax.Array, k: int, dtype: jnp.dtype
+) -> Code:
+    """The code of `encode_topk`, without gradient."""
+    return _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, _largest_of_row(k), dtype)[0]
+
+
+def _largest_of_row(k: int, max_k: int | None = None) -> Search:
+    """The search of `encode_topk`."""
     n_slots = k if max_k is None else max_k
 
     def search(candidates, k_now, n_local):
@@ -69,8 +84,7 @@ def encode_topk(
 
         return select(k) if k_now is None else lax.cond(k_now > k, lambda: select(n_slots), lambda: select(k))
 
-    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, k, dtype)
-    return code, w_enc_FD
+    return search
 
 
 def encode_batch_topk(
@@ -186,9 +200,22 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
 Search = Callable[[Callable[[int], tuple[jax.Array, jax.Array]], Any, int], tuple[Code, Any]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, dense: int, dtype: jnp.dtype):
     """The code that `search` selects, w_enc, and facts about the selection. `dense`: see `sparse.decode`."""
+    if (tape := pairs.tape()) is None:
+        return _encode_learning(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype)
+    code, selection = _encode_fixed(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype)
+
+    def made(g_BK: jax.Array, saved: tuple[Code, jax.Array]) -> dict[str, Pairs]:
+        code, rows_BD = saved
+        return {"w_enc": Pairs(code.indices, jnp.where(code.values > 0, g_BK, 0.0), rows_BD)}
+
+    saved = code, shared_type(centred(x_BD, b_pre_D), dtype)
+    return replace(code, values=tape.tap(code.values, saved, made)), w_enc_FD, selection
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _encode_learning(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
     code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
     return code, w_enc_FD, selection
 
@@ -221,10 +248,9 @@ def _backward(search, dense, dtype, saved, cotangent: tuple[Code, jax.Array, Any
     x_BD, w_enc_FD, b_pre_D, code = saved
     g_code, g_w_FD, _ = cotangent
 
-    def local(x_RD, w_RD, b_pre_D, code, g_BK, g_w_RD):
-        n_local = len(w_RD) * mesh.axis_size(mesh.DATA)
+    def local(x_RD, b_pre_D, code, g_BK, g_w_RD):
         rows = spmd.row_blocks(*x_RD.shape)
-        index_BK = code.indices - spmd.first_latent(n_local)
+        index_BK = code.indices - spmd.first_latent(len(g_w_RD) * mesh.axis_size(mesh.DATA))
         g_BK = jnp.where(code.values > 0, g_BK, 0.0)
 
         def block(g_w_FD, blocks):
@@ -232,39 +258,65 @@ def _backward(search, dense, dtype, saved, cotangent: tuple[Code, jax.Array, Any
             x_bD = spmd.gather(shared_type(centred(x_rD, b_pre_D), dtype), mesh.LATENT)
             return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD, dense), None
 
+        return sparse.accumulated(block, g_w_RD, (rows.own(x_RD), rows.shared(index_BK), rows.shared(g_BK)))[0]
+
+    in_specs = (ROWS, REPLICATED, spmd.CODES, CODE, DICT)
+    g_w_FD = spmd.per_device(local, in_specs, DICT)(x_BD, b_pre_D, code, g_code.values, g_w_FD)
+    g_x_BD, g_b_F, g_b_pre_D = _gradients_beside_w(x_BD, w_enc_FD, code, g_code.values, dense)
+    return g_x_BD, g_w_FD, g_b_F, g_b_pre_D, None
+
+
+def _gradients_beside_w(x_BD, w_enc_FD, code, g_BK, dense):
+    """Those of x, b_enc and b_pre, from that of a code's values."""
+
+    def local(x_RD, w_RD, code, g_BK):
+        n_local = len(w_RD) * mesh.axis_size(mesh.DATA)
+        rows = spmd.row_blocks(*x_RD.shape)
+        index_BK = code.indices - spmd.first_latent(n_local)
+        g_BK = jnp.where(code.values > 0, g_BK, 0.0)
+
         def block_of_x(_, blocks):
             index_bK, g_bK = blocks
             g_x_bD = sparse.gather_rows(index_bK, g_bK, w_FD, dense)
             return None, spmd.reduce_scatter(g_x_bD, mesh.LATENT)
 
-        codes = rows.shared(index_BK), rows.shared(g_BK)
-        g_w_RD, _ = sparse.accumulated(block, g_w_RD, (rows.own(x_RD), *codes))
-        g_b_F = sparse.add_up(index_BK, g_BK, n_local)
-        g_b_R = spmd.reduce_scatter(g_b_F, mesh.DATA)
-        g_b_pre_D = -spmd.total(jnp.matmul(g_b_R, w_RD, precision=EXACT))
+        g_b_R = spmd.reduce_scatter(sparse.add_up(index_BK, g_BK, n_local), mesh.DATA)
+        g_b_pre_D = -sparse.weighted_total(g_b_R, w_RD)
         # Dropped by the compiler wherever x is data, which needs no gradient.
         w_FD = spmd.gather(w_RD, mesh.DATA)
-        g_x_RD = rows.join_own(spmd.scan(block_of_x, None, codes)[1]).astype(x_RD.dtype)
-        return g_x_RD, g_w_RD, g_b_R, g_b_pre_D
+        g_x_RD = rows.join_own(spmd.scan(block_of_x, None, (rows.shared(index_BK), rows.shared(g_BK)))[1])
+        return g_x_RD.astype(x_RD.dtype), g_b_R, g_b_pre_D
 
-    in_specs = (ROWS, DICT, REPLICATED, spmd.CODES, CODE, DICT)
-    gradients = spmd.per_device(local, in_specs, (ROWS, DICT, DICT, REPLICATED))(
-        x_BD, w_enc_FD, b_pre_D, code, g_code.values, g_w_FD
-    )
-    return *gradients, None
+    out_specs = (ROWS, DICT, REPLICATED)
+    return spmd.per_device(local, (ROWS, DICT, spmd.CODES, CODE), out_specs)(x_BD, w_enc_FD, code, g_BK)
 
 
-_encode.defvjp(_forward_saving, _backward)
+_encode_learning.defvjp(_forward_saving, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _encode_fixed(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+    """The code and facts about the selection; w_enc is a constant."""
+    return _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
+
+
+def _fixed_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+    code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
+    return (code, selection), (x_BD, w_enc_FD, code)
+
+
+def _fixed_backward(search, dense, dtype, saved, cotangent: tuple[Code, Any]):
+    x_BD, w_enc_FD, code = saved
+    g_x_BD, g_b_F, g_b_pre_D = _gradients_beside_w(x_BD, w_enc_FD, code, cotangent[0].values, dense)
+    return g_x_BD, None, g_b_F, g_b_pre_D, None
+
+
+_encode_fixed.defvjp(_fixed_saving, _fixed_backward)
 
 
 def centred(x_rD: jax.Array, b_pre_D: jax.Array) -> jax.Array:
     """x - b_pre in f32."""
     return x_rD.astype(jnp.float32) - b_pre_D[None]
-
-
-def shared_type(x_rD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows in the type that other latent shards get them in: the products' own halves what is sent."""
-    return x_rD.astype(dtype) if mesh.axis_size(mesh.LATENT) > 1 else x_rD
 
 
 def gathered(w_RD: jax.Array, dtype: jnp.dtype) -> jax.Array:

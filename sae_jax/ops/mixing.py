@@ -71,4 +71,5 @@ def spread(x_B: jax.Array, n: int) -> jax.Array:
 
 
 def _unit(w_FD: jax.Array) -> jax.Array:
+    w_FD = w_FD.astype(jnp.float32)
     return w_FD / jnp.maximum(jnp.linalg.norm(w_FD, axis=-1, keepdims=True), 1e-30)

@@ -22,13 +22,13 @@ from jax import lax
 
 from sae_jax import mesh
 from sae_jax.mesh import CODE, DICT, ROWS
-from sae_jax.ops import spmd, tuning
+from sae_jax.ops import pairs, spmd, tuning
+from sae_jax.ops.pairs import Pairs
 from sae_jax.types import Code
 
 SINGLES = 4096  # chunks of single numbers are those of rows of this width: longer sorts take a TPU's compiler long
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def decode(
     code: Code,
     w_dec_FD: jax.Array,
@@ -39,17 +39,25 @@ def decode(
 
     Args:
         code: [B, K], CODE on a mesh. A slot of value 0 is empty: it adds nothing and has no gradient.
-        w_dec_FD: f32[F, D], DICT.
+        w_dec_FD: bf16 or f32[F, D], DICT.
         dtype: in which the gradient of the reconstruction is sent to other latent shards.
         dense: leading slots that most rows use; None: all. It decides how the work is done, not what comes out.
 
     Returns:
         f32[B, D], ROWS; and w_dec as it is, for what uses the decoder again (see `encode.encode_topk`).
     """
-    return _decode(code, w_dec_FD, dense), w_dec_FD
+    if (tape := pairs.tape()) is None:
+        return _decode(code, w_dec_FD, dtype, dense)
+
+    def made(g_x_hat_BD: jax.Array, code: Code) -> dict[str, Pairs]:
+        return {"w_dec": Pairs(code.indices, code.values, shared_type(g_x_hat_BD, dtype))}
+
+    return tape.tap(_decode_fixed(code, w_dec_FD, dtype, dense), code, made), w_dec_FD
 
 
-def _decode(code: Code, w_dec_FD: jax.Array, dense: int | None) -> jax.Array:
+def reconstruction(code: Code, w_dec_FD: jax.Array, dense: int | None = None) -> jax.Array:
+    """What `decode` reconstructs, f32[B, D], ROWS. Without gradient."""
+
     def local(code, w_RD):
         w_FD = spmd.gather(w_RD, mesh.DATA)
         rows = spmd.row_blocks(len(code.values) // mesh.axis_size(mesh.LATENT), w_FD.shape[1])
@@ -64,6 +72,32 @@ def _decode(code: Code, w_dec_FD: jax.Array, dense: int | None) -> jax.Array:
     return spmd.per_device(local, (spmd.CODES, DICT), ROWS)(code, w_dec_FD)
 
 
+def value_gradients(
+    code: Code, w_dec_FD: jax.Array, g_x_hat_BD: jax.Array, dtype: jnp.dtype, dense: int | None = None
+) -> jax.Array:
+    """The gradient of a code's values from that of its reconstruction, f32[B, K], CODE. Without gradient."""
+
+    def local(code, w_RD, g_RD):
+        w_FD, rows = spmd.gather(w_RD, mesh.DATA), spmd.row_blocks(*g_RD.shape)
+
+        def block(_, blocks):
+            g_rD, index_bK, values_bK = blocks
+            g_bD = spmd.gather(shared_type(g_rD, dtype), mesh.LATENT)
+            return None, sampled_products(index_bK, values_bK, g_bD, w_FD, dense)
+
+        index_BK = code.indices - spmd.first_latent(len(w_FD))
+        return rows.join_shared(
+            spmd.scan(block, None, (rows.own(g_RD), rows.shared(index_BK), rows.shared(code.values)))[1]
+        )
+
+    return spmd.per_device(local, (spmd.CODES, DICT, ROWS), CODE)(code, w_dec_FD, g_x_hat_BD)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _decode(code, w_dec_FD, dtype, dense):
+    return reconstruction(code, w_dec_FD, dense), w_dec_FD
+
+
 def _decode_backward(dtype, dense, saved, cotangents: tuple[jax.Array, jax.Array]):
     code, w_dec_FD = saved
     g_x_hat_BD, g_w_FD = cotangents
@@ -74,9 +108,7 @@ def _decode_backward(dtype, dense, saved, cotangents: tuple[jax.Array, jax.Array
 
         def block(g_w_FD, blocks):
             g_rD, index_bK, values_bK = blocks
-            if mesh.axis_size(mesh.LATENT) > 1:
-                g_rD = g_rD.astype(dtype)
-            g_bD = spmd.gather(g_rD, mesh.LATENT)
+            g_bD = spmd.gather(shared_type(g_rD, dtype), mesh.LATENT)
             g_values_bK = sampled_products(index_bK, values_bK, g_bD, w_FD, dense)
             return scatter_rows(g_w_FD, index_bK, values_bK, g_bD, dense), g_values_bK
 
@@ -92,10 +124,28 @@ def _decode_backward(dtype, dense, saved, cotangents: tuple[jax.Array, jax.Array
 
 
 def _decode_saving(code, w_dec_FD, dtype, dense):
-    return (_decode(code, w_dec_FD, dense), w_dec_FD), (code, w_dec_FD)
+    return (reconstruction(code, w_dec_FD, dense), w_dec_FD), (code, w_dec_FD)
 
 
-decode.defvjp(_decode_saving, _decode_backward)
+_decode.defvjp(_decode_saving, _decode_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _decode_fixed(code, w_dec_FD, dtype, dense):
+    """The reconstruction; w_dec is a constant."""
+    return reconstruction(code, w_dec_FD, dense)
+
+
+def _decode_fixed_backward(dtype, dense, saved, g_x_hat_BD: jax.Array):
+    code, w_dec_FD = saved
+    g_values_BK = value_gradients(code, w_dec_FD, g_x_hat_BD, dtype, dense)
+    return Code(None, g_values_BK), None  # pyrefly: ignore[bad-argument-type] (integers have no gradient)
+
+
+_decode_fixed.defvjp(
+    lambda code, w_dec_FD, dtype, dense: (reconstruction(code, w_dec_FD, dense), (code, w_dec_FD)),
+    _decode_fixed_backward,
+)
 
 
 def fired(code: Code, n_latents: int, above: float) -> jax.Array:
@@ -124,6 +174,18 @@ def looked_up(code: Code, table_F: jax.Array) -> jax.Array:
     return spmd.per_device(local, (CODE, DICT), CODE)(code.indices, lax.stop_gradient(table_F))
 
 
+def shared_type(x_rD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows in the type that other latent shards get them in: the products' own halves what is sent."""
+    return x_rD.astype(dtype) if mesh.axis_size(mesh.LATENT) > 1 else x_rD
+
+
+def weighted_total(weight_R: jax.Array, w_RD: jax.Array) -> jax.Array:
+    """The sum of a matrix's rows over all devices, weighted: f32[D]. Of bf16 without a copy in f32."""
+    if w_RD.dtype == jnp.float32:
+        return spmd.total(jnp.matmul(weight_R, w_RD, precision=lax.Precision.HIGHEST))
+    return spmd.total((weight_R[:, None] * w_RD.astype(jnp.float32)).sum(0))
+
+
 def accumulated(block: Callable[..., Any], g_w_RD: jax.Array, blocks: Any) -> tuple[jax.Array, Any]:
     """`spmd.scan` of a block that adds to a gradient of the latent shard, [F, D], of which this device owns [R, D].
 
@@ -144,10 +206,11 @@ def gather_rows(index_BK: jax.Array, weight_BK: jax.Array, table_FD: jax.Array, 
 
     def add(sum_BD, slots):
         index_BC, weight_BC = slots
-        return sum_BD + (weight_BC[:, :, None] * table_FD[index_BC]).sum(1), None
+        return sum_BD + (weight_BC[:, :, None] * table_FD[index_BC].astype(jnp.float32)).sum(1), None
 
     def add_pairs(sum_BD, pairs):
-        return sum_BD.at[pairs.row].add(pairs.take(weight_BE)[:, None] * table_FD[pairs.take(index_BE)])
+        rows_PD = table_FD[pairs.take(index_BE)].astype(jnp.float32)
+        return sum_BD.at[pairs.row].add(pairs.take(weight_BE)[:, None] * rows_PD)
 
     sum_BD = jnp.zeros((index_BK.shape[0], table_FD.shape[1]))
     if index_BS.size:
@@ -204,11 +267,11 @@ def sampled_products(
     (index_BS, weight_BS), (index_BE, weight_BE) = _split(dense, index_BK, weight_BK)
 
     def product(_, slots):
-        return None, (rows_BD[:, None] * table_FD[slots[0]]).sum(-1)
+        return None, (rows_BD[:, None] * table_FD[slots[0]].astype(jnp.float32)).sum(-1)
 
     def set_pairs(products_BE, pairs):
         rows_PD = rows_BD[pairs.row].astype(jnp.float32)
-        products_P = (rows_PD * table_FD[pairs.take(index_BE)]).sum(-1)
+        products_P = (rows_PD * table_FD[pairs.take(index_BE)].astype(jnp.float32)).sum(-1)
         return products_BE.at[pairs.row, pairs.slot].add(jnp.where(pairs.is_one, products_P, 0.0))
 
     products_BE = _for_active(weight_BE, rows_BD.shape[1], set_pairs, jnp.zeros(index_BE.shape))

@@ -18,13 +18,14 @@ from jax.sharding import AbstractMesh
 
 from sae_jax.planning.targets import GIB, Target
 from sae_jax.planning.through_model import ThroughModel
-from sae_jax.saes.base import SaeConfig
+from sae_jax.saes.base import KConfig, SaeConfig
 from sae_jax.scaling import flops
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import abstract
 from sae_jax.types import Widths
 
 WORKSPACE = GIB  # row blocks, tiles and pairs, whose budgets are in ops/tuning.py
+PAIR_BYTES = 28  # of a row and an active latent, where gradients are made from them: index, coefficients, and sorted
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,16 @@ class Step:
     dtype: str = "bfloat16"  # of the factors of products
     model_bytes: int = 0  # parameters of the language model it is trained through
     model_activation_bytes: int = 0  # an estimate
+    pair_bytes: int = 0  # where gradients are made by tiles of latents; an estimate
 
     @property
     def working_bytes(self) -> int:
         """An estimate of what a step needs beside states and language model.
 
-        The gradient, one of the two matrices a second time, a workspace, and the language model's activations. Within
-        0.5 GiB of the compiled peaks in configs/openai_16m*.yaml.
+        The gradient, one of the two matrices a second time, a workspace, the language model's activations, and the
+        pairs that gradients of tiles are made from. Within 0.5 GiB of the compiled peaks in configs/openai_16m*.yaml.
         """
-        return 3 * self.gradient_bytes // 2 + WORKSPACE + self.model_activation_bytes
+        return 3 * self.gradient_bytes // 2 + WORKSPACE + self.model_activation_bytes + self.pair_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -74,11 +76,17 @@ def step(
     with jax.sharding.use_abstract_mesh(mesh):
         state = abstract(sae, train, widths, mesh)
     flop = train.batch_size * (flops.executed(sae, widths) + (model.token_flop if model else 0))
+    gradient_bytes, pair_bytes, by_pairs = _shard_bytes(state.sae), 0, train.weights != "float32"
+    if by_pairs:  # a tile of both matrices
+        gradient_bytes = min(2 * gradient_bytes, 2 * WORKSPACE)
+        k_aux = (sae.k_aux or sum(widths.y) // 2) if isinstance(sae, KConfig) and sae.aux_coefficient else 0
+        pair_bytes = PAIR_BYTES * train.batch_size * ((sae.n_active or 0) + k_aux)
     return Step(
         state_bytes=_shard_bytes(state),
-        gradient_bytes=_shard_bytes(state.sae),
+        gradient_bytes=gradient_bytes,
+        pair_bytes=pair_bytes,
         flop=flop // mesh.size,
-        aux_flop=train.batch_size * flops.auxk(sae, widths, train.batch_size) // mesh.size,
+        aux_flop=train.batch_size * flops.auxk(sae, widths, train.batch_size, by_pairs) // mesh.size,
         dtype=sae.product_dtype.name,
         model_bytes=model.parameter_bytes if model else 0,
         model_activation_bytes=train.batch_size // mesh.size * model.token_bytes if model else 0,

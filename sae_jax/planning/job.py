@@ -17,7 +17,7 @@ from sae_jax.planning.storage import StorageConfig, demand
 from sae_jax.planning.through_model import ThroughModel, check_batch
 from sae_jax.progress import console
 from sae_jax.saes.base import SaeConfig
-from sae_jax.training.settings import TrainConfig, program
+from sae_jax.training.settings import TrainConfig, program, settled
 from sae_jax.types import Widths
 
 TOKEN_BYTES = 4  # of a set, that is trained on through its model
@@ -162,6 +162,7 @@ def _check(job: Job, slice_mesh: Any) -> None:
     groups: dict[Any, list[str]] = {}
     for name, (sae, train) in job.members.items():
         sae.check(job.widths, job.same)
+        settled(train, sae)
         meshes.check_divides(slice_mesh, sae.n_latents, train.batch_size)
         if job.model:
             check_batch(job.model, train.batch_size, slice_mesh.size)

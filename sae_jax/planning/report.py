@@ -48,6 +48,7 @@ def report(
     device: dict[str, Any] = {
         "state_bytes": state,
         "gradient_bytes": step.gradient_bytes,
+        "pair_bytes": step.pair_bytes,
         "model_bytes": step.model_bytes,
         "model_activation_bytes": step.model_activation_bytes,
         "peak_bytes": peak,
@@ -183,6 +184,8 @@ def _verdict(content: dict[str, Any]) -> list[str]:
     compiler, n_slices = content["compiler"], content["n_slices"]
     if compiler is None:
         parts = "state, 3/2 of the gradient and 1 GiB of workspace"
+        if content["device"]["pair_bytes"]:
+            parts = "state, 3 GiB of gradients of a tile, their pairs and 1 GiB of workspace"
         if content["device"]["model_bytes"]:
             parts = f"language model, its activations, {parts}"
         return [

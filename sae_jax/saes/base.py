@@ -171,13 +171,19 @@ class SaeConfig:
     # Settings that objectives read from `hparams.coefficients`, so that a sweep over them is one program.
     COEFFICIENTS: ClassVar[tuple[str, ...]] = ()
     UNIT_DECODER: ClassVar[bool] = True  # decoder rows have norm 1 in what users load
+    # Whether the objective has its matrices from `encode_topk` or `encode_batch_topk`, `decode` and `with_auxk` alone,
+    # so that their gradients may be made from pairs (ops/pairs.py), and weights kept in bf16.
+    BY_PAIRS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_latents < 2**31:
             raise UsageError(f"sae.n_latents={self.n_latents} must be at least 1 and below 2^31: indices are int32")
 
     def init(self, key: jax.Array, sample: Sample) -> Any:
-        """Initial weights; on a mesh every array is created where it will live."""
+        """Initial weights; on a mesh every array is created where it will live.
+
+        Where BY_PAIRS says so it takes a third argument, the type of the matrices.
+        """
         raise NotImplementedError
 
     def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
@@ -250,23 +256,27 @@ class KConfig(SaeConfig):
         """See SaeConfig."""
         return self.k
 
-    def weights(self, key: jax.Array, width: int, transposed: bool = True) -> dict[str, jax.Array]:
+    def weights(
+        self, key: jax.Array, width: int, dtype: Any = jnp.float32, transposed: bool = True
+    ) -> dict[str, jax.Array]:
         """w_enc, b_enc, w_dec for rows of this width: the decoder is the transposed encoder with unit rows, b_enc is 0.
 
         The encoder is divided by r, the mean norm of what the k strongest latents make of random unit vectors. Not
-        `transposed`: a decoder that knows nothing of the encoder, else the same.
+        `transposed`: a decoder that knows nothing of the encoder, else the same. Matrices are of type `dtype`.
 
         Source: Gao et al. 2024, arXiv 2406.04093, section A.1 and its released code.
         """
-        w_enc, b_enc = linear_rows(key, self.n_latents, width), zeros((self.n_latents,), mesh.DICT)
+        w_enc, b_enc = linear_rows(key, self.n_latents, width, dtype), zeros((self.n_latents,), mesh.DICT)
         probe_key, decoder_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
-        w_dec = unit_rows(w_enc if transposed else linear_rows(decoder_key, self.n_latents, width))
+        drawn = w_enc if transposed else linear_rows(decoder_key, self.n_latents, width, dtype)
+        w_dec = unit_rows(drawn).astype(dtype)
         n_devices = mesh.axis_size(mesh.AXES)
         shape = (math.ceil(N_PROBES / n_devices) * n_devices, width)
         probes_PX = unit_rows(jax.random.normal(probe_key, shape, out_sharding=mesh.placed(mesh.ROWS)))
         code, _ = encode.encode_topk(probes_PX, w_enc, b_enc, jnp.zeros(width), self.k, self.product_dtype)
         r = jnp.linalg.norm(sparse.decode(code, w_dec)[0], axis=-1).mean()
-        return {"w_enc": w_enc / jnp.where(r > 0, r, 1.0), "b_enc": b_enc, "w_dec": w_dec}
+        scaled = w_enc.astype(jnp.float32) / jnp.where(r > 0, r, 1.0)
+        return {"w_enc": scaled.astype(dtype), "b_enc": b_enc, "w_dec": w_dec}
 
 
 class AbstractSae(abc.ABC):

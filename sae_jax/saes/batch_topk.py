@@ -56,12 +56,12 @@ class Config(ThresholdConfig):
     variant: Literal["batch_topk"] = "batch_topk"
 
     ADAM: ClassVar[Adam] = Adam(lr=3e-4, beta2=0.99, eps=1e-8)
+    BY_PAIRS: ClassVar[bool] = True
 
-    def init(self, key: jax.Array, sample: Sample) -> BatchTopK:
+    def init(self, key: jax.Array, sample: Sample, dtype: Any = jnp.float32) -> BatchTopK:
         """See KConfig.weights."""
-        return BatchTopK(
-            **self.weights(key, sample.median.shape[0]), b_dec=sample.median, threshold=jnp.zeros(()), config=self
-        )
+        weights = self.weights(key, sample.median.shape[0], dtype)
+        return BatchTopK(**weights, b_dec=sample.median, threshold=jnp.zeros(()), config=self)
 
 
 class Thresholded(AbstractSae):

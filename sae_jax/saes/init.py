@@ -13,6 +13,7 @@ from jax import lax
 from jax.scipy.special import ndtri
 
 from sae_jax import mesh
+from sae_jax.ops import spmd, tuning
 from sae_jax.saes.normalise import InputNorm, Scale, factor, normalise_pair
 from sae_jax.types import UsageError, Widths
 
@@ -109,16 +110,16 @@ def geometric_median(rows_ND: np.ndarray, max_iterations: int = 100, tolerance: 
 
 
 def unit_rows(w_FD: jax.Array) -> jax.Array:
-    """Rows scaled to norm 1. A row of zeros stays."""
+    """Rows scaled to norm 1, in f32. A row of zeros stays."""
     # Norms are taken with what made the rows, where a compiler can; what follows stays apart from it: XLA on GPU would
     # write moments of fewer bytes out in f32, as operands of one fusion, and joins the scaling with an average instead.
     w_FD, norm_F = lax.optimization_barrier((w_FD, row_norms(w_FD)))
-    return w_FD * (1 / norm_F)[:, None]
+    return w_FD.astype(jnp.float32) * (1 / norm_F)[:, None]
 
 
 def row_norms(w_FD: jax.Array) -> jax.Array:
     """Norm of each row, f32[F], to divide by: above 0."""
-    return jnp.maximum(jnp.linalg.norm(w_FD, axis=-1), 1e-12)
+    return jnp.maximum(jnp.linalg.norm(w_FD.astype(jnp.float32), axis=-1), 1e-12)
 
 
 def biases_for(w_FD: jax.Array, sample: Sample, b_pre: jax.Array, n_active: int) -> jax.Array:
@@ -139,11 +140,27 @@ def centring(w_FX: jax.Array, median_X: jax.Array) -> jax.Array:
     return -(w_FX * median_X[None]).sum(-1)
 
 
-def linear_rows(key: jax.Array, n_latents: int, d_model: int) -> jax.Array:
-    """f32[F, D], DICT: U(-1/sqrt(D), 1/sqrt(D)), a linear layer's usual default. Born sharded on a mesh."""
+def linear_rows(key: jax.Array, n_latents: int, d_model: int, dtype: Any = jnp.float32) -> jax.Array:
+    """[F, D], DICT: U(-1/sqrt(D), 1/sqrt(D)), a linear layer's usual default. Born sharded on a mesh.
+
+    In bf16 a range of latents at a time, each from its own key: nothing of this size is ever in f32.
+    """
     bound = d_model**-0.5
-    shape = (n_latents, d_model)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound, out_sharding=mesh.placed(mesh.DICT))
+    if dtype == jnp.float32:
+        shape = (n_latents, d_model)
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound, out_sharding=mesh.placed(mesh.DICT))
+
+    def local(key):
+        n_own = n_latents // mesh.axis_size(mesh.AXES)
+        latents_R = spmd.index((*mesh.LATENT, mesh.DATA)) * n_own + jnp.arange(n_own, dtype=jnp.int32)
+        _, size = spmd.even(n_own, max(1, tuning.current().block_bytes // (16 * d_model)))
+
+        def row(latent):
+            return jax.random.uniform(jax.random.fold_in(key, latent), (d_model,), minval=-bound, maxval=bound)
+
+        return lax.map(lambda latent: row(latent).astype(dtype), latents_R, batch_size=size)
+
+    return spmd.per_device(local, (mesh.REPLICATED,), mesh.DICT)(key)
 
 
 def zeros(shape: tuple[int, ...], role: Any, dtype: Any = jnp.float32) -> jax.Array:

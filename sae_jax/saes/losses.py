@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sae_jax.ops import auxk, sparse
+from sae_jax.ops import auxk, auxk_pairs, pairs, sparse
 from sae_jax.saes import base
 from sae_jax.saes.base import Batch, Context, KConfig, Outcome
 from sae_jax.types import Code, UsageError
@@ -98,6 +98,8 @@ def with_auxk(
     dead_F, dtype = counters.silent > context.hparams.dead_after, config.product_dtype
     weight = auxiliary_weight(error_BY, config.aux_coefficient)
     key = None if config.aux_rows == "all" else jax.random.fold_in(context.key, AUXK)
-    aux = auxk.unexplained(batch.x, error_BY, *encoder, w_dec, dead_F, weight, key, k_aux, dtype)
+    args = batch.x, error_BY, *encoder, w_dec, dead_F, weight, key, k_aux, dtype
+    tape = pairs.tape()
+    aux = auxk.unexplained(*args) if tape is None else auxk_pairs.unexplained(*args, tape)
     outcome.metrics["aux_loss"] = aux / config.aux_coefficient
     return loss + aux, outcome

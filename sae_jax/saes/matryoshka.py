@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class Config(batch_topk.ThresholdConfig):
     random_prefixes: int = 0
     """this many prefixes of sizes drawn every step instead; 0 = the fixed ones"""
     ADAM: ClassVar[Adam] = batch_topk.Config.ADAM
+    BY_PAIRS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +64,10 @@ class Config(batch_topk.ThresholdConfig):
         """The fixed prefixes in latents."""
         return tuple(round(share * self.n_latents) for share in self.prefixes)
 
-    def init(self, key: jax.Array, sample: Sample) -> Matryoshka:
+    def init(self, key: jax.Array, sample: Sample, dtype: Any = jnp.float32) -> Matryoshka:
         """See KConfig.weights."""
-        return Matryoshka(
-            **self.weights(key, sample.median.shape[0]), b_dec=sample.median, threshold=jnp.zeros(()), config=self
-        )
+        weights = self.weights(key, sample.median.shape[0], dtype)
+        return Matryoshka(**weights, b_dec=sample.median, threshold=jnp.zeros(()), config=self)
 
     def initial_counters(self, sample: Sample) -> dict[str, jax.Array]:
         """Mean squares of activations, where they order the latents."""

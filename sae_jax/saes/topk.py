@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class Config(KConfig):
     decoder: Literal["transposed", "independent"] = "transposed"
     """how it begins: as the transposed encoder, or at random"""
 
+    BY_PAIRS: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.multi_topk < math.inf:
@@ -64,11 +66,10 @@ class Config(KConfig):
                 f"sae.k_start={self.k_start} does not go with sae.multi_topk={self.multi_topk}; choose one"
             )
 
-    def init(self, key: jax.Array, sample: Sample) -> TopK:
+    def init(self, key: jax.Array, sample: Sample, dtype: Any = jnp.float32) -> TopK:
         """See KConfig.weights. The bias is the geometric median."""
-        return TopK(
-            **self.weights(key, sample.median.shape[0], self.decoder == "transposed"), b_dec=sample.median, config=self
-        )
+        weights = self.weights(key, sample.median.shape[0], dtype, self.decoder == "transposed")
+        return TopK(**weights, b_dec=sample.median, config=self)
 
     def k_at(self, step: jax.Array) -> jax.Array:
         """Active latents at a step, i32[]."""
@@ -80,7 +81,7 @@ class Config(KConfig):
 class TopK(AbstractSae):
     """A TopK autoencoder; frozen, so training makes a new one each step."""
 
-    w_enc: jax.Array  # f32[F@(latent,data), D]
+    w_enc: jax.Array  # f32[F@(latent,data), D]; in training perhaps bf16, as w_dec
     b_enc: jax.Array  # f32[F@(latent,data)]
     w_dec: jax.Array  # f32[F@(latent,data), D], unit rows
     b_dec: jax.Array  # f32[D]

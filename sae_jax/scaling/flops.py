@@ -29,15 +29,15 @@ def executed(sae: SaeConfig, widths: Widths) -> int:
     return 2 * (encoded * (sae.n_latents + sae.n_active) + 3 * sae.n_active * decoded)
 
 
-def auxk(sae: SaeConfig, widths: Widths, n_rows: int) -> int:
+def auxk(sae: SaeConfig, widths: Widths, n_rows: int, by_pairs: bool = False) -> int:
     """FLOP a token, at most, that AuxK adds to steps of `n_rows`: x and its gradient once, y and its gradients thrice.
 
     Five products over the latents and rows that ops/auxk.py looks at, but for the room that each of several devices
-    leaves for an uneven spread.
+    leaves for an uneven spread. `by_pairs`: the one product of ops/auxk_pairs.py, whose rest is of k latents a row.
     """
     if not isinstance(sae, KConfig) or sae.n_active is None or not sae.aux_coefficient:
         return 0
-    products = 2 * sae.n_latents * (2 * sum(widths.x) + 3 * sum(widths.y))
+    products = 2 * sae.n_latents * (sum(widths.x) if by_pairs else 2 * sum(widths.x) + 3 * sum(widths.y))
     return round(ops_auxk.most_work(n_rows, sae.aux_rows == "sampled") * products)
 
 

@@ -6,7 +6,7 @@ and as long as checkpoints/.saving-<step> is there, it is under way or was cut o
 read, its files are compared with the lists. One that is damaged is set aside as checkpoints/damaged-<step> and the run
 goes on from the one before.
 
-    sae          master weights            average      running average of the weights (train.ema above 0)
+    sae          weights in training       average      running average of the weights (train.ema above 0)
     optimiser    its moments               counters     dead counters and the like
     run          step, constants
 

@@ -64,7 +64,7 @@ def along_sphere(gradients: AbstractSae, weights: AbstractSae) -> tuple[Abstract
 
 
 def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> optax.GradientTransformationExtraArgs:
-    """Clip by the global norm, which is given to the update as `norm`, then Adam.
+    """Clip by the global norm, which is given to the update as `norm`, then Adam. `first`: see quantise.update_moment.
 
     Args:
         config: what is done, and how moments are kept.
@@ -79,12 +79,14 @@ def optimiser(config: TrainConfig, hparams: Hyperparameters, defaults: Adam) -> 
         mean, square = (zeros_like_moments(weights, config.moments, codebook) for codebook in (MEAN, SQUARE))
         return AdamState(jnp.int32(0), mean, square)
 
-    def update(gradients: Any, state: AdamState, weights: Any = None, *, norm: jax.Array) -> tuple[Any, AdamState]:
+    def update(
+        gradients: Any, state: AdamState, weights: Any = None, *, norm: jax.Array, first: jax.Array | int = 0
+    ) -> tuple[Any, AdamState]:
         # One factor, not a quotient of every gradient, of which XLA would make an array.
         clip = jnp.minimum(1, hparams.clip / norm) if config.clip else 1.0
         count = state.count + 1
-        mean = update_moment(state.mean, gradients, b1, count, salt=0, factor=clip)
-        square = update_moment(state.square, gradients, b2, count, salt=1, factor=clip, power=2)
+        mean = update_moment(state.mean, gradients, b1, count, salt=0, factor=clip, first=first)
+        square = update_moment(state.square, gradients, b2, count, salt=1, factor=clip, power=2, first=first)
         rate = -hparams.lr * share_of_rate(config, count, hparams.steps) / correction(b1, count)
         fix_square = lax.rsqrt(correction(b2, count))
 
@@ -109,13 +111,15 @@ def clear_rows(state: AdamState, rows_F: jax.Array, names: tuple[str, ...]) -> A
     return replace(state, mean=forget(state.mean), square=forget(state.square))
 
 
-def ema_update(average: Any, weights: Any, decay: jax.Array | float, step: jax.Array) -> Any:
-    """The running average of the weights after the step numbered `step` (from 1), which ended in `weights`.
+def ema_update(
+    average: Any, weights: Any, decay: jax.Array | float, step: jax.Array, first: jax.Array | int = 0
+) -> Any:
+    """The running average of the weights after the step numbered `step` (from 1), which ended in `weights` (f32).
 
     It equals the usual one divided by 1 - decay^t, but is close to the weights from the first step on: rounding costs
     as much as an average moves.
     """
-    return update_moment(average, weights, 1 - (1 - decay) / correction(decay, step), step, salt=2)
+    return update_moment(average, weights, 1 - (1 - decay) / correction(decay, step), step, salt=2, first=first)
 
 
 def correction(decay: jax.Array | float, step: jax.Array) -> jax.Array:

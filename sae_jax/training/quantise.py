@@ -1,4 +1,4 @@
-"""Running averages of matrices in fewer bytes than float32.
+"""Running averages of matrices, and the matrices themselves, in fewer bytes than float32.
 
     float32     4 bytes a number, as it is
     bfloat16    2 bytes, the upper half of the f32
@@ -9,8 +9,8 @@ rows of an average is to clear them in every array of its tree. Averages are com
 
 Below f32, rounding is stochastic: the nearer a value is to the upper neighbour, the more often it is rounded up.
 Rounding to nearest would never let go of a value that loses 0.1 % a step: half the distance of two bf16 numbers is 0.2
-to 0.4 %. The dither is a hash of step, array and position alone, so a resumed run repeats it, on any mesh, and no array
-of random bits exists.
+to 0.4 %. Nor would a weight in bf16 ever feel an update below that. The dither is a hash of step, array and position
+alone, so a resumed run repeats it, on any mesh, and no array of random bits exists.
 
 Sources: scales a block and codes with an exponent after Dettmers et al. 2022, arXiv 2110.02861, section 2; the code
 itself is ours.
@@ -65,18 +65,18 @@ def zeros_like_moments(weights: Any, precision: Precision, codebook: Codebook) -
     """Running averages before the first step: zeros of the shape and placement of each array of a tree.
 
     Args:
-        weights: f32 arrays.
+        weights: arrays of any float type.
         precision: how those with two dimensions or more are kept.
         codebook: for these, if precision is int8.
     """
 
     def zeros(x: jax.Array) -> jax.Array | QuantisedArray:
         if precision == "float32" or x.ndim < 2:
-            return jnp.zeros_like(x)
+            return jnp.zeros_like(x, jnp.float32)
         if precision == "bfloat16":
             return jnp.zeros_like(x, jnp.bfloat16)
         codes = jnp.zeros_like(x, jnp.int8 if codebook.signed else jnp.uint8)
-        return QuantisedArray(codes, jnp.zeros_like(x[..., : _blocks(x.shape[-1])[0]]), codebook)
+        return QuantisedArray(codes, jnp.zeros_like(x[..., : _blocks(x.shape[-1])[0]], jnp.float32), codebook)
 
     return jax.tree.map(zeros, weights)
 
@@ -89,6 +89,7 @@ def update_moment(
     salt: int,
     factor: jax.Array | float = 1.0,
     power: int = 1,
+    first: jax.Array | int = 0,
 ) -> Any:
     """decay * moment + (1 - decay) * (factor * target)^power for each array of a tree, kept in the form it had.
 
@@ -100,6 +101,7 @@ def update_moment(
         salt: a number below 8, another one for each call of a step.
         factor: f32[].
         power: 1 or 2.
+        first: number, in the whole arrays, of the first row of these.
     """
 
     def update(seed: int, kept: jax.Array | QuantisedArray, target: jax.Array) -> jax.Array | QuantisedArray:
@@ -107,15 +109,30 @@ def update_moment(
         # Not y**2: XLA would share the square with a norm of the gradients, and write it out for that.
         x = decay * _dequantised(kept) + ((1 - decay) * y * y if power == 2 else (1 - decay) * y)
         if not isinstance(kept, QuantisedArray):
-            return x if kept.dtype == jnp.float32 else _to_bfloat16(x, _dither(x, step, seed))
+            return x if kept.dtype == jnp.float32 else _to_bfloat16(x, _dither(x, step, seed, first))
         # A bound of the maximum from that of the target: the maximum itself would need x twice, or a copy of it.
         peaks = (factor * _per_block(jnp.abs(target)).max(-1)) ** power
         scales = decay * kept.scales + (1 - decay) * peaks
-        return _quantised(x, scales, _dither(x, step, seed), kept.codebook)
+        return _quantised(x, scales, _dither(x, step, seed, first), kept.codebook)
 
     leaves, tree = jax.tree.flatten(target)
     pairs = zip(tree.flatten_up_to(moment), leaves, strict=True)
     return tree.unflatten([update(8 * leaf + salt, kept, x) for leaf, (kept, x) in enumerate(pairs)])
+
+
+def rounded_like(kept: Any, x: Any, step: jax.Array, salt: int, first: jax.Array | int = 0) -> Any:
+    """The f32 arrays of a tree, each as it is kept in `kept`: f32, or bf16, rounded stochastically.
+
+    A number that bf16 holds stays as it is. Args: see `update_moment`.
+    """
+    leaves, tree = jax.tree.flatten(x)
+    pairs = zip(tree.flatten_up_to(kept), leaves, strict=True)
+    return tree.unflatten(
+        [
+            x if kept.dtype == jnp.float32 else _to_bfloat16(x, _dither(x, step, 8 * leaf + salt, first))
+            for leaf, (kept, x) in enumerate(pairs)
+        ]
+    )
 
 
 def dequantise(kept: Any) -> Any:
@@ -181,12 +198,17 @@ def _expanded(scales: jax.Array, d: int) -> jax.Array:
     return wide.reshape(*scales.shape[:-1], n * length)[..., :d]
 
 
-def _dither(x: jax.Array, step: jax.Array, seed: int) -> jax.Array:
-    """u32 like x: even bits, a function of the arguments and the position in the whole array, however it is split."""
+def _dither(x: jax.Array, step: jax.Array, seed: int, first: jax.Array | int = 0) -> jax.Array:
+    """u32 like x: even bits, a function of the arguments and the position in the whole array, however it is split.
+
+    `first`: the number there of the first row of x.
+    """
     hashed = _mix(_mix(step.astype(jnp.uint32)) ^ jnp.uint32(seed))
     hashed = hashed.reshape((1,) * x.ndim)
     for axis in range(x.ndim):
         position = lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
+        if axis == 0:
+            position = position + jnp.asarray(first, jnp.uint32)
         # One hash a row, then one an element.
         hashed = _mix(hashed ^ position[tuple(slice(None) if a <= axis else slice(1) for a in range(x.ndim))])
     return hashed

@@ -69,6 +69,9 @@ class TrainConfig:
     """global gradient norm is cut to this; 0 = off"""
     ema: float = 0.999
     """decay of the averaged weights; 0 = none are kept"""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """how each matrix is kept. bfloat16: rounded stochastically, with gradients that are made a range of latents at a
+    time, so that none is as large as the weights"""
     moments: Precision = "float32"
     """how Adam's two moments of each matrix are kept: in 4, 2 or 1 bytes a weight each"""
     ema_dtype: Precision = "float32"
@@ -110,6 +113,8 @@ class TrainConfig:
             if getattr(self, name) not in get_args(Precision):
                 allowed = ", ".join(get_args(Precision))
                 raise UsageError(f"train.{name}={getattr(self, name)!r} does not exist; there are: {allowed}")
+        if self.weights not in ("float32", "bfloat16"):
+            raise UsageError(f"train.weights={self.weights!r} does not exist; there are: float32, bfloat16")
         for name in ("seed", "order_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**31:
                 raise UsageError(f"train.{name}={getattr(self, name)} must be in [0, 2^31)")
@@ -126,7 +131,15 @@ class TrainConfig:
 
 
 def settled(config: TrainConfig, sae: SaeConfig) -> TrainConfig:
-    """The same with all that may be left out as it is for this dictionary: rate, decay, and when a latent is dead."""
+    """The same with all that may be left out as it is for this dictionary: rate, decay, and when a latent is dead.
+
+    Raises UsageError for weights that this variant cannot be trained in.
+    """
+    if config.weights != "float32" and not sae.BY_PAIRS:
+        raise UsageError(
+            f"train.weights={config.weights} is for dictionaries of k latents a row with unit rows (topk, batch_topk, "
+            f"matryoshka), not for sae.variant={sae.variant}; use float32"
+        )
     return replace(
         config,
         lr=learning_rate(config, sae),

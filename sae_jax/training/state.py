@@ -30,7 +30,7 @@ class TrainState:
     """What a run carries from step to step. `step` is also the position in the data."""
 
     step: jax.Array  # i32[], optimiser steps done
-    sae: AbstractSae  # f32 master weights, DICT and REPLICATED
+    sae: AbstractSae  # weights that steps change, DICT and REPLICATED; vectors f32, matrices as train.weights says
     optimiser_state: optax.OptState  # moments, placed like the weights; how they are kept: training/quantise.py
     average: Any  # running average of the weights; None when train.ema is 0
     counters: Counters
@@ -45,7 +45,7 @@ def initial(
     `hparams` stand for those of the two configs where several runs share this program.
     """
     hparams = hyperparameters(config, sae_config) if hparams is None else hparams
-    sae = sae_config.init(jax.random.fold_in(jax.random.key(hparams.seed), 0), sample)
+    sae = initial_weights(sae_config, config.weights, jax.random.fold_in(jax.random.key(hparams.seed), 0), sample)
     tx = optim.optimiser(config, hparams, sae_config.ADAM)
     return TrainState(
         step=jnp.int32(0),
@@ -58,6 +58,11 @@ def initial(
         ),
         constants=Constants(loss_scale=1 / sample.variance, scale=sample.scale),
     )
+
+
+def initial_weights(sae_config: SaeConfig, precision: str, key: jax.Array, sample: Sample) -> AbstractSae:
+    """The dictionary before the first step, its matrices kept as `train.weights` says."""
+    return sae_config.init(key, sample) if precision == "float32" else sae_config.init(key, sample, jnp.bfloat16)  # pyrefly: ignore[bad-argument-count]
 
 
 def step_key(hparams: Hyperparameters, step: jax.Array) -> jax.Array:

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax.ops import mixing, tuning
+from sae_jax.ops import mixing, pairs, tuning
 from sae_jax.saes import losses
-from sae_jax.saes.base import Batch, Context, Hyperparameters, SaeConfig, Updated
+from sae_jax.saes.base import AbstractSae, Batch, Context, Hyperparameters, Outcome, SaeConfig, Updated
 from sae_jax.saes.normalise import normalise_pair
-from sae_jax.training import optim
+from sae_jax.training import optim, tiles
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import TrainState, step_key, with_config
 
@@ -33,7 +33,7 @@ class Step:
 
     def __init__(self, sae_config: SaeConfig, config: TrainConfig) -> None:
         self._program = sae_config.program
-        self.compiled = tuning.jit(_make_step(self._program, config), donate_argnums=0)
+        self.compiled = tuning.jit(make_step(self._program, config, config.weights != "float32"), donate_argnums=0)
 
     def __call__(self, state: TrainState, hparams: Hyperparameters, batch: Batch) -> tuple[TrainState, Metrics]:
         """Queue a step."""
@@ -46,31 +46,44 @@ class Step:
         return self.compiled.trace(with_config(state, self._program), hparams, batch)
 
 
-def _make_step(sae_config: SaeConfig, config: TrainConfig):
+def make_step(sae_config: SaeConfig, config: TrainConfig, by_tiles: bool):
+    """The step that `Step` compiles. `by_tiles`: without gradients of the size of the weights (training/tiles.py)."""
+
     def step(state: TrainState, hparams: Hyperparameters, batch: Batch) -> tuple[TrainState, Metrics]:
         key = step_key(hparams, state.step)
         context = Context(state.step, key, state.counters, state.constants, hparams)
         x, y, undo = normalise_pair(batch.x, batch.y, sae_config.input_norm, state.constants.scale)
         rows = replace(batch, x=x, y=y)
 
-        with jax.named_scope("objective"):
-            (loss, outcome), gradients = jax.value_and_grad(lambda sae: sae.objective(rows, context), has_aux=True)(
-                state.sae
-            )
-        with jax.named_scope("optimiser"):
-            gradients, grad_norm = optim.along_sphere(gradients, state.sae)
-            tx = optim.optimiser(config, hparams, sae_config.ADAM)
-            updates, optimiser_state = tx.update(gradients, state.optimiser_state, norm=grad_norm)  # pyrefly: ignore[bad-argument-type]
-            # Skip the update if the gradient is not finite. This also keeps the update apart from the norms that
-            # constraints take of the new weights: XLA's CPU fusion of the two would write every scalar of Adam's out
-            # as an array of weights.
-            is_finite = jnp.isfinite(grad_norm)
-            sae = jax.tree.map(lambda w, update: jnp.where(is_finite, w + update, w), state.sae, updates)
-            sae = replace(sae, **outcome.assigned).constrained()
-            updated = sae.after_step(Updated(sae, optimiser_state, outcome.counters), context, optim.clear_rows)
-            average = state.average
-            if config.ema:
-                average = optim.ema_update(average, updated.sae, hparams.ema, state.step + 1)
+        def objective(sae: AbstractSae) -> tuple[jax.Array, Outcome]:
+            return sae.objective(rows, context)
+
+        if by_tiles:
+            with jax.named_scope("objective"):
+                (loss, outcome), gradients, parts = pairs.value_and_pairs(objective, state.sae)
+            with jax.named_scope("optimiser"):
+                sae, optimiser_state, average, grad_norm = tiles.update(
+                    *(state.sae, state.optimiser_state, state.average, gradients, parts, outcome.assigned),
+                    *(config, sae_config.ADAM, hparams),
+                )
+                updated = sae.after_step(Updated(sae, optimiser_state, outcome.counters), context, optim.clear_rows)
+        else:
+            with jax.named_scope("objective"):
+                (loss, outcome), gradients = jax.value_and_grad(objective, has_aux=True)(state.sae)
+            with jax.named_scope("optimiser"):
+                gradients, grad_norm = optim.along_sphere(gradients, state.sae)
+                tx = optim.optimiser(config, hparams, sae_config.ADAM)
+                updates, optimiser_state = tx.update(gradients, state.optimiser_state, norm=grad_norm)  # pyrefly: ignore[bad-argument-type]
+                # Skip the update if the gradient is not finite. This also keeps the update apart from the norms that
+                # constraints take of the new weights: XLA's CPU fusion of the two would write every scalar of Adam's
+                # out as an array of weights.
+                is_finite = jnp.isfinite(grad_norm)
+                sae = jax.tree.map(lambda w, update: jnp.where(is_finite, w + update, w), state.sae, updates)
+                sae = replace(sae, **outcome.assigned).constrained()
+                updated = sae.after_step(Updated(sae, optimiser_state, outcome.counters), context, optim.clear_rows)
+                average = state.average
+                if config.ema:
+                    average = optim.ema_update(average, updated.sae, hparams.ema, state.step + 1)
         state = replace(
             state,
             step=state.step + 1,

@@ -37,6 +37,17 @@ def test_work_of_dead_latents(settings, n_rows, share):
     assert step.aux_flop == share * 5 * 2 * n_rows * 1024 * 64
 
 
+def test_narrow_weights_have_a_state_of_four_bytes_and_gradients_of_a_tile():
+    """Two of weights and one of each moment, whose scales are a hundredth more; AuxK is one product, not five."""
+    mesh, n, d = meshes.abstract_mesh(meshes.MeshConfig(), 1), 2**24, 768
+    sae = base.config_class("topk")(n_latents=n, k=32, k_aux=512, aux_rows="all")
+    train = TrainConfig(batch_size=BATCH, weights="bfloat16", moments="int8", ema=0.0)
+    step = analytic.step(sae, train, Widths.one(d), mesh)
+    assert step.state_bytes == pytest.approx(2 * n * d * (4 + 2 * 3 * 4 / d) + 16 * n, rel=1e-4)
+    assert step.gradient_bytes + step.pair_bytes < 4 * 2**30
+    assert step.aux_flop == 2 * BATCH * n * d
+
+
 @pytest.mark.parametrize("data", [1, 4])
 def test_state_lies_over_all_devices_whatever_the_mesh(data):
     mesh = meshes.abstract_mesh(meshes.MeshConfig(data=data), 8)
