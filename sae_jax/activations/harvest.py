@@ -147,15 +147,17 @@ def _multiple(out: str | None, text: tokens.TokenText, forward: Forward) -> floa
         return store.read_spec(Files(out)).max_norm_multiple
     ids_ST, text_ST = text.stacked(0, forward.batch)
     sinks = Sinks()
-    with Progress("first sequences", len(ids_ST), "sequences") as progress:
+    is_first = jax.process_index() == 0  # of several that train on live data
+    with Progress("first sequences", len(ids_ST), "sequences", silent=not is_first) as progress:
         sinks.add(ids_ST, text_ST, forward.look(ids_ST))
         progress.update(len(ids_ST))
     if not sinks.n:
         return None
-    console.print(
-        f"first {len(ids_ST)} sequences: {sinks.told(text.tokenizer)}. Rows above {MULTIPLE:g} medians are left out of "
-        f"this set; harvest.max_norm_multiple=none keeps them"
-    )
+    if is_first:
+        console.print(
+            f"first {len(ids_ST)} sequences: {sinks.told(text.tokenizer)}. Rows above {MULTIPLE:g} medians are left "
+            f"out of this set; harvest.max_norm_multiple=none keeps them"
+        )
     return MULTIPLE
 
 

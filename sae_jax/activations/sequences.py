@@ -7,11 +7,8 @@ activations at the site are the rows that dictionaries learn from.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import count
 from typing import Any
 
 import jax
@@ -20,7 +17,7 @@ from jax.sharding import Mesh
 
 from sae_jax import lm
 from sae_jax.activations.order import EndlessShuffle
-from sae_jax.activations.source import Batches, placed_array
+from sae_jax.activations.source import Batches, one_ahead, placed_array
 from sae_jax.activations.store import ActivationSet
 from sae_jax.activations.stored import StoredRows
 from sae_jax.saes.base import Batch
@@ -103,14 +100,7 @@ class Sequences(Batches):
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """See Batches."""
-        with ThreadPoolExecutor(1, "sequence-read") as thread:
-            ahead = thread.submit(self.batch, start_step)
-            for step in count(start_step):
-                began = time.perf_counter()
-                batch = ahead.result()
-                self.wait_seconds += time.perf_counter() - began
-                ahead = thread.submit(self.batch, step + 1)
-                yield step, batch
+        return one_ahead(self, self.batch, start_step)
 
     def through(self, model: lm.LanguageModel, hook: lm.Hook, later: bool) -> Sequences:
         """These batches, placed as rows at a hook of a model (whole on each device) that is cut open there."""
