@@ -187,6 +187,11 @@ class Segments:
                 f"not the same; give all processes the same files"
             )
         self._notes.n_rows = first[1]  # or some would wait for rows that others know of
+        for slot, kept in enumerate(
+            self._notes.slots
+        ):  # of a process that was killed after it wrote, and the first before
+            if kept is not None and cut.shards(kept.segment).stop > len(first[1]):
+                self._notes.slots[slot] = None
         self._thread = ThreadPoolExecutor(1, "segment-maker")
         self._buffers: dict[int, dict[str, np.ndarray]] = {}
         self._scratch: dict[str, np.ndarray] = {}

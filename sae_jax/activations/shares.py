@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -62,10 +63,10 @@ def gathered(rows: np.ndarray, owners: np.ndarray, n_processes: int) -> np.ndarr
 
 def ranks(owners: np.ndarray) -> np.ndarray:
     """i64[n]: how many rows before row i have the same owner."""
+    order = np.argsort(owners, kind="stable")
+    first = np.searchsorted(owners[order], owners[order])  # in that order, of the same owner
     rank = np.empty(len(owners), np.int64)
-    for process in np.unique(owners):
-        mine = owners == process
-        rank[mine] = np.arange(mine.sum())
+    rank[order] = np.arange(len(owners)) - first
     return rank
 
 
@@ -78,13 +79,17 @@ def room_for(owners: np.ndarray, n_processes: int) -> int:
 
 def in_order(batch: Batch, owners: np.ndarray, mesh: Mesh) -> Batch:
     """The batch whose row i process `owners[i]` has, of one in which each process gave its rows and some more."""
-    n_rows = len(batch.x)
+    return meshes.in_order(_take(batch, _places(mesh, len(batch.x))[owners, ranks(owners)]))
+
+
+@lru_cache(maxsize=64)
+def _places(mesh: Mesh, n_rows: int) -> np.ndarray:
+    """i32[P, n_rows / P]: which rows of a batch each process gave. On a torus they need not be one piece."""
     spans: dict[int, set[tuple[int, int]]] = {}
-    # On a torus the part of a process need not be one piece.
     for device, place in meshes.sharding(mesh, meshes.input_rows(mesh)).devices_indices_map((n_rows,)).items():
         spans.setdefault(device.process_index, set()).add(place[0].indices(n_rows)[:2])
-    where = [np.concatenate([np.arange(*span) for span in sorted(of_one)]) for _, of_one in sorted(spans.items())]
-    return meshes.in_order(_take(batch, np.stack(where)[owners, ranks(owners)].astype(np.int32)))
+    of_each = [[np.arange(*span, dtype=np.int32) for span in sorted(spans[process])] for process in sorted(spans)]
+    return np.stack([np.concatenate(of_one) for of_one in of_each])
 
 
 @jax.jit

@@ -180,6 +180,21 @@ def test_processes_that_would_make_other_rows_are_refused(monkeypatch) -> None:
         Segments(Numbered([8] * 4), Cut(4, 2, IN_MEMORY, False, 1, 2), "these", None)
 
 
+def test_a_segment_that_the_first_process_did_not_note_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    """Both may be killed between the notes of one and of the other."""
+
+    def said(what: str, value, *rest) -> list:
+        return [["these", []] if "begun" in what else [(2 * int(what[-1]), 8)], value]
+
+    monkeypatch.setattr(segments_file, "exchange", said)
+    for _ in range(2):
+        maker = Numbered([8] * 4)
+        with closing(Segments(maker, Cut(4, 2, ON_DISK, True, 1, 2), "these", tmp_path)) as segments:
+            assert segments.use(0, 0)["acts"][:, 0].tolist() == list(range(8, 16))
+            assert segments.n_rows(0, 0) == 16
+        assert maker.made[:1] == [1]
+
+
 def test_what_fits_is_made_once() -> None:
     one, two, three = (Numbered([8] * 6) for _ in range(3))
     for maker, shards in ((one, 6), (two, 3), (three, 2)):
