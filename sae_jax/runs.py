@@ -140,7 +140,8 @@ def live(*, settings: HarvestConfig | None = None, live_config: LiveConfig | Non
         **changes: fields of `HarvestConfig` and of `LiveConfig`, such as model, text, hooks, tokens, memory_gib.
 
     Raises:
-        UsageError: several processes, or a budget without room for two segments; else as `harvest`.
+        UsageError: a budget without room for two segments, or devices for the model alone where there are several
+            processes; else as `harvest`.
     """
     names = {f.name for f in dataclasses.fields(LiveConfig)}
     of_live = {name: changes.pop(name) for name in names & changes.keys()}

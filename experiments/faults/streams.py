@@ -2,10 +2,11 @@
 
 Question: a dataset comes from a server that answers as the hub does, but breaks off in the middle of every other file.
 Two workers make the four shards of a set; at random moments, 20 times, one of them is killed and started again. Is the
-set the same as that of a single harvest from a server that never breaks off?
+set the same as that of a single harvest from a server that never breaks off? (The revision is named, so a worker that
+starts again reads on from where its shard began.)
 Guess: yes. A shard is a function of the settings and its number, and the client asks again.
 Command: python experiments/faults/streams.py --out OUT
-Answer: yes. 20 kills, 69 answers broken off, 400,000 tokens in four shards: every file is the same, byte for byte.
+Answer: yes. 20 kills, 77 answers broken off, 400,000 tokens in four shards: every file is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def lines(seed: int, n_tokens: int) -> bytes:
 
 def start(config: Config, hub: Hub, out: Path, name: str, shard: tuple[int, int]) -> subprocess.Popen:
     """A worker on its shards of the set OUT/name; what it says is added to OUT/name-i.txt."""
-    words = ["harvest", f"--out={out / name}", f"--shard={shard[0]}/{shard[1]}", f"--harvest.text=hf:{NAME}"]
+    words = ["harvest", f"--out={out / name}", f"--shard={shard[0]}/{shard[1]}", f"--harvest.text=hf:{NAME}@{REVISION}"]
     words += [f"--harvest.tokens={config.tokens}", f"--harvest.context={CONTEXT}"]
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(out / "cache"), "NO_PROXY": "127.0.0.1"}
     with (out / f"{name}-{shard[0]}.txt").open("ab") as said:

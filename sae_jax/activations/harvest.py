@@ -147,15 +147,17 @@ def _multiple(out: str | None, text: tokens.TokenText, forward: Forward) -> floa
         return store.read_spec(Files(out)).max_norm_multiple
     ids_ST, text_ST = text.stacked(0, forward.batch)
     sinks = Sinks()
-    with Progress("first sequences", len(ids_ST), "sequences") as progress:
+    is_first = jax.process_index() == 0  # of several that train on live data
+    with Progress("first sequences", len(ids_ST), "sequences", silent=not is_first) as progress:
         sinks.add(ids_ST, text_ST, forward.look(ids_ST))
         progress.update(len(ids_ST))
     if not sinks.n:
         return None
-    console.print(
-        f"first {len(ids_ST)} sequences: {sinks.told(text.tokenizer)}. Rows above {MULTIPLE:g} medians are left out of "
-        f"this set; harvest.max_norm_multiple=none keeps them"
-    )
+    if is_first:
+        console.print(
+            f"first {len(ids_ST)} sequences: {sinks.told(text.tokenizer)}. Rows above {MULTIPLE:g} medians are left "
+            f"out of this set; harvest.max_norm_multiple=none keeps them"
+        )
     return MULTIPLE
 
 
@@ -249,7 +251,44 @@ def plan(
 
     The last is how many sequences there are, at most; of a whole text they are counted if a set at `out` does not say.
     """
-    hooks = [(name, hook, width) for name, model in models.items() for hook, width in hooks_of(config, model).items()]
+    sources = _sources(config, models)  # before the text, which takes longer: they may be refused
+    read = _read_texts(config)
+    text = tokens.TokenText(
+        read.text,
+        tokenizer,
+        config.context,
+        config.fields(),
+        read.scanned.files,
+        chat,
+        tokenizer.first_id,
+        config.seed if config.shuffle else None,
+        config.sequence,
+    )
+    spec_of = partial(_spec, config, sources, tokenizer, chat, read)
+    n_sequences = _n_sequences(config, text, read.scanned, lambda: places.count(out, spec_of))
+    return spec_of(n_sequences), read.scanned, text, n_sequences
+
+
+def _sources(config: HarvestConfig, models: Mapping[str, lm.LanguageModel | lm.TorchModel]) -> tuple[SourceSpec, ...]:
+    """The activations of each model at each hook."""
+    return tuple(
+        SourceSpec(source_name(name, hook), width, config.dtype, model.reference, model.digest, str(hook))
+        for name, model in models.items()
+        for hook, width in hooks_of(config, model).items()
+    )
+
+
+class _Texts(NamedTuple):
+    """What is harvested, and what evaluation uses."""
+
+    text: str
+    scanned: texts.Scan
+    heldout: str | None
+    heldout_digest: str | None
+
+
+def _read_texts(config: HarvestConfig) -> _Texts:
+    """Both texts, read once. UsageError where they share files or are the same, or lack the role that rows are of."""
     text = texts.resolve(config.text)
     heldout = None if config.heldout is None else texts.resolve(config.heldout)
     scanned = _scan(text, config)
@@ -257,61 +296,68 @@ def plan(
         raise UsageError(
             f"harvest.chat={config.chat!r} is the role of no message; use one of {', '.join((*scanned.roles, ALL))}"
         )
-    apart = None if heldout is None else _scan(heldout, config)
-    heldout_digest = None if apart is None else apart.digest
-    if heldout_digest == scanned.digest:
+    if heldout is None:
+        return _Texts(text, scanned, None, None)
+    apart = _scan(heldout, config)
+    if apart.digest == scanned.digest:
         raise UsageError(f"harvest.heldout={config.heldout!r} is the text that is harvested; name another one")
-    if apart and (both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}):
+    if both := {*map(os.path.realpath, scanned.files)} & {*map(os.path.realpath, apart.files)}:
         raise UsageError(f"harvest.heldout: {min(both)} is part of harvest.text, too; keep it out of one of them")
-    first, seed = tokenizer.first_id, config.seed if config.shuffle else None
-    sequenced = tokens.TokenText(
-        text, tokenizer, config.context, config.fields(), scanned.files, chat, first, seed, config.sequence
+    return _Texts(text, scanned, heldout, apart.digest)
+
+
+def _spec(
+    config: HarvestConfig,
+    sources: tuple[SourceSpec, ...],
+    tokenizer: lm.Tokenizer,
+    chat: Conversations | None,
+    read: _Texts,
+    n_sequences: int,
+) -> SetSpec:
+    """The set of so many sequences. What is as it is by default is left out, so that a set keeps its spec."""
+    n_shards, shard_rows, chunk_rows = layout(
+        n_sequences * config.context, [row_bytes(source.d, source.dtype) for source in sources], config.context
+    )
+    return SetSpec(
+        sources=sources,
+        n_shards=n_shards,
+        shard_rows=shard_rows,
+        chunk_rows=chunk_rows,
+        seed=config.seed,
+        tokenizer=sources[0].model,
+        tokenizer_digest=tokenizer.digest,
+        text=read.text,
+        text_digest=read.scanned.digest,
+        text_column=None if config.text_column == COLUMN else config.text_column,
+        text_template=config.fields().template,
+        chat=config.chat,
+        shuffled=config.shuffle or None,
+        chat_template_digest=None if chat is None else chat.template.digest,
+        heldout=read.heldout,
+        heldout_digest=read.heldout_digest,
+        first_token=tokenizer.first_id,
+        context=config.context,
+        sequence="document" if config.sequence == "document" else None,
+        sequences_per_shard=-(-n_sequences // n_shards),
+        max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
+        precision=None if config.precision == "float32" else config.precision,
+        backend="torch" if config.backend == "torch" else None,
     )
 
-    def spec_of(n_sequences: int) -> SetSpec:
-        n_shards, shard_rows, chunk_rows = layout(
-            n_sequences * config.context, [row_bytes(w, config.dtype) for *_, w in hooks], config.context
-        )
-        return SetSpec(
-            sources=tuple(
-                SourceSpec(
-                    source_name(name, hook), width, config.dtype, models[name].reference, models[name].digest, str(hook)
-                )
-                for name, hook, width in hooks
-            ),
-            n_shards=n_shards,
-            shard_rows=shard_rows,
-            chunk_rows=chunk_rows,
-            seed=config.seed,
-            tokenizer=next(iter(models.values())).reference,
-            tokenizer_digest=tokenizer.digest,
-            text=text,
-            text_digest=scanned.digest,
-            text_column=None if config.text_column == COLUMN else config.text_column,
-            text_template=config.fields().template,
-            chat=config.chat,
-            shuffled=config.shuffle or None,
-            chat_template_digest=None if chat is None else chat.template.digest,
-            heldout=heldout,
-            heldout_digest=heldout_digest,
-            first_token=first,
-            context=config.context,
-            sequence="document" if config.sequence == "document" else None,
-            sequences_per_shard=-(-n_sequences // n_shards),
-            max_norm_multiple=None if config.max_norm_multiple == "auto" else config.max_norm_multiple,
-            precision=None if config.precision == "float32" else config.precision,
-            backend="torch" if config.backend == "torch" else None,
-        )
 
-    n_sequences = config.tokens // config.context
+def _n_sequences(
+    config: HarvestConfig, text: tokens.TokenText, scanned: texts.Scan, noted: Callable[[], int | None]
+) -> int:
+    """How many sequences the set has, at most. `noted`: how many a set that was begun says that its whole text has."""
+    asked = config.tokens // config.context
     if scanned.n_bytes and config.sequence == "document":
-        n_sequences = min(n_sequences or scanned.n_documents, scanned.n_documents)
-    elif not n_sequences:
-        n_sequences = places.count(out, spec_of) or _count(sequenced, scanned.n_bytes)
-    elif scanned.n_bytes:
-        # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
-        n_sequences = min(n_sequences, -(-scanned.n_bytes // (config.context - (first is not None))))
-    return spec_of(n_sequences), scanned, sequenced, n_sequences
+        return min(asked or scanned.n_documents, scanned.n_documents)
+    if not asked:
+        return noted() or _count(text, scanned.n_bytes)
+    if not scanned.n_bytes:
+        return asked
+    # A token is at least a byte: a short text must not be cut as if it were as long as was asked for.
+    return min(asked, -(-scanned.n_bytes // (config.context - (text.first is not None))))
 
 
 def _scan(text: str, config: HarvestConfig) -> texts.Scan:

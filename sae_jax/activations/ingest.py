@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -74,26 +75,12 @@ def write_activations(
     if not isinstance(seed, int | np.integer):
         raise UsageError(f"seed={seed!r} must be a whole number")
     n_rows, blocks = _blocks(rows, tokens, name, _known(dtype))
-    tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
-    origin = _Origin.of(tokenizer, model, model_digest, None if text is None else texts.resolve(text))
-
-    def lay_out(n_rows: int, widths: dict[str, int], context: int | None) -> SetSpec:
-        unit_rows = 1 if context is None else context
-        n_shards, shard_rows, chunk_rows = layout(n_rows, [row_bytes(d, dtype) for d in widths.values()], unit_rows)
-        sources = tuple(SourceSpec(n, d, dtype, model, origin.model_digest, hook) for n, d in widths.items())
-        origin.check_hook(hook, widths)
-        per_shard = None if context is None else shard_rows // unit_rows
-        n_shards = min(n_shards, (2**31 - 1) // (per_shard or 1))
-        return SetSpec(
-            sources, n_shards, shard_rows, chunk_rows, int(seed), tokenizer, origin.tokenizer_digest, origin.text,
-            context=context, sequences_per_shard=per_shard,
-        )  # fmt: skip
-
+    origin = _Origin.of(tokenizer, model, model_digest, hook, text)
     lease = Lease(files.at("owner"), path)
     _refuse_occupied(files, lease.holder())  # a writer that is only stopped keeps what it has begun
     with lease:
         _refuse_occupied(files)
-        shards = _Shards(files, lay_out, n_rows, lease)
+        shards = _Shards(files, partial(origin.lay_out, dtype, int(seed)), n_rows, lease)
         for block, tokens_BT in blocks:
             if tokens_BT is not None:
                 origin.check(tokens_BT)
@@ -175,14 +162,21 @@ class _Origin(NamedTuple):
     """What rows come from, as far as it is on this machine: a hub model is not fetched to write rows."""
 
     text: str | None
+    tokenizer: str | None
     tokenizer_digest: str | None
+    model: str | None
     model_digest: str | None
+    hook: str | None
     tokens_of: tuple[tuple[str, int], ...]  # who has rows or texts for so many ids
-    model: lm.Spec | None
+    model_spec: lm.Spec | None
 
     @classmethod
-    def of(cls, tokenizer: str | None, model: str | None, digest: str | None, text: str | None) -> _Origin:
-        """From references that lm.resolve made."""
+    def of(
+        cls, tokenizer: str | None, model: str | None, digest: str | None, hook: str | None, text: str | None
+    ) -> _Origin:
+        """From what a user writes. UsageError for a reference that names nothing, or two things."""
+        tokenizer, model = (None if reference is None else lm.resolve(reference) for reference in (tokenizer, model))
+        text = None if text is None else texts.resolve(text)
         bounds, spec, tokenizer_digest = [], None, None
         if tokenizer is not None and _is_here(tokenizer):
             loaded = lm.tokenizer(tokenizer, recorded=True)
@@ -196,25 +190,45 @@ class _Origin(NamedTuple):
             else:
                 bounds.append((f"the model {model}", spec.n_vocab))
                 digest = digest or lm.digest(lm.locate(model, recorded=True))
-        return cls(text, tokenizer_digest, digest, tuple(bounds), spec)
+        return cls(text, tokenizer, tokenizer_digest, model, digest, hook, tuple(bounds), spec)
+
+    def lay_out(self, dtype: str, seed: int, n_rows: int, widths: dict[str, int], context: int | None) -> SetSpec:
+        """The set of so many rows, at most. UsageError for a hook that the model does not have, or not so wide."""
+        self._check_hook(widths)
+        unit_rows = 1 if context is None else context
+        n_shards, shard_rows, chunk_rows = layout(n_rows, [row_bytes(d, dtype) for d in widths.values()], unit_rows)
+        per_shard = None if context is None else shard_rows // unit_rows
+        return SetSpec(
+            sources=tuple(SourceSpec(n, d, dtype, self.model, self.model_digest, self.hook) for n, d in widths.items()),
+            n_shards=min(n_shards, (2**31 - 1) // (per_shard or 1)),
+            shard_rows=shard_rows,
+            chunk_rows=chunk_rows,
+            seed=seed,
+            tokenizer=self.tokenizer,
+            tokenizer_digest=self.tokenizer_digest,
+            text=self.text,
+            context=context,
+            sequences_per_shard=per_shard,
+        )
 
     def check(self, tokens_BT: np.ndarray) -> None:
         """Raises UserError for a token or a position that tokenizer or model do not have."""
         for who, n in self.tokens_of:
             check_indices(tokens_BT, n, "token id", f"{who} has {n} ids; give the one that the tokens were made with")
-        if self.model is not None and tokens_BT.shape[1] > (n_positions := self.model.n_context):
+        if self.model_spec is not None and tokens_BT.shape[1] > (n_positions := self.model_spec.n_context):
             raise UserError(
                 f"tokens have {tokens_BT.shape[1]} positions, and the model {n_positions}; give shorter sequences"
             )
 
-    def check_hook(self, hook: str | None, widths: dict[str, int]) -> None:
-        """Raises UsageError for a hook that the model does not have, or that is of another width than the rows."""
-        if self.model is None or hook is None:
+    def _check_hook(self, widths: dict[str, int]) -> None:
+        if self.model_spec is None or self.hook is None:
             return
-        width = lm.hook_width(self.model, lm.parse_hook(hook, self.model))
+        width = lm.hook_width(self.model_spec, lm.parse_hook(self.hook, self.model_spec))
         for source, d in widths.items():
             if d != width:
-                raise UsageError(f"rows of {source} are {d} wide, and hook={hook} of the model {width}; name theirs")
+                raise UsageError(
+                    f"rows of {source} are {d} wide, and hook={self.hook} of the model {width}; name theirs"
+                )
 
 
 def _is_here(reference: str) -> bool:

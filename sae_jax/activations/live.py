@@ -8,7 +8,8 @@ time; segments follow each other as in the text, and after the last the text beg
 are one endless stream, and batch t is its rows [t B, (t + 1) B): each row comes once an epoch, and none is left over.
 
 So the batch of step t depends on the rows, the size of segments, the batch size, the seed and t. Unlike those of a set,
-rows are not shuffled over the whole text, only within a segment.
+rows are not shuffled over the whole text, only within a segment. Of several processes each runs the model on its share
+of the shards (shares.py); what they make, and the batches, are those of a single one.
 
 A run's folder holds a little of it: `live/segments.json` says how many rows the shards have, and `set` is an activation
 set that has the first shard alone, in which evaluation and pages find model, text and examples.
@@ -17,13 +18,10 @@ set that has the first shard alone, in which evaluation and pages find model, te
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +29,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sae_jax.activations import store
+from sae_jax.activations import shares, store
 from sae_jax.activations.harvest import prepare, shards_of_text
 from sae_jax.activations.order import shuffled
 from sae_jax.activations.rows import decode
@@ -39,7 +37,7 @@ from sae_jax.activations.segments import Segments, ShardMaker, cut, noted, shard
 from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.shards import empty_rows, index_of, take_shard
 from sae_jax.activations.sinks import Sinks
-from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, place_rows
+from sae_jax.activations.source import MAX_SAMPLE_ROWS, Batches, RowSource, one_ahead, place_rows
 from sae_jax.activations.spec import SetSpec, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.progress import Progress
@@ -49,6 +47,7 @@ from sae_jax.storage import absolute
 from sae_jax.types import Sites, UsageError, UserError
 
 LIVE_ORDER = 6  # Philox domain; order.py lists the others
+OWNERS = "process of each row"  # beside the rows of a batch, where there are several processes; no hook is named so
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,13 @@ class LiveConfig:
     """Where live rows are made and kept."""
 
     memory_gib: float = 4.0
-    """for rows in memory: a segment that is used, one that is made, and two shards"""
+    """for rows in the memory of each process: a segment that is used, one that is made, and two shards"""
     disk_gib: float = 0.0
-    """keep segments in RUN/live, at most so much with RUN/set, until a checkpoint has passed them; 0 = in memory"""
+    """keep segments in RUN/live until a checkpoint has passed them, at most so much with RUN/set for each process; 0 =
+    in memory"""
     devices: int = 0
-    """so many devices, the last ones, are the language model's own; 0 = it shares those of the dictionary"""
+    """of a single process: so many devices, the last ones, are the language model's own; 0 = it shares those of the
+    dictionary"""
 
     def __post_init__(self) -> None:
         for name in ("memory_gib", "disk_gib"):
@@ -76,19 +77,20 @@ class LiveRows(RowSource):
     def __init__(self, maker: ShardMaker, config: LiveConfig, name: str = "live data", folder: Path | None = None):
         """`folder`: of the run; None: nothing is written.
 
-        Raises UsageError for several processes, for a budget that has no room for segments, and for devices that are
-        not there.
+        Raises UsageError for a budget that has no room for segments, and for devices that are not there.
         """
-        if jax.process_count() > 1:
+        self._process, self._n_processes = jax.process_index(), jax.process_count()
+        if config.devices and self._n_processes > 1:
             raise UsageError(
-                f"live data need one process, and this job has {jax.process_count()}; store a set with sae-jax harvest"
+                f"live.devices={config.devices} needs one process, and this job has {self._n_processes}; leave it out: "
+                f"in each process the model then shares the devices of the dictionary"
             )
         if config.devices >= jax.device_count() and config.devices:
             raise UsageError(
                 f"live.devices={config.devices} leaves none of {jax.device_count()} devices to the dictionary; use less"
             )
         self._maker, self._config, self._folder = maker, config, folder
-        self._cut = cut(maker.spec, config.memory_gib, config.disk_gib)
+        self._cut = cut(maker.spec, config.memory_gib, config.disk_gib, self._process, self._n_processes)
         self._running: Segments | None = None
         self.name, self.spec = name, maker.spec
         self.sources = tuple(source.name for source in self.spec.sources)
@@ -107,14 +109,12 @@ class LiveRows(RowSource):
         return SourceRecord(spec.name, spec.d, spec.hook, spec.model, spec.model_digest)
 
     def mean_square(self, source: str) -> float:
-        """See RowSource; of the first segment."""
-        return Stats.of_rows(self._first_rows(source)).mean_square
+        """See RowSource; of the sample."""
+        return Stats.of_rows(self._sampled(source)).mean_square
 
     def sample(self, source: str) -> np.ndarray:
         """See RowSource; spread over the first segment."""
-        rows = self._first_rows(source)
-        chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLE_ROWS)).round().astype(int)
-        return decode(rows[chosen]).astype(np.float32)
+        return decode(self._sampled(source)).astype(np.float32)
 
     def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
         """See RowSource."""
@@ -127,10 +127,11 @@ class LiveRows(RowSource):
         if folder is not None and (folder / "config.json").exists():
             rows, _, before = noted(folder / "live").partition("/")
             if rows == self.spec.sha256 and before != str(self._cut.per_segment):
+                of_all = f", of all {self._n_processes} processes together," if self._n_processes > 1 else ""
                 raise UsageError(
                     f"{folder} was started with {before} of {self.spec.n_shards} shards in a segment, and "
-                    f"live.memory_gib and live.disk_gib now put {self._cut.per_segment} in one; keep these to resume, "
-                    f"or give another --out"
+                    f"live.memory_gib and live.disk_gib{of_all} now put {self._cut.per_segment} in one; keep these to "
+                    f"resume, or give another --out"
                 )
         return LiveRows(self._maker.of_run(folder), self._config, self.name, folder)
 
@@ -145,19 +146,24 @@ class LiveRows(RowSource):
             self._running = Segments(self._maker, self._cut, self.data.content, folder)
         return self._running
 
-    def _first_rows(self, source: str) -> np.ndarray:
-        """Of the first segment that has rows."""
+    def _sampled(self, source: str) -> np.ndarray:
+        """Stored rows of the first segment that has some, spread over it; the same in all processes."""
         segments, name = self._segments(), self.spec.source(source).name
-        n_rows = len(self._cut.shards(0)) * shard_rows(self.spec)
-        with Progress("first segment", n_rows, "rows", silent=segments.is_there(0)) as progress:
+        n_rows = len(self._cut.mine(0)) * shard_rows(self.spec)
+        is_silent = segments.is_there(0) or self._process > 0
+        with Progress("first segment", n_rows, "rows", silent=is_silent) as progress:
 
             def show() -> None:
                 if segments.n_made:
                     progress.update(segments.n_made)
 
             for segment in range(self._cut.n_segments):
-                if segments.n_rows(segment, 0, show):
-                    return segments.use(segment, 0, show)[name]
+                if n := segments.n_rows(segment, 0, show):
+                    rows = segments.use(segment, 0, show)[name]
+                    chosen = np.linspace(0, n - 1, min(n, MAX_SAMPLE_ROWS)).round().astype(int)
+                    shards, _, places = segments.find(segment, chosen)
+                    owners = shards % self._n_processes
+                    return shares.gathered(rows[places[owners == self._process]], owners, self._n_processes)
         raise _no_rows(self.name)
 
 
@@ -180,62 +186,72 @@ class LiveBatches(Batches):
         self._open_segments, self._segments = segments, segments()
         self._spec, self._sites = spec, sites
         self._batch_size, self._seed = batch_size, seed
+        self._saved = 0  # steps of the newest checkpoint
+        self._awaited: int | None = None  # those of the one that the next segment waits for
         self._starts = [0]  # first row of each segment in an epoch, as far as it is known
         self._order = lru_cache(maxsize=2)(self._compute_order)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """{source: [B, width]}, as stored (rows.py). UserError where the text leaves no rows."""
-        room = empty_rows(self._spec, self._batch_size)
+        """{source: [B, width]}, as stored (rows.py). UserError where the text leaves no rows.
+
+        Of several processes: the rows of the batch that this one has, and as many more as all can give alike; OWNERS
+        says which process has each row of the batch, i64[B].
+        """
+        room, cut = empty_rows(self._spec, self._batch_size), self._segments.cut
         batch = {name: room[name] for name in self._sites.all}
-        end = 0
+        end, owners = 0, []
         for piece in self._pieces(step):
-            rows, chosen = self._segments.use(piece.segment, step), self._chosen(piece)
-            start, end = end, end + len(chosen)
+            rows = self._segments.use(piece.segment, step)
+            shards, _, places = self._segments.find(piece.segment, self._chosen(piece))
+            owners.append(shards % cut.n_processes)
+            places = places[owners[-1] == cut.process]
+            start, end = end, end + len(places)
             for name, target in batch.items():
-                np.take(as_bits(rows[name]), chosen, axis=0, out=as_bits(target[start:end]), mode="clip")
-        return batch
+                np.take(as_bits(rows[name]), places, axis=0, out=as_bits(target[start:end]), mode="clip")
+        if cut.n_processes == 1:
+            return batch
+        of_all = np.concatenate(owners)
+        n = shares.room_for(of_all, cut.n_processes)
+        return {**{name: target[:n] for name, target in batch.items()}, OWNERS: of_all}
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """See Batches."""
         self._segments = self._open_segments()
-        with ThreadPoolExecutor(1, "live-batch") as thread:
-            try:
-                ahead = thread.submit(self.batch, start_step)
-                for step in count(start_step):
-                    began = time.perf_counter()
-                    batch = ahead.result()
-                    self.wait_seconds += time.perf_counter() - began
-                    ahead = thread.submit(self.batch, step + 1)
-                    yield step, batch
-            finally:
-                self._segments.close()  # or the thread might wait for a segment that nobody needs
+        # Segments are closed at the end, or the thread might wait for one that nobody needs.
+        return one_ahead(self, self.batch, start_step, self._hand_over, self._segments.close)
 
     def row_ids(self, step: int) -> np.ndarray:
         """See Batches: shard * shard_rows + row in the shard, as of a set."""
-        ids = []
+        cut, ids = self._segments.cut, []
         for piece in self._pieces(step):
-            counts = np.array(self._segments.shard_n_rows(piece.segment))
-            ends, chosen = np.cumsum(counts), self._chosen(piece)
-            shard = np.searchsorted(ends, chosen, side="right")
-            first = piece.segment * self._segments.cut.per_segment
-            ids.append((first + shard) * self._spec.shard_rows + chosen - (ends - counts)[shard])
-        return np.concatenate(ids)
+            shards, rows, _ = self._segments.find(piece.segment, self._chosen(piece))
+            ids.append(shards * self._spec.shard_rows + rows)
+        share = self._batch_size // cut.n_processes
+        return np.concatenate(ids)[cut.process * share : (cut.process + 1) * share]
 
     def place(self, rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         """See Batches."""
-        return place_rows(rows, self._sites, mesh)
+        batch = place_rows(rows, self._sites, mesh)
+        return shares.in_order(batch, rows[OWNERS], mesh) if OWNERS in rows else batch
 
     def saved(self, step: int, is_over: bool) -> None:
         """See Batches."""
+        self._saved = step
         if is_over:
             self._segments.remove()
-        else:
-            self._segments.saved(step)
 
     @property
     def needs_save(self) -> bool:  # pyrefly: ignore[bad-override] (read alone)
         """See Batches."""
-        return self._segments.needs_save
+        return self._awaited is not None and self._saved < self._awaited
+
+    def _hand_over(self) -> None:
+        """Tell segments of checkpoints, and ask for what they wait: between batches, when all processes know the same.
+
+        While a batch is made, it would depend on how far that is.
+        """
+        self._segments.saved(self._saved)
+        self._awaited = self._segments.awaited
 
     def close(self) -> None:
         """See Batches."""
@@ -275,7 +291,7 @@ class ModelShards(ShardMaker):
     """The shards that `harvest` would make of these settings, from the language model itself."""
 
     def __init__(self, config: HarvestConfig, devices: list[jax.Device] | None = None) -> None:
-        """Reads models, tokenizer and text. `devices`: those that the models run on; None: all local ones.
+        """Reads models, tokenizer and text. `devices`: those that the models run on; None: all of this process.
 
         Raises as `harvest`.
         """
@@ -312,11 +328,11 @@ class ModelShards(ShardMaker):
         The text is read on from the shard before; for another shard, from its beginning.
         """
         if shard != self._next:
-            todo = range(shard, self.spec.n_shards)
+            todo = range(shard, self.spec.n_shards, jax.process_count())
             self._shards = shards_of_text(self._config, self._text, todo, self.spec, lambda file: self._on_rows(0))
         self._next = -1  # should this fail
         _, ids_ST, text_ST = next(self._shards)
-        self._next = shard + 1
+        self._next = shard + jax.process_count()
         return ids_ST, text_ST
 
 

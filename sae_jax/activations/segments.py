@@ -6,7 +6,9 @@
 Slots are memory or files, and never grow: that is the budget. A thread makes the segment that comes next while the
 present one is used. A slot in memory is free when training has left its segment: it would not survive the process. One
 on the disk keeps its segment until a checkpoint has passed it, so that a run which is killed finds again what it needs;
-where training would stand still for want of a checkpoint, `needs_save` asks for one.
+where training would stand still for want of a checkpoint, `awaited` says which one would do.
+
+Of several processes each makes and keeps its share of the shards of every segment (shares.py), in slots of its own.
 
 How many rows each shard has is known once it was made, since some rows are left out. It is noted in the folder, from
 which a resumed run knows where each step lies; it makes no more segments than it needs.
@@ -17,11 +19,13 @@ from __future__ import annotations
 import abc
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ import xxhash
 from sae_jax import storage
 from sae_jax.activations.rows import SCALE_BYTES, row_bytes
 from sae_jax.activations.shards import empty_rows
+from sae_jax.activations.shares import exchange
 from sae_jax.activations.spec import SetSpec, array_specs, as_bits
 from sae_jax.activations.store import refuse_not_finite
 from sae_jax.storage import disk
@@ -43,6 +48,8 @@ IN_MEMORY, ON_DISK = 2, 4  # slots; on the disk two more, for segments that no c
 BESIDE_BYTES = 4 << 20  # on the disk, for what describes rows
 SECONDS_BETWEEN_WORDS = 0.5
 AT_WORK = 2  # shards in memory beside the slots: the one that is being made, and a copy while it is put in order
+
+_numbers = count()  # of what makes segments: processes make them alike, and know by these what is about which
 
 
 class ShardMaker(abc.ABC):
@@ -81,6 +88,8 @@ class Cut:
     per_segment: int  # shards, but for the last segment, which may have fewer
     n_slots: int
     on_disk: bool
+    process: int = 0  # of n_processes
+    n_processes: int = 1
 
     @property
     def n_segments(self) -> int:
@@ -92,14 +101,26 @@ class Cut:
         first = segment * self.per_segment
         return range(first, min(first + self.per_segment, self.n_shards))
 
+    def mine(self, segment: int) -> range:
+        """Those of them that this process makes."""
+        shards = self.shards(segment)
+        return range(shards.start + (self.process - shards.start) % self.n_processes, shards.stop, self.n_processes)
 
-def cut(spec: SetSpec, memory_gib: float, disk_gib: float) -> Cut:
+    @property
+    def slot_shards(self) -> int:
+        """Shards that a slot has room for."""
+        return -(-self.per_segment // self.n_processes)
+
+
+def cut(spec: SetSpec, memory_gib: float, disk_gib: float, process: int = 0, n_processes: int = 1) -> Cut:
     """The largest segments that a budget has room for, as equal as can be. UsageError if it has room for none.
 
     Args:
         spec: of the set.
-        memory_gib: for rows in memory.
-        disk_gib: for segments and the first shard on the disk; 0: segments are in memory.
+        memory_gib: for rows in the memory of each process.
+        disk_gib: for segments of each process, and the first shard, on the disk; 0: segments are in memory.
+        process: this one, of n_processes that share the shards.
+        n_processes: how many there are. All of their budgets together cut the set.
     """
     shard_bytes = shard_rows(spec) * sum(row_bytes(source.d, source.dtype) for source in spec.sources)
     first_bytes = sum(array.shard_bytes for array in array_specs(spec).values())
@@ -114,8 +135,8 @@ def cut(spec: SetSpec, memory_gib: float, disk_gib: float) -> Cut:
             f"live.{name}_gib={value:g} has no room for {n_slots} segments of one shard, {shown} each; use "
             f"{_rounded_up(least):g} or more, or fewer harvest.hooks"
         )
-    n_segments = -(-spec.n_shards // most)
-    return Cut(spec.n_shards, -(-spec.n_shards // n_segments), n_slots, bool(disk_gib))
+    n_segments = -(-spec.n_shards // (most * n_processes))
+    return Cut(spec.n_shards, -(-spec.n_shards // n_segments), n_slots, bool(disk_gib), process, n_processes)
 
 
 def shard_rows(spec: SetSpec) -> int:
@@ -136,18 +157,41 @@ class _Notes(msgspec.Struct, forbid_unknown_fields=True):
     content: str  # what the rows are: notes of others do not count
     n_rows: list[int]  # of the first shards
     slots: list[_Kept | None]
+    share: tuple[int, int] = (0, 1)  # (p, P) of the process whose slots they are
 
 
 class Segments:
-    """The segments of one run. `use`, `n_rows` are called by one thread, `saved` and `needs_save` by another."""
+    """The segments of one run. `use`, `n_rows` are called by one thread, `saved` and `awaited` by another."""
 
     def __init__(self, maker: ShardMaker, cut: Cut, content: str, folder: Path | None) -> None:
-        """`content`: identifies the rows; `folder`: for the notes, and for slots on the disk."""
+        """`content`: identifies the rows; `folder`: for the notes, and for slots on the disk.
+
+        All processes make theirs alike. Raises UserError where they would not make rows of the same set.
+        """
         self.cut = cut
         self.n_made = 0  # rows of the segment that is being made, before any is left out
-        self._maker, self._folder = maker, folder
-        self._notes = _read_notes(folder, content, cut) or _Notes(content, [], [None] * cut.n_slots)
+        if folder is not None and cut.process:
+            folder = folder / f"process-{cut.process}"
+        elif folder is not None:
+            for path in folder.glob("process-*"):  # of an attempt that had more processes
+                if int(path.name.removeprefix("process-")) >= cut.n_processes:
+                    shutil.rmtree(path)
+        self._maker, self._folder, self._name = maker, folder, str(next(_numbers))
         self._lock, self._closing = threading.Lock(), threading.Event()
+        self._notes = _read_notes(folder, content, cut) or _Notes(content, [], [None] * cut.n_slots)
+        self._notes.share = (cut.process, cut.n_processes)
+        first, *_ = self._exchange("begun", [content, self._notes.n_rows])
+        if first[0] != content:
+            raise UserError(
+                f"process {cut.process} would make rows of another set than process 0: its model, text or tokenizer is "
+                f"not the same; give all processes the same files"
+            )
+        self._notes.n_rows = first[1]  # or some would wait for rows that others know of
+        for slot, kept in enumerate(
+            self._notes.slots
+        ):  # of a process that was killed after it wrote, and the first before
+            if kept is not None and cut.shards(kept.segment).stop > len(first[1]):
+                self._notes.slots[slot] = None
         self._thread = ThreadPoolExecutor(1, "segment-maker")
         self._buffers: dict[int, dict[str, np.ndarray]] = {}
         self._scratch: dict[str, np.ndarray] = {}
@@ -185,15 +229,25 @@ class Segments:
             self.use(segment, step, on_wait)
         return sum(self._notes.n_rows[shards.start : shards.stop])
 
+    def find(self, segment: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of rows of a segment, i64[n]: their shards, the rows of these, and the places in what their process has.
+
+        What `use` gives of a segment is the rows of this process's shards.
+        """
+        shards, n_processes = self.cut.shards(segment), self.cut.n_processes
+        counts = np.array(self._notes.n_rows[shards.start : shards.stop])
+        ends, places = np.cumsum(counts), np.empty(len(counts), np.int64)
+        for first in range(min(n_processes, len(counts))):
+            of_one = counts[first::n_processes]
+            places[first::n_processes] = np.cumsum(of_one) - of_one
+        which = np.searchsorted(ends, rows, side="right")
+        row = rows - (ends - counts)[which]
+        return shards.start + which, row, places[which] + row
+
     def is_there(self, segment: int) -> bool:
         """Whether a segment is made."""
         with self._lock:
             return segment in self._made and self._made[segment].done()
-
-    def shard_n_rows(self, segment: int) -> list[int]:
-        """Rows of each shard of a segment whose number of rows is known."""
-        shards = self.cut.shards(segment)
-        return self._notes.n_rows[shards.start : shards.stop]
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` steps is on the disk."""
@@ -203,9 +257,9 @@ class Segments:
                 self._waiting = None
 
     @property
-    def needs_save(self) -> bool:
-        """Whether the segment that comes next waits for a checkpoint."""
-        return self._waiting is not None
+    def awaited(self) -> int | None:
+        """The steps of the checkpoint that the segment which comes next waits for; None: it does not."""
+        return None if self._waiting is None else min(self._left.values(), default=0)
 
     @property
     def is_closed(self) -> bool:
@@ -225,6 +279,8 @@ class Segments:
             self._write_notes()
         for path in self._slot_files():
             path.unlink()
+        if self._folder is not None and self.cut.process:
+            shutil.rmtree(self._folder, ignore_errors=True)  # what the first process has noted is left
 
     def _request(self, segment: int, must: bool) -> Future[dict[str, np.ndarray]] | None:
         """The segment, or its making; None if it has to wait for a slot, which it never has if it `must`."""
@@ -255,14 +311,14 @@ class Segments:
         rows = self._buffer(slot)
         kept = self._notes.slots[slot]
         if kept is not None and kept.segment == segment:
-            n = sum(self.shard_n_rows(segment))
+            n = sum(self._notes.n_rows[shard] for shard in self.cut.mine(segment))
             found = {name: part[:n] for name, part in rows.items()}
             if _digests(found) == kept.xxh3_64:
                 return found
         if kept is not None:
             self._notes.slots[slot] = None
             self._write_notes()
-        spec, shards, end, counts = self._maker.spec, self.cut.shards(segment), 0, []
+        spec, shards, end, counts = self._maker.spec, self.cut.mine(segment), 0, []
         self.n_made = 0
         self._scratch = self._scratch or empty_rows(spec, shard_rows(spec))
         for shard in shards:
@@ -280,24 +336,37 @@ class Segments:
 
     def _on_rows(self, n: int) -> None:
         self.n_made += n
+        self._poll()
+
+    def _poll(self) -> None:
         if self._closing.is_set():
             raise StoppedError
 
+    def _exchange(self, what: str, value: Any) -> list[Any]:
+        """What each process says about it."""
+        return exchange(f"{self._name}/{what}", value, self.cut.process, self.cut.n_processes, self._poll)
+
     def _note(self, segment: int, slot: int, counts: list[int], made: dict[str, np.ndarray]) -> None:
-        shards, notes = self.cut.shards(segment), self._notes
-        known = notes.n_rows[shards.start : shards.stop]
+        shards, mine, notes = self.cut.shards(segment), self.cut.mine(segment), self._notes
+        known = [notes.n_rows[shard] for shard in mine if shard < len(notes.n_rows)]
         if known and known != counts:
             raise UserError(
                 f"segment {segment} has {sum(counts)} rows here and had {sum(known)} when it was made first: the model "
                 f"computes otherwise on this machine, and harvest.max_norm_multiple leaves other rows out; resume "
                 f"where the run began, or give another --out"
             )
-        if not known:
+        is_new = len(notes.n_rows) < shards.stop
+        if is_new:
             assert len(notes.n_rows) == shards.start
-            notes.n_rows = notes.n_rows + counts
+            of_all = dict(
+                pair
+                for each in self._exchange(f"segment-{segment}", list(zip(mine, counts, strict=True)))
+                for pair in each
+            )
+            notes.n_rows = notes.n_rows + [of_all[shard] for shard in shards]
         if self.cut.on_disk:
             notes.slots[slot] = _Kept(segment, _digests(made))
-        if self.cut.on_disk or not known:
+        if self.cut.on_disk or is_new:
             self._write_notes()
 
     def _write_notes(self) -> None:
@@ -309,7 +378,7 @@ class Segments:
 
     def _buffer(self, slot: int) -> dict[str, np.ndarray]:
         """Room for the rows of a segment, {source: [n, width]}: the same each time."""
-        spec, n = self._maker.spec, self.cut.per_segment * shard_rows(self._maker.spec)
+        spec, n = self._maker.spec, self.cut.slot_shards * shard_rows(self._maker.spec)
         if slot not in self._buffers and self.cut.on_disk:
             assert self._folder is not None
             known = {_slot_name(i, source.name) for i in range(self.cut.n_slots) for source in spec.sources}
@@ -356,7 +425,8 @@ def _read_notes(folder: Path | None, content: str, cut: Cut) -> _Notes | None:
     notes = storage.as_type(storage.unsealed(found, path), _Notes, path)
     if notes.content != content:
         return None
-    if len(notes.slots) != cut.n_slots:  # they were elsewhere
+    # They were elsewhere, or other processes shared the segments.
+    if len(notes.slots) != cut.n_slots or notes.share != (cut.process, cut.n_processes):
         notes.slots = [None] * cut.n_slots
     return notes
 

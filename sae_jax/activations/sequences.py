@@ -7,11 +7,9 @@ activations at the site are the rows that dictionaries learn from.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import count
 from typing import Any
 
 import jax
@@ -20,11 +18,13 @@ from jax.sharding import Mesh
 
 from sae_jax import lm
 from sae_jax.activations.order import EndlessShuffle
-from sae_jax.activations.source import Batches, placed_array
+from sae_jax.activations.source import Batches, one_ahead, placed_array
 from sae_jax.activations.store import ActivationSet
 from sae_jax.activations.stored import StoredRows
+from sae_jax.lm import params
 from sae_jax.saes.base import Batch
 from sae_jax.types import Sites, UsageError, UserError
+from sae_jax.units import memory
 
 SEQUENCE_ORDER = 4  # Philox domain; order.py has two
 SHARDS_KEPT = 256  # in memory: five bytes a token
@@ -103,14 +103,7 @@ class Sequences(Batches):
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """See Batches."""
-        with ThreadPoolExecutor(1, "sequence-read") as thread:
-            ahead = thread.submit(self.batch, start_step)
-            for step in count(start_step):
-                began = time.perf_counter()
-                batch = ahead.result()
-                self.wait_seconds += time.perf_counter() - began
-                ahead = thread.submit(self.batch, step + 1)
-                yield step, batch
+        return one_ahead(self, self.batch, start_step)
 
     def through(self, model: lm.LanguageModel, hook: lm.Hook, later: bool) -> Sequences:
         """These batches, placed as rows at a hook of a model (whole on each device) that is cut open there."""
@@ -137,7 +130,8 @@ class Sequences(Batches):
 def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -> tuple[lm.LanguageModel, lm.Hook]:
     """The language model that made a source, whole on each device, and the hook that the source is of.
 
-    Raises UsageError for a source without model, UserError for a model that is not the one that made the set.
+    Raises UsageError for a source without model and for a model that does not fit on a device, UserError for one that
+    is not the one that made the set.
     """
     spec = activations.source(source)
     if spec.model is None or spec.hook is None:
@@ -147,7 +141,16 @@ def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -
             f"{activations.path} was made with harvest.backend=torch, through which there are no gradients; train on "
             f"its rows, or harvest with harvest.backend=jax"
         )
-    model = lm.load(spec.model, activations.spec.precision or "float32", recorded=True)
+    precision = activations.spec.precision or "float32"
+    leaves = jax.tree.leaves(params.abstract(lm.read_spec(spec.model, recorded=True), precision))
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    if n_bytes > (limit := _device_bytes(mesh)):
+        raise UsageError(
+            f"the parameters of {spec.model} take {memory(n_bytes)} in {precision}, and a device has {memory(limit)}: "
+            f"what is trained through a model has all of it on each device; train on the rows of the set, or harvest "
+            f"with {'a smaller model' if precision == 'bfloat16' else 'harvest.precision=bfloat16'}"
+        )
+    model = lm.load(spec.model, precision, recorded=True)
     if model.digest != spec.model_digest:
         raise UserError(
             f"the weights of {spec.model} are not those that {activations.path} was made with; harvest again"
@@ -156,6 +159,11 @@ def model_at(activations: ActivationSet, source: str, mesh: Mesh, later: bool) -
     if later and not lm.later_hooks(model, hook):
         raise UsageError(f"sae.downstream needs layers after {hook}, and there are none; leave it out")
     return lm.place(model, mesh), hook
+
+
+def _device_bytes(mesh: Mesh) -> float:
+    """Memory of a device of this process; infinite where JAX does not know it, as on CPUs."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 @partial(jax.jit, static_argnames=("hook", "later"))

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -73,6 +76,36 @@ class Batches(abc.ABC):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def one_ahead(
+    batches: Batches,
+    make: Callable[[int], dict[str, np.ndarray]],
+    start_step: int,
+    between: Callable[[], None] = lambda: None,
+    on_end: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(step, batch) from `start_step` on, of which a thread makes one ahead of use.
+
+    Args:
+        batches: whose consumer waits.
+        make: a batch.
+        start_step: the first.
+        between: called after each batch, before the thread is at the next.
+        on_end: called at the end, while the thread may still be at a batch that nobody needs.
+    """
+    with ThreadPoolExecutor(1, "batch-ahead") as thread:
+        try:
+            ahead = thread.submit(make, start_step)
+            for step in count(start_step):
+                began = time.perf_counter()
+                batch = ahead.result()
+                batches.wait_seconds += time.perf_counter() - began
+                between()
+                ahead = thread.submit(make, step + 1)
+                yield step, batch
+        finally:
+            on_end()
 
 
 class RowSource(abc.ABC):

@@ -28,6 +28,9 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from sae_jax.activations.blocks import PACKED, UnreadableError, kind
 from sae_jax.activations.conversations import roles_of
@@ -40,6 +43,7 @@ from sae_jax.types import UsageError, UserError
 
 HELDOUT = Path(__file__).parent.parent / "assets" / "bundled_lm" / "heldout.jsonl"
 WORDS = ("stdlib", "heldout")
+MARK_EVERY = 100  # documents of a dataset
 
 # Tests and codec tables repeat themselves; the others are not part of the library or mostly its tests.
 _STDLIB_SKIPPED = frozenset(
@@ -71,6 +75,14 @@ class Scan:
     files: tuple[str, ...] = ()  # that have documents; none where it is not made of local files
     left_out: dict[str, list[Path]] = field(default_factory=dict)  # files, by the reason
     roles: tuple[str, ...] = ()  # of conversations
+
+
+class Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From where a dataset of the hub can be read on."""
+
+    n_documents: int  # before it, of those that are not empty
+    n_rows: int  # before it
+    state: dict[str, Any]  # what the `datasets` library says of the stream
 
 
 def resolve(reference: str) -> str:
@@ -109,7 +121,12 @@ def documents(reference: str, fields: Fields = TEXT_FIELD) -> Iterator[str]:
 
 
 def named_documents(
-    reference: str, fields: Fields = TEXT_FIELD, files: Sequence[str] = (), seed: int | None = None
+    reference: str,
+    fields: Fields = TEXT_FIELD,
+    files: Sequence[str] = (),
+    seed: int | None = None,
+    mark: Mark | None = None,
+    on_mark: Callable[[Mark], None] = lambda mark: None,
 ) -> Iterator[tuple[str, str]]:
     """(file, document) of the non-empty documents of a text, in a fixed order.
 
@@ -118,19 +135,21 @@ def named_documents(
         fields: of records that make a document.
         files: those that `scan` found to have documents; without them it is asked first.
         seed: of the order (shuffle.py); None: as they lie.
+        mark: leave out the documents before it; None: from the first one on.
+        on_mark: called now and then with the place that has been reached, where the text can be read on from there.
 
     Yields: the file is "" where the text is not made of local files.
 
     Raises UsageError for a text that does not exist, and UserError for one that is empty or cannot be read.
     """
     if _is_elsewhere(reference):
-        pairs = (("", document) for document in _documents_elsewhere(reference, fields, seed))
+        pairs = (("", document) for document in _documents_elsewhere(reference, fields, seed, mark, on_mark))
     else:
         files = files or scan(reference, fields).files
         files = files if seed is None else permuted(files, seed)
         pairs = ((file, document) for file in files for document in documents_of(Path(file), fields))
     pairs = pairs if seed is None else buffered(pairs, seed)
-    empty = True
+    empty = mark is None
     for file, document in pairs:
         if document:
             empty = False
@@ -266,13 +285,19 @@ def _is_elsewhere(reference: str) -> bool:
     return reference in WORDS or reference.startswith("hf:")
 
 
-def _documents_elsewhere(reference: str, fields: Fields, seed: int | None = None) -> Iterator[str]:
+def _documents_elsewhere(
+    reference: str,
+    fields: Fields,
+    seed: int | None = None,
+    mark: Mark | None = None,
+    on_mark: Callable[[Mark], None] = lambda mark: None,
+) -> Iterator[str]:
     """The documents of a text that is not made of local files."""
     if fields.is_chat and reference in WORDS:
         raise UsageError(f"text {reference!r} has no conversations; name another one, or leave out harvest.chat")
     if reference == "stdlib":
         return (text for _, text in stdlib_files(held_out=False))
-    return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields, seed)
+    return documents_of(HELDOUT) if reference == "heldout" else _from_hub(reference, fields, seed, mark, on_mark)
 
 
 def _paths(reference: str) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -331,10 +356,13 @@ def _hub(reference: str) -> re.Match[str]:
     return match
 
 
-def _from_hub(reference: str, fields: Fields, seed: int | None) -> Iterator[str]:
+def _from_hub(
+    reference: str, fields: Fields, seed: int | None, mark: Mark | None, on_mark: Callable[[Mark], None]
+) -> Iterator[str]:
     match = _hub(reference)
     import datasets
 
+    n_documents, n_rows = (0, 0) if mark is None else (mark.n_documents, mark.n_rows)
     try:
         dataset = datasets.load_dataset(
             match["id"], revision=match["revision"], split=match["split"] or "train", streaming=True
@@ -343,8 +371,17 @@ def _from_hub(reference: str, fields: Fields, seed: int | None) -> Iterator[str]
         if seed is not None:  # a shard is a file, or a few
             n = dataset.num_shards
             rows = itertools.chain.from_iterable(dataset.shard(n, number) for number in permuted(range(n), seed))
-        for number, row in enumerate(rows):
-            yield fields.document(row, f"dataset {reference!r}, row {number},")
+        elif mark is not None:
+            dataset.load_state_dict(mark.state)
+        # Without a revision it may change, which is seen by counting what comes before. The buffer that documents are
+        # shuffled in is no part of the stream's state.
+        has_marks = seed is None and match["revision"] is not None and hasattr(dataset, "state_dict")
+        for number, row in enumerate(rows, n_rows):
+            document = fields.document(row, f"dataset {reference!r}, row {number},")
+            n_documents += document != ""
+            if has_marks and document and n_documents % MARK_EVERY == 0:
+                on_mark(Mark(n_documents, number + 1, dataset.state_dict()))
+            yield document
     except UserError:
         raise
     except Exception as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 from sae_jax.activations.conversations import Conversations
 from sae_jax.activations.fields import TEXT_FIELD, Fields
 from sae_jax.activations.places import START, Place, Places, digest
-from sae_jax.activations.text import named_documents
+from sae_jax.activations.text import Mark, named_documents
 from sae_jax.lm import Tokenizer
 from sae_jax.progress import console
 from sae_jax.types import UsageError, UserError
@@ -33,6 +33,7 @@ from sae_jax.types import UsageError, UserError
 _BATCH_TEXTS = 64
 _BATCH_CHARACTERS = 2**20
 _LONG = 2**23  # characters that take a tokeniser seconds
+_MARKS = 2  # kept of a text: a sequence begins in what was tokenised last, which is less than lies between two
 
 OnRead = Callable[[str, int], None]
 OnDocument = Callable[[int], None]
@@ -123,7 +124,8 @@ class TokenText:
         unread: deque[tuple[int, _Part]] = deque()  # (place of its first token in the stream, part)
         begun: tuple[int, _Part] | None = None  # the last part that a sequence has reached
         separator = np.array([self.tokenizer.separator_id], np.int32)
-        for parts in self._batches(place, on_read):
+        marks_of_text = deque([] if place.mark is None else [place.mark], _MARKS)
+        for parts in self._batches(place, on_read, marks_of_text.append):
             pieces, marks, end = [rest], [rest_marks], number * width + len(rest) - n_before
             for part, ids, of_role in parts:
                 unread.append((end, part))
@@ -142,7 +144,7 @@ class TokenText:
                 if places is not None:
                     at = (number + i) * width
                     first, part = begun if begun and not (unread and unread[0][0] <= at) else unread[0]
-                    places.note(number + i, partial(_place, part, at - first))
+                    places.note(number + i, partial(_place, part, at - first, marks_of_text))
                 while unread and unread[0][0] < (number + i + 1) * width:
                     begun = _, part = unread.popleft()
                     on_read(part.file, len(part.text.encode()))
@@ -181,10 +183,12 @@ class TokenText:
                 np.pad(of_role[: self.context], (0, n_padding)),
             )
 
-    def _batches(self, place: Place, on_read: OnRead) -> Iterator[list[tuple[_Part, np.ndarray, np.ndarray]]]:
+    def _batches(
+        self, place: Place, on_read: OnRead, on_mark: Callable[[Mark], None] = lambda mark: None
+    ) -> Iterator[list[tuple[_Part, np.ndarray, np.ndarray]]]:
         """(part, its ids, which of them rows are made of) from a place on, for one tokeniser call each."""
         batch, n_characters = [], 0
-        for part in self._parts(place, on_read):
+        for part in self._parts(place, on_read, on_mark):
             batch.append(part)
             n_characters += len(part.text)
             if len(batch) == _BATCH_TEXTS or n_characters >= _BATCH_CHARACTERS:
@@ -193,10 +197,10 @@ class TokenText:
         if batch:
             yield list(self._encoded(batch))
 
-    def _parts(self, place: Place, on_read: OnRead) -> Iterator[_Part]:
-        documents = named_documents(self.reference, self.fields, self.files, self.seed)
+    def _parts(self, place: Place, on_read: OnRead, on_mark: Callable[[Mark], None]) -> Iterator[_Part]:
+        documents = named_documents(self.reference, self.fields, self.files, self.seed, place.mark, on_mark)
         is_there = not place.xxh3_64
-        for number, (file, document) in enumerate(documents):
+        for number, (file, document) in enumerate(documents, 0 if place.mark is None else place.mark.n_documents):
             if number < place.document:
                 on_read(file, len(document.encode()))
                 continue
@@ -232,8 +236,9 @@ class TokenText:
                 raise UserError(f"{part.file}: {error}" if part.file else str(error)) from None
 
 
-def _place(part: _Part, n_tokens: int) -> Place:
-    return Place(part.document, part.number, n_tokens, digest(part.whole))
+def _place(part: _Part, n_tokens: int, marks: Iterable[Mark]) -> Place:
+    before = [mark for mark in marks if mark.n_documents <= part.document]
+    return Place(part.document, part.number, n_tokens, digest(part.whole), before[-1] if before else None)
 
 
 def sequences(

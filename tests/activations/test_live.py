@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 import sae_jax
 from sae_jax import mesh as meshes
+from sae_jax.activations import segments as segments_file
+from sae_jax.activations import shares
 from sae_jax.activations.harvest import HarvestConfig, harvest
-from sae_jax.activations.live import LiveConfig, LiveRows, ModelShards, of_model
+from sae_jax.activations.live import OWNERS, LiveBatches, LiveConfig, LiveRows, ModelShards
 from sae_jax.activations.segments import (
     AT_WORK,
     BESIDE_BYTES,
@@ -131,6 +133,68 @@ def test_row_ids_are_those_of_a_set() -> None:
             np.testing.assert_array_equal(of.row_ids(step), ids[rows["acts"][:, 0].astype(int)])
 
 
+def as_process(process: int, n: int, counts: list[int], batch_size: int, seed: int, shards: int) -> Batches:
+    """Batches of one of n processes, of segments of so many shards. The others say what they would."""
+    of = Cut(len(counts), min(shards, len(counts)), IN_MEMORY, False, process, n)
+
+    def said(what: str, value, process: int, n_processes: int, poll) -> list:
+        if not what.partition("/")[2].startswith("segment-"):
+            return [value] * n
+        segment = int(what.rpartition("-")[2])
+        cuts = (Cut(len(counts), of.per_segment, IN_MEMORY, False, p, n) for p in range(n))
+        return [[(shard, counts[shard]) for shard in each.mine(segment)] for each in cuts]
+
+    def segments() -> Segments:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(segments_file, "exchange", said)
+            made = Segments(Numbered(counts), of, "these", None)
+        made._exchange = lambda what, value: said(f"0/{what}", value, process, n, None)
+        return made
+
+    return LiveBatches(segments, Numbered(counts).spec, SITES, batch_size, seed)
+
+
+@hypothesis.given(counts, st.integers(2, 5), st.integers(1, 6), st.integers(1, 7), st.integers(0, 3))
+@hypothesis.settings(max_examples=25)
+def test_processes_have_the_rows_of_one_between_them(counts, n, per_process, shards, seed) -> None:
+    batch_size = n * per_process
+    steps = range(-(-2 * sum(counts) // batch_size))
+    all_of_one = numbers(as_process(0, 1, counts, batch_size, seed, shards), steps).reshape(-1, batch_size)
+    whole = as_process(0, 1, counts, batch_size, seed, shards)
+    parts = [as_process(p, n, counts, batch_size, seed, shards) for p in range(n)]
+    for step, expected in zip(steps, all_of_one, strict=True):
+        of_each = [part.batch(step) for part in parts]
+        assert len({len(rows["acts"]) for rows in of_each}) == 1
+        owners = of_each[0][OWNERS]
+        found = [of_each[p]["acts"][rank, 0] for p, rank in zip(owners, shares.ranks(owners), strict=True)]
+        np.testing.assert_array_equal(found, expected)
+        ids = np.concatenate([part.row_ids(step) for part in parts])
+        np.testing.assert_array_equal(ids, whole.row_ids(step))
+    for each in (whole, *parts):
+        each.close()
+
+
+def test_processes_that_would_make_other_rows_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(segments_file, "exchange", lambda what, value, *rest: [["those", []], value])
+    with pytest.raises(UserError, match=r"process 1 would make rows of another set than process 0: its model, text"):
+        Segments(Numbered([8] * 4), Cut(4, 2, IN_MEMORY, False, 1, 2), "these", None)
+
+
+def test_a_segment_that_the_first_process_did_not_note_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    """Both may be killed between the notes of one and of the other."""
+
+    def said(what: str, value, *rest) -> list:
+        return [["these", []] if "begun" in what else [(2 * int(what[-1]), 8)], value]
+
+    monkeypatch.setattr(segments_file, "exchange", said)
+    for _ in range(2):
+        maker = Numbered([8] * 4)
+        with closing(Segments(maker, Cut(4, 2, ON_DISK, True, 1, 2), "these", tmp_path)) as segments:
+            assert segments.use(0, 0)["acts"][:, 0].tolist() == list(range(8, 16))
+            assert segments.n_rows(0, 0) == 16
+        assert maker.made[:1] == [1]
+
+
 def test_what_fits_is_made_once() -> None:
     one, two, three = (Numbered([8] * 6) for _ in range(3))
     for maker, shards in ((one, 6), (two, 3), (three, 2)):
@@ -178,7 +242,7 @@ def test_a_segment_on_the_disk_stays_until_a_checkpoint_has_passed_it(tmp_path: 
     with closing(Segments(maker, of, "these", tmp_path)) as segments:
         for segment in range(4):
             assert segments.use(segment, segment)["acts"][0, 0] == 8 * segment
-        assert segments.needs_save
+        assert segments.awaited == 2  # the batch of the second step may begin in 0
     assert maker.made == [0, 1, 2, 3]
     # As where the process was killed, while it wrote: all four are there.
     (tmp_path / f".segments.json.{'0' * 16}.tmp").touch()
@@ -188,12 +252,12 @@ def test_a_segment_on_the_disk_stays_until_a_checkpoint_has_passed_it(tmp_path: 
         assert segments.use(2, 2)["acts"][:, 0].tolist() == list(range(16, 24))
         assert again.made == []
         segments.use(3, 3)  # nobody has asked for 0, which makes way for 4
-        assert not segments.needs_save
+        assert segments.awaited is None
         assert segments.use(4, 4)["acts"][0, 0] == 32
         segments.saved(2)
-        assert segments.needs_save  # 1 was needed for three steps
+        assert segments.awaited == 3  # 1 was needed for three steps
         segments.saved(3)
-        assert not segments.needs_save
+        assert segments.awaited is None
         assert segments.use(5, 5)["acts"][0, 0] == 40
         assert again.made == [4, 5]
     n_bytes = sum(path.stat().st_size for path in tmp_path.glob("slot-*"))
@@ -349,10 +413,19 @@ def test_mistakes_get_one_line(text: Path, changes, message) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_several_processes_are_refused(text: Path, monkeypatch) -> None:
+def test_devices_of_its_own_need_one_process(text: Path, monkeypatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UsageError, match="live data need one process, and this job has 2; store a set with sae-jax"):
-        of_model(config(text), LiveConfig())
+    with pytest.raises(UsageError, match=r"live.devices=1 needs one process, and this job has 2; leave it out"):
+        LiveRows(Numbered([8]), LiveConfig(devices=1))
+
+
+def test_the_budgets_of_processes_add_up() -> None:
+    spec, of_shard = Numbered([8] * 13).spec, 8 * 2 * 4 / GIB
+    one, *of_three = (cut(spec, memory * of_shard, 0, p, n) for memory, p, n in ((14, 0, 1), (6, 0, 3), (6, 2, 3)))
+    assert one.per_segment == 5
+    assert [each.per_segment for each in of_three] == [5, 5]
+    assert [list(of_three[1].mine(segment)) for segment in range(3)] == [[2], [5, 8], [11]]
+    assert of_three[1].slot_shards == 2
 
 
 def test_a_sweep_needs_a_set(text: Path, tmp_path: Path) -> None:

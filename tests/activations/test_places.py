@@ -7,14 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_jax import lm
+from sae_jax.activations import text
+from sae_jax.activations.fields import Fields
 from sae_jax.activations.harvest import HarvestConfig, harvest
 from sae_jax.activations.places import START, Place, Places
+from sae_jax.activations.text import Mark, named_documents
 from sae_jax.activations.tokens import TokenText
 from sae_jax.types import UserError
 from tests.activations.test_tokens import Bytes, write_jsonl
@@ -139,6 +145,57 @@ def test_a_damaged_note_is_left_out(one_device, tmp_path: Path, capsys, damage: 
     harvest(config, str(tmp_path / "set"))
     assert "without it the text before is tokenised again" in " ".join(capsys.readouterr().err.split())
     assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
+
+
+@pytest.fixture
+def streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset of the hub of three files, of 100 documents each but one that is empty, with a mark at each 80th."""
+    import datasets
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in range(3):
+        rows = ["" if i == 7 else f"def name_{file}_{i}():\n    return {i}\n" for i in range(100)]
+        pq.write_table(pa.table({"text": rows}), folder / f"train-{file}.parquet", row_group_size=30)
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: load(str(folder), split="train", streaming=True))
+    monkeypatch.setattr(text, "MARK_EVERY", 80)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def test_from_every_mark_come_the_same_documents(streamed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MARK_EVERY", 1)
+    marks: list[Mark] = []
+    whole = [document for _, document in named_documents("hf:owner/data@abc", on_mark=marks.append)]
+    assert [mark.n_documents for mark in marks] == list(range(1, 298))
+    for mark in [*marks[:9], *marks[28:31], *marks[97:101], marks[150], *marks[-3:]]:
+        mark = msgspec.json.decode(msgspec.json.encode(mark), type=Mark)
+        rest = [document for _, document in named_documents("hf:owner/data@abc", mark=mark)]
+        assert rest == whole[mark.n_documents :]
+    for changes in ({"seed": 0}, {"reference": "hf:owner/data"}):
+        list(named_documents(**{"reference": "hf:owner/data@abc", "on_mark": marks.append, **changes}))
+    assert len(marks) == 297
+
+
+@pytest.mark.parametrize(("name", "first_read"), [("hf:owner/data@abc", 162), ("hf:owner/data", 0)])
+def test_a_stream_is_read_on(one_device, streamed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, first_read):
+    """From the file that it had reached, where its revision is named; its bytes are those of a single harvest."""
+    config = HarvestConfig(text=name, context=16, batch_tokens=512, hooks=("resid_post.0",), tokens=3200)
+    harvest(config, str(tmp_path / "whole"))
+    answers = iter([False, False, False, False])
+    harvest(config, str(tmp_path / "set"), stop=lambda: next(answers, True))
+    read: list[int] = []
+    original = Fields.document
+
+    def watched(self: Fields, record: Any, place: str) -> str:
+        read.append(int(place.split()[-1].strip(",")))
+        return original(self, record, place)
+
+    monkeypatch.setattr(Fields, "document", watched)
+    harvest(config, str(tmp_path / "set"))
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
+    assert read[:2] == [0, first_read]  # the first row shows whether it can be read at all
 
 
 def test_a_stream_that_has_changed_is_refused(one_device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from sae_jax import lm
 from sae_jax import mesh as meshes
+from sae_jax.activations import sequences as sequences_file
 from sae_jax.activations.sequences import SequenceRows, Sequences, model_at
 from sae_jax.activations.spec import SetSpec, SourceSpec
 from sae_jax.activations.store import ActivationSet, create, open_activations
@@ -99,6 +100,18 @@ def test_what_cannot_be_run_is_refused(text_set: ActivationSet, small_set: Path,
         writer.write_shard(0, {"a": np.ones((4, model.spec.d_model))})
         with pytest.raises(error, match=message):
             model_at(open_activations(tmp_path / digest), "a", mesh, later=True)
+
+
+def test_a_model_that_no_device_has_room_for_is_refused(text_set: ActivationSet, monkeypatch) -> None:
+    """Before it is read."""
+    monkeypatch.setattr(sequences_file, "_device_bytes", lambda mesh: 2**20)
+    monkeypatch.setattr(lm, "load", None)
+    mesh = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
+    with pytest.raises(
+        UsageError,
+        match=r"^the parameters of bundled take 4.09 MiB in float32, and a device has 1 MiB: [^\n]*precision=bfloat16$",
+    ):
+        SequenceRows(text_set, later=False).open(SITES, CONTEXT, 0, mesh)
 
 
 def test_ids_beyond_the_embedding_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ import pytest
 
 import sae_jax
 from sae_jax import write_activations
+from sae_jax.activations.segments import BESIDE_BYTES, GIB
+from sae_jax.activations.spec import array_specs
 from tests import runs
+from tests.commands.test_live import write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -148,6 +151,44 @@ def test_wrong_use_of_the_launcher(words: list[str]) -> None:
 @pytest.mark.parametrize("path", sorted((runs.ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
 def test_launch_scripts_parse(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+
+
+MANY_SHARDS = """
+import sys
+from sae_jax.activations import spec
+spec.MIN_SHARDS = 12
+from sae_jax.commands.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_live_data_of_two_processes(tmp_path: Path, is_killed: bool) -> None:
+    """On the disk, which has no room for all of the text: the bits of one process with as many devices, in memory."""
+    recipe, shard_bytes = write_recipe(tmp_path), 22 * 16 * 128 * 2
+
+    def words(out: str, budget: str) -> list[str]:
+        flags = (budget, "--train.checkpoint-every=100", "--train.steps=60", "--out", str(tmp_path / out))
+        return [sys.executable, "-c", MANY_SHARDS, "train", str(recipe), "--data=live", *flags]
+
+    runs.complete(words("one", f"--live.memory-gib={6 * shard_bytes / GIB}"), 2)  # two shards in a segment
+    spec = sae_jax.open_activations(tmp_path / "one" / "set", allow_partial=True).spec
+    assert spec.n_shards == 12
+    first = sum(array.shard_bytes for array in array_specs(spec).values())
+    on_disk = f"--live.disk-gib={(BESIDE_BYTES + first + 4 * shard_bytes) / GIB}"  # one of them for each process
+    run = tmp_path / "two"
+    if is_killed:
+        process = runs.start(runs.local(2, words("two", on_disk)))
+        runs.wait_for(lambda: runs.step_of(run) >= 50, process)
+        runs.kill(process)
+        runs.finish(process)
+        for folder in (run / "live", run / "live" / "process-1"):
+            assert [path.stat().st_size for path in folder.glob("slot-*")] == 4 * [shard_bytes]
+    runs.complete(runs.local(2, words("two", on_disk)))
+    if is_killed:
+        assert runs.attempts(run)[1]["start_step"] >= 10  # training asked for a checkpoint, to have room for the rest
+    runs.assert_same_run(run, tmp_path / "one")
+    assert [path.name for path in (run / "live").iterdir()] == ["segments.json"]
 
 
 @pytest.mark.long
