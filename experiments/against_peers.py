@@ -31,7 +31,8 @@ mean share silent at the default rate, one seed at the best of five rates:
 
 At 16,384 and half its rate ours has 6 % silent at 0.084, below all of theirs with so few. The search at 512 was cut off
 there; on two cores (JAX 0.12.0, torch 2.13.0, one seed; 0.100, 0.151, 0.128 and 0.192 at the default rates) the best of
-five were 0.094 for ours, 0.117 for eai-sparsify at its lowest rate, 0.100 for dictionary-learning and 0.105 for SAELens.
+five were 0.094 for ours, 0.117 for eai-sparsify at its lowest rate, 0.100 for dictionary-learning and 0.105 for
+SAELens.
 
 9,998,848 tokens of Python packages, each row once, one seed, at the default rates; held-out files of the standard
 library as before, so that some of what is silent is rare in those:

@@ -31,11 +31,11 @@ harvest configs/demo.yaml`, one seed; 25,000 held-out tokens, on which the model
     end to end                          0.003   2.775           0.978       0.161   0.257
 
 With 4 latents a token end to end loses a fifth less cross-entropy (0.706 nats for 0.882), and does so at either rate
-(0.772 for 0.944 at 0.003), while it reconstructs the activations worse than their mean would. With 16 of 2,048 it starts
-behind the local one, by 0.047 nats after 0.6 M tokens and 0.024 after 2 M, and is ahead of it after 6 M, two epochs: it
-then loses an eighth less (0.121 nats for 0.136), at 2.7 times the FVU. With later layers the difference to local was
-0.0003 after 0.6 M. The 2 M and 6 M tokens were at one rate, the better of two before for both. So the guess holds, given
-tokens enough.
+(0.772 for 0.944 at 0.003), while it reconstructs the activations worse than their mean would. With 16 of 2,048 it
+starts behind the local one, by 0.047 nats after 0.6 M tokens and 0.024 after 2 M, and is ahead of it after 6 M, two
+epochs: it then loses an eighth less (0.121 nats for 0.136), at 2.7 times the FVU. With later layers the difference to
+local was 0.0003 after 0.6 M. The 2 M and 6 M tokens were at one rate, the better of two before for both. So the guess
+holds, given tokens enough.
 """
 
 from __future__ import annotations
