@@ -9,8 +9,17 @@ Command: python experiments/narrow_state.py --out OUT --only seeds       # 2^16 
          python experiments/narrow_state.py --out OUT --only million     # 2^20 latents, float32 and narrow
          python experiments/narrow_state.py --out OUT --only sixteen     # 2^24 latents: an H200, it takes 105 GiB
          python experiments/narrow_state.py --smoke
-Cost: not known yet; each part writes OUT/results.json after every measurement.
-Answer: not run at size yet.
+Cost: not known on a GPU yet; each part writes OUT/results.json after every measurement.
+Answer: not run at size yet. On two busy cores (JAX 0.10.2), small, FVU of 2,048 rows held out after 512,000 tokens:
+
+    --only seeds --d-model 128 --n-latents 4096 --batch-size 512 --steps 1000
+
+    seed       0         1         2         mean
+    float32    0.19375   0.19412   0.19380   0.19389
+    narrow     0.19373   0.19361   0.19476   0.19403
+
+The means differ by 0.00014, the seeds of float32 by up to 0.00037; one narrow run of three is 0.0006 above the worst of
+float32, two are below its best. Norms of decoder rows were within 0.001 of 1.
 
 Rows are made on the device, each step its own: a mean, 24 of 2^15 random directions, those of low rank more often than
 others, with exponential strengths, and noise of a tenth of the variance. So the FVU of a batch is that of rows which
