@@ -64,9 +64,9 @@ rows bring back fewer than all at 8,192 (twice as many silent with either window
 26.2 %), but not at 16,384, where both lose them.
 
 Wider, with windows to fit: a million tokens at 2^15 latents, two million at 2^17, in which one fires 488 times on
-average (the set of configs/scaling_laptop.yaml, one seed, JAX 0.11.2, an H200 with other runs beside; `--n-latents 32768
---k 16 --batch-size 1024 --rate 5e-4 --steps 4880 --window 1000000 --kinds both neither`, and `--n-latents 131072 --k 32
---batch-size 2048 --rate 2.5e-4 --steps 2440 --window 2000000 --kinds both`):
+average (the set of configs/scaling_laptop.yaml, one seed, JAX 0.11.2, an H200 with other runs beside; `--n-latents
+32768 --k 16 --batch-size 1024 --rate 5e-4 --steps 4880 --window 1000000 --kinds both neither`, and `--n-latents 131072
+--k 32 --batch-size 2048 --rate 2.5e-4 --steps 2440 --window 2000000 --kinds both`):
 
     latents            dead after 2.0 M   3.0 M    4.0 M    5.0 M tokens   FVU
     32,768   both             0.0 %       0.1 %    4.2 %     8.8 %         0.075
