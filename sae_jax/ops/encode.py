@@ -69,7 +69,8 @@ def encode_topk(
 
         return select(k) if k_now is None else lax.cond(k_now > k, lambda: select(n_slots), lambda: select(k))
 
-    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, k, dtype)
+    filling = sparse.Filling(k)
+    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype)
     return code, w_enc_FD
 
 
@@ -113,12 +114,7 @@ def encode_batch_topk(
         can_widen = n_candidates < min(max_candidates, n_local)
         return lax.cond(first[1].n_saturated > 0, again, lambda: first) if can_widen else first
 
-    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, dense_slots(k), dtype)
-
-
-def dense_slots(k: int) -> int:
-    """Slots that most rows use in a code of k latents a row on average: see `sparse.decode`."""
-    return -(-k // 2)
+    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, sparse.Filling(k, n_kept), dtype)
 
 
 def narrow(code: Code, k: int) -> Code:
@@ -187,8 +183,8 @@ Search = Callable[[Callable[[int], tuple[jax.Array, jax.Array]], Any, int], tupl
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, dense: int, dtype: jnp.dtype):
-    """The code that `search` selects, w_enc, and facts about the selection. `dense`: see `sparse.decode`."""
+def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, filling: sparse.Filling, dtype):
+    """The code that `search` selects, w_enc, and facts about the selection."""
     code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
     return code, w_enc_FD, selection
 
@@ -212,34 +208,34 @@ def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype) -> tuple[Co
     return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now)
 
 
-def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype):
     code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
     return (code, w_enc_FD, selection), (x_BD, w_enc_FD, b_pre_D, code)
 
 
-def _backward(search, dense, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
+def _backward(search, filling, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
     x_BD, w_enc_FD, b_pre_D, code = saved
     g_code, g_w_FD, _ = cotangent
 
     def local(x_RD, w_RD, b_pre_D, code, g_BK, g_w_RD):
         n_local = len(w_RD) * mesh.axis_size(mesh.DATA)
-        rows = spmd.row_blocks(*x_RD.shape)
+        rows = sparse.row_blocks(len(x_RD), x_RD.shape[1], filling)
         index_BK = code.indices - spmd.first_latent(n_local)
         g_BK = jnp.where(code.values > 0, g_BK, 0.0)
 
         def block(g_w_FD, blocks):
             x_rD, index_bK, g_bK = blocks
             x_bD = spmd.gather(shared_type(centred(x_rD, b_pre_D), dtype), mesh.LATENT)
-            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD, dense), None
+            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD[:, None], filling), None
 
         def block_of_x(_, blocks):
             index_bK, g_bK = blocks
-            g_x_bD = sparse.gather_rows(index_bK, g_bK, w_FD, dense)
-            return None, spmd.reduce_scatter(g_x_bD, mesh.LATENT)
+            g_x_b1D = sparse.gather_rows(index_bK, g_bK, w_FD, filling)
+            return None, spmd.reduce_scatter(g_x_b1D[:, 0], mesh.LATENT)
 
         codes = rows.shared(index_BK), rows.shared(g_BK)
         g_w_RD, _ = sparse.accumulated(block, g_w_RD, (rows.own(x_RD), *codes))
-        g_b_F = sparse.add_up(index_BK, g_BK, n_local)
+        g_b_F = sparse.add_up(index_BK, g_BK, n_local, filling)
         g_b_R = spmd.reduce_scatter(g_b_F, mesh.DATA)
         g_b_pre_D = -spmd.total(jnp.matmul(g_b_R, w_RD, precision=EXACT))
         # Dropped by the compiler wherever x is data, which needs no gradient.
