@@ -15,9 +15,12 @@ import contextlib
 import hashlib
 import math
 import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +43,8 @@ class ChunkCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._next_look = 0.0
         self._is_off = False
+        self._guard = threading.Lock()
+        self._wanted: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # chunk -> its lock
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked() as lock:
@@ -53,6 +58,14 @@ class ChunkCache:
                 f"cannot keep chunks in {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder on a local disk, or "
                 f"leave cache_gib out"
             ) from error
+
+    @contextlib.contextmanager
+    def alone(self, chunk: str) -> Iterator[None]:
+        """One thread of this process at a time, for each chunk: groups of rows share the chunks at their ends."""
+        with self._guard:
+            lock = self._wanted.setdefault(chunk, threading.Lock())
+        with lock:
+            yield
 
     def read_into(self, chunk: str, out: np.ndarray) -> bool:
         """Fills a contiguous array with what is kept of a chunk; False where there is nothing of its size."""

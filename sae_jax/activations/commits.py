@@ -7,6 +7,7 @@ request.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -140,20 +141,21 @@ def read_block(
 ) -> None:
     """Fills out with the valid rows of a chunk. UserError naming object and chunk when the digest differs.
 
-    `cache`: where it is looked for first, and kept.
+    `cache`: where it is looked for first, and kept; of threads that want the same chunk one asks for it.
     """
     key, digest = array.shard_key(commit.shard), int(commit.digests[array.path][place])
     name = f"{files.name(key)} {place} {out.nbytes} {digest:016x}"
-    if cache is not None and cache.read_into(name, out) and _digest(out) == digest:
-        return
-    files.read_into(key, place * array.chunk_bytes, out)
-    if _digest(out) != digest:
-        raise UserError(
-            f"{files.name(key)}: chunk {place} is not what was written, its digest differs; delete "
-            f"{commit_key(commit.shard)} and run the harvest again"
-        )
-    if cache is not None:
-        cache.keep(name, out)
+    with contextlib.nullcontext() if cache is None else cache.alone(name):
+        if cache is not None and cache.read_into(name, out) and _digest(out) == digest:
+            return
+        files.read_into(key, place * array.chunk_bytes, out)
+        if _digest(out) != digest:
+            raise UserError(
+                f"{files.name(key)}: chunk {place} is not what was written, its digest differs; delete "
+                f"{commit_key(commit.shard)} and run the harvest again"
+            )
+        if cache is not None:
+            cache.keep(name, out)
 
 
 def _digest(values: np.ndarray) -> int:

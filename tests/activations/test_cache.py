@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,22 @@ def test_three_epochs_ask_for_each_chunk_once(home, url, requests):
     np.testing.assert_array_equal(epochs(open_activations(url, cache_gib=1), 1), plain[: N // BATCH])
     assert len(requests) == activations.n_chunks  # nor does another run
     assert kept_bytes(home) == SET_BYTES
+
+
+def test_threads_that_want_one_chunk_ask_once(home, url, requests, monkeypatch):
+    """As they do where two groups of rows meet in a chunk."""
+    answered = Files.read_into
+
+    def slowly(self, *args):
+        time.sleep(0.05)
+        answered(self, *args)
+
+    monkeypatch.setattr(Files, "read_into", slowly)
+    activations = open_activations(url, cache_gib=1)
+    with ThreadPoolExecutor(4) as threads:
+        rows = list(threads.map(lambda _: activations.read_chunk("acts", 0), range(4)))
+    assert len(requests) == 1
+    np.testing.assert_array_equal(rows, [rows[0]] * 4)
 
 
 def test_a_full_cache_serves_what_it_holds(home, url, requests):
