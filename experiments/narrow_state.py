@@ -11,7 +11,7 @@ Command: python experiments/narrow_state.py --out OUT --only seeds       # 2^16 
          python experiments/narrow_state.py --smoke
 Cost: a run of part seeds 25 to 60 seconds on an H200; each part writes OUT/results.json after every measurement.
 Answer: as well, as far as it was run; 16M latents did not start. On an H200 with other runs beside (JAX 0.11.2), 2^16
-latents of d=768, 10,000 steps of 1,024 rows, FVU of 2,048 rows held out: seed 0 0.1797 narrow and 0.1802 in float32, with
+latents of d=768, 10,000 steps of 1,024 rows, FVU of 2,048 rows held out: seed 0 0.1797 narrow, 0.1802 in float32, with
 14.1 and 13.0 % dead, 4.7 and 2.6 ms a step, 0.38 and 1.13 GiB of state; seed 1 0.1803 in float32, the rest was cut off
 (narrow at step 7,000: as in float32 to a thousandth). 2^24: while the step was compiled beside its state, XLA tried
 variants of a kernel on arrays of their own and asked for 24 GiB more than there was; without that (the flag above, not

@@ -85,6 +85,7 @@ def train(
     mesh: MeshConfig | None = None,
     engine: EngineConfig | None = None,
     allow_partial: bool = False,
+    cache_gib: float = 0.0,
     **changes: Any,
 ) -> Dictionary:
     """Train a sparse autoencoder: `train(rows, n_latents=4096, k=32, steps=1000, batch_size=2048)`.
@@ -101,6 +102,7 @@ def train(
         mesh: how devices are arranged; by default the dictionary is split over all of them.
         engine: sizes of the pieces in which ops work.
         allow_partial: train although some shards of the set are not there yet.
+        cache_gib: of a local disk, for chunks of a set at a URL, each of which is then read from there once.
         **changes: fields of the variant's config and of `TrainConfig`, such as n_latents, k, steps, batch_size, lr.
 
     Raises:
@@ -109,6 +111,7 @@ def train(
     """
     fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "mesh": mesh, "engine": engine}
     fixed |= {"sae_config": sae_config, "train_config": train_config, "allow_partial": allow_partial}
+    fixed |= {"cache_gib": cache_gib}
     job, source = _new_job(TrainJob, data, {**fixed, **changes})
     return _dictionaries({"": job}, source)[""]
 
@@ -151,7 +154,9 @@ def live(*, settings: HarvestConfig | None = None, live_config: LiveConfig | Non
 
 def run_train(job: TrainJob, source: RowSource | None = None) -> int:
     """The run of a job as a command parses it, with `members` if it lists some. Returns the step it stands at."""
-    return run.run(expand_members(job), as_source(job.data, job.allow_partial) if source is None else source).step
+    return run.run(
+        expand_members(job), as_source(job.data, job.allow_partial, job.cache_gib) if source is None else source
+    ).step
 
 
 def sweep(
@@ -197,26 +202,26 @@ def sweep(
 
 def run_sweep(job: SweepJob, source: RowSource | None = None) -> list[str]:
     """The sweep of a job as a command parses it; a line for each thing that is wrong."""
-    source = as_source(job.data, job.allow_partial) if source is None else source
+    source = as_source(job.data, job.allow_partial, job.cache_gib) if source is None else source
     planned, refused = sweep_plan.plan(job, source)
     return [*(f"left out: {line}" for line in refused), *sweep_run.sweep(job, planned, source)]
 
 
-def as_source(data: Any, allow_partial: bool = False) -> RowSource:
+def as_source(data: Any, allow_partial: bool = False, cache_gib: float = 0.0) -> RowSource:
     """Rows to learn from: a RowSource, a set or its path, or arrays."""
     if isinstance(data, RowSource):
         return data
     if isinstance(data, str | os.PathLike):
         if os.fspath(data) == LIVE and not os.path.exists(LIVE):
             raise UsageError("live data are for `sae-jax train` with a recipe, and in Python sae_jax.live(...)")
-        data = open_activations(data, allow_partial)
+        data = open_activations(data, allow_partial, cache_gib)
     return StoredRows(data) if isinstance(data, ActivationSet) else ArrayRows(data)
 
 
 def _new_job(cls: Any, data: Any, settings: Mapping[str, Any]) -> tuple[Any, RowSource]:
     """A job from keywords, those of `train`, and its rows."""
     settings = {name: value for name, value in settings.items() if value is not None}
-    source = as_source(data, settings.pop("allow_partial", False))
+    source = as_source(data, settings.pop("allow_partial", False), settings.pop("cache_gib", 0.0))
     sites = {name: settings.pop(name, ()) for name in ("site", "reconstruct")}
     job = cls(
         data=source.name,

@@ -104,6 +104,15 @@ def ops(size: Size, interpret: bool):
         pre_bF = jnp.einsum("bd,fd->bf", x_bD, w_FD, preferred_element_type=f32)
         return topk.top_k(pre_bF + b_F[None], k)
 
+    def decode_xla(index_BK, weight_BK, table_FD):
+        return sparse.gather_rows(index_BK, weight_BK, table_FD)[:, 0]
+
+    def products_xla(index_BK, weight_BK, rows_BD, table_FD):
+        return sparse.sampled_products(index_BK, weight_BK, rows_BD[:, None], table_FD)
+
+    def scatter_xla(sum_FD, index_BK, weight_BK, rows_BD):
+        return sparse.scatter_rows(sum_FD, index_BK, weight_BK, rows_BD[:, None])
+
     def onto_zeros(scatter_rows, index_BK, weight_BK, rows_BD):
         return scatter_rows(jnp.zeros((n, d)), index_BK, weight_BK, rows_BD)
 
@@ -117,19 +126,19 @@ def ops(size: Size, interpret: bool):
     yield (
         "decode",
         {"flop": 2 * n_rows * k * d, "bytes": chosen + 4 * n_rows * d},
-        (on(pallas_sparse.gather_rows), sparse.gather_rows),
+        (on(pallas_sparse.gather_rows), decode_xla),
         (index, weight, table),
     )
     yield (
         "products",
         {"flop": 2 * n_rows * k * d, "bytes": chosen + 4 * n_rows * d},
-        (on(pallas_sparse.sampled_products), sparse.sampled_products),
+        (on(pallas_sparse.sampled_products), products_xla),
         (index, weight, rows, table),
     )
     yield (
         "scatter",  # onto zeros, as a gradient begins; rows stay in the cache, every latent is written
         {"flop": 2 * n_rows * k * d, "bytes": 4 * (n * d + n_rows * d) + 8 * n_rows * k},
-        tuple(partial(onto_zeros, f) for f in (on(pallas_sparse.scatter_rows), sparse.scatter_rows)),
+        tuple(partial(onto_zeros, f) for f in (on(pallas_sparse.scatter_rows), scatter_xla)),
         (index, weight, rows),
     )
 

@@ -8,6 +8,7 @@ dead. For each target and size:
                array from which rows are taken those rows, at most all of it
     arrays     passes over whole matrices [n, d], one for each that a kernel reads or writes, in float32 ones: what
                scatter-adds and gathers touch is not among them
+    open loops such whose length depends on data: each turn of one is a wait for the host, and is counted once
     roofline   the sum over kernels of the larger of FLOP at the matrix rate and bytes at the bandwidth
     floor      what `sae-jax plan` calls so: products at the full rate, then the state read and written once
 
@@ -27,6 +28,7 @@ two more. RESULTS.md, "The compiled step", has the table.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,7 @@ from common import SIZES, Size
 from sae_jax import mesh as meshes
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import analytic, compile, hlo, targets
-from sae_jax.saes.topk import Config
+from sae_jax.saes.base import SaeConfig, config_class
 from sae_jax.training.settings import TrainConfig
 from sae_jax.types import Widths
 from sae_jax.units import size
@@ -53,38 +55,41 @@ class Benchmark:
 
     targets: tuple[str, ...] = ("h200:1", "h100:1")
     sizes: tuple[str, ...] = ("A", "B")
+    variants: tuple[str, ...] = ("topk",)  # such as have a k
     timeout: float = 600.0  # seconds until a compiler that does not come back is killed
     out: Path | None = None  # JSON with every kernel
     smoke: bool = False  # one tiny step, compiled for this machine; seconds
 
 
-COLUMNS = ["", "launches", "HBM, GB", "arrays", "sorts", "roofline, ms", "floor, ms", "roofline / floor"]
+COLUMNS = ["", "launches", "HBM, GB", "arrays", "sorts", "open loops", "roofline, ms", "floor, ms", "roofline / floor"]
 
 
 def main(config: Benchmark) -> None:
     names, machines = (("smoke",), ("h200:1",)) if config.smoke else (config.sizes, config.targets)
     rows, tables, record = [], [], {}
     for name in names:
-        for machine in machines:
+        for variant, machine in itertools.product(config.variants, machines):
             target, of_size = targets.parse(machine), SIZES[name]
-            text = text_of(of_size, target, config)
-            counted = count(hlo.analyse(text, quietest=True), of_size, target)
-            print(f"{name} on {machine}: {counted['launches']} launches", file=sys.stderr)
-            record[f"{name} {machine}"] = counted
+            sae = config_class(variant)(n_latents=of_size.n, k=of_size.k, dtype="bfloat16")  # pyrefly: ignore
+            text = text_of(sae, of_size, target, config)
+            counted = count(hlo.analyse(text, quietest=True), sae, of_size, target)
+            title = f"{name}, {variant}, {machine}"
+            print(f"{title}: {counted['launches']} launches", file=sys.stderr)
+            record[title] = counted
             times = [counted[which] * 1e3 for which in ("roofline_seconds", "floor_seconds")]
             rows.append(
                 [
-                    *(f"{name}, {machine}", counted["launches"], counted["bytes"] / 1e9, f"{counted['arrays']:.1f}"),
-                    *(counted["sorts"], *times, f"{times[0] / times[1]:.2f}"),
+                    *(title, counted["launches"], counted["bytes"] / 1e9, f"{counted['arrays']:.1f}"),
+                    *(counted["sorts"], counted["open_loops"], *times, f"{times[0] / times[1]:.2f}"),
                 ]
             )
-            tables.append(largest(f"{name}, {machine}", counted))
+            tables.append(largest(title, counted))
     common.report([common.table("The compiled step", COLUMNS, rows), *tables], {"programs": record}, config.out)
 
 
-def text_of(of_size: Size, target: targets.Target, config: Benchmark) -> str:
+def text_of(sae: SaeConfig, of_size: Size, target: targets.Target, config: Benchmark) -> str:
     """The optimised program of a step; exits where it does not fit."""
-    sae, train = Config(n_latents=of_size.n, k=of_size.k, dtype="bfloat16"), TrainConfig(batch_size=of_size.batch)
+    train = TrainConfig(batch_size=of_size.batch)
     if config.smoke:
         return common.compile_step(sae, train, of_size.d, 1).text
     parts = (sae, train, meshes.MeshConfig(), EngineConfig(), Widths.one(of_size.d), True)
@@ -94,9 +99,9 @@ def text_of(of_size: Size, target: targets.Target, config: Benchmark) -> str:
     return compiled.text
 
 
-def count(program: hlo.Program, of_size: Size, target: targets.Target) -> dict[str, Any]:
+def count(program: hlo.Program, sae: SaeConfig, of_size: Size, target: targets.Target) -> dict[str, Any]:
     """What a program does on one device of a target."""
-    sae, train = Config(n_latents=of_size.n, k=of_size.k, dtype="bfloat16"), TrainConfig(batch_size=of_size.batch)
+    train = TrainConfig(batch_size=of_size.batch)
     mesh = meshes.abstract_mesh(meshes.MeshConfig(), target.n_devices)
     weights = of_size.n * of_size.d // target.n_devices
     kernels = [

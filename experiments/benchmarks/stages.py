@@ -97,7 +97,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
     pre = jax.random.normal(jax.random.key(0), (n, cut.block_rows) if cut.latent_major else (cut.block_rows, n))
     select = jax.jit(lambda pre: (topk.top_k_latent_major if cut.latent_major else topk.top_k)(pre, k))
     gather = jax.jit(lambda index, value, w: sparse.gather_rows(index, value, w))
-    products = jax.jit(lambda index, value, x, w: sparse.sampled_products(index, value, x, w))
+    products = jax.jit(lambda index, value, x, w: sparse.sampled_products(index, value, x[:, None], w))
 
     along = jax.jit(lambda gradient, sae: (optim.along_sphere(gradient, sae)[1], (gradient.w_dec * sae.w_dec).sum(-1)))
 
@@ -136,7 +136,7 @@ def stages(config: Benchmark) -> dict[str, Stage]:
         ),
         "row scatter-adds, both matrices": Stage(
             in_place(
-                lambda out, index, value, x: sparse.scatter_rows(jnp.zeros_like(out), index, value, x),
+                lambda out, index, value, x: sparse.scatter_rows(jnp.zeros_like(out), index, value, x[:, None]),
                 *(gradient.w_dec, index_BK, values_BK, x_BD),
             ),
             times=2,

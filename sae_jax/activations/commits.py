@@ -7,6 +7,7 @@ request.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from sae_jax.activations.cache import ChunkCache
 from sae_jax.activations.spec import ArraySpec, SetSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
 from sae_jax.storage import DAMAGED, Files, as_type, parse_json, sealed, unsealed
@@ -134,15 +136,26 @@ def digests(values: np.ndarray, array: ArraySpec) -> np.ndarray:
     return np.array([_digest(chunk) for chunk in chunks], np.uint64)
 
 
-def read_block(files: Files, array: ArraySpec, commit: Commit, place: int, out: np.ndarray) -> None:
-    """Fills out with the valid rows of a chunk. UserError naming object and chunk when the digest differs."""
-    key = array.shard_key(commit.shard)
-    files.read_into(key, place * array.chunk_bytes, out)
-    if _digest(out) != int(commit.digests[array.path][place]):
-        raise UserError(
-            f"{files.name(key)}: chunk {place} is not what was written, its digest differs; delete "
-            f"{commit_key(commit.shard)} and run the harvest again"
-        )
+def read_block(
+    files: Files, array: ArraySpec, commit: Commit, place: int, out: np.ndarray, cache: ChunkCache | None = None
+) -> None:
+    """Fills out with the valid rows of a chunk. UserError naming object and chunk when the digest differs.
+
+    `cache`: where it is looked for first, and kept; of threads that want the same chunk one asks for it.
+    """
+    key, digest = array.shard_key(commit.shard), int(commit.digests[array.path][place])
+    name = f"{files.name(key)} {place} {out.nbytes} {digest:016x}"
+    with contextlib.nullcontext() if cache is None else cache.alone(name):
+        if cache is not None and cache.read_into(name, out) and _digest(out) == digest:
+            return
+        files.read_into(key, place * array.chunk_bytes, out)
+        if _digest(out) != digest:
+            raise UserError(
+                f"{files.name(key)}: chunk {place} is not what was written, its digest differs; delete "
+                f"{commit_key(commit.shard)} and run the harvest again"
+            )
+        if cache is not None:
+            cache.keep(name, out)
 
 
 def _digest(values: np.ndarray) -> int:

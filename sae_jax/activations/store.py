@@ -30,6 +30,7 @@ from typing import Literal, NoReturn
 import numpy as np
 import tensorstore as ts
 
+from sae_jax.activations.cache import ChunkCache, chunk_cache
 from sae_jax.activations.commits import (
     Commit,
     commit_key,
@@ -183,7 +184,8 @@ class Writer:
 class ActivationSet:
     """A set opened for reading. Made by `open_activations`. Threads may share it."""
 
-    def __init__(self, files: Files, spec: SetSpec, allow_partial: bool):
+    def __init__(self, files: Files, spec: SetSpec, allow_partial: bool, cache: ChunkCache | None = None):
+        """`cache`: where chunks are kept that come from a URL."""
         commits, problems = read_commits(files, spec)
         if problems:
             more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
@@ -194,6 +196,7 @@ class ActivationSet:
                 "with the same command or pass --allow-partial"
             )
         self.files, self.spec, self.path = files, spec, files.path
+        self._cache = cache if files.local is None else None
         self.arrays = array_specs(spec)
         self.sources: tuple[str, ...] = tuple(source.name for source in spec.sources)
         self.commits = {commit.shard: commit for commit in commits}
@@ -292,7 +295,7 @@ class ActivationSet:
         return block
 
     def _read_block(self, path: str, shard: int, place: int, out: np.ndarray) -> None:
-        read_block(self.files, self.arrays[path], self.commits[shard], place, out)
+        read_block(self.files, self.arrays[path], self.commits[shard], place, out, self._cache)
 
     def check_text(self) -> None:
         """Raises UsageError, with the way out, for a set whose rows come from no text."""
@@ -336,19 +339,23 @@ def create(path: str | os.PathLike[str], spec: SetSpec) -> Writer:
     return Writer(files, spec)
 
 
-def open_activations(path: str | os.PathLike[str], allow_partial: bool = False) -> ActivationSet:
+def open_activations(
+    path: str | os.PathLike[str], allow_partial: bool = False, cache_gib: float = 0.0
+) -> ActivationSet:
     """Opens a set for reading.
 
     Args:
       path: a folder, or a URL that tensorstore knows (gs://, s3://).
       allow_partial: open a set of which some shards are not committed yet, as it is now.
+      cache_gib: GiB of a local disk (cache.py) in which chunks of a set at a URL are kept once they were read.
 
     Raises UserError in one line naming the object: not a set, a damaged commit, a committed shard with
     missing or truncated data, an incomplete set without allow_partial. Digests of data are compared when
     chunks are read.
     """
+    cache = chunk_cache(cache_gib)
     files = Files(path)
-    return ActivationSet(files, read_spec(files), allow_partial)
+    return ActivationSet(files, read_spec(files), allow_partial, cache)
 
 
 def read_spec(files: Files) -> SetSpec:

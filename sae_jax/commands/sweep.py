@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> None:
     if not job.dry_run:
         runtime.start_distributed()
     gpu.warn_of_idle_gpu()
-    source = runs.as_source(job.data, job.allow_partial)
+    source = runs.as_source(job.data, job.allow_partial, job.cache_gib)
     planned, refused = plan(job, source)
     passes = in_passes(job, planned, shard)
     if job.dry_run:

@@ -45,9 +45,10 @@ def unexplained(
     args = x_BD, error_BD, w_enc_FD, b_enc_F, b_pre_D, w_dec_FD, allowed_F, weight, key
     left, found = _with_pairs(*args, k, dtype)
 
-    def made(factor: jax.Array, found: tuple) -> dict[str, Pairs]:
+    def made(factor: jax.Array, found: tuple) -> dict[str, list[Pairs]]:
         indices_BK, z_BK, g_BK, x_BD, g_BD = found
-        return {"w_enc": Pairs(indices_BK, factor * g_BK, x_BD), "w_dec": Pairs(indices_BK, factor * z_BK, g_BD)}
+        of_encoder, of_decoder = Pairs(indices_BK, factor * g_BK, x_BD), Pairs(indices_BK, factor * z_BK, g_BD)
+        return {"w_enc": [of_encoder], "w_dec": [of_decoder]}
 
     return tape.tap(left, found, made)
 

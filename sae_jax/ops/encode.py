@@ -61,7 +61,8 @@ def encode_topk(
         And w_enc as it is. What uses the encoder again should use that one: the gradients of all uses then gather in
         one buffer, where several would be added up.
     """
-    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, _largest_of_row(k, max_k), k, dtype)
+    search, filling = _largest_of_row(k, max_k), sparse.Filling(k)
+    code, w_enc_FD, _ = _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype)
     return code, w_enc_FD
 
 
@@ -127,12 +128,7 @@ def encode_batch_topk(
         can_widen = n_candidates < min(max_candidates, n_local)
         return lax.cond(first[1].n_saturated > 0, again, lambda: first) if can_widen else first
 
-    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, dense_slots(k), dtype)
-
-
-def dense_slots(k: int) -> int:
-    """Slots that most rows use in a code of k latents a row on average: see `sparse.decode`."""
-    return -(-k // 2)
+    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, sparse.Filling(k, n_kept), dtype)
 
 
 def narrow(code: Code, k: int) -> Code:
@@ -200,22 +196,22 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
 Search = Callable[[Callable[[int], tuple[jax.Array, jax.Array]], Any, int], tuple[Code, Any]]
 
 
-def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, dense: int, dtype: jnp.dtype):
-    """The code that `search` selects, w_enc, and facts about the selection. `dense`: see `sparse.decode`."""
+def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, filling: sparse.Filling, dtype: jnp.dtype):
+    """The code that `search` selects, w_enc, and facts about the selection."""
     if (tape := pairs.tape()) is None:
-        return _encode_learning(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype)
-    code, selection = _encode_fixed(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype)
+        return _encode_learning(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype)
+    code, selection = _encode_fixed(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype)
 
-    def made(g_BK: jax.Array, saved: tuple[Code, jax.Array]) -> dict[str, Pairs]:
+    def made(g_BK: jax.Array, saved: tuple[Code, jax.Array]) -> dict[str, list[Pairs]]:
         code, rows_BD = saved
-        return {"w_enc": Pairs(code.indices, jnp.where(code.values > 0, g_BK, 0.0), rows_BD)}
+        return {"w_enc": [Pairs(code.indices, jnp.where(code.values > 0, g_BK, 0.0), rows_BD)]}
 
     saved = code, shared_type(centred(x_BD, b_pre_D), dtype)
     return replace(code, values=tape.tap(code.values, saved, made)), w_enc_FD, selection
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _encode_learning(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+def _encode_learning(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype):
     code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
     return code, w_enc_FD, selection
 
@@ -239,48 +235,48 @@ def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype) -> tuple[Co
     return spmd.per_device(local, in_specs, (spmd.CODES, REPLICATED))(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now)
 
 
-def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+def _forward_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype):
     code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
     return (code, w_enc_FD, selection), (x_BD, w_enc_FD, b_pre_D, code)
 
 
-def _backward(search, dense, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
+def _backward(search, filling, dtype, saved, cotangent: tuple[Code, jax.Array, Any]):
     x_BD, w_enc_FD, b_pre_D, code = saved
     g_code, g_w_FD, _ = cotangent
 
     def local(x_RD, b_pre_D, code, g_BK, g_w_RD):
-        rows = spmd.row_blocks(*x_RD.shape)
+        rows = sparse.row_blocks(len(x_RD), x_RD.shape[1], filling)
         index_BK = code.indices - spmd.first_latent(len(g_w_RD) * mesh.axis_size(mesh.DATA))
         g_BK = jnp.where(code.values > 0, g_BK, 0.0)
 
         def block(g_w_FD, blocks):
             x_rD, index_bK, g_bK = blocks
             x_bD = spmd.gather(shared_type(centred(x_rD, b_pre_D), dtype), mesh.LATENT)
-            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD, dense), None
+            return sparse.scatter_rows(g_w_FD, index_bK, g_bK, x_bD[:, None], filling), None
 
         return sparse.accumulated(block, g_w_RD, (rows.own(x_RD), rows.shared(index_BK), rows.shared(g_BK)))[0]
 
     in_specs = (ROWS, REPLICATED, spmd.CODES, CODE, DICT)
     g_w_FD = spmd.per_device(local, in_specs, DICT)(x_BD, b_pre_D, code, g_code.values, g_w_FD)
-    g_x_BD, g_b_F, g_b_pre_D = _gradients_beside_w(x_BD, w_enc_FD, code, g_code.values, dense)
+    g_x_BD, g_b_F, g_b_pre_D = _gradients_beside_w(x_BD, w_enc_FD, code, g_code.values, filling)
     return g_x_BD, g_w_FD, g_b_F, g_b_pre_D, None
 
 
-def _gradients_beside_w(x_BD, w_enc_FD, code, g_BK, dense):
+def _gradients_beside_w(x_BD, w_enc_FD, code, g_BK, filling):
     """Those of x, b_enc and b_pre, from that of a code's values."""
 
     def local(x_RD, w_RD, code, g_BK):
         n_local = len(w_RD) * mesh.axis_size(mesh.DATA)
-        rows = spmd.row_blocks(*x_RD.shape)
+        rows = sparse.row_blocks(len(x_RD), x_RD.shape[1], filling)
         index_BK = code.indices - spmd.first_latent(n_local)
         g_BK = jnp.where(code.values > 0, g_BK, 0.0)
 
         def block_of_x(_, blocks):
             index_bK, g_bK = blocks
-            g_x_bD = sparse.gather_rows(index_bK, g_bK, w_FD, dense)
-            return None, spmd.reduce_scatter(g_x_bD, mesh.LATENT)
+            g_x_b1D = sparse.gather_rows(index_bK, g_bK, w_FD, filling)
+            return None, spmd.reduce_scatter(g_x_b1D[:, 0], mesh.LATENT)
 
-        g_b_R = spmd.reduce_scatter(sparse.add_up(index_BK, g_BK, n_local), mesh.DATA)
+        g_b_R = spmd.reduce_scatter(sparse.add_up(index_BK, g_BK, n_local, filling), mesh.DATA)
         g_b_pre_D = -sparse.weighted_total(g_b_R, w_RD)
         # Dropped by the compiler wherever x is data, which needs no gradient.
         w_FD = spmd.gather(w_RD, mesh.DATA)
@@ -295,19 +291,19 @@ _encode_learning.defvjp(_forward_saving, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _encode_fixed(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+def _encode_fixed(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype):
     """The code and facts about the selection; w_enc is a constant."""
     return _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
 
 
-def _fixed_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dense, dtype):
+def _fixed_saving(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, filling, dtype):
     code, selection = _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype)
     return (code, selection), (x_BD, w_enc_FD, code)
 
 
-def _fixed_backward(search, dense, dtype, saved, cotangent: tuple[Code, Any]):
+def _fixed_backward(search, filling, dtype, saved, cotangent: tuple[Code, Any]):
     x_BD, w_enc_FD, code = saved
-    g_x_BD, g_b_F, g_b_pre_D = _gradients_beside_w(x_BD, w_enc_FD, code, cotangent[0].values, dense)
+    g_x_BD, g_b_F, g_b_pre_D = _gradients_beside_w(x_BD, w_enc_FD, code, cotangent[0].values, filling)
     return g_x_BD, None, g_b_F, g_b_pre_D, None
 
 

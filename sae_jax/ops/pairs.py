@@ -42,7 +42,7 @@ class Pairs:
 SPECS: Any = Pairs(CODE, CODE, ROWS)  # pyrefly: ignore[bad-argument-type] (specs in the shape of pairs)
 
 # (cotangent of a value that was tapped, what was saved with it) -> parts of the gradient of each matrix
-Maker = Callable[[jax.Array, Any], dict[str, Pairs]]
+Maker = Callable[[jax.Array, Any], dict[str, list[Pairs]]]
 
 
 class Tape:
@@ -97,7 +97,7 @@ def value_and_pairs(objective: Callable[[Any], tuple[jax.Array, Any]], sae: Any)
     parts: dict[str, list[Pairs]] = {name: [] for name in MATRICES}
     for maker, cotangent, kept in zip(used.makers, cotangents, saved, strict=True):
         for name, made in maker(cotangent, kept).items():
-            parts[name].append(made)
+            parts[name] += made
     return (loss, aux), gradients, parts
 
 

@@ -39,8 +39,8 @@ class Tuning:
 
 
 # cpu: a block of 64 rows stays in cache, and the product writes [F, 64] a third faster than [64, F].
-# gpu: timed on an H200. Its compiler fuses the rows of all slots into a scatter-add or a product, and those of 16 into
-# a sum; a CPU's would write them out first. Blocks of 4096 rows are no faster.
+# gpu: timed on an H200. Its compiler fuses the rows of all slots or pairs into a scatter-add or a product, and those of
+# 16 into a sum; a CPU's would write them out first. Blocks of 4096 rows are no faster.
 # tpu: compiled for, never timed: large blocks, lax.top_k on a TPU is no sort while width / k is above 80.
 TABLE = {
     "cpu": Tuning(64 * MIB, 64, latent_major=True, in_stages=True, exchange_bytes=64 * MIB, pair_bytes=4 * MIB),
@@ -49,7 +49,7 @@ TABLE = {
         latent_major=False,
         in_stages=True,
         exchange_bytes=256 * MIB,
-        pair_bytes=64 * MIB,
+        pair_bytes=ALL,
         decoded_slots=16,
         scattered_slots=ALL,
     ),

@@ -110,13 +110,17 @@ class BatchTopK(Thresholded):
         """See AbstractSae and the head of this file."""
         config = self.config
         code, w_enc, selection = select(self, batch.x, self.b_dec)
-        dense = encode.dense_slots(config.k)
-        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, config.product_dtype, dense=dense)
+        y_hat_BY, w_dec = sparse.decode(code, self.w_dec, config.product_dtype, filling(batch.x, config.k))
         y_hat_BY = y_hat_BY + self.b_dec[None]
         loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
         encoder = w_enc, self.b_enc, self.b_dec
         loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         return loss, with_threshold(outcome, self.threshold, selection, context.step, config)
+
+
+def filling(x_BX: jax.Array, k: int) -> sparse.Filling:
+    """Of a code that `select` makes."""
+    return sparse.Filling(k, len(x_BX) * k)
 
 
 def select(sae: Any, x_BX: jax.Array, b_pre: jax.Array) -> tuple[Code, jax.Array, BatchSelection]:

@@ -37,7 +37,7 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import encode, sparse, tiled
+from sae_jax.ops import sparse, tiled
 from sae_jax.saes import base, batch_topk, init, jumprelu, losses, normalise, penalty
 from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
@@ -165,7 +165,8 @@ class Crosscoder(AbstractSae):
         w_dec = _learnable(self.w_dec, self._project)
         if config.activation == "batch_topk":
             code, w_enc, selection = batch_topk.select(replace(self, w_enc=w_enc), batch.x, self._no_pre_bias)
-            y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, dense=encode.dense_slots(config.k))
+            filling = batch_topk.filling(batch.x, config.k)
+            y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, filling)
             y_hat_BY = y_hat_BY + self.b_dec[None]
             loss = context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean()
             encoder = w_enc, self.b_enc, self._no_pre_bias

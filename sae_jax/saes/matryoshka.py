@@ -6,7 +6,8 @@
 One selection over all n latents, BatchTopK's; s, L_aux (of the full reconstruction) and unit rows as in saes/topk.py,
 the threshold as in saes/batch_topk.py. All prefixes weigh 1/G, so the loss is of one size whatever G is. A decoder row
 is gathered once: latents between two sizes form a group, whose sum is added to the prefix before, and in the backward
-pass a pair (row, latent) needs the errors of its prefix and of those after it, summed.
+pass a pair (row, latent) needs the errors of its prefix and of those after it, summed. The sums of all groups
+exist at once, [B, G, D], and so do their gradients.
 
 Prefixes are those of the latents' numbers, at fixed fractions; or with random_prefixes G they change every step, G - 1
 sizes m = n^u, u uniform in (0, 1), and n, in the order of the mean square of activations (a running mean over about
@@ -87,20 +88,20 @@ class Matryoshka(batch_topk.Thresholded):
 
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
-        config, w_dec = self.config, self.w_dec
+        config = self.config
         code, w_enc, selection = batch_topk.select(self, batch.x, self.b_dec)
         group_BK = self._group(code, context)
         n_groups = config.random_prefixes or len(config.prefixes)
+        filling = batch_topk.filling(batch.x, config.k)
+        parts_BGY, w_dec = sparse.decode_parts(code, group_BK, self.w_dec, n_groups, config.product_dtype, filling)
         y_hat_BY, loss = jnp.broadcast_to(self.b_dec[None], batch.y.shape), jnp.float32(0)
         for group in range(n_groups):
-            part = replace(code, values=jnp.where(group_BK == group, code.values, 0.0))
-            part_BY, w_dec = sparse.decode(part, w_dec, config.product_dtype, dense=0)
-            y_hat_BY = y_hat_BY + part_BY
+            y_hat_BY = y_hat_BY + parts_BGY[:, group]
             loss = loss + context.constants.loss_scale * ((batch.y - y_hat_BY) ** 2).mean() / n_groups
         encoder = w_enc, self.b_enc, self.b_dec
         loss, outcome = losses.with_auxk(loss, batch, y_hat_BY, code, encoder, w_dec, config, context)
         if config.random_prefixes:
-            squares_F = sparse.summed(replace(code, values=code.values**2), config.n_latents) / len(batch.x)
+            squares_F = sparse.summed(replace(code, values=code.values**2), config.n_latents, filling) / len(batch.x)
             mean_F = MEMORY * context.counters.extra["mean_square"] + (1 - MEMORY) * squares_F
             outcome = replace(outcome, counters=replace(outcome.counters, extra={"mean_square": mean_F}))
         return loss, batch_topk.with_threshold(outcome, self.threshold, selection, context.step, config)

@@ -144,6 +144,7 @@ class TopK(AbstractSae):
         k = min(k, self.config.n_latents)
         return encode.encode_topk(x_BD, self.w_enc, self.b_enc, self.b_dec, k, self._dtype, max_k, k_now)
 
-    def _decode(self, code: Code, w_dec: jax.Array, dense: int | None = None) -> tuple[jax.Array, jax.Array]:
-        y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, dense=dense)
+    def _decode(self, code: Code, w_dec: jax.Array, k: int | None = None) -> tuple[jax.Array, jax.Array]:
+        filling = None if k is None else sparse.Filling(k)
+        y_hat_BY, w_dec = sparse.decode(code, w_dec, self._dtype, filling)
         return y_hat_BY + self.b_dec[None], w_dec

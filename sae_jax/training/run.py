@@ -44,6 +44,8 @@ class TrainJob(Generic[S]):
     engine: tuning.EngineConfig = field(default_factory=tuning.EngineConfig)
     allow_partial: bool = False
     """train although some shards of the set are not there yet"""
+    cache_gib: float = 0.0
+    """local disk, in GiB, for chunks of a set at a URL, each of which is then read from there once; see docs/data.md"""
     members: tuple[str, ...] = ()
     """train several SAEs at once; each is 'NAME --sae.k=16 --train.lr=1e-3 ...': what it changes"""
 

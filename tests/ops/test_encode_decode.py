@@ -57,7 +57,11 @@ def on_mesh(shape, fn, arrays, roles=ROLES, devices=8):
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
 @pytest.mark.parametrize("k", [K, 20, F])
-def test_value_and_gradients_equal_dense_autodiff(arrays, shape, k):
+@pytest.mark.parametrize("is_skewed", [False, True])
+def test_value_and_gradients_equal_dense_autodiff(arrays, shape, k, is_skewed):
+    """Also where all that wins lies on the first shard, which has many times its share."""
+    if is_skewed:
+        arrays = (*arrays[:2], arrays[2] + 20 * (np.arange(F) < F // 8).astype(np.float32), *arrays[3:])
     expected = loss_with(reference.encode_topk, reference.decode, k)(*arrays)
     got = on_mesh(shape, loss_with(encode.encode_topk, sparse.decode, k), arrays)
     if shape is not None:
@@ -131,14 +135,14 @@ def test_a_narrowed_code_is_that_of_the_smaller_k(arrays, shape):
 
 @pytest.mark.parametrize("shape", [(1, 8), (1, 2)], ids=str)
 def test_a_device_decodes_its_share(arrays, shape):
-    """Decoding goes through as many chunks as the active latents of a device fill, not through all its slots."""
+    """Decoding goes through as many pairs as a device's share has room for or twice its own, not through all slots."""
     taken = []  # of each chunk: its pairs, and how many of them are active
     original = sparse._Pairs
 
     class Counting(original):
-        def __init__(self, flat_P, is_one, width):
-            super().__init__(flat_P, is_one, width)
-            jax.debug.callback(lambda n: taken.append((len(flat_P), int(n))), is_one.sum())
+        def __init__(self, nth_P, *counts):
+            super().__init__(nth_P, *counts)
+            jax.debug.callback(lambda n: taken.append((len(nth_P), int(n))), self.is_one.sum())
 
     def counted(*arrays):
         code, _ = encode.encode_topk(*arrays[:4], K, jnp.float32)
@@ -148,10 +152,43 @@ def test_a_device_decodes_its_share(arrays, shape):
         patch.setattr(sparse, "_Pairs", Counting)
         values, _ = on_mesh(shape, jax.jit(counted), arrays, devices=shape[1])
         jax.effects_barrier()
-    # All devices together go through B*k pairs, not B*k*S; each may waste less than a chunk.
+    # All devices together go through about B*k pairs, not B*k*S; each may waste less than a chunk.
     sizes, active = map(sum, zip(*taken, strict=True))
     assert active == (np.asarray(values) > 0).sum()
-    assert sizes < active + shape[1] * taken[0][0]
+    assert sizes < 2 * active + sparse.ROOM * B * K + shape[1] * taken[0][0]
+    assert sizes < B * K * shape[1]
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize(("cut", "has_total"), [(PIECES, False), (tuning.TABLE["cpu"], True)], ids=["pieces", "whole"])
+def test_parts_of_a_code_are_decoded_apart(arrays, shape, has_total, cut):
+    """Ragged rows, three sums each: values and gradients are those of dense products."""
+    x, w_enc, b_enc, b_pre, w_dec = arrays
+    target = np.random.default_rng(5).standard_normal((B, 3, D)).astype(np.float32)
+
+    def ragged(w_enc, x, b_enc, b_pre):
+        return encode.encode_batch_topk(x, w_enc, b_enc, b_pre, K, jnp.float32, 4 * K, 4 * K)[:2]
+
+    def sparsely(w_enc, w_dec, x, b_enc, b_pre, target):
+        code, w_enc = ragged(w_enc, x, b_enc, b_pre)
+        filling = sparse.Filling(K, B * K if has_total else None)
+        parts, w_dec = sparse.decode_parts(code, code.indices % 3, w_dec, 3, jnp.float32, filling)
+        return ((parts - target) ** 2).sum() + (w_enc**2).sum() + (w_dec**2).sum()
+
+    def densely(w_enc, w_dec, x, b_enc, b_pre, target):
+        pre = jnp.matmul(x - b_pre[None], w_enc.T, precision="highest") + b_enc[None]
+        z = jnp.where(oracle.select_batch(np.float64(pre_of_all), K), pre, 0.0)
+        in_part = jnp.arange(F)[None] % 3 == jnp.arange(3)[:, None]
+        parts = jnp.einsum("bf,gf,fd->bgd", z, in_part.astype(jnp.float32), w_dec, precision="highest")
+        return ((parts - target) ** 2).sum() + (w_enc**2).sum() + (w_dec**2).sum()
+
+    pre_of_all = (np.float64(x) - b_pre) @ np.float64(w_enc).T + b_enc
+    inputs = w_enc, w_dec, x, b_enc, b_pre, target
+    expected = jax.value_and_grad(densely, argnums=(0, 1, 3, 4))(*map(jnp.asarray, inputs))
+    roles = (meshes.DICT, meshes.DICT, meshes.ROWS, meshes.DICT, meshes.REPLICATED, meshes.ROWS)
+    with tuning.using(cut):
+        got = on_mesh(shape, jax.jit(jax.value_and_grad(sparsely, argnums=(0, 1, 3, 4))), inputs, roles)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, expected)
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,8 @@ def test_the_ops_use_kernels_where_they_are_told_to(monkeypatch):
         with tuning.using(way):
             values, indices = encode.largest(x, w, b, 3, jnp.float32)
             sums = sparse.gather_rows(indices, values, w)
-            products = sparse.sampled_products(indices, values, x, w)
-            added = sparse.scatter_rows(jnp.ones_like(w), indices, values, x)
+            products = sparse.sampled_products(indices, values, x[:, None], w)
+            added = sparse.scatter_rows(jnp.ones_like(w), indices, values, x[:, None])
             many = encode.largest(x, w, b, 40, jnp.float32)
         results.append((values, indices, sums, products, added, many))
     assert calls == ["block_topk", "gather_rows", "sampled_products", "scatter_rows"]

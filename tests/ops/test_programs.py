@@ -37,12 +37,17 @@ def program(n_latents: int, data: int, latent: int, n_rows: int = B, cut: tuning
 
 @pytest.mark.parametrize(("data", "latent"), [(1, 1), (2, 2)])
 def test_no_array_of_rows_by_latents(data, latent, monkeypatch):
-    """With a small budget the largest arrays are the weights and the codes, far below a device's rows x latents."""
+    """With a small budget the largest arrays are the weights and the codes, far below a device's rows x latents.
+
+    And no loop's length depends on data.
+    """
     monkeypatch.setattr(tuning, "MIN_TILE", 64)
     n_latents = 8192
     n_local, rows = n_latents // latent, B // data
     codes = rows * 4 * 4 * latent  # 4k slots a shard
-    assert largest_array(program(n_latents, data, latent)) <= max(n_local * D, codes, B * D) < rows * n_local / 8
+    text = program(n_latents, data, latent)
+    assert largest_array(text) <= max(n_local * D, codes, B * D) < rows * n_local / 8
+    assert not hlo.analyse(text).open_loops
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -91,6 +96,7 @@ def test_a_selection_over_the_batch_costs_little_more_than_one_of_each_row(at_si
     ours, topks = (hlo.analyse(at_size(name), quietest=True) for name in (variant, "topk"))
     assert ours.matmul_flop <= most * topks.matmul_flop
     assert ours.moved_bytes <= most * topks.moved_bytes
+    assert not ours.open_loops  # or bytes are counted once that are moved many times
 
 
 def test_dead_latents_cost_at_most_four_tenths_of_a_step(at_size):

@@ -54,6 +54,21 @@ def plan(capsys, recipe: str, target: str, *flags: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [*((variant, "h200:1") for variant in base.variants() if variant != "end_to_end"), ("topk", "h200:8")],
+)
+def test_no_loop_of_a_step_waits_for_the_host(variant, name):
+    """As each turn of one whose length depends on data does on a GPU."""
+    config = base.config_class(variant)
+    width = Widths((D, D), (D, D)) if variant == "crosscoder" else Widths.one(D)
+    has_k = "k" in config.__dataclass_fields__
+    sae = config(n_latents=N, **({"k": K} if has_k else {}))
+    parts = (TrainConfig(batch_size=BATCH), meshes.MeshConfig(), EngineConfig(), width, True)
+    compiled = compile.compile_step(targets.parse(name), sae, *parts)
+    assert not hlo.analyse(compiled.text).open_loops
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_state_is_given_away_and_is_what_arithmetic_says(name):
     sae = base.config_class("topk")(n_latents=N, k=K)
