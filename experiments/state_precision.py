@@ -113,7 +113,7 @@ def bend(what: str) -> Iterator[None]:
     """The library with rounding to nearest, or with 8-bit codes of 127 equal steps to the maximum of a block."""
     with contextlib.ExitStack() as stack:
         if what == "nearest":
-            half = lambda x, step, seed: jnp.full_like(x, 2**31, jnp.uint32)  # noqa: E731
+            half = lambda x, *_: jnp.full_like(x, 2**31, jnp.uint32)  # noqa: E731
             stack.enter_context(mock.patch.object(quantise, "_dither", half))
         if what == "linear":
             for name in ("MEAN", "SQUARE", "WEIGHT"):
