@@ -430,11 +430,11 @@ def steer(
     Returns:
         The largest value of each latent, and the texts: unsteered first, then one a scale.
     """
-    subject, activations = _subject(dictionary, data, model, ema)
+    d = _load(dictionary, ema)
+    subject, activations = _subject(d, data, model, ema)
     ids_T = subject.chat_ids(prompt) if chat else subject.ids(prompt)
     steering.check(subject, latents, how)
-    names = _load(dictionary, ema).record.sites.x
-    largest_L = steering.largest_values(subject.sae, activations, names, latents)
+    largest_L = steering.largest_values(subject.sae, activations, d.record.sites.x, latents)
     if silent := [latent for latent, value in zip(latents, largest_L, strict=True) if not value]:
         raise UserError(f"latent {silent[0]} fires on none of the rows that were looked at; choose another")
     written = steering.steer(subject, ids_T, latents, largest_L, scales, how, tokens, temperature, seed)

@@ -23,7 +23,7 @@ from tests.commands.test_fit import planted
 ROOT = runs.ROOT
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics", "latents")),
 ]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling")]
 SMALL = {
@@ -31,6 +31,7 @@ SMALL = {
     "train": ["--train.steps=4", "--train.decay=0", "--train.batch-size=64", "--sae.n-latents=256"],
     "evaluate": ["--tokens=256"],
     "dashboard": ["--tokens=512"],
+    "collect": ["--tokens=512"],
     "sweep": shlex.split(
         "--train.batch-size=64 --sweep.held-out=512 --sweep.compute 1e8 2e8 --sweep.tokens=1280 "
         "--sweep.grid sae.n_latents=128 'sae.k=4 8'"

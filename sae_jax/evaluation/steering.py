@@ -2,7 +2,7 @@
 
     clamp   x' = x + s (c - z_i) d_i for each latent i: its value becomes c, all else of the reconstruction and the
             dictionary's error stay (s: the scale of a norm of each vector, 1 elsewhere; d_i: its decoder row)
-    add     y' = y + c d_i, whatever the latent's value: also where a dictionary reads another place than it writes
+    add     y' = y + s c d_i, whatever the latent's value: also where a dictionary reads another place than it writes
 
 c is `scale` times the largest value of the latent on rows of the set. Every position is changed, of the prompt and of
 what is written, but for special tokens of the prompt, of which the set has no rows.
@@ -26,7 +26,7 @@ from sae_jax.activations.store import ActivationSet
 from sae_jax.evaluation.prompts import Subject
 from sae_jax.evaluation.text import spread_chunks
 from sae_jax.saes.base import AbstractSae
-from sae_jax.saes.normalise import normalise
+from sae_jax.saes.normalise import PER_VECTOR, normalise
 from sae_jax.types import UsageError
 
 How = Literal["clamp", "add"]
@@ -67,7 +67,13 @@ def check(subject: Subject, latents: Sequence[int], how: How) -> None:
         raise UsageError(f"latents {', '.join(map(str, latents))}: one is there twice; name each once")
     if not isinstance(model, lm.LanguageModel):
         raise UsageError(f"{model.reference} runs in torch, where nothing is steered; use a model that JAX runs here")
-    if how == "clamp" and (subject.encoded != subject.reconstructed or len(subject.encoded) > 1):
+    is_one_place = subject.encoded == subject.reconstructed and len(subject.encoded) == 1
+    if not is_one_place and (kind := subject.sae.config.input_norm) in PER_VECTOR:
+        raise UsageError(
+            f"the dictionary reads another place than it writes, or several, in units of each vector's {kind}; nothing "
+            f"says how large its values are there"
+        )
+    if how == "clamp" and not is_one_place:
         raise UsageError("the dictionary reads another place than it writes, or several; use --how add")
 
 
@@ -130,7 +136,9 @@ def _clamped(x_BTX: jax.Array, args: dict[str, Any], rows_LY: jax.Array) -> jax.
 
 
 def _added(x_BTX: jax.Array, args: dict[str, Any], rows_LY: jax.Array) -> jax.Array:
-    return _where(args["keep"], x_BTX + (args["values"] @ rows_LY)[None, None], x_BTX)
+    _, _, scale_N1 = normalise(x_BTX.reshape(-1, x_BTX.shape[-1]), args["sae"].config.input_norm)
+    change_NY = jnp.broadcast_to(scale_N1, (x_BTX.shape[0] * x_BTX.shape[1], 1)) * (args["values"] @ rows_LY)[None]
+    return _where(args["keep"], x_BTX + change_NY.reshape(x_BTX.shape), x_BTX)
 
 
 def _where(keep_1T: jax.Array, changed_BTX: jax.Array, x_BTX: jax.Array) -> jax.Array:

@@ -143,6 +143,18 @@ def test_clamping_changes_the_reconstruction_alone(model, rows, variant):
     np.testing.assert_allclose(alone, want[:, :1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+def test_adding_is_in_the_units_of_the_activations(model, rows, norm):
+    sae = of(model, rows, topk.Config(n_latents=64, k=4, dtype="float32", input_norm=norm)).sae
+    x = jnp.asarray(rows[:6].reshape(2, 3, -1))
+    args = {"sae": sae, "latents": None, "values": jnp.asarray([3.0]), "keep": jnp.array([[False, True, True]])}
+    changed = steering._added(x, args, rows_LY=sae.w_dec[jnp.asarray([7])])
+    scale = (x.std(-1, ddof=1) + 1e-5)[..., None] if norm == "layer_norm" else 1.0
+    want = x + scale * 3 * sae.w_dec[7][None, None]
+    np.testing.assert_allclose(changed[:, 1:], want[:, 1:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(changed[:, 0], x[:, 0])
+
+
 def test_clamping_at_the_value_a_latent_has_leaves_logits_as_they_are(model, rows):
     subject = of(model, rows)
     ids = subject.ids(TEXT)[None]
@@ -186,3 +198,6 @@ def test_what_cannot_be_steered_is_refused(model, rows):
     with pytest.raises(UsageError, match="reads another place than it writes, or several; use --how add"):
         steering.check(other, (1,), "clamp")
     steering.check(other, (1,), "add")
+    normed = of(model, rows, topk.Config(n_latents=64, k=4, dtype="float32", input_norm="layer_norm"))
+    with pytest.raises(UsageError, match="in units of each vector's layer_norm"):
+        steering.check(dataclasses.replace(normed, encoded=(lm.Hook(1, "mlp_in"),)), (1,), "add")
