@@ -164,7 +164,8 @@ def _allocated(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_five_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [(1, 1), pytest.param((5, 2), marks=pytest.mark.long)], ids=str)
+def test_killed_at_any_moment(tmp_path: Path, kills: tuple[int, int]) -> None:
     """On the disk and in memory: the bits of a run that nobody disturbed, and never more on the disk than was given."""
     recipe, rng = write_recipe(tmp_path), random.Random()
     words = runs.command("train", recipe, "--data=live", "--train.checkpoint-every=10")
@@ -173,10 +174,12 @@ def test_killed_five_times(tmp_path: Path) -> None:
     spec = sae_jax.open_activations(reference / "set", allow_partial=True).spec
     first = sum(array.shard_bytes for array in array_specs(spec).values())
     budget = BESIDE_BYTES + first + 4 * SHARD_BYTES
-    for name, where in (("disk", f"--live.disk-gib={budget / GIB}"), ("memory", ONE_SHARD)):
+    for name, where, n_kills in zip(
+        ("disk", "memory"), (f"--live.disk-gib={budget / GIB}", ONE_SHARD), kills, strict=True
+    ):
         run = tmp_path / name
         with Watch(run) as watch:
-            for kill in range(5 if name == "disk" else 2):
+            for kill in range(n_kills):
                 process = runs.start([*words, where, "--out", str(run)])
                 runs.wait_for(lambda kill=kill: len(runs.attempts(run)) > kill, process)
                 until = min(runs.attempts(run)[-1]["start_step"] + rng.randint(1, 25), TRAIN["steps"] - 2)
