@@ -213,7 +213,8 @@ HALF = ("--train.moments=bfloat16", "--train.ema_dtype=bfloat16")
         ("openai_16m.yaml", "v6e:16x16", HALF, True),
         ("openai_16m.yaml", "v5p:2x2x2", (), False),
         ("openai_16m_gpt2.yaml", "h200:8", (), True),
-        ("openai_16m_gpt2_h200.yaml", "h200:1", (), True),
+        # At full width it compiles for minutes.
+        ("openai_16m_gpt2_h200.yaml", "h200:1", ("--sae.n-latents=1048576", "--train.batch-size=8192"), True),
     ],
 )
 def test_sixteen_million_latents(capsys, recipe, target, flags, fits):
