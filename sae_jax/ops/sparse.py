@@ -410,6 +410,8 @@ def _for_active(
 
         return lax.fori_loop(first, last, chunk, carry)
 
+    if tuning.current().open_loops:
+        return chunks(0, -(-upto_B[-1] // size), carry)
     carry = chunks(0, n_chunks, carry)
     lengths = [n_chunks]
     while lengths[-1] < most_chunks:

@@ -33,6 +33,8 @@ class Tuning:
     in_stages: bool  # select among group maxima first; where the back end's own top-k is no full sort it is the better
     exchange_bytes: int  # rows f32[B, D] that are gathered or summed over latent shards at a time
     pair_bytes: int  # dictionary rows f32[P, D] that a compacted code gathers at a time
+    # Loops as long as there are pairs: a TPU does not ask the host for it, and compiles each scatter for a long time.
+    open_loops: bool = False
     decoded_slots: int = 1  # of a code, whose rows one step of the loop that decodes adds up
     scattered_slots: int = 1  # whose rows one scatter-add, or one product with the rows of the batch, takes
     kernels: bool = False  # hand-written kernels instead of XLA's
@@ -53,7 +55,15 @@ TABLE = {
         decoded_slots=16,
         scattered_slots=ALL,
     ),
-    "tpu": Tuning(256 * MIB, 1024, latent_major=False, in_stages=False, exchange_bytes=256 * MIB, pair_bytes=64 * MIB),
+    "tpu": Tuning(
+        256 * MIB,
+        1024,
+        latent_major=False,
+        in_stages=False,
+        exchange_bytes=256 * MIB,
+        pair_bytes=64 * MIB,
+        open_loops=True,
+    ),
 }
 MIN_TILE = 1024  # latents
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
