@@ -8,10 +8,10 @@ slots are mostly empty the active ones are counted off as pairs (row, slot): on 
 use, so that a device's work is its share and no row is ever dropped; and in codes whose rows differ in their number of
 latents.
 
-How many pairs there are is known only while the step runs, but no loop waits for it: a GPU would ask the host before
-each turn. As many pairs as a code has at most, or as a shard usually has, are taken whatever their number, those beyond
-the last one as nothing. A shard that has more takes the rest in one of a few loops of known length, each twice as long
-as the one before.
+How many pairs there are is known only while the step runs. On a TPU a loop is as long as that. Elsewhere none waits for
+it, as a GPU would ask the host before each turn: as many pairs as a code has at most, or as a shard usually has, are
+taken whatever their number, those beyond the last one as nothing. A shard that has more takes the rest in one of a few
+loops of known length, each twice as long as the one before.
 """
 
 from __future__ import annotations
