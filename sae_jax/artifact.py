@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+import xxhash
 from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
@@ -112,6 +113,15 @@ def load(path: str | os.PathLike[str], ema: bool = False) -> Dictionary:
         sae = _read_arrays(file, folder / ARRAYS, _abstract(sae_config, record.widths))
     digests.check_file(folder / ARRAYS, expected)
     return Dictionary(sae, record)
+
+
+def digest_of(sae: AbstractSae) -> str:
+    """Of a dictionary's arrays and settings: another one has another."""
+    digest = xxhash.xxh3_64(repr(sae.config).encode())
+    for path, leaf in jax.tree.leaves_with_path(sae):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
 
 
 def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None = None) -> None:

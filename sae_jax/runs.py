@@ -27,8 +27,9 @@ from sae_jax.activations.stored import StoredRows
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
+from sae_jax.evaluation import baselines as evaluation_baselines
 from sae_jax.evaluation import evaluate as evaluation
-from sae_jax.evaluation import prompts, steering
+from sae_jax.evaluation import prompts, steering, suites
 from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
@@ -299,6 +300,9 @@ def evaluate(
     ema: bool = False,
     shard: tuple[int, int] = (0, 1),
     split: int = 1,
+    suite: Sequence[suites.Suite] = ("core",),
+    baselines: Sequence[str] = (),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """{folder, or number: all metrics} of dictionaries, in one pass over the rows that they share.
 
@@ -312,19 +316,31 @@ def evaluate(
         ema: of runs, the averaged weights instead of the live ones.
         shard: (i, n): measure the i-th of n shares of folders; those that are not complete yet are left out.
         split: devices of this process that the language model is split over.
+        suite: what to measure beside the core: openai, probing, causal or all (evaluation/suites.py).
+        baselines: identity, pca, ica, random, neurons or all, measured as dictionaries of the first one's site and L0,
+            and returned under these names. Their records lie in the first folder's evaluation/.
+        seed: of the samples that studies take.
     """
+    kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
     names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
+    if same := set(names) & set(beside):
+        raise UsageError(f"{sorted(same)[0]} is a dictionary and a baseline; name the folder ./{sorted(same)[0]}")
     given = dict(zip(names, dictionaries, strict=True))
     loaded = {name: d if isinstance(d, Dictionary) else artifact.load(d, ema) for name, d in given.items()}
     path = None if data is None else os.fspath(data)
     candidates = {name: Candidate.of(d, open_set(d.record, path)) for name, d in loaded.items()}
     model, heldout = model and lm.resolve(model), heldout and texts.resolve(heldout)
     settings = evaluation.Settings(tokens, batch_tokens, model, heldout, split)
+    measured = evaluation.evaluate(candidates, settings, shard, beside)
+    folders = {name: None if isinstance(d, Dictionary) else Path(name) for name, d in given.items()}
+    if folders and (first := next(iter(folders.values()))) is not None:
+        folders |= {name: first / suites.FOLDER / name for name in beside}
+    measured, missing = suites.run(measured, folders, kinds, shard, seed)
     documents: dict[str, Any] = {}
-    for name, measured in evaluation.evaluate(candidates, settings, shard).items():
-        if isinstance(given[name], Dictionary):
-            documents[name] = measured.to_json()
-        elif (document := evaluation.finish(Path(name), measured, settings, shard)) is not None:
+    for name, one in measured.items():
+        if (folder := folders.get(name)) is None:
+            documents[name] = one.to_json()
+        elif (document := evaluation.finish(folder, one, settings, shard, missing[name])) is not None:
             documents[name] = document
     return documents
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-import xxhash
 
 from sae_jax.activations.store import ActivationSet
 from sae_jax.analysis.examples import Activations, SparseBlock
 from sae_jax.analysis.store import Plan, Store
+from sae_jax.artifact import digest_of
 from sae_jax.progress import Progress
 from sae_jax.saes.base import AbstractSae
 
@@ -74,7 +74,7 @@ def plan_sample(sae: AbstractSae, activations: ActivationSet, sources: Sequence[
     chosen = shards[np.linspace(0, len(shards) - 1, n_chosen).round().astype(int)].tolist()
     share = -(-n_needed // n_chosen)
     return Plan(
-        dictionary=_digest(sae),
+        dictionary=digest_of(sae),
         content=activations.content,
         sources=list(sources),
         n_latents=sae.b_enc.shape[0],
@@ -82,14 +82,6 @@ def plan_sample(sae: AbstractSae, activations: ActivationSet, sources: Sequence[
         shards=chosen,
         n_sequences=[min(share, counts[shard]) for shard in chosen],
     )
-
-
-def _digest(sae: AbstractSae) -> str:
-    digest = xxhash.xxh3_64(repr(sae.config).encode())
-    for path, leaf in jax.tree.leaves_with_path(sae):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()
 
 
 def _sequences(activations: ActivationSet, plan: Plan, part: int) -> np.ndarray:

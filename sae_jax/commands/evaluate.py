@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -12,6 +13,7 @@ from sae_jax import config, runs, storage
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation.evaluate import table_rows
+from sae_jax.evaluation.suites import Suite
 from sae_jax.types import UsageError
 
 
@@ -37,6 +39,13 @@ class Evaluate:
     """i/n: measure the i-th of n shares; the worker that finishes last merges them"""
     split: int = 1
     """devices that the language model is split over, as harvest.split"""
+    suite: tuple[Suite, ...] = ("core",)
+    """what to measure: the core alone, or openai, probing or causal studies too, or all; what is on record is not made
+    again"""
+    baselines: tuple[Literal["identity", "pca", "ica", "random", "neurons", "all"], ...] = ()
+    """what to measure beside them, by the same code, at the site and with the L0 of the first"""
+    seed: int = 0
+    """of the samples that studies take"""
     json: bool = False
     """print one JSON document, {directory: {metric: value}}, instead of a table"""
 
@@ -51,9 +60,8 @@ def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
     gpu.warn_of_idle_gpu()
-    settings = {
-        name: getattr(command, name) for name in ("data", "model", "heldout", "tokens", "batch_tokens", "ema", "split")
-    }
+    names = ("data", "model", "heldout", "tokens", "batch_tokens", "ema", "split", "suite", "baselines", "seed")
+    settings = {name: getattr(command, name) for name in names}
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.json:
         sys.stdout.write(storage.json_text(results, "--json"))

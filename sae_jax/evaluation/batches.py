@@ -34,6 +34,8 @@ class Candidate:
     activations: ActivationSet  # where the text and the model, or the rows, come from
     weights: Mapping[str, Any] = field(default_factory=dict)  # which weights of a run these are
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of its training
+    hook: Any = None  # where it stands, if not at a source of the set; then also
+    mean: np.ndarray | None = None  # f64[Y], of what is there
 
     @classmethod
     def of(cls, dictionary: Dictionary, activations: ActivationSet) -> Candidate:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import jax
 import numpy as np
 
 from sae_jax import storage
-from sae_jax.evaluation import base, batches, shards
-from sae_jax.evaluation.base import EvalBatch, Metric, Subject, Sums
+from sae_jax.evaluation import base, baselines, batches, shards, study
+from sae_jax.evaluation.base import Description, EvalBatch, Metric, Subject, Sums
+from sae_jax.evaluation.baselines import Baseline
 from sae_jax.evaluation.batches import Candidate
+from sae_jax.evaluation.study import Case
 from sae_jax.evaluation.text import HeldOut, held_out
 from sae_jax.progress import Progress, console
 from sae_jax.saes.base import AbstractSae
@@ -50,6 +52,9 @@ class Measured:
     subject: Subject
     about: dict[str, Any]  # which weights of it, and where the rows come from
     sums: dict[str, Sums]  # of each evaluator, and under "" the number of rows
+    case: Case | None = None  # for studies; None where rows come from no text
+    studied: tuple[Metric, ...] = ()  # what studies found (suites.py)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # {study: why it says nothing}
 
     def __repr__(self) -> str:
         return "\n".join(f"{label:24}{value:24}{text}" for label, value, text in table_rows([self.to_json()]))
@@ -59,17 +64,22 @@ class Measured:
         if not self.sums or not self.sums[""]["rows"]:
             raise UserError(NO_ROWS)
         evaluators = {name: kind(self.subject) for name, kind in base.evaluators().items() if name in self.sums}
-        return [metric for name, evaluator in evaluators.items() for metric in evaluator.metrics(self.sums[name])]
+        core = [metric for name, evaluator in evaluators.items() for metric in evaluator.metrics(self.sums[name])]
+        return [*core, *self.studied]
 
     def to_json(self) -> dict[str, Any]:
         """{metric: value}, after what was measured, and before the intervals of metrics that have one."""
         metrics = self.metrics()
         intervals = {m.name: list(m.interval) for m in metrics if m.interval}
-        return {**self.about, **{m.name: _finite(m.value) for m in metrics}, "intervals": intervals}
+        left_out = {"left_out": dict(self.left_out)} if self.left_out else {}
+        return {**self.about, **{m.name: finite(m.value) for m in metrics}, "intervals": intervals, **left_out}
 
 
 def evaluate(
-    candidates: Mapping[str, Candidate], settings: Settings, shard: tuple[int, int] = (0, 1)
+    candidates: Mapping[str, Candidate],
+    settings: Settings,
+    shard: tuple[int, int] = (0, 1),
+    beside: Sequence[Baseline] = (),
 ) -> dict[str, Measured]:
     """Measure dictionaries, by name. Those of one set share the pass over its text.
 
@@ -77,28 +87,30 @@ def evaluate(
         candidates: what to measure.
         settings: on how much.
         shard: (i, n): take the i-th of n shares of the batches. Several processes of one job divide it further.
+        beside: baselines to measure with them, of the site and the L0 of the first.
 
     Raises UsageError for a source that a set does not have, or not in this width.
     """
     shard = (shard[0] * jax.process_count() + jax.process_index(), shard[1] * jax.process_count())
-    subjects = {name: _subject(candidate) for name, candidate in candidates.items()}
     texts: dict[tuple[str, Sites], HeldOut | None] = {}
+
+    def text_of(candidate: Candidate) -> HeldOut | None:
+        """The text of its set, with the hooks of its site."""
+        path = candidate.activations.path
+        if (path, candidate.sites) not in texts:
+            another = next((text for (other, _), text in texts.items() if text and other == path), None)
+            texts[path, candidate.sites] = _held_out(candidate, settings, another)
+        return texts[path, candidate.sites]
+
+    if beside:
+        first = next(iter(candidates.values()))
+        candidates = {**candidates, **baselines.of_site(first, text_of(first), beside)}
+    subjects = {name: _subject(candidate) for name, candidate in candidates.items()}
     passes: dict[tuple[str, str | None], list[str]] = {}  # {(set, language model or rows of the set): names}
     for name, candidate in candidates.items():
-        path, sites = candidate.activations.path, candidate.sites
-        if (path, sites) not in texts:
-            another = next((text for (other, _), text in texts.items() if text and other == path), None)
-            texts[path, sites] = held_out(
-                candidate.activations,
-                sites,
-                settings.n_tokens,
-                settings.model,
-                settings.heldout,
-                another,
-                settings.split,
-            )
-        text = texts[path, sites]
-        passes.setdefault((path, None if text is None else text.model.reference), []).append(name)
+        text = text_of(candidate)
+        model = None if text is None else text.model.reference
+        passes.setdefault((candidate.activations.path, model), []).append(name)
     measured = {}
     for (path, _), names in passes.items():
         here = {name: candidates[name] for name in names}
@@ -118,12 +130,17 @@ def evaluate(
                 "data_content": candidate.activations.content,
                 "sites": candidate.sites.to_json(),
             }
-            measured[name] = Measured(subjects[name], about, shards.over_processes(sums[name]))
+            case = Case.of(candidate.sae, text, candidate.activations.spec.first_token) if text else None
+            measured[name] = Measured(subjects[name], about, shards.over_processes(sums[name]), case)
     return {name: measured[name] for name in candidates}
 
 
 def finish(
-    folder: Path, measured: Measured, settings: Settings, shard: tuple[int, int] = (0, 1)
+    folder: Path,
+    measured: Measured,
+    settings: Settings,
+    shard: tuple[int, int] = (0, 1),
+    missing_studies: Sequence[str] = (),
 ) -> dict[str, Any] | None:
     """Write FOLDER/evaluation.json and return what it holds; or None while shares of other workers are missing.
 
@@ -132,6 +149,7 @@ def finish(
         measured: from `evaluate`.
         settings: those given to it; shares that were measured with others do not count.
         shard: that given to it. Where there are several, each share is kept in FOLDER/evaluation/.
+        missing_studies: those that other workers are still to make (suites.py).
     """
     n = shard[1]
     if n > 1:
@@ -141,6 +159,9 @@ def finish(
         if jax.process_index() == 0:
             shards.write(folder, shard, measured.sums, about)
         sums, missing = shards.merge(folder, n, about)
+        if sums is not None and missing_studies:
+            console.print(f"{folder}: shard {shard[0]}/{n} is measured; to come: {', '.join(missing_studies)}")
+            return None
         if sums is None:
             names = ", ".join(f"{i}/{n}" for i in missing[:N_NAMED])
             names += f" and {len(missing) - N_NAMED} more" if len(missing) > N_NAMED else ""
@@ -156,7 +177,7 @@ def finish(
 def table_rows(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """(label, value in each document, meaning) of every metric that is shown, from what `finish` returned."""
     rows: list[tuple[str, ...]] = []
-    for name, description in base.descriptions().items():
+    for name, description in descriptions().items():
         if not description.in_table or all(name not in document for document in documents):
             continue
         values = [document.get(name) for document in documents]
@@ -172,6 +193,14 @@ def table_rows(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             ]
             rows.append((description.label, *cells, description.text))
     return rows
+
+
+def descriptions() -> dict[str, Description]:
+    """Of every metric that evaluators and studies make, in the order in which they are shown."""
+    found = base.descriptions()
+    for kind in study.studies().values():
+        found |= kind.METRICS
+    return found
 
 
 def on_rows(sae: AbstractSae, x_NX: np.ndarray, block_rows: int = 4096) -> dict[str, Any]:
@@ -208,8 +237,18 @@ def accumulate(
     return sums
 
 
+def _held_out(candidate: Candidate, settings: Settings, another: HeldOut | None) -> HeldOut | None:
+    if candidate.hook is not None:
+        assert another is not None  # that of the dictionary which it stands beside
+        return replace(another, encoded=(candidate.hook,), reconstructed=(candidate.hook,))
+    given = (settings.n_tokens, settings.model, settings.heldout)
+    return held_out(candidate.activations, candidate.sites, *given, another, settings.split)
+
+
 def _subject(candidate: Candidate) -> Subject:
     activations, sites, widths = candidate.activations, candidate.sites, candidate.widths
+    if candidate.mean is not None:
+        return Subject(candidate.sae, dict(zip(sites.y, widths.y, strict=True)), candidate.mean)
     for name, width in (*zip(sites.x, widths.x, strict=True), *zip(sites.y, widths.y, strict=True)):
         width_there = activations.source(name).d
         if width_there != width:
@@ -223,6 +262,8 @@ def _cell(value: float | None, interval: Sequence[float] | None) -> str:
     return f"{text} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else text
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A value for JSON, which has no word for what is not finite: null."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,6 +24,7 @@ from sae_jax.activations.forward import read_hooks
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.prompts import Subject
 from sae_jax.evaluation.text import HeldOut
+from sae_jax.saes.base import AbstractSae
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Case:
     subject: Subject
     text: HeldOut
     seed: int = 0
+
+    @classmethod
+    def of(cls, sae: AbstractSae, text: HeldOut, first_token: int | None) -> Case:
+        """A dictionary at the hooks of a text; `first_token` as its set has it."""
+        first = text.tokenizer.separator_id if first_token is None else first_token
+        return cls(Subject(sae, text.model, text.tokenizer, text.encoded, text.reconstructed, first), text)
 
     def blocks(self, n_sequences: int, size: int = 16) -> Iterator[Block]:
         """The first sequences of the text, at most `n_sequences`, `size` at a time."""

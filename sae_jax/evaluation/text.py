@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -32,6 +33,11 @@ class HeldOut:
     sequences: np.ndarray  # i32[n, T], made as in the set
     text: np.ndarray  # bool[n, T], no special tokens, and of conversations those of the role that the set has rows of
     max_norm_multiple: float | None  # as in the set
+
+    @cached_property
+    def tokenizer(self) -> lm.Tokenizer:
+        """Of the model."""
+        return lm.tokenizer(self.model.reference, self.model.spec.n_vocab, recorded=True)
 
     def __repr__(self) -> str:
         n, context = self.sequences.shape
