@@ -336,6 +336,8 @@ def evaluate(
     if folders and (first := next(iter(folders.values()))) is not None:
         folders |= {name: first / suites.FOLDER / name for name in beside}
     measured, missing = suites.run(measured, folders, kinds, shard, seed)
+    if {"probing", "all"} & set(suite):
+        measured = suites.compared(measured)
     documents: dict[str, Any] = {}
     for name, one in measured.items():
         if (folder := folders.get(name)) is None:

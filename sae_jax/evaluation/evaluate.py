@@ -32,6 +32,9 @@ from sae_jax.types import Sites, UsageError, UserError
 
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
 N_NAMED = 8  # shares
+COMPARED = {  # of dictionaries with each other (suites.py)
+    "mmcs": Description("MMCS", "mean over latents of the greatest cosine with a latent of that dictionary")
+}
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,9 @@ def table_rows(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         values = [document.get(name) for document in documents]
         sources = dict.fromkeys(source for value in values if isinstance(value, dict) for source in value)
         for source in sources:
-            cells = [_cell(value.get(source), None) if isinstance(value, dict) else "" for value in values]
+            cells = [
+                _cell(value[source], None) if isinstance(value, dict) and source in value else "" for value in values
+            ]
             rows.append((f"{description.label} of {source}", *cells, description.text))
         if not sources:
             intervals = [document.get("intervals", {}).get(name) for document in documents]
@@ -200,7 +205,7 @@ def descriptions() -> dict[str, Description]:
     found = base.descriptions()
     for kind in study.studies().values():
         found |= kind.METRICS
-    return found
+    return {**found, **COMPARED}
 
 
 def on_rows(sae: AbstractSae, x_NX: np.ndarray, block_rows: int = 4096) -> dict[str, Any]:

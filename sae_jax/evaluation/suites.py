@@ -25,6 +25,7 @@ import numpy as np
 
 from sae_jax import storage
 from sae_jax.artifact import digest_of
+from sae_jax.evaluation import dictionaries
 from sae_jax.evaluation.base import Metric
 from sae_jax.evaluation.evaluate import Measured, finite
 from sae_jax.evaluation.study import Case, Study, studies
@@ -50,6 +51,23 @@ def chosen(suites: Sequence[str]) -> list[type[Study]]:
     if unknown := set(suites) - set(get_args(Suite)):
         raise UsageError(f"suite {sorted(unknown)[0]!r} does not exist; choose {', '.join(get_args(Suite))}")
     return [kind for kind in studies().values() if kind.SUITE in suites or "all" in suites]
+
+
+def compared(measured: Mapping[str, Measured]) -> dict[str, Measured]:
+    """The same dictionaries, each with its similarity to every other one that reconstructs the same sources.
+
+    Source: MMCS: Sharkey, Braun and Millidge 2022; over seeds it says how much of a dictionary training repeats.
+    """
+    found = dict(measured)
+    for name, one in measured.items():
+        others = {
+            other: dictionaries.mmcs(one.subject.sae.w_dec, two.subject.sae.w_dec)[0]
+            for other, two in measured.items()
+            if other != name and two.subject.sources == one.subject.sources
+        }
+        if others:
+            found[name] = replace(one, studied=(*one.studied, Metric("mmcs", others)))
+    return found
 
 
 def run(

@@ -12,6 +12,7 @@ from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Subject
 from sae_jax.evaluation.batches import Candidate, filled_up, of_text
 from sae_jax.evaluation.evaluate import Measured, Settings, accumulate, finish, on_rows
+from sae_jax.evaluation.metrics import by_place
 from sae_jax.evaluation.text import HeldOut
 from sae_jax.saes import init, topk
 from sae_jax.types import Sites, UserError, Widths
@@ -215,3 +216,23 @@ def test_rows_far_above_the_median_are_reported_with_and_without(sae, subject, t
     nothing = dataclasses.replace(batches[0].text, is_sink=jnp.zeros(batches[0].y.shape[0], bool))
     sums = base.add({}, evaluator.measure(dataclasses.replace(batches[0], text=nothing)))
     assert [*evaluator.metrics(sums)] == []
+
+
+def test_parts_of_the_rows_have_the_fvu_of_those_rows(subject, text_batches):
+    found = Measured(subject, {}, sums_of(subject, text_batches)).to_json()
+    error, offset, position, multiple = (np.zeros(0) for _ in range(4))
+    for batch in (part[""] for part in text_batches):
+        keep, y = np.asarray(batch.keep), np.float64(batch.y)
+        norm = np.linalg.norm(y, axis=1)
+        error = np.append(error, ((y - np.float64(batch.y_hat)) ** 2).sum(1)[keep])
+        offset = np.append(offset, ((y - subject.mean) ** 2).sum(1)[keep])
+        position = np.append(position, (np.arange(len(keep)) % 8)[keep])
+        multiple = np.append(multiple, (norm / np.median(norm[keep]))[keep])
+    for name, low, high in (("0", 0, 0), ("1", 1, 1), ("2 to 3", 2, 3), ("4 to 7", 4, 7)):
+        rows = (low <= position) & (position <= high)
+        assert found["fvu_by_position"][name] == pytest.approx(error[rows].sum() / offset[rows].sum(), rel=1e-4)
+    edges = dict(zip(by_place.NORM_BINS, zip((0, *by_place.NORM_EDGES), (*by_place.NORM_EDGES, np.inf))))  # noqa: B905
+    assert len(found["fvu_by_norm"]) >= 2
+    for name, value in found["fvu_by_norm"].items():
+        rows = (edges[name][0] <= multiple) & (multiple < edges[name][1])
+        assert value == pytest.approx(error[rows].sum() / offset[rows].sum(), rel=1e-4), name
