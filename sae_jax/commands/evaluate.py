@@ -14,6 +14,8 @@ from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation.evaluate import table_rows
 from sae_jax.evaluation.suites import Suite
+from sae_jax.pages.evaluation import write_report
+from sae_jax.progress import console
 from sae_jax.types import UsageError
 
 
@@ -46,6 +48,8 @@ class Evaluate:
     """what to measure beside them, by the same code, at the site and with the L0 of the first"""
     seed: int = 0
     """of the samples that studies take"""
+    report: str | None = None
+    """write all that was measured as a page with figures, to this file"""
     json: bool = False
     """print one JSON document, {directory: {metric: value}}, instead of a table"""
 
@@ -63,6 +67,9 @@ def run(argv: Sequence[str]) -> None:
     names = ("data", "model", "heldout", "tokens", "batch_tokens", "ema", "split", "suite", "baselines", "seed")
     settings = {name: getattr(command, name) for name in names}
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
+    if command.report and results:
+        write_report(command.report, results)
+        console.print(f"open {command.report} in a browser")
     if command.json:
         sys.stdout.write(storage.json_text(results, "--json"))
     elif results:

@@ -1,0 +1,34 @@
+"""The page of an evaluation: it holds every number, stands alone, and shows names as text."""
+
+import re
+
+from sae_jax.pages.evaluation import write_report
+
+DOCUMENT = {
+    "text": "held<out>",
+    "sites": {"x": ["resid_post.1"], "y": ["resid_post.1"]},
+    "fvu": 0.125,
+    "kl": 0.5,
+    "fvu_by_position": {"0": 0.1, "1": 0.2, "2 to 3": None},
+    "density_histogram": {"log10_edges": [-2.0, -1.0, 0.0], "counts": [3, 0]},
+    "intervals": {"kl": [0.4, 0.6]},
+}
+
+
+def test_a_page_has_every_number_its_interval_and_what_was_left_out(tmp_path):
+    path = tmp_path / "page.html"
+    other = {"fvu": None, "mmcs": {"a<b>": 0.75}, "intervals": {}, "left_out": {"importance": "it runs in torch"}}
+    write_report(path, {"a<b>": DOCUMENT, "other": other})
+    page = path.read_text()
+    assert "<b>" not in page
+    assert "held&lt;out&gt;" in page
+    for said in ("0.1250", "0.5000 [0.4000, 0.6000]", "undefined", "0.7500", "other: importance", "it runs in torch"):
+        assert said in page
+    assert len(re.findall("data:image/png;base64,", page)) == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_page_without_intervals_or_curves_has_no_empty_figure(tmp_path):
+    path = tmp_path / "page.html"
+    write_report(path, {"a": {"fvu": 0.5, "intervals": {}}})
+    assert "<img" not in path.read_text()
