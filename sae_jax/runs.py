@@ -37,9 +37,11 @@ from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.pages.site import write_site
 from sae_jax.planning import targets
+from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import flops, laws, plots, report, table
+from sae_jax.scaling import quality as trends
 from sae_jax.scaling.advise import Advice
 from sae_jax.scaling.advise import advise as advise_by
 from sae_jax.storage import Files, StrPath
@@ -307,7 +309,8 @@ def evaluate(
     """{folder, or number: all metrics} of dictionaries, in one pass over the rows that they share.
 
     Args:
-        dictionaries: as `sae_jax.load` gives them, or their folders, where evaluation.json is written.
+        dictionaries: as `sae_jax.load` gives them, or their folders, where evaluation.json is written; the folder of a
+            sweep stands for its members.
         data: another activation set to take rows, text and language model from.
         model: another reference for the language model, if it moved.
         heldout: another reference for the held-out text, if it moved or the set names none.
@@ -322,6 +325,7 @@ def evaluate(
         seed: of the samples that studies take.
     """
     kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
+    dictionaries = tuple(one for given in dictionaries for one in _members_of_sweep(given))
     names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
     if same := set(names) & set(beside):
         raise UsageError(f"{sorted(same)[0]} is a dictionary and a baseline; name the folder ./{sorted(same)[0]}")
@@ -531,6 +535,37 @@ def fit(
         study = laws.study(table.read(folder), variant, site, k, tokens_per_latent, leave_out)
         lease.check()
         return study, _write_fit(folder, study)
+
+
+def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:
+    """How metrics that `evaluate` measured of a sweep's members go with latents, k and compute (scaling/quality.py).
+
+    Args:
+        folder: of the sweep.
+        metrics: as evaluation.json names them.
+
+    Returns:
+        A trend for each, and the files that were written: quality.json, quality.png.
+    """
+    folder = Path(folder)
+    measured, missing = trends.read(folder, sweep_run.member_folders(folder))
+    if missing:
+        console.print(f"{len(missing)} members are not measured and do not count: {', '.join(missing[:4])} ...")
+    found = trends.trends(measured, metrics)
+    content = {trend.metric: dataclasses.asdict(trend) for trend in found}
+    storage.write_json(folder / "quality.json", storage.sealed(content))
+    trends.draw(measured, found, folder / "quality.png")
+    return found, [folder / "quality.json", folder / "quality.png"]
+
+
+def _members_of_sweep(given: Dictionary | StrPath) -> list[Dictionary | StrPath]:
+    """The members of a sweep that are trained, if its folder is given."""
+    if isinstance(given, Dictionary) or not (Path(given) / "sweep.json").is_file():
+        return [given]
+    folders = sweep_run.member_folders(Path(given))
+    if not folders:
+        raise UserError(f"{os.fspath(given)}: no member of this sweep has a checkpoint yet; let sae-jax sweep go on")
+    return [str(folder) for folder in folders.values()]
 
 
 def _write_fit(folder: Path, study: laws.Study) -> list[Path]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import tyro
 
 from sae_jax import config, runs
+from sae_jax.commands.show import print_table
 from sae_jax.errors import UsageError
 from sae_jax.progress import console
-from sae_jax.scaling import report
+from sae_jax.scaling import quality, report
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Fit:
     """how many of the smallest budgets and widths do not count for the laws of compute and latents; default: those that
     are off the law which the larger ones follow, by a test"""
 
+    metric: tuple[str, ...] = ()
+    """instead of the laws of FVU: how these metrics, which sae-jax evaluate DIR measured, go with latents, k and
+    compute. Writes quality.json and quality.png"""
+
     def __post_init__(self) -> None:
         if self.tokens_per_latent is not None and not 0 < self.tokens_per_latent < math.inf:
             raise UsageError(f"--tokens-per-latent={self.tokens_per_latent} must be above 0 and finite")
@@ -45,6 +50,11 @@ class Fit:
 def run(argv: Sequence[str]) -> None:
     """Parse, fit, write, show."""
     command = config.parse(Fit, argv, "sae-jax fit")
+    if command.metric:
+        found, written = runs.quality(command.dir, command.metric)
+        print_table(quality.HEADER, quality.rows(found))
+        console.print(f"{command.dir}: {', '.join(path.name for path in written)}")
+        return
     study, written = runs.fit(
         command.dir, command.variant, command.site, command.k, command.tokens_per_latent, command.leave_out
     )

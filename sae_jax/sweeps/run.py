@@ -93,6 +93,12 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
     return list(problems.values())
 
 
+def member_folders(out: Path) -> dict[str, Path]:
+    """{member: its run} of all members that have a checkpoint, by name."""
+    found = {path.parent.name: path.parent for path in out.glob("passes/*/members/*/checkpoints")}
+    return dict(sorted(found.items()))
+
+
 def failure(out: str, problems: list[str]) -> UserError:
     """What to raise for a sweep with problems."""
     has_points = any((Path(out) / points.POINTS).glob("*.json"))

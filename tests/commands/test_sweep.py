@@ -232,3 +232,13 @@ def test_a_dry_run_writes_nothing(work: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "n64-k4" in shown
     assert "pass 0of1-0: 2 members" in shown
+
+
+def test_members_of_a_sweep_are_measured_by_its_folder(work, capsys):
+    cli.main(["evaluate", str(work / "whole"), "--tokens", "512", "--json"])
+    documents = json.loads(capsys.readouterr().out)
+    assert {Path(name).name for name in documents} == {p.name for p in table.read(work / "whole")}
+    for name, document in documents.items():
+        assert json.loads((Path(name) / "evaluation.json").read_text())["fvu"] == document["fvu"]
+    assert cli.main(["fit", str(work / "whole"), "--metric", "fvu"]) == 2
+    assert "metric 'fvu' was measured of 2 members, and a trend needs 4" in capsys.readouterr().err
