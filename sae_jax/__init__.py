@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         harvest,
         live,
         plan,
+        quality,
         steer,
         sweep,
         train,
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "open_activations",
     "plan",
+    "quality",
     "save",
     "steer",
     "sweep",
@@ -87,7 +89,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("active", "advise", "collect", "dashboard", "evaluate", "find", "fit", "harvest", "live", "plan"),
-            *("steer", "sweep", "train", "train_members"),
+            *("quality", "steer", "sweep", "train", "train_members"),
         ),
         "sae_jax.runs",
     ),
