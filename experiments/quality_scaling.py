@@ -1,8 +1,8 @@
 """Do wider and sparser dictionaries get better by more than their reconstruction?
 
 Question: TopK on residual activations of the bundled language model, three widths by three k, equal tokens: how do the
-metrics that Gao et al. 2024 (arXiv 2406.04093, section 4) judge by go with width and k: downstream loss, probe loss, N2G,
-sparsity of effects, uniformity of importance; and with them k-sparse probing, absorption, SCR and TPP?
+metrics by which Gao et al. 2024 (arXiv 2406.04093, section 4) judge go with width and k: downstream loss, probe loss,
+N2G, sparsity of effects, uniformity of importance; and with them k-sparse probing, absorption, SCR and TPP?
 Guess, before any run, after the paper and Karvonen et al. 2025 (arXiv 2503.09532): downstream KL falls with n and with
 k. Probe loss falls with n, and hardly moves with k. N2G's recall and precision rise with n and fall with k.
 Ablation sparsity (the share of logits that move) rises with k, so effects are less sparse, and hardly moves with n.
