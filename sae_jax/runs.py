@@ -28,8 +28,8 @@ from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import baselines as evaluation_baselines
+from sae_jax.evaluation import effective_compute, prompts, steering, suites
 from sae_jax.evaluation import evaluate as evaluation
-from sae_jax.evaluation import prompts, steering, suites
 from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
@@ -304,6 +304,7 @@ def evaluate(
     split: int = 1,
     suite: Sequence[suites.Suite] = ("core",),
     baselines: Sequence[str] = (),
+    loss_curve: StrPath | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """{folder, or number: all metrics} of dictionaries, in one pass over the rows that they share.
@@ -322,8 +323,11 @@ def evaluate(
         suite: what to measure beside the core: openai, probing, causal or all (evaluation/suites.py).
         baselines: identity, pca, ica, random, neurons or all, measured as dictionaries of the first one's site and L0,
             and returned under these names. Their records lie in the first folder's evaluation/.
+        loss_curve: csv file with the columns compute and loss, of the language model's training, from which the
+            effective compute is told (evaluation/effective_compute.py).
         seed: of the samples that studies take.
     """
+    curve = None if loss_curve is None else effective_compute.read_curve(loss_curve)
     kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
     dictionaries = tuple(one for given in dictionaries for one in _members_of_sweep(given))
     names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
@@ -342,6 +346,7 @@ def evaluate(
     measured, missing = suites.run(measured, folders, kinds, shard, seed)
     if {"probing", "all"} & set(suite):
         measured = suites.compared(measured)
+    measured = {name: dataclasses.replace(one, curve=curve) for name, one in measured.items()}
     documents: dict[str, Any] = {}
     for name, one in measured.items():
         if (folder := folders.get(name)) is None:

@@ -46,6 +46,8 @@ class Evaluate:
     again"""
     baselines: tuple[Literal["identity", "pca", "ica", "random", "neurons", "all"], ...] = ()
     """what to measure beside them, by the same code, at the site and with the L0 of the first"""
+    loss_curve: str | None = None
+    """csv file with the columns compute and loss, of the language model's training: tells the effective compute"""
     seed: int = 0
     """of the samples that studies take"""
     report: str | None = None
@@ -64,7 +66,19 @@ def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
     gpu.warn_of_idle_gpu()
-    names = ("data", "model", "heldout", "tokens", "batch_tokens", "ema", "split", "suite", "baselines", "seed")
+    names = (
+        "data",
+        "model",
+        "heldout",
+        "tokens",
+        "batch_tokens",
+        "ema",
+        "split",
+        "suite",
+        "baselines",
+        "loss_curve",
+        "seed",
+    )
     settings = {name: getattr(command, name) for name in names}
     results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.report and results:

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from sae_jax import storage
-from sae_jax.evaluation import base, baselines, batches, shards, study
+from sae_jax.evaluation import base, baselines, batches, effective_compute, shards, study
 from sae_jax.evaluation.base import Description, EvalBatch, Metric, Subject, Sums
 from sae_jax.evaluation.baselines import Baseline
 from sae_jax.evaluation.batches import Candidate
+from sae_jax.evaluation.effective_compute import Curve
 from sae_jax.evaluation.study import Case
 from sae_jax.evaluation.text import HeldOut, held_out
 from sae_jax.progress import Progress, console
@@ -32,8 +33,12 @@ from sae_jax.types import Sites, UsageError, UserError
 
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
 N_NAMED = 8  # shares
-COMPARED = {  # of dictionaries with each other (suites.py)
-    "mmcs": Description("MMCS", "mean over latents of the greatest cosine with a latent of that dictionary")
+COMPARED = {  # with each other (suites.py), and with the training of the model (effective_compute.py)
+    "mmcs": Description("MMCS", "mean over latents of the greatest cosine with a latent of that dictionary"),
+    "effective_compute": Description(
+        "effective compute",
+        "share of its training compute after which the model predicts as well; undefined beyond the curve",
+    ),
 }
 
 
@@ -58,6 +63,7 @@ class Measured:
     case: Case | None = None  # for studies; None where rows come from no text
     studied: tuple[Metric, ...] = ()  # what studies found (suites.py)
     left_out: Mapping[str, str] = field(default_factory=dict)  # {study: why it says nothing}
+    curve: Curve | None = None  # of the model's training, for its effective compute
 
     def __repr__(self) -> str:
         return "\n".join(f"{label:24}{value:24}{text}" for label, value, text in table_rows([self.to_json()]))
@@ -68,7 +74,7 @@ class Measured:
             raise UserError(NO_ROWS)
         evaluators = {name: kind(self.subject) for name, kind in base.evaluators().items() if name in self.sums}
         core = [metric for name, evaluator in evaluators.items() for metric in evaluator.metrics(self.sums[name])]
-        return [*core, *self.studied]
+        return [*core, *(effective_compute.of(core, self.curve) if self.curve else ()), *self.studied]
 
     def to_json(self) -> dict[str, Any]:
         """{metric: value}, after what was measured, and before the intervals of metrics that have one."""
