@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -112,32 +112,46 @@ def steer(
     prompt_1T, keep_1T = jnp.asarray(ids_T[None]), jnp.asarray(~is_special_T[None])
     indices_L, key = jnp.asarray(latents, jnp.int32), jax.random.key(seed)
     write = partial(lm.generate, model, prompt_1T, n_new, key, temperature=temperature)
-    edits, first = {}, 0
-    for hook in subject.reconstructed:
+    edits, rows, first = {}, [], 0
+    for at, hook in enumerate(subject.reconstructed):
         width = lm.hook_width(model.spec, hook)
-        rows_LY = sae.w_dec[indices_L, first : first + width]
+        rows.append(sae.w_dec[indices_L, first : first + width])
         first += width
-        edits[hook] = partial(_clamped if how == "clamp" else _added, rows_LY=rows_LY)
+        edits[hook] = _edit(how, at)
     written: list[tuple[float | None, jax.Array]] = [(None, write())]
     for scale in scales:
-        args = {"sae": sae, "latents": indices_L, "values": jnp.asarray(scale * largest_L), "keep": keep_1T}
+        args = {
+            "sae": sae,
+            "latents": indices_L,
+            "values": jnp.asarray(scale * largest_L),
+            "keep": keep_1T,
+            "rows": rows,
+        }
         written.append((scale, write(edits=edits, edit_args=args)))
     return [Steered(scale, subject.tokenizer.decode(np.asarray(ids)[0, len(ids_T) :])) for scale, ids in written]
 
 
-def _clamped(x_BTX: jax.Array, args: dict[str, Any], rows_LY: jax.Array) -> jax.Array:
+@cache
+def _edit(how: How, at: int) -> Any:
+    """The change of the at-th hook. The same function each time: with another, `generate` would compile again."""
+    return partial(_clamped if how == "clamp" else _added, at=at)
+
+
+def _clamped(x_BTX: jax.Array, args: dict[str, Any], at: int) -> jax.Array:
     sae, latents_L = args["sae"], args["latents"]
     x_NX, _, scale_N1 = normalise(x_BTX.reshape(-1, x_BTX.shape[-1]), sae.config.input_norm)
     code = sae.encode_rows(x_NX, sae.most_slots)
     is_it_NKL = code.indices[:, :, None] == latents_L[None, None]
     z_NL = jnp.where(is_it_NKL, code.values[:, :, None], 0.0).sum(1)
-    change_NY = scale_N1 * ((args["values"][None] - z_NL) @ rows_LY)
+    change_NY = scale_N1 * ((args["values"][None] - z_NL) @ args["rows"][at])
     return _where(args["keep"], x_BTX + change_NY.reshape(x_BTX.shape), x_BTX)
 
 
-def _added(x_BTX: jax.Array, args: dict[str, Any], rows_LY: jax.Array) -> jax.Array:
+def _added(x_BTX: jax.Array, args: dict[str, Any], at: int) -> jax.Array:
     _, _, scale_N1 = normalise(x_BTX.reshape(-1, x_BTX.shape[-1]), args["sae"].config.input_norm)
-    change_NY = jnp.broadcast_to(scale_N1, (x_BTX.shape[0] * x_BTX.shape[1], 1)) * (args["values"] @ rows_LY)[None]
+    change_NY = (
+        jnp.broadcast_to(scale_N1, (x_BTX.shape[0] * x_BTX.shape[1], 1)) * (args["values"] @ args["rows"][at])[None]
+    )
     return _where(args["keep"], x_BTX + change_NY.reshape(x_BTX.shape), x_BTX)
 
 

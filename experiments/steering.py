@@ -1,0 +1,189 @@
+"""Does a text that is steered with a latent come to be about what the latent stands for?
+
+Question: twenty latents of the demo's dictionary (2,048 latents, k = 16, resid_post.2 of the bundled model), drawn over
+the range of densities, are clamped to multiples of their largest value while the model writes after eight prompts.
+Nobody judges the texts: each is read back by the model as it is, without steering, and shows the latent's concept if
+the latent itself fires on what was written to at least a quarter of its largest value. As a control, the same is asked
+of the nineteen texts that were steered with the other latents. How often, against scale, and what does it cost?
+Guess, before any text was made: at scale 1 half of the texts show it and fewer than 5 % of the controls; more at 2 and
+5, with cost: the nats a token of the written text, by the unsteered model, double by scale 5. Rare latents need larger
+scales, since their largest value is on few rows.
+Latents, drawn before any text was made: 173, 440, 477, 506, 654, 935, 1070, 1159, 1209, 1275, 1321, 1517, 1582, 1585,
+1634, 1703, 1803, 1805, 1968, 2040.
+Command: python experiments/steering.py --out OUT [--run RUN]
+Answer: not run yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from bundled import demo_recipe, harvested
+
+import sae_jax
+from sae_jax import figures, lm
+from sae_jax.commands.show import print_table
+from sae_jax.evaluation import prompts, steering
+from sae_jax.evaluation.text import held_out, open_set
+from sae_jax.progress import Progress
+
+N_LATENTS, SEED = 20, 0
+SCALES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
+PROMPTS = (
+    "def parse(self, text, strict=False):\n    ",
+    "class Reader(object):\n    def __init__(self, ",
+    "import os\nimport sys\nimport re\n\n",
+    "for name in sorted(names):\n        ",
+    "    # This is what happens when ",
+    "    return [item for item in ",
+    'raise ValueError("the name of the file ',
+    "with open(path) as file:\n    ",
+)
+N_PROMPT, N_NEW = 8, 24  # tokens: of prompts of one length, one program is compiled
+SHOWS = 0.25  # of the largest value
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where things are."""
+
+    out: Path = Path("build/steering")
+    """Folder for the set and the dictionary, results.json and steering.png."""
+    run: Path | None = None
+    """The run that sae-jax demo made; trained in `out` if not given."""
+    draw: bool = False
+    """Only draw the latents and print them."""
+    smoke: bool = False
+    """Two latents, one prompt, a small dictionary: does it run?"""
+
+
+def main(config: Config) -> None:
+    """Draw latents, steer, read back, count; OUT/results.json and a figure."""
+    folder = config.run or trained(config)
+    d = sae_jax.load(folder)
+    activations = open_set(d.record)
+    subject = prompts.subject(d.sae, d.record, activations)
+    latents, densities = drawn(subject, activations, d.record.sites, 2 if config.smoke else N_LATENTS)
+    print_table(
+        ("latent", "density"), [(str(i), f"{density:.2g}") for i, density in zip(latents, densities, strict=True)]
+    )
+    if config.draw:
+        return
+    largest_L = steering.largest_values(d.sae, activations, d.record.sites.x, latents)
+    written = texts_of(subject, latents, largest_L, PROMPTS[: 1 if config.smoke else None])
+    shows, nats = read_back(subject, written, latents, largest_L)
+    results = [row(scale, shows[:, at], nats[:, at]) for at, scale in enumerate((None, *SCALES))]
+    by_latent = {int(latent): shows[i, :, :, i].mean(1).tolist() for i, latent in enumerate(latents)}
+    config.out.mkdir(parents=True, exist_ok=True)
+    content = {"scales": results, "by_latent": by_latent, "densities": dict(zip(map(int, latents), densities))}  # noqa: B905
+    (config.out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    print_table(tuple(results[0]), [tuple(str(value) for value in one.values()) for one in results])
+    draw(results, config.out / "steering.png")
+
+
+def trained(config: Config) -> Path:
+    """The demo's dictionary."""
+    recipe = demo_recipe(config.smoke)
+    data, run = harvested(recipe, None, config.out), config.out / "run"
+    changed = {"steps": 20, "batch_size": 256, "n_latents": 256} if config.smoke else {}
+    if not run.exists():
+        sae_jax.train(data, out=run, sae_config=recipe.sae, train_config=recipe.train, site=recipe.site, **changed)
+    return run
+
+
+def drawn(subject, activations, sites, n: int) -> tuple[list[int], list[float]]:
+    """Latents at even steps of the order by density, of those that fire on at least 5 of 32,768 held-out tokens."""
+    text = held_out(activations, sites, 2**15)
+    assert text is not None
+    rows_ND = text.rows()
+    code = subject.sae.encode(rows_ND)
+    counts_F = np.bincount(
+        np.asarray(code.indices).ravel(), np.asarray(code.values).ravel() > 0, minlength=len(subject.sae.b_enc)
+    )
+    alive = np.flatnonzero(counts_F >= 5)
+    order = alive[np.argsort(counts_F[alive], kind="stable")]
+    latents = np.sort(order[np.linspace(0, len(order) - 1, n + 2).round().astype(int)[1:-1]])
+    return latents.tolist(), (counts_F[latents] / len(rows_ND)).tolist()
+
+
+def texts_of(
+    subject: prompts.Subject, latents: list[int], largest_L: np.ndarray, of: tuple[str, ...]
+) -> list[list[list[np.ndarray]]]:
+    """Token ids [latent][scale, unsteered first][prompt], i32[N_PROMPT + N_NEW] each."""
+    written: list[list[list[np.ndarray]]] = []
+    with Progress("steer", len(latents), "latents") as progress:
+        for i, latent in enumerate(latents):
+            by_prompt = []
+            for prompt in of:
+                ids_T = subject.ids(prompt)[:N_PROMPT]
+                assert len(ids_T) == N_PROMPT, prompt
+                steered = steering.steer(subject, ids_T, [latent], largest_L[i : i + 1], SCALES, n_new=N_NEW)
+                by_prompt.append([np.concatenate([ids_T, subject.tokenizer.encode([s.text])[0]]) for s in steered])
+            written.append([list(column) for column in zip(*by_prompt, strict=True)])
+            progress.update(i + 1)
+    return written
+
+
+def read_back(
+    subject: prompts.Subject, written: list[list[list[np.ndarray]]], latents: list[int], largest_L: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bool[steered by, scale, prompt, latent]: whether it shows, f64[steered by, scale, prompt]: nats a token)."""
+    shape = (len(written), len(written[0]), len(written[0][0]))
+    shows, nats = np.zeros((*shape, len(latents)), bool), np.zeros(shape)
+    model = subject.model
+    assert isinstance(model, lm.LanguageModel)
+    with Progress("read back", int(np.prod(shape)), "texts") as progress:
+        for done, at in enumerate(np.ndindex(*shape), 1):
+            ids_T = written[at[0]][at[1]][at[2]]
+            ((latents_TK, values_TK),) = subject.codes([ids_T])
+            new_latents, new_values = latents_TK[N_PROMPT:], values_TK[N_PROMPT:]
+            for i, latent in enumerate(latents):
+                largest = new_values[new_latents == latent].max(initial=0.0)
+                shows[(*at, i)] = largest >= SHOWS * largest_L[i] > 0
+            filled = np.pad(ids_T, (0, -len(ids_T) % 32))
+            losses_T = np.asarray(
+                lm.cross_entropy(lm.run(model, jnp.asarray(filled[None])).logits, jnp.asarray(filled[None]))
+            )[0]
+            nats[at] = losses_T[N_PROMPT - 1 : len(ids_T) - 1].mean()
+            progress.update(done)
+    return shows, nats
+
+
+def row(scale: float | None, shows: np.ndarray, nats: np.ndarray) -> dict[str, float | str | None]:
+    """Of one scale: bool[steered by, prompt, latent] and f64[steered by, prompt]."""
+    n = shows.shape[0]
+    own = shows[np.arange(n), :, np.arange(n)].mean()
+    others = shows.mean(1)[~np.eye(n, dtype=bool)].mean() if n > 1 else float("nan")
+    return {
+        "scale": "unsteered" if scale is None else scale,
+        "shows its concept": round(float(own), 3),
+        "shows another's": round(float(others), 3),
+        "nats a token": round(float(nats.mean()), 3),
+    }
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Rates and nats against scale."""
+    figure = figures.new(8.4, 3.6)
+    left, right = figure.subplots(1, 2)
+    names = [str(one["scale"]) for one in results]
+    for key in ("shows its concept", "shows another's"):
+        left.plot(names, [one[key] for one in results], marker="o", label=key)
+    left.set(ylabel="share of texts", xlabel="scale, of the largest value", ylim=(0, 1))
+    left.legend(fontsize=8)
+    right.plot(names, [one["nats a token"] for one in results], marker="o", color="C3")
+    right.set(ylabel="nats a token of the text, unsteered model", xlabel="scale, of the largest value")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.tick_params(axis="x", labelsize=8)
+    figure.suptitle("Does the text come to be about what the latent stands for?", fontsize=10)
+    figures.save(figure, path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
