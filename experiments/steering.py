@@ -11,15 +11,29 @@ scales, since their largest value is on few rows.
 Latents, drawn before any text was made: 173, 440, 477, 506, 654, 935, 1070, 1159, 1209, 1275, 1321, 1517, 1582, 1585,
 1634, 1703, 1803, 1805, 1968, 2040.
 Command: python experiments/steering.py --out OUT [--run RUN]
-Answer: not run yet.
+Cost: three minutes on two cores that had much else to do, with the demo's run at hand.
+Answer: seldom. Twenty latents, eight prompts, 24 tokens written (figures/steering.png; JAX 0.10.2, CPU):
+
+    scale                              unsteered  0      0.5    1      2      5      10
+    texts that show the latent         0.056      0.056  0.062  0.106  0.119  0.087  0.069
+    texts steered with others that do  0.056      0.057  0.052  0.050  0.044  0.018  0.012
+    nats a token of the text           1.288      1.291  1.304  1.500  2.573  4.208  4.838
+
+Steering tells: at scale 2 a text is nearly three times as likely to show its own latent as another's. But the guess was
+far off: of the twenty, four show in more than a third of their texts at scale 2 and far more than in those left alone
+(173, 440, 1321, 2040), one at 5 and 10 alone (1517), and eight at no scale. The price is higher than guessed, too: nats
+double at scale 2, not 5. One reason lies in what was asked: a latent of the residual stream stands for what the model
+has read, and steering makes the model write what would follow that, in which the latent itself need not fire.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -46,6 +60,7 @@ PROMPTS = (
 )
 N_PROMPT, N_NEW = 8, 24  # tokens: of prompts of one length, one program is compiled
 SHOWS = 0.25  # of the largest value
+BATCH, LENGTH = 64, 64  # of texts that are read at once, and tokens that each is filled up to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,21 +152,37 @@ def read_back(
     shows, nats = np.zeros((*shape, len(latents)), bool), np.zeros(shape)
     model = subject.model
     assert isinstance(model, lm.LanguageModel)
-    with Progress("read back", int(np.prod(shape)), "texts") as progress:
-        for done, at in enumerate(np.ndindex(*shape), 1):
-            ids_T = written[at[0]][at[1]][at[2]]
-            ((latents_TK, values_TK),) = subject.codes([ids_T])
-            new_latents, new_values = latents_TK[N_PROMPT:], values_TK[N_PROMPT:]
-            for i, latent in enumerate(latents):
-                largest = new_values[new_latents == latent].max(initial=0.0)
-                shows[(*at, i)] = largest >= SHOWS * largest_L[i] > 0
-            filled = np.pad(ids_T, (0, -len(ids_T) % 32))
-            losses_T = np.asarray(
-                lm.cross_entropy(lm.run(model, jnp.asarray(filled[None])).logits, jnp.asarray(filled[None]))
-            )[0]
-            nats[at] = losses_T[N_PROMPT - 1 : len(ids_T) - 1].mean()
-            progress.update(done)
+    places = list(np.ndindex(*shape))
+    with Progress("read back", len(places), "texts") as progress:
+        for first in range(0, len(places), BATCH):
+            here = places[first : first + BATCH]
+            texts = [written[i][j][k] for i, j, k in here]
+            ids_BT = np.stack(
+                [np.pad(ids, (0, LENGTH - len(ids))) for ids in texts + [texts[0]] * (BATCH - len(texts))]
+            )
+            acts, losses_BT = read(model, jnp.asarray(ids_BT), subject.encoded)
+            code = subject.sae.encode(acts)
+            new, own = np.asarray(code.indices)[:, N_PROMPT:], np.asarray(code.values)[:, N_PROMPT:]
+            for at, ids, latents_TK, values_TK, losses_T in zip(
+                here, texts, new, own, np.asarray(losses_BT), strict=False
+            ):
+                n_new = len(ids) - N_PROMPT
+                is_text_T1 = ~np.isin(ids[N_PROMPT:], subject.tokenizer.special_ids)[:, None]
+                latents_TK, values_TK = latents_TK[:n_new], values_TK[:n_new] * is_text_T1
+                for i, latent in enumerate(latents):
+                    largest = values_TK[latents_TK == latent].max(initial=0.0)
+                    shows[(*at, i)] = largest >= SHOWS * largest_L[i] > 0
+                nats[at] = losses_T[N_PROMPT - 1 : len(ids) - 1].mean()
+            progress.update(first + len(here))
     return shows, nats
+
+
+@partial(jax.jit, static_argnames="hooks")
+def read(model: lm.LanguageModel, ids_BT: jax.Array, hooks: tuple[lm.Hook, ...]) -> tuple[jax.Array, jax.Array]:
+    """(what is encoded f32[B, T, X], cross-entropy of each next token f32[B, T - 1])."""
+    out = lm.run(model, ids_BT, capture=hooks)
+    assert out.logits is not None
+    return jnp.concatenate([out.acts[hook] for hook in hooks], -1), lm.cross_entropy(out.logits, ids_BT)
 
 
 def row(scale: float | None, shows: np.ndarray, nats: np.ndarray) -> dict[str, float | str | None]:
