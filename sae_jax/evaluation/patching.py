@@ -1,4 +1,4 @@
-"""Which features of an activation make a model's predictions those of a counterfactual prompt: patching feature by feature.
+"""Patching: which features of an activation make a model predict what it predicts on a counterfactual prompt.
 
     x'[t] = x[t] + sum over j in F of (c'_j[t] - c_j[t]) d_j       at every position up to the one that predicts
 
@@ -29,7 +29,7 @@ from flax import struct
 
 from sae_jax import lm
 from sae_jax.evaluation.run_on import amounts
-from sae_jax.saes.base import AbstractSae, slots_for
+from sae_jax.saes.base import AbstractSae
 from sae_jax.types import UsageError
 
 # Of what a patch may be worth in the rounds of pruning, as shares of the KL without patches.
@@ -106,16 +106,14 @@ def of_latents(sae: AbstractSae, pair: Pair) -> Features:
     change_TJ = np.subtract(*amounts_NJ.reshape(2, -1, len(latents_J))[::-1])
     differs_J = change_TJ.any(0)
     latents_J = latents_J[differs_J]
-    return Features(
-        jnp.asarray(latents_J, jnp.int32), jnp.asarray(change_TJ[:, differs_J]), sae.w_dec[latents_J].astype(jnp.float32)
-    )
+    directions_JY = sae.w_dec[latents_J].astype(jnp.float32)
+    return Features(jnp.asarray(latents_J, jnp.int32), jnp.asarray(change_TJ[:, differs_J]), directions_JY)
 
 
 def of_directions(directions_JY: np.ndarray, pair: Pair) -> Features:
     """Orthonormal directions f32[J, Y], in which the two prompts differ by their projections."""
-    directions_JY = jnp.asarray(directions_JY, jnp.float32)
-    change_TJ = (pair.y[1] - pair.y[0]) @ directions_JY.T
-    return Features(jnp.arange(len(directions_JY)), change_TJ, directions_JY)
+    rows_JY = jnp.asarray(directions_JY, jnp.float32)
+    return Features(jnp.arange(len(rows_JY)), (pair.y[1] - pair.y[0]) @ rows_JY.T, rows_JY)
 
 
 def by_attribution(pair: Pair, features: Features) -> np.ndarray:
@@ -148,18 +146,20 @@ def curve(pair: Pair, features: Features, order_J: np.ndarray) -> Curve:
 def mean(curves: list[Curve]) -> Curve:
     """The mean at each number of patches; a curve of fewer features stays where it ended."""
     longest = max(len(curve.kl) for curve in curves)
-    stacked = [[np.pad(part, (0, longest - len(part)), "edge") for part in parts] for parts in zip(*curves, strict=True)]
-    return Curve(*(np.mean(parts, axis=0) for parts in stacked))
+
+    def mean_of(parts: list[np.ndarray]) -> np.ndarray:
+        return np.mean([np.pad(part, (0, longest - len(part)), "edge") for part in parts], axis=0)
+
+    return Curve(mean_of([curve.kl for curve in curves]), mean_of([curve.norm for curve in curves]))
 
 
 def _padded(features: Features) -> tuple[Features, int]:
     """Filled up with features that change nothing, so that pairs share programs; and how many there are then."""
     n = len(features.ids)
-    n_slots = slots_for(np.int64(max(n, 1)))
-    filling = (0, n_slots - n)
-    return Features(
-        jnp.pad(features.ids, filling), jnp.pad(features.change, ((0, 0), filling)), jnp.pad(features.directions, (filling, (0, 0)))
-    ), n_slots
+    n_slots = 1 << (max(n, 1) - 1).bit_length()
+    filling, none = (0, n_slots - n), (0, 0)
+    padded = ((features.ids, (filling,)), (features.change, (none, filling)), (features.directions, (filling, none)))
+    return Features(*(jnp.pad(part, widths) for part, widths in padded)), n_slots
 
 
 @partial(jax.jit, static_argnames=("encoded", "reconstructed"))

@@ -1,6 +1,6 @@
 """A language model run on from activations that were changed: what the studies of a latent's effects share.
 
-    place(subject)             the hook that a dictionary reads and the one that it writes, in a model that is edited here
+    place(subject)             the hook that a dictionary reads and the one it writes, in a model that is edited here
     amounts(sae, x)            how much of each decoder row is in the reconstruction, in the units of the activations
     read(...)                  sequences through the model as it is, with the keys and values of every position
     logits_after(...)          logits at a token and the few that follow it, after changes at that token alone
@@ -101,9 +101,7 @@ def logits_after(
         n = len(changes_CY)
         ids_W, y_WY = (jax.lax.dynamic_slice_in_dim(part[s], t, n_positions) for part in (clean.ids, clean.y))
         y_CWY = jnp.broadcast_to(y_WY, (n, *y_WY.shape)).at[:, 0].add(changes_CY)
-        keys, values = (
-            jnp.repeat(part[:, s][:, None], n, axis=1) for part in (clean.cache.keys, clean.cache.values)
-        )
+        keys, values = (jnp.repeat(part[:, s][:, None], n, axis=1) for part in (clean.cache.keys, clean.cache.values))
         edits = lm.intervene.edits({clean.hook: lm.intervene.replace(y_CWY)})
         ids_CW = jnp.broadcast_to(ids_W, (n, n_positions))
         out = lm.run(clean.model, ids_CW, edits=edits, cache=lm.Cache(keys, values, t))

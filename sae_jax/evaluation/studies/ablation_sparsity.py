@@ -140,7 +140,7 @@ def _changes(
     random_NY = rng.standard_normal((n, width))
     size_N = np.linalg.norm(changes_NCY[:, 1], axis=1) / np.linalg.norm(random_NY, axis=1)
     changes_NCY[:, 3] = random_NY * size_N[:, None]
-    return is_active_NK.any(1), changes_NCY
+    return amounts_NK.max(1) > 0, changes_NCY
 
 
 def _values(
