@@ -65,10 +65,14 @@ def place(subject: Subject) -> Place:
     return Place(subject.sae, model, encoded, reconstructed)
 
 
+def encode(sae: AbstractSae, x_NX: np.ndarray | jax.Array) -> tuple[Code, jax.Array]:
+    """The code [N, K] of rows, and what brings its values to the units of the rows, f32[N, 1] or f32[]."""
+    return sae.encode(x_NX), normalise(jnp.asarray(x_NX, jnp.float32), sae.config.input_norm)[2]
+
+
 def amounts(sae: AbstractSae, x_NX: np.ndarray | jax.Array) -> Code:
     """The code [N, K] of rows, its values in units of the rows: y_hat = sum of value times decoder row, and biases."""
-    code = sae.encode(x_NX)
-    _, _, scale_N1 = normalise(jnp.asarray(x_NX, jnp.float32), sae.config.input_norm)
+    code, scale_N1 = encode(sae, x_NX)
     return Code(code.indices, code.values * scale_N1)
 
 

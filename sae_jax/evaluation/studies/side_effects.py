@@ -26,7 +26,6 @@ from sae_jax.evaluation import run_on, study
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.study import Case
 from sae_jax.progress import Progress
-from sae_jax.saes.normalise import normalise
 
 AT_ONCE = 8  # sequences
 
@@ -142,11 +141,10 @@ def _firing(case: Case, n_sequences: int) -> Firing:
 
 def _values(at: run_on.Place, x_STX: np.ndarray, latents_L: np.ndarray) -> tuple[np.ndarray, jax.Array]:
     """Values of these latents, f32[L, N], and what they are to be multiplied by, f32[N, 1] or f32[]."""
-    x_NX = x_STX.reshape(-1, x_STX.shape[-1])
-    code = at.sae.encode(x_NX)
+    code, scale_N1 = run_on.encode(at.sae, x_STX.reshape(-1, x_STX.shape[-1]))
     indices_NK, values_NK = np.asarray(code.indices), np.asarray(code.values)
     values_LN = np.stack([np.where(indices_NK == latent, values_NK, 0.0).sum(1) for latent in latents_L])
-    return values_LN, normalise(jnp.asarray(x_NX), at.sae.config.input_norm)[2]
+    return values_LN, scale_N1
 
 
 @partial(jax.jit, static_argnames="hook")
