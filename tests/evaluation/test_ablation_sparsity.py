@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import lm
+from sae_jax import lm, mesh
 from sae_jax.evaluation import baselines, resample, run_on
 from sae_jax.evaluation.studies import ablation_sparsity
 from sae_jax.evaluation.studies.ablation_sparsity import Study, effect_sparsity
@@ -99,6 +99,13 @@ def test_it_is_the_same_each_time_and_takes_bases_and_transcoders():
     basis = dataclasses.replace(case, subject=dataclasses.replace(case.subject, sae=baselines.pca(case.text.rows())))
     assert [m.value for m in SMALL.metrics(basis)][-1] == 6
     assert [m.value for m in SMALL.metrics(in_model.case(lm.Hook(1, "mlp_in"), writes=lm.Hook(1, "mlp_out")))][-1] == 6
+
+
+def test_a_model_split_over_devices_gives_the_same():
+    case = in_model.case(HOOK)
+    split = dataclasses.replace(case.subject, model=lm.load("bundled", mesh=mesh.one_copy(2)))
+    for got, want in zip(SMALL.metrics(dataclasses.replace(case, subject=split)), SMALL.metrics(case), strict=True):
+        assert got.value == pytest.approx(want.value, rel=1e-4)
 
 
 def test_a_dictionary_without_active_latents_has_no_metrics():
