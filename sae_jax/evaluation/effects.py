@@ -204,10 +204,14 @@ def _direct(at: run_on.Place, row_Y: np.ndarray) -> np.ndarray | None:
 @jax.jit
 def _changed(clean: run_on.Clean, sequence_P: jax.Array, position_P: jax.Array, change_PY: jax.Array) -> jax.Array:
     """What a change does to the log-probabilities of the next token, f32[P, V]."""
-    changes_PCY = jnp.stack([jnp.zeros_like(change_PY), change_PY], axis=1)
-    logits_PCV = run_on.logits_after(clean, sequence_P, position_P, changes_PCY, 1)[:, :, 0]
-    log_p_PCV = jax.nn.log_softmax(logits_PCV)
-    return log_p_PCV[:, 1] - log_p_PCV[:, 0]
+
+    def of_one(token: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        sequence, position, change_Y = token
+        logits_2V = run_on.logits_after(clean, sequence, position, jnp.stack([0 * change_Y, change_Y]), 1)[:, 0]
+        before_V, after_V = jax.nn.log_softmax(logits_2V)
+        return after_V - before_V
+
+    return jax.lax.map(of_one, (sequence_P, position_P, change_PY))
 
 
 @partial(jax.jit, static_argnames=("encoded", "reconstructed"))

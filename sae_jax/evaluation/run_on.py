@@ -87,29 +87,28 @@ def read(model: lm.LanguageModel, ids_ST: jax.Array, encoded: lm.Hook, reconstru
     return Clean(model, ids_ST, x_STX, y_STY, out.cache, reconstructed)
 
 
-@partial(jax.jit, static_argnames="n_positions")
 def logits_after(
-    clean: Clean, sequence_P: jax.Array, position_P: jax.Array, changes_PCY: jax.Array, n_positions: int
+    clean: Clean, sequence: jax.Array, position: jax.Array, changes_CY: jax.Array, n_positions: int
 ) -> jax.Array:
-    """Logits f32[P, C, W, V] at W = n_positions positions, after each of C changes to the activations at the first one.
+    """Logits f32[C, W, V] at W = n_positions positions, after each of C changes to the activations at the first one.
+
+    Traced by its caller, who goes through many tokens with `jax.lax.map`: each needs the keys and values C times.
 
     Args:
         clean: the model on the sequences.
-        sequence_P: i32[P], of which sequence.
-        position_P: i32[P], at most T - W.
-        changes_PCY: f32[P, C, Y], what is added to the activations there; a change of 0 gives the logits as they are.
-        n_positions: W, of one sequence from that position on.
+        sequence: i32[], of which sequence.
+        position: i32[], at most T - W.
+        changes_CY: f32[C, Y], what is added to the activations there; a change of 0 gives the logits as they are.
+        n_positions: W, of the sequence from that position on.
     """
-
-    def of_one(s: jax.Array, t: jax.Array, changes_CY: jax.Array) -> jax.Array:
-        n = len(changes_CY)
-        ids_W, y_WY = (jax.lax.dynamic_slice_in_dim(part[s], t, n_positions) for part in (clean.ids, clean.y))
-        y_CWY = jnp.broadcast_to(y_WY, (n, *y_WY.shape)).at[:, 0].add(changes_CY)
-        keys, values = (jnp.repeat(part[:, s][:, None], n, axis=1) for part in (clean.cache.keys, clean.cache.values))
-        edits = lm.intervene.edits({clean.hook: lm.intervene.replace(y_CWY)})
-        ids_CW = jnp.broadcast_to(ids_W, (n, n_positions))
-        out = lm.run(clean.model, ids_CW, edits=edits, cache=lm.Cache(keys, values, t))
-        assert out.logits is not None
-        return out.logits
-
-    return jax.vmap(of_one)(sequence_P, position_P, changes_PCY)
+    n = len(changes_CY)
+    ids_W, y_WY = (jax.lax.dynamic_slice_in_dim(part[sequence], position, n_positions) for part in (clean.ids, clean.y))
+    y_CWY = jnp.broadcast_to(y_WY, (n, *y_WY.shape)).at[:, 0].add(changes_CY)
+    keys, values = (
+        jnp.repeat(part[:, sequence][:, None], n, axis=1) for part in (clean.cache.keys, clean.cache.values)
+    )
+    edits = lm.intervene.edits({clean.hook: lm.intervene.replace(y_CWY)})
+    ids_CW = jnp.broadcast_to(ids_W, (n, n_positions))
+    logits_CWV = lm.run(clean.model, ids_CW, edits=edits, cache=lm.Cache(keys, values, position)).logits
+    assert logits_CWV is not None
+    return logits_CWV

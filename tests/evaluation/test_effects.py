@@ -12,6 +12,7 @@ from sae_jax.evaluation import baselines, effects
 from sae_jax.saes import topk
 from sae_jax.types import UsageError, UserError
 from tests.evaluation import in_model
+from tests.lm.tiny import jit_run
 
 HOOK = lm.Hook(1, "resid_post")
 TEXT = "def area(width, height):\n    return width"
@@ -36,7 +37,7 @@ def parts(sae, x):
 
 
 def activations(model, ids):
-    return np.asarray(lm.run(model, jnp.asarray(ids), capture=[HOOK], logits=False).acts[HOOK])
+    return np.asarray(jit_run(model, jnp.asarray(ids), capture=(HOOK,)).acts[HOOK])
 
 
 def test_attributions_are_slopes_and_ablations_are_runs_without_the_latent(case):
@@ -69,7 +70,7 @@ def test_attributions_are_slopes_and_ablations_are_runs_without_the_latent(case)
 def test_the_likeliest_token_is_attributed_if_none_is_named(case):
     ids = case.subject.ids(TEXT)
     (found,) = effects.attribute(case.subject, ids)
-    logits = lm.run(case.subject.model, jnp.asarray(ids[None])).logits
+    logits = jit_run(case.subject.model, jnp.asarray(ids[None]), capture=(HOOK,)).logits
     assert found.token == int(logits[0, -1].argmax())
     dense = dataclasses.replace(case.subject, sae=baselines.identity(case.text.rows()))
     (of_basis,) = effects.attribute(dense, ids, n=5)

@@ -160,6 +160,9 @@ def _values(
 def _sparsity(
     clean: run_on.Clean, sequence_P: jax.Array, position_P: jax.Array, changes_PCY: jax.Array, n_positions: int
 ) -> jax.Array:
-    logits_PCWV = run_on.logits_after(clean, sequence_P, position_P, changes_PCY, n_positions)
-    # Without a change they come from the same program, rounded alike: tiny effects are not drowned in its rounding.
-    return effect_sparsity(logits_PCWV[:, 1:] - logits_PCWV[:, :1])
+    def of_one(token: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        logits_CWV = run_on.logits_after(clean, *token, n_positions)
+        # Without a change they come of the same program, rounded alike: tiny effects are not drowned in its rounding.
+        return effect_sparsity(logits_CWV[1:] - logits_CWV[:1])
+
+    return jax.lax.map(of_one, (sequence_P, position_P, changes_PCY))
