@@ -19,10 +19,10 @@ apart, by gradient attribution and then by greedy flat pruning (sae_jax/evaluati
 predictions of the answer, KL(counterfactual || patched), and the size of an edit its norm over all positions as a share
 of that of the difference between the two prompts' activations.
 Cost: 38 minutes on two cores with much else running on them, 26 of them for the language model.
-Answer: fewer patches yes, with both dictionaries; smaller edits clearly only with one of them. The model answers 0.990 of
-prompts rightly whose names never met in training (a name of the two by chance: 0.5), and all of those whose names may
-have. TopK leaves 0.018 of the variance unexplained with 8 latents, ReLU-L1 0.024 with 7.6 (JAX 0.10.2, CPU; one seed,
-50 pairs, intervals of 90 % over pairs; KL without patches 4.11; figures/ioi_patching.png):
+Answer: fewer patches yes, with both dictionaries; smaller edits clearly only with one of them. The model answers 0.990
+of prompts rightly whose names never met in training (a name of the two by chance: 0.5), and all of those whose names
+may have. TopK leaves 0.018 of the variance unexplained with 8 latents, ReLU-L1 0.024 with 7.6 (JAX 0.10.2, CPU; one
+seed, 50 pairs, intervals of 90 % over pairs; KL without patches 4.11; figures/ioi_patching.png):
 
                            patches to half, a tenth    edit to half           edit to a tenth        KL, all patched
     TopK                   1            2              0.56 [0.53, 0.59]      0.75 [0.71, 0.78]      0.110
@@ -30,13 +30,13 @@ have. TopK leaves 0.018 of the variance unexplained with 8 latents, ReLU-L1 0.02
     principal components   2 [1, 2]     5 [4, 5]       0.58 [0.45, 0.59]      0.75 [0.71, 0.76]      0
     channels               3            11 [10, 11]    0.41 [0.40, 0.43]      0.66 [0.64, 0.68]      0
 
-One latent alone brings the KL to 0.93 (TopK) and 1.51 (ReLU-L1), the first principal component to 2.06. As to edits the
-prediction holds for ReLU-L1: half of the KL takes 0.41 of the distance instead of 0.58, and its curve lies below that of
-the components up to edits of 0.85. TopK's lies below it up to 0.75, but by less, and counted in whole latents, which are
-large, its edits are no smaller within the intervals. That channels come last is right of patches and wrong of edits:
-many small changes of single channels add up to as small an edit as ReLU-L1's, from 0.72 on to the smallest of all. The
-latents' curves end above zero as guessed, and are lowest (0.028 and 0.016) after 9 and 14 patches: further ones undo
-part of it.
+One latent alone brings the KL to 0.93 (TopK) and 1.51 (ReLU-L1), the first principal component to 2.06; beyond ten
+patches the components are ahead. As to edits the prediction holds for ReLU-L1: half of the KL takes 0.41 of the
+distance instead of 0.58, and its curve lies below that of the components up to edits of 0.85. TopK's lies below it up
+to 0.75, but by less, and counted in whole latents, which are large, its edits are no smaller within the intervals. That
+channels come last is right of patches and wrong of edits: many small changes of single channels add up to as small an
+edit as ReLU-L1's, from 0.72 on to the smallest of all. The latents' curves end above zero as guessed, and are lowest
+(0.028 and 0.016) after 9 and 14 patches: further ones undo part of it.
 """
 
 from __future__ import annotations
