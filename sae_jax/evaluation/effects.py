@@ -1,8 +1,9 @@
 """What a latent does to the next token, and which latents made a model say one.
 
     on_tokens    change of log p(next token) of every token of the vocabulary, if a latent is set to a value at a token
-                 where it is active and nowhere else, the dictionary's error kept; the mean over such tokens. Beside it
-                 the direct effect (lm.logit_effect), which leaves out what later layers make of it
+                 where it is active and nowhere else, the dictionary's error kept; the mean over such tokens. Partial
+                 ablation subtracts its decoder row only until it is inactive. Beside it stands the direct effect
+                 (lm.logit_effect), which leaves out what later layers make of it
     attribute    of one token after a prompt: each latent's gradient times its activation,
 
                      sum over t of  s[t] z_i[t] d_i . dlog p(token) / dy[t]       (s: the scale of a norm, else 1)
@@ -29,7 +30,8 @@ from sae_jax import lm
 from sae_jax.evaluation import run_on
 from sae_jax.evaluation.prompts import Subject
 from sae_jax.evaluation.study import Case
-from sae_jax.types import UsageError, UserError
+from sae_jax.saes.base import AbstractSae
+from sae_jax.types import Code, UsageError, UserError
 
 AT_ONCE = 8  # tokens, or sequences
 
@@ -41,6 +43,11 @@ class Effect:
     n_tokens: int  # at which it was active and set
     change: np.ndarray  # f64[V], mean change of the log-probability, nats
     direct: np.ndarray | None  # f64[V], of the logits, per unit of the latent; None where no direct path starts
+
+    def most(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The n tokens that gain most and those that lose most, i64[n] each."""
+        order_V = np.argsort(-self.change, kind="stable")
+        return order_V[:n], order_V[::-1][:n]
 
 
 @dataclass(frozen=True)
@@ -73,43 +80,87 @@ def check_latent(subject: Subject, latent: int) -> None:
         raise UsageError(f"latent {latent} does not exist; choose 0 to {n_latents - 1}")
 
 
-def on_tokens(case: Case, latent: int, value: float = 0.0, n_sequences: int = 64, max_tokens: int = 256) -> Effect:
+def on_tokens(
+    case: Case, latent: int, value: float | None = 0.0, n_sequences: int = 64, max_tokens: int = 256
+) -> Effect:
     """What setting a latent does to the next token, where it is active in a text.
 
     Args:
         case: the dictionary in its model, and the text.
         latent: that is set.
-        value: to which it is set; 0 ablates it. In the units of its values.
+        value: to which it is set, in the units of its values; 0 ablates it, None ablates it partially.
         n_sequences: of the text, that are searched for tokens where it is active.
         max_tokens: at which it is set, the first of them.
 
     Raises:
-        UsageError: a latent that does not exist, or a dictionary of several hooks.
+        UsageError: a latent that does not exist, a dictionary of several hooks, or partial ablation where one reads
+            another place than it writes.
         UserError: it is active nowhere in these sequences.
     """
     check_latent(case.subject, latent)
     at = run_on.place(case.subject)
+    if value is None and at.encoded != at.reconstructed:
+        raise UsageError("partial ablation needs a dictionary that reads the place it writes; set the latent to 0")
     row_Y = np.asarray(at.sae.w_dec[latent], np.float32)
     total_V, n_tokens = np.zeros(at.model.spec.n_vocab), 0
     for block in case.blocks(n_sequences, AT_ONCE):
         clean = run_on.read(at.model, jnp.asarray(block.ids), at.encoded, at.reconstructed)
-        code, scale_N1 = run_on.encode(at.sae, clean.x.reshape(-1, clean.x.shape[-1]))
-        value_N = np.where(np.asarray(code.indices) == latent, np.asarray(code.values), 0.0).sum(1)
+        x_NX = np.asarray(clean.x).reshape(-1, clean.x.shape[-1])
+        code, scale_N1 = run_on.encode(at.sae, x_NX)
+        value_N = _value(code, latent)
         token_N = np.flatnonzero((value_N > 0) & block.is_row.reshape(-1))[: max_tokens - n_tokens]
-        scale_N = np.broadcast_to(np.asarray(scale_N1).reshape(-1), len(value_N))
+        if not len(token_N):
+            continue
+        if value is None:
+            amount_N = -until_inactive(at.sae, x_NX[token_N], latent)
+        else:
+            scale_N = np.broadcast_to(np.asarray(scale_N1).reshape(-1), len(value_N))
+            amount_N = (scale_N * (value - value_N))[token_N]
         for first in range(0, len(token_N), AT_ONCE):
-            chosen_P = token_N[first : first + AT_ONCE]
-            filled_P = np.pad(chosen_P, (0, AT_ONCE - len(chosen_P)))
-            change_PY = (scale_N * (value - value_N))[filled_P, None] * row_Y
+            chosen_P, amount_P = (part[first : first + AT_ONCE] for part in (token_N, amount_N))
+            # The last few are filled up, so that all share a program.
+            filled_P, amount_P = (np.pad(part, (0, AT_ONCE - len(chosen_P))) for part in (chosen_P, amount_P))
             sequence_P, position_P = np.divmod(filled_P, block.ids.shape[1])
-            change_PV = _changed(clean, sequence_P, position_P, change_PY)
+            change_PV = _changed(clean, sequence_P, position_P, amount_P[:, None].astype(np.float32) * row_Y)
             total_V += np.asarray(change_PV, np.float64)[: len(chosen_P)].sum(0)
         n_tokens += len(token_N)
         if n_tokens >= max_tokens:
             break
     if not n_tokens:
+        n_sequences = min(n_sequences, len(case.text.sequences))
         raise UserError(f"latent {latent} is active nowhere in {n_sequences} sequences of {case.text.name}; use more")
     return Effect(n_tokens, total_V / n_tokens, _direct(at, row_Y))
+
+
+def until_inactive(sae: AbstractSae, x_NX: np.ndarray, latent: int) -> np.ndarray:
+    """How much of a latent's decoder row has to go until it is inactive, in units of the rows, f64[N].
+
+    It may be less than the row's part of the reconstruction: of the k largest values one need only become smaller than
+    the others. Found by bisection, to a millionth of that part; at most 2^6 times that part goes, and where the latent
+    is active still, its own part alone.
+    """
+    row_X = np.asarray(sae.w_dec[latent], np.float64)
+
+    def is_active(amount_N: np.ndarray) -> np.ndarray:
+        rows_NX = x_NX - amount_N[:, None] * row_X
+        return _value(sae.encode(rows_NX.astype(np.float32)), latent) > 0
+
+    code, scale_N1 = run_on.encode(sae, x_NX)
+    own_N = (_value(code, latent)[:, None] * np.asarray(scale_N1, np.float64)).sum(1)
+    low_N, high_N = np.zeros(len(x_NX)), own_N.copy()
+    for _ in range(6):
+        high_N = np.where(is_active(high_N), 2 * high_N, high_N)
+    cannot_N = is_active(high_N)
+    for _ in range(26):
+        middle_N = (low_N + high_N) / 2
+        still_N = is_active(middle_N)
+        low_N, high_N = np.where(still_N, middle_N, low_N), np.where(still_N, high_N, middle_N)
+    return np.where(cannot_N, own_N, high_N)
+
+
+def _value(code: Code, latent: int) -> np.ndarray:
+    """Of a latent in each row, f32[N]."""
+    return np.where(np.asarray(code.indices) == latent, np.asarray(code.values), 0.0).sum(1)
 
 
 def attribute(subject: Subject, ids_T: np.ndarray, tokens: Sequence[int] = (), n: int = 10) -> list[Attribution]:

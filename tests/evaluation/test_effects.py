@@ -99,6 +99,25 @@ def test_the_effect_of_a_latent_is_the_mean_over_tokens_where_it_is_active(case)
     np.testing.assert_allclose(found.direct, want, rtol=1e-4, atol=1e-5)
 
 
+def test_partial_ablation_takes_no_more_than_it_needs(case):
+    eye = jnp.eye(3)
+    config = topk.Config(n_latents=3, k=1, dtype="float32", input_norm="none")
+    sae = topk.TopK(eye, jnp.array([0.0, 0.0, -0.5]), eye, jnp.zeros(3), config)
+    x = np.array([[3.0, 2.0, 0.0], [3.0, -1.0, 0.0], [3.0, -1.0, 1.5]], np.float32)
+    np.testing.assert_allclose(effects.until_inactive(sae, x, 0), [1, 3, 2], rtol=1e-5)
+    skewed = dataclasses.replace(sae, w_enc=jnp.array([[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]), b_enc=jnp.zeros(3))
+    np.testing.assert_allclose(effects.until_inactive(skewed, x[1:2], 0), [2], rtol=1e-5)
+    turned = dataclasses.replace(sae, w_dec=-eye)
+    np.testing.assert_allclose(effects.until_inactive(turned, x[1:2], 0), [3], err_msg="nothing makes it inactive")
+    identity = baselines.identity(case.text.rows())
+    basis = dataclasses.replace(case, subject=dataclasses.replace(case.subject, sae=identity))
+    whole, part = (effects.on_tokens(basis, 5, value, max_tokens=4) for value in (0.0, None))
+    np.testing.assert_allclose(part.change, whole.change, atol=1e-4)
+    gain, lose = whole.most(3)
+    assert whole.change[gain[0]] == whole.change.max()
+    assert whole.change[lose[0]] == whole.change.min()
+
+
 def test_what_has_no_effect_to_measure_is_refused(case):
     with pytest.raises(UsageError, match="latent 64 does not exist; choose 0 to 63"):
         effects.on_tokens(case, 64)
