@@ -54,10 +54,10 @@ class Study(study.Study):
             "ablation sparsity", "share of the next logits that one latent moves when it is ablated; lower: fewer"
         ),
         "ablation_sparsity_channels": Description(
-            "of channels", "the same of single channels of the activation, set to their mean"
+            "ablation sparsity, channels", "the same of single channels of the activation, set to their mean"
         ),
         "ablation_sparsity_random": Description(
-            "of random directions", "the same of random directions, of the length that the latent's part had"
+            "ablation sparsity, random", "the same of random directions, of the length that the latent's part had"
         ),
         "n_ablations": Description("ablations", "tokens at which one active latent was ablated", in_table=False),
     }

@@ -53,7 +53,7 @@ class Study(study.Study):
         "steering_kl": Description("KL by steering, scale", "of the predictions steered from those as they are, nats"),
         "steering_kl_random": Description("KL by random directions, scale", "the same with a random direction"),
         "steering_by_latent": Description(
-            "of each latent", "its density, its largest value, and what each scale costs", in_table=False
+            "steering of each latent", "its density, its largest value, and what each scale costs", in_table=False
         ),
     }
 
