@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sae_jax.runs import (
         active,
         advise,
+        attribute,
         collect,
         dashboard,
         evaluate,
@@ -51,6 +52,7 @@ __all__ = [
     "UserError",
     "active",
     "advise",
+    "attribute",
     "collect",
     "dashboard",
     "evaluate",
@@ -88,8 +90,8 @@ _HOMES = {
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
         (
-            *("active", "advise", "collect", "dashboard", "evaluate", "find", "fit", "harvest", "live", "plan"),
-            *("quality", "steer", "sweep", "train", "train_members"),
+            *("active", "advise", "attribute", "collect", "dashboard", "evaluate", "find", "fit", "harvest", "live"),
+            *("plan", "quality", "steer", "sweep", "train", "train_members"),
         ),
         "sae_jax.runs",
     ),

@@ -28,7 +28,7 @@ from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
 from sae_jax.evaluation import baselines as evaluation_baselines
-from sae_jax.evaluation import effective_compute, prompts, steering, suites
+from sae_jax.evaluation import effective_compute, effects, prompts, steering, suites
 from sae_jax.evaluation import evaluate as evaluation
 from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
@@ -466,6 +466,35 @@ def steer(
         raise UserError(f"latent {silent[0]} fires on none of the rows that were looked at; choose another")
     written = steering.steer(subject, ids_T, latents, largest_L, scales, how, tokens, temperature, seed)
     return largest_L.tolist(), written
+
+
+def attribute(
+    dictionary: Dictionary | StrPath,
+    prompt: str,
+    tokens: Sequence[str] = (),
+    n: int = 10,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    ema: bool = False,
+) -> list[effects.Attribution]:
+    """The latents that made the language model say a token after a prompt (evaluation/effects.py).
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        prompt: after which it is said.
+        tokens: texts of one token each, with the leading space if there is one; none: the likeliest token.
+        n: latents to name, the strongest for or against.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        ema: of a run, the averaged weights.
+
+    Returns:
+        One for each token.
+    """
+    subject = _subject(dictionary, data, model, ema)[0]
+    ids = [effects.token_id(subject, token) for token in tokens]
+    return effects.attribute(subject, subject.ids(prompt), ids, n)
 
 
 def _load(dictionary: Dictionary | StrPath, ema: bool) -> Dictionary:

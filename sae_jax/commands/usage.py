@@ -13,6 +13,7 @@ COMMANDS = {
     "collect": "where in a sample of text each latent is active; repeat the command to resume",
     "find": "the latents that are active in a text, or that tell two kinds of texts apart",
     "steer": "what the language model writes with latents set to chosen values",
+    "attribute": "the latents that made the language model say a token after a prompt",
     "dashboard": "a static site to look at the latents of a run",
     "fit": "scaling laws from the table of a sweep, with intervals and figures",
     "advise": "latents, tokens, learning rate and error for a budget, by the laws of a fit",

@@ -258,6 +258,14 @@ def test_latents_are_collected_found_and_steered(work, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["largest"][str(latent)] > 0
     assert [text["scale"] for text in found["written"]] == [None, 0, 8]
+    run(work, "attribute", work / "run", "--prompt", "def name", "--token", "(", "--n", 3, "--json")
+    (attribution,) = json.loads(capsys.readouterr().out)
+    assert (attribution["text"], "".join(attribution["prompt"][1:])) == ("(", "def name")
+    run(work, "attribute", work / "run", "--prompt", "def name", "--n", 3)
+    shown = capsys.readouterr()
+    assert re.search(r"has probability [\d.e-]+. What speaks for it, in nats:", shown.err)
+    rows = [line.split()[0] for line in shown.out.splitlines()]
+    assert rows == ["latent", *(row for row in rows if row.isdecimal()), "others", "error"]
     for name, word in (("positive", "return"), ("negative", "def")):
         (tmp_path / name).write_text("\n".join(f"    {word} value_{i}" for i in range(8)))
     run(work, "find", work / "run", "--positive", tmp_path / "positive", "--negative", tmp_path / "negative", "--json")
@@ -275,6 +283,8 @@ def test_latents_are_collected_found_and_steered(work, tmp_path, capsys):
         (["steer", "--latent=1", "--scale=inf", "--prompt=x"], "--scale=inf must be finite"),
         (["steer", "--latent=1", "--prompt=x", "--chat"], "has no chat template"),
         (["steer", "--latent=1", "--prompt=x", "--tokens=99999"], "do not fit the model's context"),
+        (["attribute", "--prompt=x", "--n=0"], "--n=0 must be at least 1"),
+        (["attribute", "--prompt=x", "--token= class self"], "' class self' is 2 tokens (' class' ' self'); give one"),
         (["collect", "--out=x", "--tokens=0"], "--tokens=0 must be at least 1"),
     ],
 )
