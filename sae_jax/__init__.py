@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         collect,
         dashboard,
         evaluate,
+        explain,
         find,
         fit,
         harvest,
@@ -53,6 +54,7 @@ __all__ = [
     "collect",
     "dashboard",
     "evaluate",
+    "explain",
     "find",
     "fit",
     "harvest",
@@ -86,8 +88,8 @@ _HOMES = {
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
         (
-            *("active", "advise", "collect", "dashboard", "evaluate", "find", "fit", "harvest", "live", "plan"),
-            *("steer", "sweep", "train", "train_members"),
+            *("active", "advise", "collect", "dashboard", "evaluate", "explain", "find", "fit", "harvest", "live"),
+            *("plan", "steer", "sweep", "train", "train_members"),
         ),
         "sae_jax.runs",
     ),

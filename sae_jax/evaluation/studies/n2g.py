@@ -18,12 +18,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import study
-from sae_jax.evaluation.base import CONFIDENCE, Description, Metric
+from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.n2g import Example, Trie, in_model, make_patterns
 from sae_jax.evaluation.study import Case
-
-N_DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,10 @@ class Study(study.Study):
         )
         both_L, fits_L, active_L = counts_L3.T
         if fits_L.any():
-            yield _mean("n2g_precision", (both_L / np.maximum(fits_L, 1))[fits_L > 0], rng)
-        yield _mean("n2g_recall", both_L / active_L, rng)
-        yield _mean("n2g_f1", 2 * both_L / (fits_L + active_L), rng)
+            precision_L = (both_L / np.maximum(fits_L, 1))[fits_L > 0]
+            yield Metric("n2g_precision", *mean_and_interval(precision_L, case.seed))
+        yield Metric("n2g_recall", *mean_and_interval(both_L / active_L, case.seed))
+        yield Metric("n2g_f1", *mean_and_interval(2 * both_L / (fits_L + active_L), case.seed))
         yield Metric("n2g_too_long", float(np.mean([pattern is None for pattern in patterns])))
 
 
@@ -142,13 +142,3 @@ def _agreement(
     n_pos = is_row_QT.shape[1]
     fits_QT = np.stack([trie.predict(text)[-n_pos:] > 0 for text in texts]) & is_row_QT
     return int((fits_QT & is_active_QT).sum()), int(fits_QT.sum()), int(is_active_QT.sum())
-
-
-def _mean(name: str, values_L: np.ndarray, rng: np.random.Generator) -> Metric:
-    """The mean over latents, with the interval of a bootstrap over them."""
-    value = float(values_L.mean())
-    if len(values_L) < 2:
-        return Metric(name, value)
-    means = values_L[rng.integers(0, len(values_L), (N_DRAWS, len(values_L)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Metric(name, value, (float(low), float(high)))
