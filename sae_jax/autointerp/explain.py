@@ -16,7 +16,7 @@ Labels are kept in STORE/labels.jsonl, the judge's answers in STORE/answers.json
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,9 +156,8 @@ def _ask_all(
                     label = future.result()
                     n_labels += 1
                     yield asked[future], label
-                except (JudgeError, CancelledError) as error:
+                except JudgeError as error:  # after which all others fail without being asked
                     stopped = error if stopped is None else stopped
-                    pool.shutdown(wait=False, cancel_futures=True)
                     yield asked[future], f"{stopped}"
                 except RequestError as error:
                     yield asked[future], f"{error}" if stopped is None else f"{stopped}"

@@ -1,5 +1,7 @@
 """A store in which each latent fires on one token."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ N_LATENTS = 8
 CONTEXT = 80  # longer than a fragment
 
 
+@functools.cache
 def words():
     """Tokens of which none is part of another, by latent; and others."""
     vocabulary = lm.tokenizer("bundled")

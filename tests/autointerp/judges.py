@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import re
@@ -44,7 +45,7 @@ class JudgeServer:
         judge = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):  # noqa: N802
+            def do_POST(self):
                 judge.answer(self)
 
             def log_message(self, *_):
@@ -95,15 +96,13 @@ class JudgeServer:
         handler.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(content)
+        with contextlib.suppress(OSError):  # nobody waits any more
+            handler.end_headers()
+            handler.wfile.write(content)
 
     def dribble(self, handler, head: bytes) -> None:
         """A byte now and then, for ever."""
-        try:
+        with contextlib.suppress(OSError):
             handler.wfile.write(head)
             while not self.closing.wait(0.02):
                 handler.wfile.write(b"x")
-                handler.wfile.flush()
-        except OSError:
-            pass
