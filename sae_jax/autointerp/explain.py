@@ -29,6 +29,7 @@ from sae_jax.analysis.store import Store
 from sae_jax.autointerp import questions
 from sae_jax.autointerp.fragments import N_SHOWN, Shuffled, Simulated, Texts
 from sae_jax.autointerp.judge import Judge, JudgeConfig, JudgeError, RequestError, Usage
+from sae_jax.errors import printable
 from sae_jax.progress import Progress, console
 from sae_jax.types import UsageError, UserError
 
@@ -112,9 +113,15 @@ def explain(
     return Explained(sorted(labels, key=lambda label: label["latent"]), dict(sorted(failures.items())), judge.usage)
 
 
-def read_labels(path: Path | str) -> dict[int, Label]:
+def read_labels(path: storage.StrPath) -> dict[int, Label]:
     """The latest label of each latent of a store."""
     return {label["latent"]: label for label in _read(Path(path))}
+
+
+def in_words(label: Label) -> tuple[str, str]:
+    """(explanation, who gave it and how well it predicts) of a label."""
+    scores = [f"{name} {label[name]:.2f}" for names in SCORES.values() for name in names if name in label]
+    return printable(label["explanation"]), "; ".join([f"explained by {printable(label['model'])}", *scores])
 
 
 def choose(texts: Texts, where: str, latents: Sequence[int], n: int | None, n_texts: int, seed: int) -> list[int]:
@@ -128,9 +135,9 @@ def choose(texts: Texts, where: str, latents: Sequence[int], n: int | None, n_te
         return list(dict.fromkeys(latents))
     if n < 1:
         raise UsageError(f"n={n} must be at least 1")
-    drawn = []
-    for latent in np.random.default_rng(seed).permutation(np.flatnonzero(texts.table.counts >= n_texts)).tolist():
-        if texts.n_texts(latent) >= n_texts:
+    drawn, counts = [], texts.table.counts
+    for latent in np.random.default_rng(seed).permutation(n_latents).tolist():
+        if counts[latent] >= n_texts and texts.n_texts(latent) >= n_texts:
             drawn.append(latent)
         if len(drawn) == n:
             break

@@ -55,6 +55,7 @@ def write_dashboard(
     config: Mapping[str, object],
     lengths: np.ndarray | None = None,
     latents: np.ndarray | None = None,
+    labels: Mapping[int, tuple[str, str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     lease: storage.Lease | None = None,
 ) -> None:
@@ -75,6 +76,7 @@ def write_dashboard(
         config: how the dictionary was made; may be nested. It is published: it should name no private paths.
         lengths: i64[n_seq], tokens of each sequence that are shown, those after which are padding; None for all.
         latents: numbers of the latents that get a page, since a page takes about 6 kB; None for all.
+        labels: (what it stands for, who says so) of latents that have been explained.
         progress: called with (latents written, latents).
         lease: `storage.lease_of_folder(out_dir)`, if the caller holds it already.
 
@@ -93,7 +95,7 @@ def write_dashboard(
         data.mkdir()
         lengths = np.full(len(sequences), sequences.shape[1]) if lengths is None else lengths
         shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool), lengths)
-        columns = _write_latents(data, table, latents, w_dec, logit_effects, shown, progress)
+        columns = _write_latents(data, table, latents, w_dec, logit_effects, labels or {}, shown, progress)
         texts_per_file = _write_texts(data, sequences, shown)
         text_or_0 = [text if used else 0 for text, used in zip(token_strings, shown.tokens, strict=True)]
         _write_script(data / "tokens.js", "tokens", text_or_0)
@@ -190,6 +192,7 @@ def _write_latents(
     latents: np.ndarray,
     w_dec: np.ndarray,
     logit_effects: Callable[[np.ndarray], np.ndarray] | None,
+    labels: Mapping[int, tuple[str, str]],
     shown: _Shown,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, list]:
@@ -213,6 +216,8 @@ def _write_latents(
                 "tokens": tokens,
                 "near": _pairs(near_LN[low + i], cosine_LN[low + i]),
             }
+            if latent in labels:
+                record["label"] = labels[latent]
             if len(values):
                 record |= _contexts(table, latent, shown)
             promoted = []

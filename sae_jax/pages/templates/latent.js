@@ -164,6 +164,7 @@ async function showLatent(view) {
         step(next, "Next →", "next"),
       ),
     ),
+    record.label ? h("p.label", null, record.label[0], " ", h("small", null, record.label[1])) : "",
     factList(facts),
     h(
       "div.cards",
