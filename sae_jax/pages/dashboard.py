@@ -29,6 +29,7 @@ import numpy as np
 
 from sae_jax import storage
 from sae_jax.analysis.examples import Activations
+from sae_jax.progress import say_once
 from sae_jax.types import UsageError, UserError
 
 _GENERATOR = "sae_jax dashboard"
@@ -40,6 +41,7 @@ _BEFORE, _AFTER = 20, 10  # tokens of a context around its strongest
 _REACH = 128  # tokens to either side whose values an expanded context shows
 _N_TOP, _N_INTERVALS, _PER_INTERVAL = 20, 5, 4
 _N_LOGITS, _N_NEAR, _N_STRONGEST = 10, 8, 25
+_MOST_PAIRS = 2**32  # of activations on one row, that are counted: a minute or so
 
 
 def write_dashboard(
@@ -198,6 +200,11 @@ def _write_latents(
 ) -> dict[str, list]:
     """Write the files of latents; return the columns of the table of all latents."""
     near_LN, cosine_LN = decoder_neighbours(w_dec, latents, _N_NEAR)
+    coactive = []
+    if table.n_pairs <= _MOST_PAIRS:
+        coactive = table.coactive(latents, _N_NEAR)
+    else:
+        say_once(f"{table.n_pairs:,} pairs of latents on one row are too many: pages are without co-activations")
     columns: dict[str, list] = {"score": [], "max": [], "topTokens": [], "topLogits": []}
     for low in range(0, len(latents), _LATENTS_PER_FILE):
         part = latents[low : low + _LATENTS_PER_FILE]
@@ -216,6 +223,10 @@ def _write_latents(
                 "tokens": tokens,
                 "near": _pairs(near_LN[low + i], cosine_LN[low + i]),
             }
+            if coactive:
+                others = coactive[low + i]
+                triples = zip(others.latents.tolist(), others.counts.tolist(), _short(others.jaccard), strict=True)
+                record["coactive"] = list(map(list, triples))
             if latent in labels:
                 record["label"] = labels[latent]
             if len(values):

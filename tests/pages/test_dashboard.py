@@ -367,6 +367,8 @@ def test_page_of_a_latent(site):
     top = table.top(FAR, 20, one_per_sequence=True)
     assert f"Latent {FAR}" in shown
     assert "<b>cats</b> explained by a judge; detection 0.90" in shown
+    count = len(table.of_latent(FAR)[0])  # wherever it fires, so do those of its token and the dense one
+    assert f"Active on the same tokens (Jaccard)1{count} (1.000)" in shown.replace(" cat", "").replace("·cat", "")
     assert f"{len(table.of_latent(FAR)[0])} of {table.n_rows:,} tokens" in shown
     assert "Interval 5 of 5" in shown
     assert "Promoted tokens" in shown
