@@ -165,9 +165,9 @@ def _ask_all(
                     yield asked[future], label
                 except JudgeError as error:  # after which all others fail without being asked
                     stopped = error if stopped is None else stopped
-                    yield asked[future], f"{stopped}"
+                    yield asked[future], f"{error}"
                 except RequestError as error:
-                    yield asked[future], f"{error}" if stopped is None else f"{stopped}"
+                    yield asked[future], f"{error}"
                 progress.update(number)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -139,6 +139,7 @@ class Judge:
         self._connected: set[socket.socket] = set()
         self._next = 0.0  # when the next request may be sent, by time.monotonic
         self._in_vain, self._has_answered = 0, False
+        self._why = "asking has ended"
 
     def __enter__(self) -> Judge:
         return self
@@ -168,16 +169,16 @@ class Judge:
                 return value
         try:
             answer, value = self._until_useful(data, read)
-        except JudgeError:
-            self._stopped.set()
+        except JudgeError as error:
+            self._end(f"{error}")
             raise
         except RequestError as error:
             with self._lock:
                 self._in_vain += 1
                 if self._in_vain < GIVE_UP_AFTER or self._stopped.is_set():
                     raise
-            self._stopped.set()
             said = f"{self._in_vain} requests in a row came to nothing, the last as {error}; see the endpoint"
+            self._end(said)
             raise JudgeError(said) from None
         with self._lock:
             self._in_vain = 0
@@ -185,6 +186,13 @@ class Judge:
             if not self._is_closed:
                 self._lines.write({"request": name, "answer": answer})
         return value
+
+    def _end(self, why: str) -> None:
+        """Nothing more is asked."""
+        with self._lock:
+            if not self._stopped.is_set():
+                self._why = why
+            self._stopped.set()
 
     def _until_useful(self, data: bytes, read: Callable[[str], T]) -> tuple[str, T]:
         wait, useless = FIRST_WAIT, 0
@@ -217,7 +225,7 @@ class Judge:
                 if seconds <= 0:
                     self._next = time.monotonic() + (60 / self.config.per_minute if self.config.per_minute else 0)
             if self._stopped.wait(max(seconds, 0)):
-                raise RequestError("asking has ended")
+                raise RequestError(self._why)
             if seconds <= 0:
                 return
 
@@ -240,7 +248,7 @@ class Judge:
             self.usage.completion_tokens += tokens.completion_tokens or 0
         if not answer.choices or answer.choices[0].message.content is None:
             raise UselessError("it has no text")
-        return answer.choices[0].message.content
+        return self._redacted(answer.choices[0].message.content)
 
     def _post(self, data: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
         parts = urllib.parse.urlsplit(self.config.url)

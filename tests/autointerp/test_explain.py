@@ -186,8 +186,9 @@ def test_what_no_request_can_mend_ends_the_run_at_once(store, monkeypatch, what,
         assert len(server.prompts) == 1
         assert server.keys == ["Bearer s3cret-0123"]
         assert "s3cret" not in str(error.value)
-        server.behave = lambda prompt: None
+        server.behave = lambda prompt: "the key was s3cret-0123"
         sae_jax.explain(store, server.url, "rule", n=8, key_env="MY_KEY")
+    assert {label["explanation"] for label in module.read_labels(store).values()} == {"the key was <key>"}
     for file in store.rglob("*"):
         assert file.is_dir() or b"s3cret" not in file.read_bytes()
 
