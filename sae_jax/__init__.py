@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         collect,
         dashboard,
         evaluate,
+        explain,
         find,
         fit,
         harvest,
@@ -56,6 +57,7 @@ __all__ = [
     "collect",
     "dashboard",
     "evaluate",
+    "explain",
     "find",
     "fit",
     "harvest",
@@ -90,8 +92,8 @@ _HOMES = {
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
         (
-            *("active", "advise", "attribute", "collect", "dashboard", "evaluate", "find", "fit", "harvest", "live"),
-            *("plan", "quality", "steer", "sweep", "train", "train_members"),
+            *("active", "advise", "attribute", "collect", "dashboard", "evaluate", "explain", "find", "fit", "harvest"),
+            *("live", "plan", "quality", "steer", "sweep", "train", "train_members"),
         ),
         "sae_jax.runs",
     ),

@@ -27,6 +27,8 @@ from sae_jax.activations.stored import StoredRows
 from sae_jax.analysis.collect import collect_set
 from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
+from sae_jax.autointerp import explain as autointerp
+from sae_jax.autointerp.judge import JudgeConfig
 from sae_jax.evaluation import baselines as evaluation_baselines
 from sae_jax.evaluation import effective_compute, effects, prompts, steering, suites
 from sae_jax.evaluation import evaluate as evaluation
@@ -379,6 +381,45 @@ def collect(
     """
     d = _load(dictionary, ema)
     return collect_set(d.sae, open_set(d.record, data), d.record.sites.x, tokens, out, shard)
+
+
+def explain(
+    store: StrPath,
+    endpoint: str,
+    model: str,
+    *,
+    latents: Sequence[int] = (),
+    n: int | None = None,
+    score: autointerp.Score | None = None,
+    batch: int = 5,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    **settings: Any,
+) -> autointerp.Explained:
+    """Have a language model say what latents stand for, and how well that predicts them; labels land in the store.
+
+    A call that was interrupted, or failed for some latents, is repeated: what was answered is not asked for again.
+
+    Args:
+        store: folder that `collect` made.
+        endpoint: URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1.
+        model: what the endpoint calls the judge.
+        latents: which are explained; or
+        n: so many at random, of those that fire in texts enough.
+        score: "simulation" or "detection" (autointerp/explain.py); None: explanations alone.
+        batch: texts in one request of a score.
+        seed: of what is drawn.
+        tokenizer: another reference for the tokenizer of the store's text, if it moved.
+        **settings: fields of `JudgeConfig`, such as key_env, timeout, tries, per_minute, concurrency, price.
+
+    Returns:
+        The labels; why there is none, by latent; and what was asked.
+
+    Raises:
+        JudgeError, a UserError: nothing answers there, the key is refused, or the endpoint has no such model.
+    """
+    judge = config.replaced(JudgeConfig(endpoint, model), settings, "explain")
+    return autointerp.explain(Path(store), judge, latents, n, score, batch, seed, tokenizer and lm.resolve(tokenizer))
 
 
 def active(

@@ -17,7 +17,7 @@ ORDER = [
     {"training", "testbeds"},
     {"artifact"},
     {"analysis"},
-    {"evaluation", "scaling", "planning"},
+    {"evaluation", "autointerp", "scaling", "planning"},
     {"pages", "selftest", "sweeps"},
     {"recipe", "runs"},
     {"commands"},

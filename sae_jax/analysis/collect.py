@@ -81,6 +81,8 @@ def plan_sample(sae: AbstractSae, activations: ActivationSet, sources: Sequence[
         context=context,
         shards=chosen,
         n_sequences=[min(share, counts[shard]) for shard in chosen],
+        tokenizer=spec.tokenizer,
+        tokenizer_digest=spec.tokenizer_digest,
     )
 
 

@@ -35,7 +35,7 @@ from sae_jax.analysis import examples
 from sae_jax.analysis.examples import MAX_PLACES, Activations, SparseBlock
 from sae_jax.types import UsageError, UserError
 
-VERSION = 1
+VERSION = 2
 RUN = 2**23  # activations
 CHUNK, SHARD = 2**14, 2**23  # numbers read at once, and in a file
 CACHE_BYTES = 2**26  # of chunks that were read, for neighbouring latents
@@ -51,6 +51,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: int  # T
     shards: list[int]  # of the set: one part each
     n_sequences: list[int]  # of each part, from the start of its shard
+    tokenizer: str | None = None  # reference of what made tokens of the text, and its digest
+    tokenizer_digest: str | None = None
     version: int = VERSION
 
     @property

@@ -11,6 +11,7 @@ COMMANDS = {
     "sweep": "train a grid of autoencoders and measure each at every budget; repeat the command to resume",
     "evaluate": "reconstruction, sparsity and effect on the language model, for a run",
     "collect": "where in a sample of text each latent is active; repeat the command to resume",
+    "explain": "what latents stand for, by a language model or by people, and how well that predicts them",
     "find": "the latents that are active in a text, or that tell two kinds of texts apart",
     "steer": "what the language model writes with latents set to chosen values",
     "attribute": "the latents that made the language model say a token after a prompt",
@@ -22,7 +23,7 @@ COMMANDS = {
 }
 
 
-RESUMING = ("harvest", "train", "sweep", "collect", "demo")
+RESUMING = ("harvest", "train", "sweep", "collect", "explain", "demo")
 
 
 def usage() -> str:

@@ -29,6 +29,7 @@ import numpy as np
 
 from sae_jax import storage
 from sae_jax.analysis.examples import Activations
+from sae_jax.progress import say_once
 from sae_jax.types import UsageError, UserError
 
 _GENERATOR = "sae_jax dashboard"
@@ -40,6 +41,7 @@ _BEFORE, _AFTER = 20, 10  # tokens of a context around its strongest
 _REACH = 128  # tokens to either side whose values an expanded context shows
 _N_TOP, _N_INTERVALS, _PER_INTERVAL = 20, 5, 4
 _N_LOGITS, _N_NEAR, _N_STRONGEST = 10, 8, 25
+_MOST_PAIRS = 2**32  # of activations on one row, that are counted: a minute or so
 
 
 def write_dashboard(
@@ -55,6 +57,7 @@ def write_dashboard(
     config: Mapping[str, object],
     lengths: np.ndarray | None = None,
     latents: np.ndarray | None = None,
+    labels: Mapping[int, tuple[str, str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     lease: storage.Lease | None = None,
 ) -> None:
@@ -75,6 +78,7 @@ def write_dashboard(
         config: how the dictionary was made; may be nested. It is published: it should name no private paths.
         lengths: i64[n_seq], tokens of each sequence that are shown, those after which are padding; None for all.
         latents: numbers of the latents that get a page, since a page takes about 6 kB; None for all.
+        labels: (what it stands for, who says so) of latents that have been explained.
         progress: called with (latents written, latents).
         lease: `storage.lease_of_folder(out_dir)`, if the caller holds it already.
 
@@ -93,7 +97,7 @@ def write_dashboard(
         data.mkdir()
         lengths = np.full(len(sequences), sequences.shape[1]) if lengths is None else lengths
         shown = _Shown(np.zeros(len(token_strings), bool), np.zeros(len(sequences), bool), lengths)
-        columns = _write_latents(data, table, latents, w_dec, logit_effects, shown, progress)
+        columns = _write_latents(data, table, latents, w_dec, logit_effects, labels or {}, shown, progress)
         texts_per_file = _write_texts(data, sequences, shown)
         text_or_0 = [text if used else 0 for text, used in zip(token_strings, shown.tokens, strict=True)]
         _write_script(data / "tokens.js", "tokens", text_or_0)
@@ -190,11 +194,17 @@ def _write_latents(
     latents: np.ndarray,
     w_dec: np.ndarray,
     logit_effects: Callable[[np.ndarray], np.ndarray] | None,
+    labels: Mapping[int, tuple[str, str]],
     shown: _Shown,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, list]:
     """Write the files of latents; return the columns of the table of all latents."""
     near_LN, cosine_LN = decoder_neighbours(w_dec, latents, _N_NEAR)
+    coactive = []
+    if table.n_pairs <= _MOST_PAIRS:
+        coactive = table.coactive(latents, _N_NEAR)
+    else:
+        say_once(f"{table.n_pairs:,} pairs of latents on one row are too many: pages are without co-activations")
     columns: dict[str, list] = {"score": [], "max": [], "topTokens": [], "topLogits": []}
     for low in range(0, len(latents), _LATENTS_PER_FILE):
         part = latents[low : low + _LATENTS_PER_FILE]
@@ -213,6 +223,12 @@ def _write_latents(
                 "tokens": tokens,
                 "near": _pairs(near_LN[low + i], cosine_LN[low + i]),
             }
+            if coactive:
+                others = coactive[low + i]
+                triples = zip(others.latents.tolist(), others.counts.tolist(), _short(others.jaccard), strict=True)
+                record["coactive"] = list(map(list, triples))
+            if latent in labels:
+                record["label"] = labels[latent]
             if len(values):
                 record |= _contexts(table, latent, shown)
             promoted = []

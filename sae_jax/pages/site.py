@@ -18,6 +18,7 @@ from sae_jax.activations.spec import SourceSpec
 from sae_jax.activations.store import ActivationSet
 from sae_jax.analysis.collect import collect_set
 from sae_jax.artifact import Dictionary
+from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
@@ -49,7 +50,8 @@ def write_site(
         model: another reference for the language model, if it moved.
         n_tokens: tokens of the set's text to show examples from.
         split: devices that the language model is split over.
-        store: where the activations of the sample are kept; what is there is not made again. None: nowhere.
+        store: where the activations of the sample are kept; what is there is not made again. None: nowhere. Labels of
+            latents that `explain` left there are shown.
 
     Raises:
         UsageError: a set without text, another store at `store`, or something at `out` that is not a dashboard.
@@ -115,6 +117,7 @@ def _write_site(
             ],
             config=_without_folders(record.to_json()),
             lengths=lengths,
+            labels={latent: in_words(label) for latent, label in read_labels(store).items()},
             progress=lambda done, _: progress.update(done),
             lease=lease,
         )

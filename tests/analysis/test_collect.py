@@ -207,8 +207,8 @@ def test_a_changed_or_foreign_record_is_refused(whole, tmp_path):
     record.write_text(text.replace('"n_latents": 64', '"n_latents": 65'))
     with pytest.raises(UserError, match="its digest differs"):
         Store(tmp_path / "store")
-    record.write_text(text.replace('"version": 1', '"version": 9'))
-    with pytest.raises(UserError, match="version 9, and this program reads 1"):
+    record.write_text(text.replace('"version": 2', '"version": 9'))
+    with pytest.raises(UserError, match="version 9, and this program reads 2"):
         Store(tmp_path / "store")
     record.write_text("[]")
     with pytest.raises(UserError, match=r"store\.json"):

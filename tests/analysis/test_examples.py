@@ -64,6 +64,23 @@ def test_table_holds_every_activation_in_order_of_place(drawn):
     assert table.places.dtype == np.uint32
 
 
+@given(codes(), st.integers(1, 8), st.sampled_from([1, 5, 10**6]))
+def test_coactive_latents_are_those_of_the_matrix(drawn, n, n_pairs):
+    is_active = drawn[0] > 0
+    both = is_active.T.astype(int) @ is_active
+    table = collected(drawn)
+    assert table.n_pairs == (is_active.sum(1) ** 2).sum()
+    latents = np.arange(table.n_latents)[::-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "_PAIRS", n_pairs)
+        found = table.coactive(latents, n)
+    for latent, others in zip(latents, found, strict=True):
+        ranked = sorted((-both[latent, g], g) for g in range(table.n_latents) if g != latent and both[latent, g])
+        assert list(zip(-others.counts, others.latents, strict=True)) == ranked[:n]
+        either = [(is_active[:, latent] | is_active[:, g]).sum() for g in others.latents]
+        np.testing.assert_allclose(others.jaccard, others.counts / np.array(either, float))
+
+
 @given(codes(), st.integers(0, 8))
 def test_top_is_the_head_of_a_full_sort(drawn, m):
     table = collected(drawn)

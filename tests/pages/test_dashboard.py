@@ -76,6 +76,7 @@ def write(out, **changes):
         "about": "topk, 300 latents, of <i>resid</i>",
         "metrics": [("fvu", np.float32(0.25), "what is left"), ("ce", float("nan"), ""), ("note", "</script>", "")],
         "config": {"sae": {"k": 3, "name": "<i>x</i>"}},
+        "labels": {FAR: ("<b>cats</b>", "explained by a judge; detection 0.90")},
     }
     dashboard.write_dashboard(out, **(arguments | changes))
     return out
@@ -365,6 +366,9 @@ def test_page_of_a_latent(site):
     shown = text(dom)
     top = table.top(FAR, 20, one_per_sequence=True)
     assert f"Latent {FAR}" in shown
+    assert "<b>cats</b> explained by a judge; detection 0.90" in shown
+    count = len(table.of_latent(FAR)[0])  # wherever it fires, so do those of its token and the dense one
+    assert f"Active on the same tokens (Jaccard)1{count} (1.000)" in shown.replace(" cat", "").replace("·cat", "")
     assert f"{len(table.of_latent(FAR)[0])} of {table.n_rows:,} tokens" in shown
     assert "Interval 5 of 5" in shown
     assert "Promoted tokens" in shown

@@ -96,15 +96,16 @@ function logitTable(title, pairs) {
   );
 }
 
-function nearTable(view, near) {
+// Other latents: [number, what is said of it].
+function othersTable(view, title, others) {
   return h(
     "table.near",
     null,
-    h("caption", null, "Nearest decoder rows"),
+    h("caption", null, title),
     h(
       "tbody",
       null,
-      ...near.map(([latent, cosine]) => {
+      ...others.map(([latent, said]) => {
         const row = rowOf.get(latent);
         const shown = row !== undefined;
         return h(
@@ -115,7 +116,7 @@ function nearTable(view, near) {
             null,
             shown ? h("a", { href: address({ ...view, latent }) }, String(latent)) : String(latent),
           ),
-          h("td.number", null, cosine.toFixed(3)),
+          h("td.number", null, said),
           h("td.chips", null, ...chips(shown ? index.topTokens[row].slice(0, 2) : [])),
         );
       }),
@@ -164,6 +165,7 @@ async function showLatent(view) {
         step(next, "Next →", "next"),
       ),
     ),
+    record.label ? h("p.label", null, record.label[0], " ", h("small", null, record.label[1])) : "",
     factList(facts),
     h(
       "div.cards",
@@ -193,7 +195,23 @@ async function showLatent(view) {
         : null,
       record.up ? logitTable("Promoted tokens", record.up) : null,
       record.down ? logitTable("Suppressed tokens", record.down) : null,
-      record.near.length ? nearTable(view, record.near) : null,
+      record.near.length
+        ? othersTable(
+            view,
+            "Nearest decoder rows",
+            record.near.map(([other, cosine]) => [other, cosine.toFixed(3)]),
+          )
+        : null,
+      record.coactive && record.coactive.length
+        ? othersTable(
+            view,
+            "Active on the same tokens (Jaccard)",
+            record.coactive.map(([other, count, jaccard]) => [
+              other,
+              `${COUNT.format(count)} (${jaccard.toFixed(3)})`,
+            ]),
+          )
+        : null,
     ),
     ...(alive
       ? contexts(record, most)
