@@ -8,7 +8,7 @@ A file whose `target` has two values is a binary task, one with up to MAX_CLASSE
 `spurious` of two values, beside a `target` of two, makes a crossed task: what a probe should not go by.
 
 Of held-out text an example is a token, or a passage of PASSAGE tokens, and a fifth of the sequences is for testing. Of
-files it is a prompt, and a fifth of the prompts is. Probes see equally many examples of each class.
+files it is a prompt, and a fifth of each class is. Probes see equally many examples of each class.
 """
 
 from __future__ import annotations
@@ -104,14 +104,20 @@ def tasks(
         paths = sorted(path for path in folder.iterdir() if path.is_file() and kind_of_file(path) in formats.TABLES)
         if not paths:
             raise UsageError(f"tasks={source}: no .csv file is in the folder; give some with columns prompt and target")
-    files = [_read(path, n_train, n_test, case.seed, is_given=source != SAE_PROBES) for path in paths]
-    suited = [each for each in files if isinstance(each, _File) and each.kinds & {*kinds}]
-    left_out = [each for each in files if isinstance(each, str)]
+    files, left_out = [], []
+    for path in paths:
+        try:
+            files.append(_read(path, n_train, n_test, case.seed))
+        except UsageError:
+            if source != SAE_PROBES:
+                raise
+            left_out.append(_name(path))
     if left_out:
         say_once(
-            f"tasks={source}: {len(left_out)} of {len(files)} sets are left out: they have more than {MAX_CLASSES} "
-            f"classes, as numbers do, or too few examples of one: {', '.join(left_out)}"
+            f"tasks={source}: {len(left_out)} of {len(paths)} sets are left out, as they have more than {MAX_CLASSES} "
+            f"classes (numbers, mostly) or too few examples of one: {', '.join(left_out)}"
         )
+    suited = [each for each in files if each.kinds & {*kinds}]
     return len(suited), (each.task(case, kinds) for each in suited)
 
 
@@ -280,61 +286,64 @@ class _File:
     label: np.ndarray
     is_test: np.ndarray
     classes: tuple[str, ...]
+    targets: tuple[str, ...]  # the classes, and of a crossed task those of the target
 
     def task(self, case: Case, kinds: Collection[Kind]) -> Task:
         """Run the prompts through the model."""
         made = examples.of_texts(case, self.prompts, f"probing: {self.name}")
         if "crossed" in self.kinds and "crossed" not in kinds:
-            return Task(self.name, "binary", made, self.label // 2, self.is_test, self.classes[::2])
+            return Task(self.name, "binary", made, self.label // 2, self.is_test, self.targets)
         kind: Kind = next(kind for kind in ("crossed", "classes", "binary") if kind in self.kinds)
         return Task(self.name, kind, made, self.label, self.is_test, self.classes)
 
 
-def _read(path: Path, n_train: int, n_test: int, seed: int, is_given: bool) -> _File | str:
-    """The task in a file; its name, where that is no task of a few classes and nobody gave the file."""
-    name = path.name.removesuffix(".zst").removesuffix(".gz").rpartition(".")[0]
+def _read(path: Path, n_train: int, n_test: int, seed: int) -> _File:
+    """The task in a file. Raises UsageError if it holds none."""
+    prompts, targets, spurious = _columns(path)
+    levels = [sorted({*column}) for column in (targets, spurious) if column is not None]
+    limits = [MAX_CLASSES] if spurious is None else [2, 2]
+    for what, values, most in zip(("target", "spurious"), levels, limits, strict=False):
+        if not 2 <= len(values) <= most:
+            needed = f"2 to {most}" if most > 2 else "2"
+            raise UsageError(f"{path}: {what} has {len(values)} classes, and needs {needed}; leave the file out")
+    label, classes = np.array([levels[0].index(target) for target in targets]), tuple(levels[0])
+    kinds: tuple[Kind, ...] = ("binary",) if len(classes) == 2 else ("classes",)
+    if spurious is not None:
+        label = 2 * label + np.array([levels[1].index(value) for value in spurious])
+        classes, kinds = tuple(f"{a} and {b}" for a, b in itertools.product(*levels)), ("binary", "crossed")
+    rng = np.random.default_rng(seed)
+    is_test = np.zeros(len(label), bool)
+    for i in range(len(classes)):
+        is_test[rng.permutation(np.flatnonzero(label == i))[TEST_SHARE - 1 :: TEST_SHARE]] = True
+    if lacking := _too_few(label, is_test, classes):
+        raise UsageError(f"{path}: {lacking}")
+    parts = ((False, n_train), (True, n_test))
+    chosen = [_balanced(np.where(is_test == part, label, -1), len(classes), n, rng) for part, n in parts]
+    used = np.concatenate(chosen)
+    used_prompts = tuple(prompts[i] for i in used)
+    return _File(_name(path), frozenset(kinds), used_prompts, label[used], is_test[used], classes, tuple(levels[0]))
+
+
+def _columns(path: Path) -> tuple[Sequence[str], Sequence[str], Sequence[str] | None]:
+    """Prompts, targets and, if there is such a column, spurious labels of a file."""
     rows = formats.rows_of_table(path)
-    _, header = next(rows, (None, []))
+    _, header = next(rows, ("", []))
     for column in ("prompt", "target"):
         if header.count(column) != 1:
             has = ", ".join(header) or "nothing"
             raise UsageError(f"{path} has no column {column}, or two; it has {has}: name one prompt and one target")
-    columns = [header.index(column) for column in ("prompt", "target", "spurious") if column in header]
-    table = [(place, [row[i] for i in columns]) for place, row in rows]
-    for place, (prompt, *labels) in table:
-        if not prompt or not all(labels):
-            raise UsageError(f"{place}: the prompt or a label is empty; leave the row out")
-    prompts, *columns = zip(*(values for _, values in table), strict=True) if table else ((), (), ())
-    levels = [sorted({*column}) for column in columns]
-    limits = (MAX_CLASSES,) if len(levels) == 1 else (2, 2)
-    for what, values, most in zip(("target", "spurious"), levels, limits, strict=False):
-        if not 2 <= len(values) <= most:
-            if not is_given:
-                return name
-            shown = f"2 to {most}" if most > 2 else "2"
-            raise UsageError(
-                f"{path}: {what} has {len(values)} classes, and needs {shown}; give others or leave it out"
-            )
-    label = np.array([levels[0].index(target) for target in columns[0]])
-    classes = tuple(levels[0])
-    if len(columns) > 1:
-        label = 2 * label + np.array([levels[1].index(value) for value in columns[1]])
-        classes = tuple(f"{a} and {b}" for a, b in itertools.product(*levels))
-    rng = np.random.default_rng(seed)
-    is_test = rng.permutation(len(label)) % TEST_SHARE == TEST_SHARE - 1
-    if lacking := _too_few(label, is_test, classes):
-        if not is_given:
-            return name
-        raise UsageError(f"{path}: {lacking}")
-    chosen = np.concatenate(
-        [
-            _balanced(np.where(is_test == part, label, -1), len(classes), n, rng)
-            for part, n in ((False, n_train), (True, n_test))
-        ]
-    )
-    kinds: tuple[Kind, ...] = ("binary", "crossed") if len(columns) > 1 else ("classes",)
-    kinds = ("binary",) if len(classes) == 2 else kinds
-    return _File(name, frozenset(kinds), tuple(prompts[i] for i in chosen), label[chosen], is_test[chosen], classes)
+    columns: dict[str, list[str]] = {name: [] for name in ("prompt", "target", "spurious") if name in header}
+    for place, row in rows:
+        for name, values in columns.items():
+            values.append(row[header.index(name)])
+            if not values[-1]:
+                raise UsageError(f"{place}: {name} is empty; leave the row out")
+    return columns["prompt"], columns["target"], columns.get("spurious")
+
+
+def _name(path: Path) -> str:
+    """Of a task, from that of its file."""
+    return path.name.removesuffix(".zst").removesuffix(".gz").rpartition(".")[0]
 
 
 def _of_sae_probes() -> list[Path]:

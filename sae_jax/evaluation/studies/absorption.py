@@ -174,7 +174,7 @@ class Study(study.Study):
             main: latents of the letter.
         """
         unit_Y = direction_Y / np.linalg.norm(direction_Y)
-        along_F = np.asarray(w_dec_FY, np.float64) @ unit_Y
+        along_F = w_dec_FY @ unit_Y.astype(w_dec_FY.dtype)
         cosine_F = along_F / np.maximum(np.linalg.norm(w_dec_FY, axis=1), 1e-30)
         whole_N = np.asarray(own_NY, np.float64) @ unit_Y
         share_N, full_N, all_N = np.zeros(len(whole_N)), np.zeros(len(whole_N), bool), np.zeros(len(whole_N))

@@ -67,42 +67,34 @@ class Study(study.Study):
 
     def metrics(self, case: Case) -> Iterator[Metric]:
         """See study.Study."""
-        n_latents = case.subject.sae.b_enc.shape[0]
-        ns = tuple(n for n in NS if n <= n_latents) or (n_latents,)
-        headline = min(HEADLINE, max(ns)) if HEADLINE not in ns else HEADLINE
-        n_tasks, made = tasks.tasks(
-            case, self.tasks, {"crossed", "classes"}, self.n_sequences, self.n_train, self.n_test
-        )
-        w_dec_FY = np.asarray(case.subject.sae.w_dec, np.float64)
-        scr: dict[str, np.ndarray] = {}
-        tpp: dict[str, np.ndarray] = {}
+        ns = tuple(n for n in NS if n <= case.subject.sae.b_enc.shape[0])
+        kinds: tuple[tasks.Kind, ...] = ("crossed", "classes")
+        n_tasks, made = tasks.tasks(case, self.tasks, kinds, self.n_sequences, self.n_train, self.n_test)
+        w_dec_FY = np.asarray(case.subject.sae.w_dec)
+        scores: dict[str, dict[str, np.ndarray]] = {"scr": {}, "tpp": {}}  # f64[., len(ns)] of each task
         with Progress("SCR and TPP", n_tasks, "tasks") as progress:
             for done, task in enumerate(made, 1):
                 split = task.split(self.n_train, self.n_test, case.seed)
-                y_NY, code_NF = task.examples.y, task.examples.code
+                pooled = task.examples.y, task.examples.code, w_dec_FY
                 if task.kind == "crossed":
                     biased = _biased(task, self.n_train, case.seed)
                     target_N, spurious_N = task.label // 2 == 1, task.label % 2 == 1
                     if not self.tasks:
-                        classifier = probes.fit(y_NY[biased], target_N[biased])
-                        told = [
-                            classifier.accuracy(y_NY[split.test], each[split.test]) for each in (target_N, spurious_N)
-                        ]
-                        target_N, spurious_N = (target_N, spurious_N)[:: 1 if told[0] <= told[1] else -1]
-                    scr[task.name] = removal(y_NY, code_NF, w_dec_FY, target_N, spurious_N, split, biased, ns)[None]
+                        target_N, spurious_N = _worse_first(task, target_N, spurious_N, split.test, biased)
+                    scores["scr"][task.name] = removal(*pooled, target_N, spurious_N, split, biased, ns)[None]
                 else:
-                    tpp[task.name] = perturbation(y_NY, code_NF, w_dec_FY, split, len(task.classes), ns)
+                    scores["tpp"][task.name] = perturbation(*pooled, split, len(task.classes), ns)
                 progress.update(done)
-        by_task: dict[str, dict[str, object]] = {}
-        for name, values in (("scr", scr), ("tpp", tpp)):
-            if values:
-                all_MN = np.concatenate([*values.values()])  # of pairs, or of classes
-                mean = dict(zip(ns, all_MN.mean(0).tolist(), strict=True))
-                of_headline = all_MN[:, ns.index(headline)]
-                yield Metric(name, mean[headline], probes.interval(of_headline))
-                yield Metric(f"{name}_by_n", {f"{n} latents": value for n, value in mean.items()})
-                for task, each_mN in values.items():
-                    by_task.setdefault(task, {})[name] = dict(zip(map(str, ns), each_mN.mean(0).tolist(), strict=True))
+        by_task: dict[str, dict[str, float]] = {}
+        for name, of_tasks in scores.items():
+            if of_tasks and ns:
+                all_MN = np.concatenate([*of_tasks.values()])  # of pairs, or of classes
+                by_n = dict(zip(ns, all_MN.mean(0).tolist(), strict=True))
+                if HEADLINE in by_n:
+                    yield Metric(name, by_n[HEADLINE], probes.interval(all_MN[:, ns.index(HEADLINE)]))
+                yield Metric(f"{name}_by_n", {f"{n} latents": value for n, value in by_n.items()})
+                for task, each_MN in of_tasks.items():
+                    by_task[f"{name}: {task}"] = dict(zip(map(str, ns), each_MN.mean(0).tolist(), strict=True))
         if by_task:
             yield Metric("spurious_by_task", by_task)
 
@@ -182,7 +174,9 @@ def attribution(
 
     `in_class`: 0 for latents that are weaker with the label.
     """
-    return np.maximum(mean_difference(code_NF, label_N), 0 if in_class else -np.inf) * (w_dec_FY @ probe.weight)
+    return np.maximum(mean_difference(code_NF, label_N), 0 if in_class else -np.inf) * (
+        w_dec_FY @ np.float32(probe.weight)
+    )
 
 
 def strongest(effect_F: np.ndarray) -> np.ndarray:
@@ -202,6 +196,15 @@ def _biased(task: Task, n: int, seed: int) -> np.ndarray:
     """Training examples of which target and spurious label are the same, equally many of both."""
     label_N = np.select([task.label == 0, task.label == 3], [0, 1], -1)
     return Task(task.name, "binary", task.examples, label_N, task.is_test, ("neither", "both")).split(n, 0, seed).train
+
+
+def _worse_first(
+    task: Task, a_N: np.ndarray, b_N: np.ndarray, test: np.ndarray, biased: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two labels, first the one that a classifier tells worse which learnt where they are the same."""
+    classifier = probes.fit(task.examples.y[biased], a_N[biased])
+    told_a, told_b = (classifier.accuracy(task.examples.y[test], each_N[test]) for each_N in (a_N, b_N))
+    return (a_N, b_N) if told_a <= told_b else (b_N, a_N)
 
 
 def _one_against_rest(*masks: np.ndarray) -> list[np.ndarray]:
