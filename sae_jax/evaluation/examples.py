@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
@@ -82,22 +83,23 @@ def of_sequences(
             acts, norm_sTH = read_hooks(subject.model, ids_sT, hooks, "float32")
             keep_n = case.text.keep(text_sT, np.asarray(norm_sTH)).reshape(-1)
             x_nX, y_nY = (
-                acts[str(side[0])].reshape(size * width, -1) for side in (subject.encoded, subject.reconstructed)
+                np.asarray(acts[str(side[0])]).reshape(size * width, -1)
+                for side in (subject.encoded, subject.reconstructed)
             )
-            normed_nX, _, scale_n1 = normalise(x_nX, sae.config.input_norm)
+            normed_nX, _, scale_n1 = normalise(jnp.asarray(x_nX), sae.config.input_norm)
             code = sae.encode(x_nX)
-            values_nK = np.asarray(code.values * scale_n1) * keep_n[:, None]
+            values_nK = np.where(keep_n[:, None], np.asarray(code.values * scale_n1), 0)
             # As a matrix of all latents, so that means over positions are products.
             offsets_n = np.arange(len(values_nK) + 1) * values_nK.shape[1]
             code_nF = scipy.sparse.csr_matrix(
                 (values_nK.reshape(-1), np.asarray(code.indices).reshape(-1), offsets_n),
                 shape=(len(values_nK), sae.b_enc.shape[0]),
             )
-            rows = {"x": np.asarray(x_nX)}
+            rows = {"x": x_nX}
             if sae.config.input_norm in PER_VECTOR:
                 rows["normed"] = np.asarray(normed_nX)
             if subject.reconstructed != subject.encoded:
-                rows["y"] = np.asarray(y_nY)
+                rows["y"] = y_nY
             for each, part_ST in zip(pooled, parts, strict=True):
                 part_n = np.pad(part_ST[block], filling, constant_values=-1).reshape(-1)
                 each.add(np.where(keep_n, part_n, -1), rows, code_nF)

@@ -31,6 +31,7 @@ from sae_jax.progress import say_once
 from sae_jax.types import UsageError
 
 Kind = Literal["binary", "classes", "crossed"]
+_OF_KIND = {"binary": "two classes", "classes": "three or more classes", "crossed": "two classes and spurious labels"}
 
 SAE_PROBES = "sae-probes"
 TEST_SHARE = 5  # one of so many sequences or prompts
@@ -77,7 +78,7 @@ class Task:
 
 
 def tasks(
-    case: Case, source: str, kinds: Collection[Kind], n_sequences: int, n_train: int, n_test: int
+    case: Case, source: str, kinds: Sequence[Kind], n_sequences: int, n_train: int, n_test: int
 ) -> tuple[int, Iterator[Task]]:
     """How many tasks there are, and the tasks: of files one at a time, as prompts are many.
 
@@ -118,6 +119,8 @@ def tasks(
             f"classes (numbers, mostly) or too few examples of one: {', '.join(left_out)}"
         )
     suited = [each for each in files if each.kinds & {*kinds}]
+    if not suited:
+        say_once(f"tasks={source}: no file is a task of {' or '.join(_OF_KIND[kind] for kind in kinds)}")
     return len(suited), (each.task(case, kinds) for each in suited)
 
 

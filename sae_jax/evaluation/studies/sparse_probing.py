@@ -56,7 +56,7 @@ class Study(study.Study):
 
     def metrics(self, case: Case) -> Iterator[Metric]:
         """See study.Study."""
-        n_tasks, made = tasks.tasks(case, self.tasks, {"binary"}, self.n_sequences, self.n_train, self.n_test)
+        n_tasks, made = tasks.tasks(case, self.tasks, ["binary"], self.n_sequences, self.n_train, self.n_test)
         by_task = {}
         with Progress("sparse probing", n_tasks, "tasks") as progress:
             for done, task in enumerate(made, 1):
