@@ -21,26 +21,28 @@ if TYPE_CHECKING:
     from sae_jax.artifact import Dictionary, load, save
     from sae_jax.record import Record
     from sae_jax.runs import (
-        active,
         advise,
-        attribute,
-        collect,
-        dashboard,
-        evaluate,
-        explain,
-        find,
         fit,
         harvest,
         live,
         plan,
-        quality,
-        steer,
         sweep,
         train,
         train_members,
     )
     from sae_jax.saes.base import AbstractSae
     from sae_jax.types import Code, UsageError, UserError
+    from sae_jax.uses import (
+        active,
+        attribute,
+        collect,
+        dashboard,
+        evaluate,
+        explain,
+        find,
+        quality,
+        steer,
+    )
 
 __all__ = [
     "AbstractSae",
@@ -91,10 +93,11 @@ _HOMES = {
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
-        (
-            *("active", "advise", "attribute", "collect", "dashboard", "evaluate", "explain", "find", "fit", "harvest"),
-            *("live", "plan", "quality", "steer", "sweep", "train", "train_members"),
-        ),
+        (*("active", "attribute", "collect", "dashboard", "evaluate", "explain", "find", "quality", "steer"),),
+        "sae_jax.uses",
+    ),
+    **dict.fromkeys(
+        ("advise", "fit", "harvest", "live", "plan", "sweep", "train", "train_members"),
         "sae_jax.runs",
     ),
 }

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sae_jax import artifact, config, lm, planning, storage
-from sae_jax.activations import text as texts
+from sae_jax import artifact, config, planning, storage
 from sae_jax.activations.commits import committed_shards
 from sae_jax.activations.harvest import harvest as make_set
 from sae_jax.activations.live import LiveConfig, LiveRows, of_model
@@ -24,26 +21,13 @@ from sae_jax.activations.settings import HarvestConfig
 from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows
-from sae_jax.analysis.collect import collect_set
-from sae_jax.analysis.examples import Activations
 from sae_jax.artifact import Dictionary
-from sae_jax.autointerp import explain as autointerp
-from sae_jax.autointerp.judge import JudgeConfig
-from sae_jax.evaluation import baselines as evaluation_baselines
-from sae_jax.evaluation import effective_compute, effects, prompts, steering, suites
-from sae_jax.evaluation import evaluate as evaluation
-from sae_jax.evaluation.batches import Candidate
-from sae_jax.evaluation.prompts import Separation
-from sae_jax.evaluation.text import open_set
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
-from sae_jax.pages.site import write_site
 from sae_jax.planning import targets
-from sae_jax.progress import console
 from sae_jax.saes import base
 from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import flops, laws, plots, report, table
-from sae_jax.scaling import quality as trends
 from sae_jax.scaling.advise import Advice
 from sae_jax.scaling.advise import advise as advise_by
 from sae_jax.storage import Files, StrPath
@@ -294,294 +278,6 @@ def _dotted_grid(job: Any, grid: Mapping[str, Any]) -> Any:
     return dotted
 
 
-def evaluate(
-    *dictionaries: Dictionary | StrPath,
-    data: StrPath | None = None,
-    model: str | None = None,
-    heldout: str | None = None,
-    tokens: int = 100_000,
-    batch_tokens: int = 4096,
-    ema: bool = False,
-    shard: tuple[int, int] = (0, 1),
-    split: int = 1,
-    suite: Sequence[suites.Suite] = ("core",),
-    baselines: Sequence[str] = (),
-    loss_curve: StrPath | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """{folder, or number: all metrics} of dictionaries, in one pass over the rows that they share.
-
-    Args:
-        dictionaries: as `sae_jax.load` gives them, or their folders, where evaluation.json is written; the folder of a
-            sweep stands for its members.
-        data: another activation set to take rows, text and language model from.
-        model: another reference for the language model, if it moved.
-        heldout: another reference for the held-out text, if it moved or the set names none.
-        tokens: tokens (or rows) to measure on, at most.
-        batch_tokens: tokens of one forward pass.
-        ema: of runs, the averaged weights instead of the live ones.
-        shard: (i, n): measure the i-th of n shares of folders; those that are not complete yet are left out.
-        split: devices of this process that the language model is split over.
-        suite: what to measure beside the core: openai, probing, causal or all (evaluation/suites.py).
-        baselines: identity, pca, ica, random, neurons or all, measured as dictionaries of the first one's site and L0,
-            and returned under these names. Their records lie in the first folder's evaluation/.
-        loss_curve: csv file with the columns compute and loss, of the language model's training, from which the
-            effective compute is told (evaluation/effective_compute.py).
-        seed: of the samples that studies take.
-    """
-    curve = None if loss_curve is None else effective_compute.read_curve(loss_curve)
-    kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
-    dictionaries = tuple(one for given in dictionaries for one in _members_of_sweep(given))
-    names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
-    if same := set(names) & set(beside):
-        raise UsageError(f"{sorted(same)[0]} is a dictionary and a baseline; name the folder ./{sorted(same)[0]}")
-    given = dict(zip(names, dictionaries, strict=True))
-    loaded = {name: d if isinstance(d, Dictionary) else artifact.load(d, ema) for name, d in given.items()}
-    path = None if data is None else os.fspath(data)
-    candidates = {name: Candidate.of(d, open_set(d.record, path)) for name, d in loaded.items()}
-    model, heldout = model and lm.resolve(model), heldout and texts.resolve(heldout)
-    settings = evaluation.Settings(tokens, batch_tokens, model, heldout, split)
-    measured = evaluation.evaluate(candidates, settings, shard, beside)
-    folders = {name: None if isinstance(d, Dictionary) else Path(name) for name, d in given.items()}
-    if folders and (first := next(iter(folders.values()))) is not None:
-        folders |= {name: first / suites.FOLDER / name for name in beside}
-    measured, missing = suites.run(measured, folders, kinds, shard, seed)
-    if {"probing", "all"} & set(suite):
-        measured = suites.compared(measured)
-    measured = {name: dataclasses.replace(one, curve=curve) for name, one in measured.items()}
-    documents: dict[str, Any] = {}
-    for name, one in measured.items():
-        if (folder := folders.get(name)) is None:
-            documents[name] = one.to_json()
-        elif (document := evaluation.finish(folder, one, settings, shard, missing[name])) is not None:
-            documents[name] = document
-    return documents
-
-
-def collect(
-    dictionary: Dictionary | StrPath,
-    out: StrPath,
-    *,
-    data: str | None = None,
-    tokens: int = 400_000,
-    ema: bool = False,
-    shard: tuple[int, int] = (0, 1),
-) -> Activations | None:
-    """Keep at `out` where in a sample of text each latent is active, and how strongly; returns it.
-
-    What is there already is not made again, so a call that was interrupted is repeated.
-
-    Args:
-        dictionary: as `sae_jax.load` gives it, or its folder.
-        out: folder of the store; `sae_jax.analysis.store.Store(out).open()` reads it later.
-        data: the activation set, if not that of its training.
-        tokens: tokens of the set's text, spread over its shards.
-        ema: of a run, the averaged weights.
-        shard: (i, n): make the i-th of n shares. None is returned while those of others are missing.
-    """
-    d = _load(dictionary, ema)
-    return collect_set(d.sae, open_set(d.record, data), d.record.sites.x, tokens, out, shard)
-
-
-def explain(
-    store: StrPath,
-    endpoint: str,
-    model: str,
-    *,
-    latents: Sequence[int] = (),
-    n: int | None = None,
-    score: autointerp.Score | None = None,
-    batch: int = 5,
-    seed: int = 0,
-    tokenizer: str | None = None,
-    **settings: Any,
-) -> autointerp.Explained:
-    """Have a language model say what latents stand for, and how well that predicts them; labels land in the store.
-
-    A call that was interrupted, or failed for some latents, is repeated: what was answered is not asked for again.
-
-    Args:
-        store: folder that `collect` made.
-        endpoint: URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1.
-        model: what the endpoint calls the judge.
-        latents: which are explained; or
-        n: so many at random, of those that fire in texts enough.
-        score: "simulation" or "detection" (autointerp/explain.py); None: explanations alone.
-        batch: texts in one request of a score.
-        seed: of what is drawn.
-        tokenizer: another reference for the tokenizer of the store's text, if it moved.
-        **settings: fields of `JudgeConfig`, such as key_env, timeout, tries, per_minute, concurrency, price.
-
-    Returns:
-        The labels; why there is none, by latent; and what was asked.
-
-    Raises:
-        JudgeError, a UserError: nothing answers there, the key is refused, or the endpoint has no such model.
-    """
-    judge = config.replaced(JudgeConfig(endpoint, model), settings, "explain")
-    return autointerp.explain(Path(store), judge, latents, n, score, batch, seed, tokenizer and lm.resolve(tokenizer))
-
-
-def active(
-    dictionary: Dictionary | StrPath,
-    text: str,
-    n: int = 10,
-    *,
-    data: str | None = None,
-    model: str | None = None,
-    ema: bool = False,
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The strongest latents at each token of a text.
-
-    Args:
-        dictionary: as `sae_jax.load` gives it, or its folder.
-        text: of a token or more.
-        n: latents at each token.
-        data: the activation set, if it moved.
-        model: another reference for the language model, if it moved.
-        ema: of a run, the averaged weights.
-
-    Returns:
-        The T tokens, i32[T, n] latents and f32[T, n] values, 0 for none.
-    """
-    return prompts.active(_subject(dictionary, data, model, ema)[0], text, n)
-
-
-def find(
-    dictionary: Dictionary | StrPath,
-    positive: Sequence[str],
-    negative: Sequence[str],
-    n: int = 10,
-    *,
-    data: str | None = None,
-    model: str | None = None,
-    ema: bool = False,
-) -> list[Separation]:
-    """The n latents that best tell positive texts from negative ones, judged on texts that they were not chosen by.
-
-    Arguments as `active`; the texts should be alike in all but what is looked for (evaluation/prompts.py).
-    """
-    return prompts.separating(_subject(dictionary, data, model, ema)[0], positive, negative, n)
-
-
-def steer(
-    dictionary: Dictionary | StrPath,
-    prompt: str,
-    latents: Sequence[int],
-    scales: Sequence[float] = (5.0,),
-    *,
-    how: steering.How = "clamp",
-    tokens: int = 40,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-    data: str | None = None,
-    model: str | None = None,
-    ema: bool = False,
-) -> tuple[list[float], list[steering.Steered]]:
-    """What the language model writes after a prompt, as it is and with latents set to multiples of their largest value.
-
-    Args:
-        dictionary: as `sae_jax.load` gives it, or its folder.
-        prompt: what is continued.
-        latents: which are set.
-        scales: multiples of the largest value of each on rows of the set; 0 ablates with `how="clamp"`.
-        how: "clamp" sets their values, "add" adds as much to whatever they are (evaluation/steering.py).
-        tokens: that are written.
-        temperature: 0 takes the likeliest token each time.
-        seed: of the random numbers.
-        chat: the prompt is a message of a user to an instruct model, which answers.
-        data: the activation set, if it moved.
-        model: another reference for the language model, if it moved.
-        ema: of a run, the averaged weights.
-
-    Returns:
-        The largest value of each latent, and the texts: unsteered first, then one a scale.
-    """
-    d = _load(dictionary, ema)
-    subject, activations = _subject(d, data, model, ema)
-    ids_T = subject.chat_ids(prompt) if chat else subject.ids(prompt)
-    steering.check(subject, latents, how)
-    largest_L = steering.largest_values(subject.sae, activations, d.record.sites.x, latents)
-    if silent := [latent for latent, value in zip(latents, largest_L, strict=True) if not value]:
-        raise UserError(f"latent {silent[0]} fires on none of the rows that were looked at; choose another")
-    written = steering.steer(subject, ids_T, latents, largest_L, scales, how, tokens, temperature, seed)
-    return largest_L.tolist(), written
-
-
-def attribute(
-    dictionary: Dictionary | StrPath,
-    prompt: str,
-    tokens: Sequence[str] = (),
-    n: int = 10,
-    *,
-    data: str | None = None,
-    model: str | None = None,
-    ema: bool = False,
-) -> list[effects.Attribution]:
-    """The latents that made the language model say a token after a prompt (evaluation/effects.py).
-
-    Args:
-        dictionary: as `sae_jax.load` gives it, or its folder.
-        prompt: after which it is said.
-        tokens: texts of one token each, with the leading space if there is one; none: the likeliest token.
-        n: latents to name, the strongest for or against.
-        data: the activation set, if it moved.
-        model: another reference for the language model, if it moved.
-        ema: of a run, the averaged weights.
-
-    Returns:
-        One for each token.
-    """
-    subject = _subject(dictionary, data, model, ema)[0]
-    ids = [effects.token_id(subject, token) for token in tokens]
-    return effects.attribute(subject, subject.ids(prompt), ids, n)
-
-
-def _load(dictionary: Dictionary | StrPath, ema: bool) -> Dictionary:
-    return dictionary if isinstance(dictionary, Dictionary) else artifact.load(dictionary, ema)
-
-
-def _subject(
-    dictionary: Dictionary | StrPath, data: str | None, model: str | None, ema: bool
-) -> tuple[prompts.Subject, ActivationSet]:
-    """A dictionary in its language model, and its set."""
-    d = _load(dictionary, ema)
-    activations = open_set(d.record, data)
-    return prompts.subject(d.sae, d.record, activations, model and lm.resolve(model)), activations
-
-
-def dashboard(
-    dictionary: Dictionary | StrPath,
-    out: StrPath,
-    *,
-    data: str | None = None,
-    model: str | None = None,
-    tokens: int = 400_000,
-    ema: bool = False,
-    split: int = 1,
-    store: StrPath | None = None,
-) -> Path:
-    """Write a static site of a dictionary's latents; returns the page to open.
-
-    Args:
-        dictionary: as `sae_jax.load` gives it, or its folder.
-        out: directory of the site.
-        data: the activation set, if it moved.
-        model: another reference for the language model, if it moved.
-        tokens: tokens of the set's text to show examples from.
-        ema: of a run, the averaged weights instead of the live ones.
-        split: devices of this process that the language model is split over.
-        store: where `collect` keeps the activations of the sample; those that are there are not made again.
-    """
-    is_path = not isinstance(dictionary, Dictionary)
-    d = artifact.load(dictionary, ema) if is_path else dictionary
-    model = model and lm.resolve(model)
-    title = Path(dictionary).resolve().name if is_path else d.record.variant
-    write_site(d, out, title, data, model, tokens, split, store)
-    return Path(out) / "index.html"
-
-
 def fit(
     folder: StrPath,
     variant: str | None = None,
@@ -610,37 +306,6 @@ def fit(
         study = laws.study(table.read(folder), variant, site, k, tokens_per_latent, leave_out)
         lease.check()
         return study, _write_fit(folder, study)
-
-
-def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:
-    """How metrics that `evaluate` measured of a sweep's members go with latents, k and compute (scaling/quality.py).
-
-    Args:
-        folder: of the sweep.
-        metrics: as evaluation.json names them.
-
-    Returns:
-        A trend for each, and the files that were written: quality.json, quality.png.
-    """
-    folder = Path(folder)
-    measured, missing = trends.read(folder, sweep_run.member_folders(folder))
-    if missing:
-        console.print(f"{len(missing)} members are not measured and do not count: {', '.join(missing[:4])} ...")
-    found = trends.trends(measured, metrics)
-    content = {trend.metric: dataclasses.asdict(trend) for trend in found}
-    storage.write_json(folder / "quality.json", storage.sealed(content))
-    trends.draw(measured, found, folder / "quality.png")
-    return found, [folder / "quality.json", folder / "quality.png"]
-
-
-def _members_of_sweep(given: Dictionary | StrPath) -> list[Dictionary | StrPath]:
-    """The members of a sweep that are trained, if its folder is given."""
-    if isinstance(given, Dictionary) or not (Path(given) / "sweep.json").is_file():
-        return [given]
-    folders = sweep_run.member_folders(Path(given))
-    if not folders:
-        raise UserError(f"{os.fspath(given)}: no member of this sweep has a checkpoint yet; let sae-jax sweep go on")
-    return [str(folder) for folder in folders.values()]
 
 
 def _write_fit(folder: Path, study: laws.Study) -> list[Path]:

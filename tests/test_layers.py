@@ -19,7 +19,7 @@ ORDER = [
     {"analysis"},
     {"evaluation", "autointerp", "scaling", "planning"},
     {"pages", "selftest", "sweeps"},
-    {"recipe", "runs"},
+    {"recipe", "runs", "uses"},
     {"commands"},
 ]
 # Within a level only these know each other; saes and lm do not.

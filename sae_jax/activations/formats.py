@@ -73,7 +73,7 @@ def documents_of(
     if suffix == ".parquet":
         yield from _of_parquet(path, fields, on_position)
     elif suffix in TABLES:
-        yield from _of_table(path, TABLES[suffix], fields, blocks_of(path, on_position))
+        yield from _of_table(path, fields, on_position)
     elif suffix in (".json", *JSON_LINES):
         yield from _of_json(path, suffix, fields, on_position)
     else:
@@ -132,23 +132,35 @@ def _of_json(path: Path, suffix: str, fields: Fields, on_position: OnPosition) -
         yield document
 
 
-def _of_table(path: Path, delimiter: str, fields: Fields, blocks: Iterable[str]) -> Iterator[str]:
-    reader = csv.reader((line + "\n" for line in lines_of(blocks)), delimiter=delimiter, strict=True)
+def _of_table(path: Path, fields: Fields, on_position: OnPosition) -> Iterator[str]:
+    header: list[str] | None = None
+    for place, row in rows_of_table(path, on_position):
+        if header is None:
+            header = row
+            _check_columns(path, fields, header, header, is_other=True)
+        else:
+            yield fields.document(dict(zip(header, row, strict=True)), place)
+
+
+def rows_of_table(path: Path, on_position: OnPosition = lambda n_bytes: None) -> Iterator[tuple[str, list[str]]]:
+    """(place, fields) of each row of a .csv or .tsv file, first of the header. Raises UnreadableError.
+
+    Rows that are not as long as the header are refused.
+    """
+    lines = (line + "\n" for line in lines_of(blocks_of(path, on_position)))
+    reader = csv.reader(lines, delimiter=TABLES[kind(path)], strict=True)
     header: list[str] | None = None
     while (row := _next_row(reader, path)) is not None:
         if not row:
             continue
-        if header is None:
-            header = row
-            _check_columns(path, fields, header, header, is_other=True)
-        elif len(row) != len(header):
+        header = header or row
+        if len(row) != len(header):
             raise UnreadableError(
                 f"{path}:{reader.line_num}",
                 f"has {len(row)} fields, and the header {len(header)}",
                 "put what holds a delimiter in double quotes",
             )
-        else:
-            yield fields.document(dict(zip(header, row, strict=True)), f"{path}:{reader.line_num}")
+        yield f"{path}:{reader.line_num}", row
 
 
 def _next_row(reader: Any, path: Path) -> list[str] | None:

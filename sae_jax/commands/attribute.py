@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from sae_jax import config, runs, storage
+from sae_jax import config, storage, uses
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.errors import UsageError, printable
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     command = config.parse(Attribute, argv, "sae-jax attribute")
     gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("n", "data", "model", "ema")}
-    attributions = runs.attribute(command.dictionary, command.prompt, command.token, **settings)
+    attributions = uses.attribute(command.dictionary, command.prompt, command.token, **settings)
     if command.json:
         sys.stdout.write(storage.json_text([dataclasses.asdict(each) for each in attributions], "--json"))
         return

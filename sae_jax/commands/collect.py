@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from sae_jax import config, runs
+from sae_jax import config, uses
 from sae_jax.commands import gpu
 from sae_jax.progress import console
 from sae_jax.types import UsageError
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     command = config.parse(Collect, argv, "sae-jax collect")
     gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("data", "tokens", "ema")}
-    found = runs.collect(command.dictionary, command.out, **settings, shard=config.share(command.shard))
+    found = uses.collect(command.dictionary, command.out, **settings, shard=config.share(command.shard))
     if found is None:
         console.print(f"{command.out}: done here; the shares of other workers are missing")
         return

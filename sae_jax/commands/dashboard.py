@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from sae_jax import config, runs
+from sae_jax import config, uses
 from sae_jax.commands import gpu
 from sae_jax.progress import console
 from sae_jax.types import UsageError
@@ -45,5 +45,5 @@ def run(argv: Sequence[str]) -> None:
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
     gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split", "store")}
-    runs.dashboard(command.run, command.out, **settings)
+    uses.dashboard(command.run, command.out, **settings)
     console.print(f"{Path(command.out) / 'index.html'}")

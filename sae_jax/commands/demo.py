@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_jax import artifact, lm, recipe, runs, storage
+from sae_jax import artifact, lm, recipe, runs, storage, uses
 from sae_jax.activations.harvest import harvest
 from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
     harvest(settings.harvest, activations_path)
     parts = {name: getattr(settings, name) for name in ("sae", "site", "reconstruct", "train", "mesh", "engine")}
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
-    result, d = runs.evaluate(run_path)[run_path], artifact.load(run_path)
+    result, d = uses.evaluate(run_path)[run_path], artifact.load(run_path)
     plot_training(metrics := read_metrics(Path(run_path)), out / "training.png", about(d.record))
     write_site(d, out / "dashboard", title=out.resolve().name, store=out / "latents")
     table = Store(out / "latents").open()

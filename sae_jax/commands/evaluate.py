@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from sae_jax import config, runs, storage
+from sae_jax import config, storage, uses
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.evaluation.evaluate import table_rows
@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> None:
         "seed",
     )
     settings = {name: getattr(command, name) for name in names}
-    results = runs.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
+    results = uses.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.report and results:
         write_report(command.report, results)
         console.print(f"open {command.report} in a browser")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from sae_jax import config, runs
+from sae_jax import config, uses
 from sae_jax.autointerp import ratings
 from sae_jax.autointerp.explain import SCORES, Explained, Score
 from sae_jax.autointerp.judge import JudgeConfig
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
     else:
         names = ("endpoint", "model", "latents", "n", "score", "batch", "seed", "tokenizer")
         names += tuple(f.name for f in dataclasses.fields(JudgeConfig) if f.name not in names)
-        explained = runs.explain(command.store, **{name: getattr(command, name) for name in names})
+        explained = uses.explain(command.store, **{name: getattr(command, name) for name in names})
         _show_labels(command, explained)
 
 

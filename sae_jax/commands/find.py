@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from sae_jax import config, runs, storage
+from sae_jax import config, storage, uses
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.errors import UsageError, UserError, printable
@@ -56,10 +56,10 @@ def run(argv: Sequence[str]) -> None:
     gpu.warn_of_idle_gpu()
     settings = {name: getattr(command, name) for name in ("n", "data", "model", "ema")}
     if command.text is not None:
-        _show_active(command.json, *runs.active(command.dictionary, command.text, **settings))
+        _show_active(command.json, *uses.active(command.dictionary, command.text, **settings))
     elif command.positive is not None and command.negative is not None:
         positive, negative = _lines(command.positive), _lines(command.negative)
-        _show_separating(command.json, runs.find(command.dictionary, positive, negative, **settings))
+        _show_separating(command.json, uses.find(command.dictionary, positive, negative, **settings))
 
 
 def _show_separating(as_json: bool, found: list[Separation]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from sae_jax import config, runs
+from sae_jax import config, runs, uses
 from sae_jax.commands.show import print_table
 from sae_jax.errors import UsageError
 from sae_jax.progress import console
@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, fit, write, show."""
     command = config.parse(Fit, argv, "sae-jax fit")
     if command.metric:
-        found, written = runs.quality(command.dir, command.metric)
+        found, written = uses.quality(command.dir, command.metric)
         print_table(quality.HEADER, quality.rows(found))
         console.print(f"{command.dir}: {', '.join(path.name for path in written)}")
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from sae_jax import config, runs, storage
+from sae_jax import config, storage, uses
 from sae_jax.commands import gpu
 from sae_jax.commands.show import print_table
 from sae_jax.errors import UsageError, printable
@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
     gpu.warn_of_idle_gpu()
     names = ("how", "tokens", "temperature", "seed", "chat", "data", "model", "ema")
     settings = {name: getattr(command, name) for name in names}
-    largest, written = runs.steer(command.dictionary, command.prompt, command.latent, command.scale, **settings)
+    largest, written = uses.steer(command.dictionary, command.prompt, command.latent, command.scale, **settings)
     if command.json:
         content = {"largest": dict(zip(map(str, command.latent), largest, strict=True))}
         content |= {"written": [dataclasses.asdict(text) for text in written]}
