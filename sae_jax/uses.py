@@ -48,6 +48,7 @@ def evaluate(
     split: int = 1,
     suite: Sequence[suites.Suite] = ("core",),
     baselines: Sequence[str] = (),
+    tasks: str = "",
     loss_curve: StrPath | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def evaluate(
         suite: what to measure beside the core: openai, probing, causal or all (evaluation/suites.py).
         baselines: identity, pca, ica, random, neurons or all, measured as dictionaries of the first one's site and L0,
             and returned under these names. Their records lie in the first folder's evaluation/.
+        tasks: what probes are trained on: "", properties of the held-out text; sae-probes, the sets of that package; or
+            a folder of csv files with the columns prompt and target (evaluation/tasks.py).
         loss_curve: csv file with the columns compute and loss, of the language model's training, from which the
             effective compute is told (evaluation/effective_compute.py).
         seed: of the samples that studies take.
@@ -87,7 +90,7 @@ def evaluate(
     folders = {name: None if isinstance(d, Dictionary) else Path(name) for name, d in given.items()}
     if folders and (first := next(iter(folders.values()))) is not None:
         folders |= {name: first / suites.FOLDER / name for name in beside}
-    measured, missing = suites.run(measured, folders, kinds, shard, seed)
+    measured, missing = suites.run(measured, folders, kinds, shard, seed, tasks)
     if {"probing", "all"} & set(suite):
         measured = suites.compared(measured)
     measured = {name: dataclasses.replace(one, curve=curve) for name, one in measured.items()}

@@ -1,4 +1,4 @@
-"""Intervals of means by the bootstrap."""
+"""Intervals of means by the bootstrap: what varies independently (prompts, latents, sequences) is drawn again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ CONFIDENCE = 0.9
 N_DRAWS = 2000
 
 
-def mean_and_interval(values: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
-    """The mean of independent units f[N], and its percentile interval of CONFIDENCE; None of fewer than two units."""
-    value = float(values.mean())
-    if len(values) < 2:
-        return value, None
-    drawn = np.random.default_rng(seed).integers(0, len(values), (N_DRAWS, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return value, (float(low), float(high))
+def mean_and_interval(
+    values_N: np.ndarray, seed: int = 0, unit_N: np.ndarray | None = None
+) -> tuple[float, tuple[float, float] | None]:
+    """(mean of the values, its percentile interval of CONFIDENCE); None of fewer than two units.
+
+    Args:
+        values_N: [N].
+        seed: of the draws.
+        unit_N: i[N], which unit each value is of; None: each is one of its own.
+    """
+    values_N = np.asarray(values_N, np.float64)
+    mean = float(values_N.mean())
+    unit_N = np.arange(len(values_N)) if unit_N is None else np.unique(unit_N, return_inverse=True)[1]
+    sums_U, counts_U = (np.bincount(unit_N, weights) for weights in (values_N, np.ones(len(values_N))))
+    if len(sums_U) < 2:
+        return mean, None
+    drawn_RU = np.random.default_rng(seed).integers(0, len(sums_U), (N_DRAWS, len(sums_U)))
+    means_R = sums_U[drawn_RU].sum(1) / counts_U[drawn_RU].sum(1)
+    low, high = np.quantile(means_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return mean, (float(low), float(high))

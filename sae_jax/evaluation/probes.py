@@ -18,14 +18,11 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from sae_jax.evaluation.base import CONFIDENCE
-
 MAX_WEIGHT = 100.0  # |w| of a direction, a standard deviation: of classes that separate it would grow for ever
 MAX_STEPS = 50  # of Newton's method
 CONVERGED = 1e-6  # nats that a step would gain, to second order
 ROUNDING = 1e-5  # relative: a standard deviation below it is none
 BLOCK_VALUES = 2**23  # examples times directions that are fitted at a time: 32 MiB an array
-N_DRAWS = 2000  # of a bootstrap
 
 
 class Newton(NamedTuple):
@@ -212,16 +209,6 @@ def f1(logit_N: np.ndarray, y_N: np.ndarray) -> float:
     """Harmonic mean of precision and recall; 0 if nothing true is found."""
     said_N = logit_N > 0
     return float(2 * (said_N & y_N).sum() / max(said_N.sum() + y_N.sum(), 1))
-
-
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """Of a mean, by bootstrap over the values; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    rng, tail = np.random.default_rng(seed), (1 - CONFIDENCE) / 2
-    means = np.asarray(values, np.float64)[rng.integers(0, len(values), (N_DRAWS, len(values)))].mean(1)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -76,6 +76,7 @@ def run(
     kinds: Sequence[type[Study]],
     shard: tuple[int, int] = (0, 1),
     seed: int = 0,
+    tasks: str = "",
 ) -> tuple[dict[str, Measured], dict[str, list[str]]]:
     """Study dictionaries.
 
@@ -85,6 +86,7 @@ def run(
         kinds: of studies.
         shard: (i, n): make every n-th study from the i-th on; the others may be on record.
         seed: of all samples.
+        tasks: what probes are trained on (tasks.py).
 
     Returns:
         The same dictionaries with what was found, and {name: studies that other workers are to make}.
@@ -100,7 +102,7 @@ def run(
     jobs = [(name, kind) for name in measured for kind in kinds]
     studied, missing = dict(measured), {name: [] for name in measured}
     for number, (name, kind) in enumerate(jobs):
-        label, study, case = kind.__module__.rpartition(".")[2], kind(), cases[name]
+        label, study, case = kind.__module__.rpartition(".")[2], _with_tasks(kind, tasks), cases[name]
         folder = folders[name]
         path = None if folder is None else folder / FOLDER / f"{label}.json"
         about = _about(case, label, study)
@@ -120,6 +122,12 @@ def run(
         left_out = {**studied[name].left_out, **({label: found.left_out} if found.left_out else {})}
         studied[name] = replace(studied[name], studied=(*studied[name].studied, *metrics), left_out=left_out)
     return studied, missing
+
+
+def _with_tasks(kind: type[Study], tasks: str) -> Study:
+    """The study at its own sizes, on these tasks if it has any."""
+    has_tasks = "tasks" in {field.name for field in fields(kind)}  # pyrefly: ignore  # studies are dataclasses
+    return kind(tasks=tasks) if has_tasks else kind()  # pyrefly: ignore
 
 
 def _case(name: str, measured: Measured, seed: int) -> Case:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax import lm, mesh
-from sae_jax.evaluation import baselines, resample, run_on
+from sae_jax.evaluation import baselines, run_on
 from sae_jax.evaluation.studies import ablation_sparsity
 from sae_jax.evaluation.studies.ablation_sparsity import Study, effect_sparsity
 from sae_jax.saes import topk
@@ -121,14 +121,3 @@ def test_several_hooks_are_refused():
     )
     with pytest.raises(UsageError, match="in units of each vector's layer_norm"):
         run_on.place(normed.subject)
-
-
-def test_intervals_are_of_units_not_of_values():
-    values = np.repeat(np.random.default_rng(0).standard_normal(30), 20)
-    of_units = resample.interval_of_mean(values, np.repeat(np.arange(30), 20), 0)
-    of_values = resample.interval_of_mean(values, np.arange(600), 0)
-    assert of_units is not None
-    assert of_values is not None
-    assert of_units[1] - of_units[0] == pytest.approx(2 * 1.645 / np.sqrt(30), rel=0.25)
-    assert of_units[1] - of_units[0] > 3 * (of_values[1] - of_values[0])
-    assert resample.interval_of_mean(values, np.zeros(600), 0) is None

@@ -13,7 +13,6 @@ from sae_jax import lm
 from sae_jax.evaluation import baselines, suites
 from sae_jax.evaluation.base import Metric, Subject
 from sae_jax.evaluation.batches import Candidate
-from sae_jax.evaluation.bootstrap import interval_of_mean
 from sae_jax.evaluation.evaluate import Measured, descriptions, table_rows
 from sae_jax.evaluation.studies import importance, refinement
 from sae_jax.evaluation.study import Case, studies
@@ -25,6 +24,12 @@ HOOK = lm.Hook(1, "resid_post")
 CONTEXT = 24
 STUDIES = studies()
 SMALL = {
+    "ablation_sparsity": {"n_sequences": 6, "n_tokens": 2, "n_positions": 4},
+    "n2g": {"n_latents": 4, "n_examples": 3, "longest": 5},
+    "probe_loss": {"n_sequences": 24, "n_train": 80, "n_test": 40},
+    "side_effects": {"scales": (0.0, 4.0), "n_latents": 3, "n_sequences": 4, "n_steered": 3},
+    "sparse_probing": {"n_sequences": 24, "n_train": 80, "n_test": 40},
+    "spurious": {"n_sequences": 24, "n_train": 80, "n_test": 40},
     "importance": {"n_sequences": 6},
     "refinement": {"n_rows": 100},
 }
@@ -239,12 +244,3 @@ def test_a_dictionary_that_writes_elsewhere_is_refused_where_that_has_no_meaning
     for name in ("importance", "refinement"):
         with pytest.raises(UsageError, match="the dictionary writes elsewhere than it reads"):
             list(small(name).metrics(Case.of(sae, elsewhere, None)))
-
-
-def test_a_bootstrap_covers_the_mean():
-    rng, inside = np.random.default_rng(0), 0
-    for seed in range(200):
-        _, interval = interval_of_mean(rng.exponential(size=40), seed)
-        inside += interval[0] <= 1 <= interval[1]
-    assert 160 <= inside <= 195
-    assert interval_of_mean(np.array([3.0])) == (3.0, None)

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.evaluation import resample, run_on, study
+from sae_jax.analysis.bootstrap import mean_and_interval
+from sae_jax.evaluation import run_on, study
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.study import Block, Case
 from sae_jax.progress import Progress
@@ -48,7 +49,7 @@ class Study(study.Study):
     """Ablates latents at single tokens."""
 
     SUITE = "openai"
-    ORDER = 30
+    ORDER = 130
     METRICS = {  # noqa: RUF012
         "ablation_sparsity": Description(
             "ablation sparsity", "share of the next logits that one latent moves when it is ablated; lower: fewer"
@@ -88,8 +89,7 @@ class Study(study.Study):
         if not len(values_NC):
             return
         for name, values_N in zip(CHANGES, values_NC.T, strict=True):
-            interval = resample.interval_of_mean(values_N, sequence_N, case.seed)
-            yield Metric(f"ablation_sparsity{name}", float(values_N.mean()), interval)
+            yield Metric(f"ablation_sparsity{name}", *mean_and_interval(values_N, case.seed, sequence_N))
         yield Metric("n_ablations", len(values_NC))
 
     def _draw(self, block: Block, n_positions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

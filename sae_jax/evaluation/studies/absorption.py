@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import examples, probes, study
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.study import Case
@@ -111,7 +112,7 @@ class Study(study.Study):
         for name in [*self.METRICS][:-1]:
             values = np.array([each[name] for each in (by_letter if name == "letter_probe_f1" else told).values()])
             if len(values):
-                yield Metric(name, float(values.mean()), probes.interval(values))
+                yield Metric(name, *mean_and_interval(values))
         yield Metric("letter_absorption_by_letter", by_letter)
 
     def _letter(

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import study
 from sae_jax.evaluation.base import Description, Metric
-from sae_jax.evaluation.bootstrap import interval_of_mean
 from sae_jax.evaluation.study import Case
 from sae_jax.progress import Progress
 from sae_jax.types import Code, UsageError
@@ -36,7 +36,7 @@ class Study(study.Study):
     n_sequences: int = 64
 
     SUITE = "openai"
-    ORDER = 130
+    ORDER = 131
     METRICS: ClassVar[Mapping[str, Description]] = {
         "importance_uniformity": Description(
             "uniformity of importance", "1: all active latents of a row matter as much to the loss"
@@ -64,7 +64,7 @@ class Study(study.Study):
         sums = sums[sums[:, 1] > 0]
         if len(sums):
             means = sums[:, 0] / sums[:, 1]
-            yield Metric("importance_uniformity", *interval_of_mean(means, case.seed))
+            yield Metric("importance_uniformity", *mean_and_interval(means, case.seed))
 
 
 @jax.jit

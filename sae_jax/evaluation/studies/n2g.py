@@ -35,7 +35,7 @@ class Study(study.Study):
     longest: int = 32  # tokens of a pattern
 
     SUITE: ClassVar[str] = "openai"
-    ORDER: ClassVar[int] = 20
+    ORDER = 120
     METRICS: ClassVar[dict[str, Description]] = {
         "n2g_precision": Description("N2G precision", "share of the places fitting a latent's n-grams where it fires"),
         "n2g_recall": Description("N2G recall", "share of a latent's activations on places that fit its n-grams"),

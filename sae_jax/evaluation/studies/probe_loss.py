@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import probes, study, tasks
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.examples import Examples
@@ -78,7 +79,7 @@ class Study(study.Study):
         if by_task:
             for name in [*self.METRICS][:-1]:
                 losses = np.array([each[name] for each in by_task.values()])
-                yield Metric(name, float(losses.mean()), probes.interval(losses))
+                yield Metric(name, *mean_and_interval(losses))
             yield Metric("probe_loss_by_task", by_task)
 
 

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import study
 from sae_jax.evaluation.base import Description, Metric
-from sae_jax.evaluation.bootstrap import interval_of_mean
 from sae_jax.evaluation.study import Case
 from sae_jax.progress import Progress
 from sae_jax.saes.base import AbstractSae
@@ -77,7 +77,7 @@ class Study(study.Study):
         has_any_N = is_active_NK.any(1)
         by_row_N = change_NK.sum(1)[has_any_N] / is_active_NK.sum(1)[has_any_N]
         if len(by_row_N):
-            yield Metric("refinement_change", *interval_of_mean(by_row_N, case.seed))
+            yield Metric("refinement_change", *mean_and_interval(by_row_N, case.seed))
         yield Metric("fvu_refined", error2 / offset2 if offset2 else float("nan"))
         yield Metric("fvu_by_k", {str(k): fvu for k, fvu in _by_k(sae, x_NX, code, offset2)})
 

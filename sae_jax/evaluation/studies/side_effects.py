@@ -42,7 +42,7 @@ class Study(study.Study):
     """Holds latents at multiples of their largest value, on any text."""
 
     SUITE = "causal"
-    ORDER = 30
+    ORDER = 310
     METRICS = {  # noqa: RUF012
         "steering_ce": Description(
             "CE lost by steering, scale", "on any text, with a latent held at so many times its largest value"

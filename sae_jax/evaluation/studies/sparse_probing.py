@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import probes, study, tasks
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.examples import SparseCode, mean_difference
@@ -74,7 +75,7 @@ class Study(study.Study):
         if by_task:
             for name in [*self.METRICS][:-1]:
                 values = np.array([each[name] for each in by_task.values()])
-                yield Metric(name, float(values.mean()), probes.interval(values))
+                yield Metric(name, *mean_and_interval(values))
             yield Metric("sparse_probing_by_task", by_task)
 
 

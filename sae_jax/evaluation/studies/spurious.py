@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import probes, study, tasks
 from sae_jax.evaluation.base import Description, Metric
 from sae_jax.evaluation.examples import SparseCode, mean_difference
@@ -91,7 +92,7 @@ class Study(study.Study):
                 all_MN = np.concatenate([*of_tasks.values()])  # of pairs, or of classes
                 by_n = dict(zip(ns, all_MN.mean(0).tolist(), strict=True))
                 if HEADLINE in by_n:
-                    yield Metric(name, by_n[HEADLINE], probes.interval(all_MN[:, ns.index(HEADLINE)]))
+                    yield Metric(name, by_n[HEADLINE], mean_and_interval(all_MN[:, ns.index(HEADLINE)])[1])
                 yield Metric(f"{name}_by_n", {f"{n} latents": value for n, value in by_n.items()})
                 for task, each_MN in of_tasks.items():
                     by_task[f"{name}: {task}"] = dict(zip(map(str, ns), each_MN.mean(0).tolist(), strict=True))
