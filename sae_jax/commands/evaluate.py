@@ -47,8 +47,8 @@ class Evaluate:
     baselines: tuple[Literal["identity", "pca", "ica", "random", "neurons", "all"], ...] = ()
     """what to measure beside them, by the same code, at the site and with the L0 of the first"""
     tasks: str = ""
-    """what probes are trained on: sae-probes (the sets of that package) or a folder of csv files with columns prompt and
-    target; default: properties of the held-out text"""
+    """what probes are trained on: sae-probes (the sets of that package) or a folder of csv files (prompt,
+    target); default: properties of the held-out text"""
     loss_curve: str | None = None
     """csv file with the columns compute and loss, of the language model's training: tells the effective compute"""
     seed: int = 0
