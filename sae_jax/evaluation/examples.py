@@ -68,14 +68,14 @@ def of_sequences(
         text_ST: bool, where they hold text.
         parts: of each kind i64[S, T], the number of the example that a position belongs to, from 0 up; -1: none. An
             example lies in one sequence.
-        title: of the progress.
+        title: of the progress; "": none is shown.
     """
     sae, subject = case.subject.sae, case.subject
     n_sequences, width = ids_ST.shape
-    size = max(min(BLOCK_TOKENS // width, n_sequences), 1)
+    size = max(BLOCK_TOKENS // width, 1)  # also of few sequences, so that a width is one program
     pooled = [_Pooled(int(part_ST.max(initial=-1)) + 1, sae.b_enc.shape[0]) for part_ST in parts]
     hooks = tuple(dict.fromkeys(subject.encoded + subject.reconstructed))
-    with Progress(title, n_sequences, "sequences") as progress:
+    with Progress(title, n_sequences, "sequences", silent=not title) as progress:
         for first in range(0, n_sequences, size):
             block = slice(first, first + size)
             filling = ((0, size - len(ids_ST[block])), (0, 0))
@@ -107,16 +107,16 @@ def of_sequences(
     return [each.examples() for each in pooled]
 
 
-def of_texts(case: Case, texts: Sequence[str], title: str) -> Examples:
+def of_texts(case: Case, texts: Sequence[str], name: str) -> Examples:
     """An example of each text: the mean over its first MAX_TOKENS tokens, counting the one that begins it.
 
-    Raises UsageError for a text without tokens.
+    Raises UsageError, with this name, for a text without tokens.
     """
     tokenizer, limit = case.subject.tokenizer, min(MAX_TOKENS, case.subject.model.spec.n_context or MAX_TOKENS)
     ids = [np.array([case.subject.first, *tokens[: limit - 1]], np.int32) for tokens in tokenizer.encode(texts)]
     for i, ids_T in enumerate(ids):
         if len(ids_T) < 2:
-            raise UsageError(f"{title}: text {i} is empty; leave it out")
+            raise UsageError(f"{name}: text {i} is empty; leave it out")
     widths = np.array([min(-(-len(ids_T) // WIDTH_STEP) * WIDTH_STEP, limit) for ids_T in ids])
     made, numbers = [], []
     for width in np.unique(widths):
@@ -126,7 +126,7 @@ def of_texts(case: Case, texts: Sequence[str], title: str) -> Examples:
         text_ST = (place_T > 0) & (place_T < np.array([[len(ids[i])] for i in here]))
         text_ST &= ~np.isin(ids_ST, tokenizer.special_ids)
         part_ST = np.repeat(np.arange(len(here))[:, None], width, axis=1)
-        made += of_sequences(case, ids_ST, text_ST, [part_ST], title)
+        made += of_sequences(case, ids_ST, text_ST, [part_ST], "")
         numbers.append(here)
     back = np.argsort(np.concatenate(numbers))
     x, normed, y, n_rows = (

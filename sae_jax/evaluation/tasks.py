@@ -293,7 +293,7 @@ class _File:
 
     def task(self, case: Case, kinds: Collection[Kind]) -> Task:
         """Run the prompts through the model."""
-        made = examples.of_texts(case, self.prompts, f"probing: {self.name}")
+        made = examples.of_texts(case, self.prompts, self.name)
         if "crossed" in self.kinds and "crossed" not in kinds:
             return Task(self.name, "binary", made, self.label // 2, self.is_test, self.targets)
         kind: Kind = next(kind for kind in ("crossed", "classes", "binary") if kind in self.kinds)
