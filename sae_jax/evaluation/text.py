@@ -208,9 +208,12 @@ def _hooks(hooks: dict[str, str], sites: Sites, model: lm.LanguageModel | lm.Tor
     return encoded, reconstructed
 
 
-def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int) -> dict[str, np.ndarray]:
-    """{source: f32[N, D]} of held-out text, up to `n_rows`; rows of the set itself if it names no text."""
-    text = held_out(activations, sites, n_rows)
+def unseen_rows(activations: ActivationSet, sites: Sites, n_rows: int, split: int = 1) -> dict[str, np.ndarray]:
+    """{source: f32[N, D]} of held-out text, up to `n_rows`; rows of the set itself if it names no text.
+
+    The language model lies over `split` devices meanwhile.
+    """
+    text = held_out(activations, sites, n_rows, split=split)
     if text:
         hooks = dict(zip(sites.x + sites.y, text.encoded + text.reconstructed, strict=True))
         return dict(zip(hooks, text.rows_of(tuple(hooks.values())), strict=True))

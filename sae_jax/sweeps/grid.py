@@ -46,6 +46,8 @@ class SweepConfig:
     """a fit.json whose rule gives the learning rate of each width"""
     held_out: int = 32768
     """rows that no member learns from, to measure on"""
+    split: int = 1
+    """devices that the language model is split over while it makes these rows, as harvest.split"""
     memory_gib: float | None = None
     """of each device, for the members of a pass; None = what the device has"""
     per_pass: int | None = None
@@ -66,7 +68,7 @@ class SweepConfig:
                 raise UsageError(f"sweep.tolerance={self.tolerance} must be above 0 and below 1")
             if self.max_tokens is None:
                 raise UsageError("sweep.tolerance needs sweep.max_tokens: the end of a run that does not converge")
-        for name in ("window", "held_out", "per_pass"):
+        for name in ("window", "held_out", "split", "per_pass"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < math.inf:
                 raise UsageError(f"sweep.{name}={value:g} must be at least 1 and finite")

@@ -32,7 +32,7 @@ from sae_jax.training.preemption import is_preempted
 from sae_jax.training.run import TrainJob
 from sae_jax.types import PartialError, Sites, UsageError, UserError
 
-MAY_CHANGE = ("memory_gib", "per_pass", "log_every", "checkpoint_every", "tensorboard")  # of the plan
+MAY_CHANGE = ("memory_gib", "per_pass", "split", "log_every", "checkpoint_every", "tensorboard")  # of the plan
 
 
 def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list[str]:
@@ -123,7 +123,7 @@ def _train_pass(
     try:
         measurements = SweepMeasurements(
             out,
-            _rows_to_measure(source, sites, settings.held_out),
+            _rows_to_measure(source, sites, settings.held_out, settings.split),
             sites,
             batch_size,
             {name: planned[name].requested for name in names},
@@ -143,10 +143,10 @@ def _train_pass(
     return f"{what}; restore them, or delete {path} to train again", False
 
 
-def _rows_to_measure(source: RowSource, sites: Sites, n_rows: int) -> dict[str, np.ndarray]:
+def _rows_to_measure(source: RowSource, sites: Sites, n_rows: int, split: int) -> dict[str, np.ndarray]:
     """{source: f32[N, D]}: held-out rows where there are some; a sample of the rows themselves is said to be that."""
     if isinstance(source, StoredRows):
-        return unseen_rows(source.activations, sites, n_rows)
+        return unseen_rows(source.activations, sites, n_rows, split)
     if jax.process_index() == 0:
         console.print(f"{source.name} have no held-out part: members are measured on rows they have learned from")
     return {name: source.sample(name)[:n_rows] for name in sites.all}

@@ -12,7 +12,9 @@ import pytest
 
 import sae_jax
 from sae_jax import lm
-from sae_jax.types import UsageError
+from sae_jax.evaluation.text import open_set, unseen_rows
+from sae_jax.sweeps.grid import SweepConfig
+from sae_jax.types import Sites, UsageError
 
 SITE = "mlp_act.2"  # whose numbers are split, too
 
@@ -65,3 +67,13 @@ def scores(page: Path) -> Any:
 def test_more_devices_than_there_are(run: Path, split: int) -> None:
     with pytest.raises(UsageError, match=f"split={split}: this process has 8 devices"):
         sae_jax.evaluate(run, split=split)
+
+
+def test_held_out_rows_of_a_sweep(run: Path) -> None:
+    activations = open_set(sae_jax.load(run).record)
+    sites = Sites.one(SITE)
+    whole, of_split = (unseen_rows(activations, sites, 256, split)[SITE] for split in (1, 4))
+    assert whole.shape == of_split.shape
+    np.testing.assert_allclose(of_split, whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match=r"sweep.split=0 must be at least 1"):
+        SweepConfig(split=0)
