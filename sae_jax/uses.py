@@ -48,7 +48,7 @@ def evaluate(
     split: int = 1,
     suite: Sequence[suites.Suite] = ("core",),
     baselines: Sequence[str] = (),
-    tasks: str = "",
+    tasks: str | None = None,
     loss_curve: StrPath | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -68,8 +68,8 @@ def evaluate(
         suite: what to measure beside the core: openai, probing, causal or all (evaluation/suites.py).
         baselines: identity, pca, ica, random, neurons or all, measured as dictionaries of the first one's site and L0,
             and returned under these names. Their records lie in the first folder's evaluation/.
-        tasks: what probes are trained on: "", properties of the held-out text; sae-probes, the sets of that package; or
-            a folder of csv files with the columns prompt and target (evaluation/tasks.py).
+        tasks: what probes are trained on: None, properties of the held-out text; sae-probes, the sets of that package;
+            or a folder of csv files with the columns prompt and target (evaluation/tasks.py).
         loss_curve: csv file with the columns compute and loss, of the language model's training, from which the
             effective compute is told (evaluation/effective_compute.py).
         seed: of the samples that studies take.

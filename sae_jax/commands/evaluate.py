@@ -46,7 +46,7 @@ class Evaluate:
     again"""
     baselines: tuple[Literal["identity", "pca", "ica", "random", "neurons", "all"], ...] = ()
     """what to measure beside them, by the same code, at the site and with the L0 of the first"""
-    tasks: str = ""
+    tasks: str | None = None
     """what probes are trained on: sae-probes (the sets of that package) or a folder of csv files (prompt,
     target); default: properties of the held-out text"""
     loss_curve: str | None = None

@@ -76,7 +76,7 @@ def run(
     kinds: Sequence[type[Study]],
     shard: tuple[int, int] = (0, 1),
     seed: int = 0,
-    tasks: str = "",
+    tasks: str | None = None,
 ) -> tuple[dict[str, Measured], dict[str, list[str]]]:
     """Study dictionaries.
 
@@ -86,7 +86,7 @@ def run(
         kinds: of studies.
         shard: (i, n): make every n-th study from the i-th on; the others may be on record.
         seed: of all samples.
-        tasks: what probes are trained on (tasks.py).
+        tasks: what probes are trained on (tasks.py); None: properties of the held-out text.
 
     Returns:
         The same dictionaries with what was found, and {name: studies that other workers are to make}.
@@ -124,10 +124,10 @@ def run(
     return studied, missing
 
 
-def _with_tasks(kind: type[Study], tasks: str) -> Study:
-    """The study at its own sizes, on these tasks if it has any."""
+def _with_tasks(kind: type[Study], tasks: str | None) -> Study:
+    """The study at its own sizes, on these tasks if they are given and it has any."""
     has_tasks = "tasks" in {field.name for field in fields(kind)}  # pyrefly: ignore  # studies are dataclasses
-    return kind(tasks=tasks) if has_tasks else kind()  # pyrefly: ignore
+    return kind(tasks=tasks) if tasks and has_tasks else kind()  # pyrefly: ignore
 
 
 def _case(name: str, measured: Measured, seed: int) -> Case:
