@@ -122,10 +122,10 @@ class Study(study.Study):
         probe = probes.fit(made.y[~is_test_N], y_N[~is_test_N], balanced=True)
         logit_N = probe.logits(made.y)
         probe_f1 = probes.f1(logit_N[is_test_N], y_N[is_test_N])
-        if probe_f1 < self.min_probe_f1:
+        right = np.flatnonzero(is_test_N & y_N & (logit_N > 0))
+        if probe_f1 < self.min_probe_f1 or len(right) == 0:
             return {"letter_probe_f1": probe_f1}
         main, f1 = self.main_latents(made.code, y_N, is_test_N)
-        right = np.flatnonzero(is_test_N & y_N & (logit_N > 0))
         w_dec_FY = np.asarray(case.subject.sae.w_dec)
         absorbed = self.absorbed(made.code[right], own_NY[right], w_dec_FY, probe.weight, main)
         return {
