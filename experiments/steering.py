@@ -10,6 +10,10 @@ Guess, before any text was made: at scale 1 half of the texts show it and fewer 
 scales, since their largest value is on few rows.
 Latents, drawn before any text was made: 173, 440, 477, 506, 654, 935, 1070, 1159, 1209, 1275, 1321, 1517, 1582, 1585,
 1634, 1703, 1803, 1805, 1968, 2040.
+Then the same, with beginnings of English sentences, of SmolLM2-135M-Instruct: the TopK dictionary of resid_post.15 that
+real_model.py makes, latents 8, 115, 169, 172, 394, 741, 764, 781, 797, 802, 894, 943, 950, 1006, 1206, 1305, 1696, 1814,
+2015, 2030, drawn with the first answer known and before any text of this model. Guess: as there, seldom, at 2 a tenth of
+the texts more than of the controls; half of the layers come after, so more than in the small model.
 Command: python experiments/steering.py --out OUT [--run RUN]
 Cost: three minutes on two cores that had much else to do, with the demo's run at hand.
 Answer: seldom. Twenty latents, eight prompts, 24 tokens written (figures/steering.png; JAX 0.10.2, CPU):
@@ -58,6 +62,16 @@ PROMPTS = (
     'raise ValueError("the name of the file ',
     "with open(path) as file:\n    ",
 )
+PROSE = (  # for models of English
+    "I went to the market this morning and bought",
+    "The report that was published yesterday says that",
+    "When she opened the door of the old house",
+    "The patient was admitted to the hospital with",
+    "My favourite thing about this film is the",
+    "In the last year the company has been",
+    "The teacher asked the children to write about",
+    "He looked at the sky and thought of",
+)
 N_PROMPT, N_NEW = 8, 24  # tokens: of prompts of one length, one program is compiled
 SHOWS = 0.25  # of the largest value
 BATCH, LENGTH = 64, 64  # of texts that are read at once, and tokens that each is filled up to
@@ -70,7 +84,7 @@ class Config:
     out: Path = Path("build/steering")
     """Folder for the set and the dictionary, results.json and steering.png."""
     run: Path | None = None
-    """The run that sae-jax demo made; trained in `out` if not given."""
+    """The run that sae-jax demo made; trained in `out` if not given. Or one of a model of English (real_model.py)."""
     draw: bool = False
     """Only draw the latents and print them."""
     smoke: bool = False
@@ -90,7 +104,8 @@ def main(config: Config) -> None:
     if config.draw:
         return
     largest_L = steering.largest_values(d.sae, activations, d.record.sites.x, latents)
-    written = texts_of(subject, latents, largest_L, PROMPTS[: 1 if config.smoke else None])
+    of = PROMPTS if subject.model.reference == "bundled" else PROSE
+    written = texts_of(subject, latents, largest_L, of[: 1 if config.smoke else None])
     shows, nats = read_back(subject, written, latents, largest_L)
     results = [row(scale, shows[:, at], nats[:, at]) for at, scale in enumerate((None, *SCALES))]
     by_latent = {int(latent): shows[i, :, :, i].mean(1).tolist() for i, latent in enumerate(latents)}
