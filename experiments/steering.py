@@ -11,9 +11,9 @@ scales, since their largest value is on few rows.
 Latents, drawn before any text was made: 173, 440, 477, 506, 654, 935, 1070, 1159, 1209, 1275, 1321, 1517, 1582, 1585,
 1634, 1703, 1803, 1805, 1968, 2040.
 Then the same, with beginnings of English sentences, of SmolLM2-135M-Instruct: the TopK dictionary of resid_post.15 that
-real_model.py makes, latents 8, 115, 169, 172, 394, 741, 764, 781, 797, 802, 894, 943, 950, 1006, 1206, 1305, 1696, 1814,
-2015, 2030, drawn with the first answer known and before any text of this model. Guess: as there, seldom, at 2 a tenth of
-the texts more than of the controls; half of the layers come after, so more than in the small model.
+real_model.py makes, latents 8, 115, 169, 172, 394, 741, 764, 781, 797, 802, 894, 943, 950, 1006, 1206, 1305, 1696,
+1814, 2015, 2030, drawn with the first answer known and before any text of this model. Guess: as there, seldom, at scale
+2 a tenth of the texts more than of the controls; half of the layers come after, so more than in the small model.
 Command: python experiments/steering.py --out OUT [--run RUN]
 Cost: three minutes on two cores that had much else to do, with the demo's run at hand.
 Answer: seldom. Twenty latents, eight prompts, 24 tokens written (figures/steering.png; JAX 0.10.2, CPU):
