@@ -146,15 +146,13 @@ def texts_of(
 ) -> list[list[list[np.ndarray]]]:
     """Token ids [latent][scale, unsteered first][prompt], i32[N_PROMPT + N_NEW] each."""
     written: list[list[list[np.ndarray]]] = []
+    ids_PT = np.stack([subject.ids(prompt)[:N_PROMPT] for prompt in of])
     with Progress("steer", len(latents), "latents") as progress:
         for i, latent in enumerate(latents):
-            by_prompt = []
-            for prompt in of:
-                ids_T = subject.ids(prompt)[:N_PROMPT]
-                assert len(ids_T) == N_PROMPT, prompt
-                steered = steering.steer(subject, ids_T, [latent], largest_L[i : i + 1], SCALES, n_new=N_NEW)
-                by_prompt.append([np.concatenate([ids_T, subject.tokenizer.encode([s.text])[0]]) for s in steered])
-            written.append([list(column) for column in zip(*by_prompt, strict=True)])
+            steered = steering.write(subject, ids_PT, [latent], largest_L[i : i + 1], SCALES, n_new=N_NEW)
+            written.append(
+                [[np.concatenate(both) for both in zip(ids_PT, new_PN, strict=True)] for _, new_PN in steered]
+            )
             progress.update(i + 1)
     return written
 

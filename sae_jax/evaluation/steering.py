@@ -88,11 +88,27 @@ def steer(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Steered]:
-    """Continuations of a prompt, unsteered first, then at each scale, all with the same random numbers.
+    """Continuations of a prompt i32[T] as texts; arguments and errors as `write`."""
+    written = write(subject, ids_T[None], latents, largest_L, scales, how, n_new, temperature, seed)
+    return [Steered(scale, subject.tokenizer.decode(new_1N[0])) for scale, new_1N in written]
+
+
+def write(
+    subject: Subject,
+    ids_PT: np.ndarray,
+    latents: Sequence[int],
+    largest_L: np.ndarray,
+    scales: Sequence[float],
+    how: How = "clamp",
+    n_new: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[tuple[float | None, np.ndarray]]:
+    """(scale, tokens that the model writes i32[P, n_new]), unsteered first, all with the same random numbers.
 
     Args:
         subject: the dictionary in its model.
-        ids_T: i32[T], the prompt.
+        ids_PT: i32[P, T], prompts of one length.
         latents: that are set.
         largest_L: f32[L], what scales are multiples of.
         scales: of all these latents.
@@ -108,27 +124,21 @@ def steer(
     check(subject, latents, how)
     sae, model = subject.sae, subject.model
     assert isinstance(model, lm.LanguageModel)
-    is_special_T = np.isin(ids_T, subject.tokenizer.special_ids)
-    prompt_1T, keep_1T = jnp.asarray(ids_T[None]), jnp.asarray(~is_special_T[None])
+    keep_PT = jnp.asarray(~np.isin(ids_PT, subject.tokenizer.special_ids))
     indices_L, key = jnp.asarray(latents, jnp.int32), jax.random.key(seed)
-    write = partial(lm.generate, model, prompt_1T, n_new, key, temperature=temperature)
+    generate = partial(lm.generate, model, jnp.asarray(ids_PT), n_new, key, temperature=temperature)
     edits, rows, first = {}, [], 0
     for at, hook in enumerate(subject.reconstructed):
         width = lm.hook_width(model.spec, hook)
         rows.append(sae.w_dec[indices_L, first : first + width])
         first += width
         edits[hook] = _edit(how, at)
-    written: list[tuple[float | None, jax.Array]] = [(None, write())]
+    written: list[tuple[float | None, jax.Array]] = [(None, generate())]
     for scale in scales:
-        args = {
-            "sae": sae,
-            "latents": indices_L,
-            "values": jnp.asarray(scale * largest_L),
-            "keep": keep_1T,
-            "rows": rows,
-        }
-        written.append((scale, write(edits=edits, edit_args=args)))
-    return [Steered(scale, subject.tokenizer.decode(np.asarray(ids)[0, len(ids_T) :])) for scale, ids in written]
+        values_L = jnp.asarray(scale * largest_L)
+        args = {"sae": sae, "latents": indices_L, "values": values_L, "keep": keep_PT, "rows": rows}
+        written.append((scale, generate(edits=edits, edit_args=args)))
+    return [(scale, np.asarray(ids)[:, ids_PT.shape[1] :]) for scale, ids in written]
 
 
 @cache
@@ -155,6 +165,6 @@ def _added(x_BTX: jax.Array, args: dict[str, Any], at: int) -> jax.Array:
     return _where(args["keep"], x_BTX + change_NY.reshape(x_BTX.shape), x_BTX)
 
 
-def _where(keep_1T: jax.Array, changed_BTX: jax.Array, x_BTX: jax.Array) -> jax.Array:
+def _where(keep_PT: jax.Array, changed_BTX: jax.Array, x_BTX: jax.Array) -> jax.Array:
     """What is written after the prompt comes alone, and is changed whatever it is."""
-    return jnp.where(keep_1T[:, :, None], changed_BTX, x_BTX) if x_BTX.shape[1] == keep_1T.shape[1] else changed_BTX
+    return jnp.where(keep_PT[:, :, None], changed_BTX, x_BTX) if x_BTX.shape[1] == keep_PT.shape[1] else changed_BTX

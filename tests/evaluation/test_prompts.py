@@ -131,7 +131,8 @@ def test_clamping_changes_the_reconstruction_alone(model, rows, variant):
     x = jnp.asarray(rows[:6].reshape(2, 3, -1))
     latents = jnp.asarray([int(sae.encode(x).indices[0, 0, 0]), 11])
     args = {"sae": sae, "latents": latents, "values": jnp.asarray([3.0, 1.5]), "keep": jnp.array([[False, True, True]])}
-    changed = steering._clamped(x, args, rows_LY=sae.w_dec[latents])
+    args["rows"] = [sae.w_dec[latents]]
+    changed = steering._clamped(x, args, at=0)
     code = sae.encode(x)
     scale = 1.0
     if variant == "layer_norm":
@@ -139,7 +140,7 @@ def test_clamping_changes_the_reconstruction_alone(model, rows, variant):
     want = x + scale * (sae.decode(lm.intervene.set_latents(code, latents, args["values"])) - sae.decode(code))
     np.testing.assert_allclose(changed[:, 1:], want[:, 1:], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(changed[:, 0], x[:, 0], "a special token of the prompt stays")
-    alone = steering._clamped(x[:, :1], args, rows_LY=sae.w_dec[latents])
+    alone = steering._clamped(x[:, :1], args, at=0)
     np.testing.assert_allclose(alone, want[:, :1], rtol=1e-4, atol=1e-4)
 
 
@@ -148,7 +149,8 @@ def test_adding_is_in_the_units_of_the_activations(model, rows, norm):
     sae = of(model, rows, topk.Config(n_latents=64, k=4, dtype="float32", input_norm=norm)).sae
     x = jnp.asarray(rows[:6].reshape(2, 3, -1))
     args = {"sae": sae, "latents": None, "values": jnp.asarray([3.0]), "keep": jnp.array([[False, True, True]])}
-    changed = steering._added(x, args, rows_LY=sae.w_dec[jnp.asarray([7])])
+    args["rows"] = [sae.w_dec[jnp.asarray([7])]]
+    changed = steering._added(x, args, at=0)
     scale = (x.std(-1, ddof=1) + 1e-5)[..., None] if norm == "layer_norm" else 1.0
     want = x + scale * 3 * sae.w_dec[7][None, None]
     np.testing.assert_allclose(changed[:, 1:], want[:, 1:], rtol=1e-4, atol=1e-4)
@@ -166,10 +168,9 @@ def test_clamping_at_the_value_a_latent_has_leaves_logits_as_they_are(model, row
         "latents": jnp.asarray([latent]),
         "values": code.values[0, 0, :1],
         "keep": jnp.arange(ids.shape[1])[None] == 4,
+        "rows": [subject.sae.w_dec[jnp.asarray([latent])]],
     }
-    edits = lm.intervene.edits(
-        {HOOK: lambda x: steering._clamped(x, args, rows_LY=subject.sae.w_dec[jnp.asarray([latent])])}
-    )
+    edits = lm.intervene.edits({HOOK: lambda x: steering._clamped(x, args, at=0)})
     logits = lm.run(model, jnp.asarray(ids), edits=edits).logits
     np.testing.assert_allclose(logits, lm.run(model, jnp.asarray(ids)).logits, atol=1e-4)
 
@@ -183,6 +184,19 @@ def test_what_is_written_follows_the_scale(model, rows):
     assert plain.text == nothing.text != much.text
     by_hand = lm.generate(model, jnp.asarray(ids[None]), 8, jax.random.key(0))
     assert plain.text == subject.tokenizer.decode(np.asarray(by_hand)[0, len(ids) :])
+
+
+def test_prompts_of_one_length_are_continued_together(model, rows):
+    subject = of(model, rows)
+    ids = np.stack([subject.ids(TEXT)[:6], subject.ids("import os\nimport sys\nimport re")[:6]])
+    together = steering.write(subject, ids, [3], np.array([5.0], np.float32), (60.0,), "add", n_new=4)
+    alone = [
+        steering.write(subject, row[None], [3], np.array([5.0], np.float32), (60.0,), "add", n_new=4) for row in ids
+    ]
+    for at, (scale, new) in enumerate(together):
+        assert new.shape == (2, 4)
+        assert scale == alone[0][at][0]
+        np.testing.assert_array_equal(new, np.concatenate([one[at][1] for one in alone]))
 
 
 def test_what_cannot_be_steered_is_refused(model, rows):

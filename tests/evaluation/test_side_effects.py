@@ -26,7 +26,7 @@ def measured(case):
 @jax.jit
 def steered(model, ids, is_text, sae, latents, values):
     args = {"sae": sae, "latents": latents, "values": values.astype(np.float32), "keep": jnp.ones((1, 24), bool)}
-    edit = partial(steering._clamped, args=args, rows_LY=sae.w_dec[latents])
+    edit = partial(steering._clamped, args={**args, "rows": [sae.w_dec[latents]]}, at=0)
     return lm.run(model, ids, edits=lm.intervene.edits({HOOK: edit}, is_text)).logits
 
 
