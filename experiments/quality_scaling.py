@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import tyro
 from bundled import harvested, laptop_recipe
 from scaling_steps import of_widths
@@ -64,6 +65,7 @@ def main(config: Config) -> None:
     measured, missing = quality.read(sweep, member_folders(sweep))
     assert not missing
     common = set.intersection(*(set(one.metrics) for one in measured))
+    common = {name for name in common if np.ptp([one.metrics[name] for one in measured]) > 1e-6}  # and they vary
     shown = [name for name, description in descriptions().items() if description.in_table and name in common]
     found, _ = sae_jax.quality(sweep, shown)
     print_table(quality.HEADER, quality.rows(found))

@@ -67,6 +67,7 @@ class Study(abc.ABC):
 
     SUITE: ClassVar[str]  # openai, probing or causal
     ORDER: ClassVar[int]  # lower ones are shown first
+    VERSION: ClassVar[int] = 1  # of what is measured: records of another one do not count
     METRICS: ClassVar[Mapping[str, Description]]  # of every metric, in the order in which they are shown
 
     @abc.abstractmethod

@@ -144,6 +144,7 @@ def _about(case: Case, label: str, study: Study) -> dict[str, Any]:
     text = case.text
     about = {
         "study": label,
+        "version": study.VERSION,
         "sizes": asdict(study),  # pyrefly: ignore  # studies are dataclasses
         "dictionary": digest_of(case.subject.sae),
         "hooks": [[str(hook) for hook in side] for side in (text.encoded, text.reconstructed)],

@@ -29,6 +29,7 @@ from sae_jax.scaling.table import Point
 
 COLUMNS = 3  # of panels side by side
 MIN_DICTIONARIES = 4
+ROUNDING = 1e-6  # of a metric, relative: below it, it does not vary
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _least_squares(columns: Mapping[str, np.ndarray], y_N: np.ndarray) -> tuple[
         for name, value, half in zip(columns, theta_P[1:], half_P[1:], strict=True)
     }
     spread = float(((y_N - y_N.mean()) ** 2).sum())
-    return slopes, 1 - float(residual_N @ residual_N) / spread if spread else None
+    varies = spread > n * (ROUNDING * np.abs(y_N).max()) ** 2
+    return slopes, 1 - float(residual_N @ residual_N) / spread if varies else None
 
 
 def draw(measured: Sequence[Measured], found: Sequence[Trend], path: Path) -> None:

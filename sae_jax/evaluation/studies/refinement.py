@@ -1,7 +1,8 @@
 """Are the codes the best that these latents can do, and how does the reconstruction grow with them?
 
     refinement_change    the active latents of a row kept, their values chosen anew to minimise the squared error, not
-                         below 0: mean of (new - old) / old over active latents. Above 0: the encoder's values shrink
+                         below 0: (sum of new - sum of old) / sum of old, mean over rows. Above 0: the encoder's values
+                         are shrunk. A sum, since the relative change of a value near 0 is as large as you like
     fvu_refined          FVU with these values; the distance from FVU is what the encoder loses
     fvu_by_k             FVU with the k' strongest latents of each row alone, k' = 1, 2, 4, ...; of TopK dictionaries
                          also for more than they were trained with
@@ -43,10 +44,12 @@ class Study(study.Study):
     n_rows: int = 2048
 
     SUITE = "openai"
+    VERSION = 2
     ORDER = 140
     METRICS: ClassVar[Mapping[str, Description]] = {
         "refinement_change": Description(
-            "refinement", "mean relative change of active values when they are fitted anew: above 0, they were shrunk"
+            "refinement",
+            "relative change of a row's active values when fitted anew: above 0, they were shrunk",
         ),
         "fvu_refined": Description("FVU, refined", "with these values"),
         "fvu_by_k": Description("FVU by k", "with so many of the strongest latents of each row", in_table=False),
@@ -72,12 +75,10 @@ class Study(study.Study):
         code = sae.encode(x_NX)
         refined_NK = self._refined(sae, code, x_NX)
         error2 = float(((x_NX - np.asarray(sae.decode(Code(code.indices, refined_NK)))) ** 2).sum(dtype=np.float64))
-        is_active_NK, old_NK = np.asarray(code.values) > 0, np.asarray(code.values, np.float64)
-        change_NK = np.where(is_active_NK, np.asarray(refined_NK) / np.where(is_active_NK, old_NK, 1.0) - 1, 0.0)
-        has_any_N = is_active_NK.any(1)
-        by_row_N = change_NK.sum(1)[has_any_N] / is_active_NK.sum(1)[has_any_N]
-        if len(by_row_N):
-            yield Metric("refinement_change", *mean_and_interval(by_row_N, case.seed))
+        old_N, new_N = (np.asarray(values_NK, np.float64).sum(1) for values_NK in (code.values, refined_NK))
+        has_any_N = old_N > 0
+        if has_any_N.any():
+            yield Metric("refinement_change", *mean_and_interval((new_N / old_N.clip(1e-30) - 1)[has_any_N], case.seed))
         yield Metric("fvu_refined", error2 / offset2 if offset2 else float("nan"))
         yield Metric("fvu_by_k", {str(k): fvu for k, fvu in _by_k(sae, x_NX, code, offset2)})
 
