@@ -24,13 +24,13 @@ held-out tokens (figures/quality_scaling.png; JAX 0.10.2, CPU). Change for each 
     SCR                               +0.015 [-0.000, +0.029]       +0.052 [+0.023, +0.081]
     TPP                               -0.028 [-0.035, -0.022]       -0.003 [-0.016, +0.010]
 
-The KL falls with both, as guessed. Probe loss was guessed to fall with n and to care little for k: it is the other way
-round, 0.49 to 0.52 everywhere (a principal component 0.543, a channel 0.569). N2G's recall rises with n as guessed, its
-precision falls, and what k does to either these nine cannot say. Ablation sparsity tells nothing apart: 0.091 to 0.097,
-as random directions have. Absorption cannot be measured: the model knows no first letters (F1 0.15). Not guessed: probes
-of few latents and TPP get worse as dictionaries get wider, uniformity falls with k, and probes and SCR get better with
-k. At equal tokens the widest have learnt least of each latent: of 4,096 latents 27, 12 and 7 % fire on none of these
-tokens, so width and training are not told apart here.
+The KL falls with both, as guessed. Probe loss was guessed to fall with n and to care little for k: it is the other
+way round, 0.49 to 0.52 everywhere (a principal component 0.543, a channel 0.569). N2G's recall rises with n as
+guessed, its precision falls, and what k does to either these nine cannot say. Ablation sparsity tells nothing apart:
+0.091 to 0.097, as random directions have. Absorption cannot be measured: the model knows no first letters (F1 0.15).
+Not guessed: probes of few latents and TPP get worse as dictionaries get wider, uniformity falls with k, and probes
+and SCR get better with k. At equal tokens the widest have learnt least of each latent: of 4,096 latents 27, 12 and 7
+% fire on none of these tokens, so width and training are not told apart here.
 """
 
 from __future__ import annotations
