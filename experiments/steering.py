@@ -35,9 +35,10 @@ SmolLM2-135M-Instruct (eleven minutes of writing; figures/steering_smollm2.png):
     texts steered with others that do  0.081      0.080  0.057  0.041  0.030  0.019  0.016
     nats a token of the text           1.271      1.270  1.296  1.439  2.108  2.906  2.768
 
-At scale 2 fourteen points more than the controls, a little above the guess, and with 15 layers to come it goes on rising
-where the small model's fell: at 10 three latents (169, 781, 1206) show in all of their texts and in none at 2, and 764 in
-all from 5 on. Five (115, 394, 802, 943, 2015) never do. Nats fall again at 10, as they do for a text that repeats itself.
+At scale 2 fourteen points more than the controls, a little above the guess, and with half of the layers to come it
+goes on rising where the small model's fell: at 10 three latents (169, 781, 1206) show in all of their texts and in
+none at 2, and 764 in all from 5 on. Five (115, 394, 802, 943, 2015) never do. Nats fall again at 10, as they do for a
+text that repeats itself.
 """
 
 from __future__ import annotations
