@@ -8,6 +8,7 @@ Each is squared error over squared distance from the mean of the set, both over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -47,8 +48,12 @@ class Evaluator(base.Evaluator):
 
 
 def _ratios(names: tuple[str, ...] | list[str], sums_P2: np.ndarray) -> dict[str, float]:
-    """Bins without a row, or whose rows are all at the mean, are left out."""
-    return {name: float(error / offset) for name, (error, offset) in zip(names, sums_P2, strict=True) if offset > 0}
+    """Bins without a row, or whose rows are all at the mean, are left out; NaN where squares have overflowed."""
+    return {
+        name: float(error) / float(offset) if math.isfinite(offset) else math.nan
+        for name, (error, offset) in zip(names, sums_P2, strict=True)
+        if not offset <= 0
+    }
 
 
 @partial(jax.jit, static_argnames="context")
