@@ -83,6 +83,7 @@ def test_a_run_keeps_the_rate_that_it_chose_when_it_is_prolonged(tmp_path: Path)
         assert train["lr"] == learning_rate(TrainConfig(steps=8), topk.Config(n_latents=64))
 
 
+@pytest.mark.long
 def test_what_will_spoil_a_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     settings = {name: value for name, value in SETTINGS.items() if name != "k"}
     sae_jax.train(rows(), steps=4, **SETTINGS)
@@ -106,6 +107,7 @@ def test_what_will_spoil_a_run_is_said(capsys: pytest.CaptureFixture[str]) -> No
     assert "of its latents are dead; lower train.lr, or sae.n_latents" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_members_and_sweeps(tmp_path: Path) -> None:
     both = {"k8": {"k": 8}, "g": {"variant": "gated", "l1_coefficient": 0.1}}
     settings = {**SETTINGS, "steps": 8, "lr": 1e-2}

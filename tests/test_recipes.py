@@ -18,7 +18,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "tyro.cli(" in path.read_text())
 
 
-SAMPLE = ("norm_l1", "kills")  # that `make test` runs
+SAMPLE = ("absorption_tree",)  # that `make test` runs
 
 
 def marks(path):

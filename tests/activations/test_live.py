@@ -369,7 +369,7 @@ def test_rows_are_those_of_the_set_in_the_same_order(stored: ActivationSet, text
             np.testing.assert_array_equal(both[0].row_ids(a[0]), both[1].row_ids(b[0]))
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("where", ["memory", pytest.param("disk", marks=pytest.mark.long)])
 def test_a_live_run_has_the_bits_of_one_on_the_set(stored: ActivationSet, text: Path, tmp_path: Path, where) -> None:
     maker = ModelShards(config(text))
     of_one = LiveConfig(gib(maker, 1))

@@ -18,6 +18,7 @@ from sae_jax.activations.source import place_rows
 from sae_jax.activations.spec import SetSpec, SourceSpec
 from sae_jax.activations.store import create, open_activations
 from sae_jax.types import Sites, UserError
+from tests.meshes import MESHES
 from tests.oracles import rows as oracle
 
 F32 = np.finfo(np.float32)
@@ -108,7 +109,7 @@ def mixed_set(path):
     return open_activations(path)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)])
+@pytest.mark.parametrize("shape", MESHES)
 def test_sources_of_any_dtypes_stand_side_by_side_on_a_mesh(shape):
     mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
     parts = {name: rows.encode(SMALL[:64], dtype) for name, dtype in zip("abc", rows.DTYPES, strict=False)}

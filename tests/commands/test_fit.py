@@ -266,6 +266,7 @@ def test_without_convergence_errors_are_compared_at_the_tokens_that_all_have(poi
     assert f"at {last:,} tokens" in read(tmp_path)["latents"]["note"]
 
 
+@pytest.mark.long
 def test_errors_are_compared_at_as_many_tokens_a_latent_as_asked(points, tmp_path):
     assert refit(tmp_path, points, "--tokens-per-latent=63") == 0  # a mark of every width is at 64
     study = laws.study(points, tokens_per_latent=63)

@@ -162,9 +162,9 @@ def _allocated(folder: Path) -> int:
     return total
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [(1, 1), pytest.param((5, 2), marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("kills", [(1, 1), (5, 2)], ids=str)
 def test_killed_at_any_moment(tmp_path: Path, kills: tuple[int, int]) -> None:
     """On the disk and in memory: the bits of a run that nobody disturbed, and never more on the disk than was given."""
     recipe, rng = write_recipe(tmp_path), random.Random()

@@ -178,6 +178,7 @@ def test_a_fit_that_wakes_in_another_s_place_writes_nothing(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_workers_of_a_sweep_go_by_passes_of_others(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +197,7 @@ def test_workers_of_a_sweep_go_by_passes_of_others(
     assert len(table.read(out)) == 4
 
 
+@pytest.mark.long
 def test_a_sweep_is_not_done_without_the_weights_of_its_last_points(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

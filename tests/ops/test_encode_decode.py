@@ -10,6 +10,7 @@ import pytest
 from sae_jax import mesh as meshes
 from sae_jax.ops import auxk, encode, reference, sparse, tuning
 from sae_jax.types import UsageError
+from tests.meshes import MESHES
 from tests.oracles import topk as oracle
 
 B, D, F, K = 16, 8, 64, 5
@@ -55,7 +56,7 @@ def on_mesh(shape, fn, arrays, roles=ROLES, devices=8):
         return fn(*placed)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 @pytest.mark.parametrize("k", [K, 20, F])
 @pytest.mark.parametrize("is_skewed", [False, True])
 def test_value_and_gradients_equal_dense_autodiff(arrays, shape, k, is_skewed):
@@ -71,7 +72,7 @@ def test_value_and_gradients_equal_dense_autodiff(arrays, shape, k, is_skewed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 @pytest.mark.parametrize("latent_major", [False, True])
 def test_pieces_do_not_change_the_result(arrays, shape, latent_major, monkeypatch):
     monkeypatch.setattr(tuning, "MIN_TILE", 32)
@@ -81,7 +82,7 @@ def test_pieces_do_not_change_the_result(arrays, shape, latent_major, monkeypatc
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 @pytest.mark.parametrize(("n_allowed", "k"), [(0, 3), (2, 3), (30, 3), (F, 40), (F, F)])
 def test_explaining_equals_dense_autodiff(arrays, shape, n_allowed, k):
     """None, few and many latents; fewer, as many and more than k."""
@@ -159,7 +160,7 @@ def test_a_device_decodes_its_share(arrays, shape):
     assert sizes < B * K * shape[1]
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 @pytest.mark.parametrize(("cut", "has_total"), [(PIECES, False), (tuning.TABLE["cpu"], True)], ids=["pieces", "whole"])
 def test_parts_of_a_code_are_decoded_apart(arrays, shape, has_total, cut):
     """Ragged rows, three sums each: values and gradients are those of dense products."""
@@ -220,7 +221,7 @@ def test_fired_sees_each_active_latent(arrays):
     np.testing.assert_array_equal(sparse.fired(code, F, 1e-3), (dense > 1e-3).any(0))
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "negative", "saturated"])
 def test_batch_selection_is_the_oracle(arrays, shape, kind):
     """The B*k largest of the batch over all devices, ties to the lower row and latent; too short lists are counted."""

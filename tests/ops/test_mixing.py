@@ -9,6 +9,7 @@ import pytest
 
 from sae_jax import mesh as meshes
 from sae_jax.ops import mixing
+from tests.meshes import MESHES
 
 RNG = np.random.default_rng(0)
 
@@ -50,7 +51,7 @@ def test_the_cosine_of_many_latents_is_that_of_a_sample():
     assert mixing.pairwise_cosine(w) == pytest.approx((pairs.sum() - 5000) / (5000 * 4999), rel=0.02)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_a_split_dictionary_has_the_same(shape):
     y, w, b = rows(128, 8), rows(96, 8), rows(1, 8)[0]
     want = mixing.nth_projections(y, w, b), mixing.pairwise_cosine(w)

@@ -11,6 +11,7 @@ import pytest
 from sae_jax import mesh as meshes
 from sae_jax.ops import reference, tiled, tuning
 from tests.hlo import largest_array
+from tests.meshes import MESHES
 
 D = 6
 UNEVEN = 43, 83  # rows and latents that no block and no tile divides
@@ -76,7 +77,7 @@ def pieces(elements):
     return tuning.using(replace(tuning.current(), block_bytes=4 * elements))
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 @pytest.mark.parametrize("elements", [25, 576])
 def test_values_and_gradients_equal_dense_autodiff(shape, elements):
     arrays = draw_arrays(*(UNEVEN if shape is None else SPLIT))

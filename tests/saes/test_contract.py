@@ -146,6 +146,7 @@ def test_nor_does_it_over_two_hundred_steps(config, planted):
         ), (factor, found, near)
 
 
+@pytest.mark.long
 def test_jit_changes_nothing(config, planted):
     """Nor does a config that says of coefficients only whether they are 0, as that of a state in training does."""
     state = start(config, planted)

@@ -9,6 +9,7 @@ from sae_jax import lm
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, end_to_end, init, losses, normalise
 from sae_jax.types import UsageError
+from tests.meshes import MESHES
 from tests.oracles import end_to_end as oracle
 from tests.oracles import gpt2
 from tests.saes import in_model
@@ -90,7 +91,7 @@ def test_objective_is_the_oracle_and_gradients_its_finite_differences(settings):
         np.testing.assert_allclose((np.asarray(getattr(gradients, name)) * step).sum(), (up - down) / 2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_mesh_agrees(shape):
     """Of ReLU; with k the contract sees to it."""
     sae, batch = make(**SETTINGS[1]), in_model.random_batch()

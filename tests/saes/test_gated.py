@@ -7,6 +7,7 @@ import pytest
 
 from sae_jax.saes import gated, init, normalise
 from sae_jax.types import UsageError
+from tests.meshes import MESHES
 from tests.oracles import gated as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
 
@@ -21,7 +22,7 @@ def make(**settings) -> gated.Gated:
     return gated.Gated(w_enc, b_enc, b_gate - 2, 0.3 * log_gain, init.unit_rows(w_dec), b_dec, config)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
     sae = make()
     assert_is_oracle(sae, oracle.objective(np.float64(rows()), **float64(sae, NAMES), coefficient=0.7), shape)

@@ -12,6 +12,7 @@ from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
 from sae_jax.training.step import Step
 from sae_jax.types import UsageError, Widths
+from tests.meshes import MESHES
 from tests.oracles import relu as oracle
 from tests.saes.contexts import context_of, with_silent
 from tests.saes.oracle_checks import learnt
@@ -55,7 +56,7 @@ def expected(sae, x, stats) -> oracle.Result:
     )
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
     sae, x, stats = make(), rows(), statistics()
     want = expected(sae, x, stats)

@@ -7,6 +7,7 @@ import pytest
 
 from sae_jax.saes import init, tied
 from sae_jax.types import UsageError
+from tests.meshes import MESHES
 from tests.oracles import tied as oracle
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
 
@@ -21,7 +22,7 @@ def make(**settings) -> tied.Tied:
     return tied.Tied(init.unit_rows(w_enc), 0.3 * b_enc - 0.5, b_dec, config)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape):
     sae = make()
     assert_is_oracle(sae, oracle.objective(np.float64(rows()), **float64(sae, NAMES), coefficient=0.1), shape)

@@ -10,6 +10,7 @@ import pytest
 from sae_jax import mesh as meshes
 from sae_jax.saes import base, init, losses, normalise, topk
 from sae_jax.types import Code, UsageError
+from tests.meshes import MESHES
 from tests.oracles import topk as oracle
 from tests.saes.contexts import context_of, with_silent
 from tests.saes.oracle_checks import learnt
@@ -227,7 +228,7 @@ def test_bfloat16_products_keep_float32_everywhere_else():
     assert abs(float(losses.batch_fvu(x, outcome.y_hat) - losses.batch_fvu(x, exact.y_hat))) < 0.02
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_one_step_gradients_agree_on_every_mesh(shape):
     sae, x, stats = make(multi_topk=0.125), rows(), statistics(10)
     (loss, _), want = value_and_gradient(sae, x, stats)

@@ -32,6 +32,7 @@ def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_it(cpu, flags, dtype):
     assert topk.Config().on("gpu").dtype == "bfloat16"
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_type_it_began_with_on_another_cpu(cpu, tmp_path):
     def train(steps: int, **settings) -> dict:
         sae_jax.train(ROWS, out=tmp_path / "run", n_latents=32, k=2, batch_size=32, steps=steps, decay=0, **settings)

@@ -193,7 +193,8 @@ def test_slices_exchange_metrics_alone() -> None:
     assert len([shape for shape, groups in collectives if groups == slices]) > 5
 
 
-@pytest.mark.parametrize(("member", "data", "resumed"), [(2, 2, 4), pytest.param(4, 1, 2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("member", "data", "resumed"), [(2, 2, 4), (4, 1, 2)])
 def test_member_meshes(together: Path, small_set: Path, tmp_path: Path, member: int, data: int, resumed: int) -> None:
     """Cut off, then on another mesh: each member as on one device, to rounding."""
     run = tmp_path / "run"
@@ -228,6 +229,7 @@ def test_a_set_is_refused_in_one_line(together: Path, small_set: Path, tmp_path:
         load(together)
 
 
+@pytest.mark.long
 def test_members_that_left_together_go_on_together(together: Path, small_set: Path, tmp_path: Path) -> None:
     """More steps after the end; not for one that ended earlier."""
     run = tmp_path / "run"

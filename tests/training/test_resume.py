@@ -123,7 +123,7 @@ ODD = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_row_that_overflows(tmp_path: Path) -> None:
     """One line, exit code 1, what is needed to replay the step, and checkpoints as they were; again on resume."""
     data = runs.write_set(tmp_path / "set", outlier=600)

@@ -19,6 +19,7 @@ from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial, step_key
 from sae_jax.training.step import make_step
 from sae_jax.types import UsageError
+from tests.meshes import MESHES
 
 D, F, B = 24, 136, 32
 ROWS = np.float32(np.random.default_rng(0).standard_normal((4 * B, D)) + 0.5)
@@ -90,7 +91,7 @@ def plain():
     return after_steps(by_tiles=False, **SETTINGS)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, *MESHES], ids=str)
 def test_a_step_by_tiles_is_the_step(plain, shape):
     """With clipping, averages and rounded moments, to the roundings of sums: on one device and on meshes."""
     got = after_steps(True, shape, **SETTINGS)
@@ -156,6 +157,7 @@ def test_rounding_of_a_tile_is_that_of_the_whole():
     assert (whole != quantise.rounded_like(like, x, jnp.int32(8), salt=3)).any()
 
 
+@pytest.mark.long
 def test_a_run_in_bf16_resumes_to_the_bit_and_is_loaded_with_unit_rows(tmp_path):
     settings = {"n_latents": 64, "k": 4, "batch_size": 32, "weights": "bfloat16", "moments": "int8", "decay": 0.0}
     rows = np.float32(np.random.default_rng(0).standard_normal((512, 16)))
