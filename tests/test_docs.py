@@ -54,7 +54,7 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.long)], ids=["the first", "all"])
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_block_of_every_page_runs(pages: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit, "N_DRAWS", 40)
