@@ -159,7 +159,7 @@ def of_text(case: Case, kinds: Collection[Kind], n_sequences: int) -> list[Task]
         found += [*(binary if "binary" in kinds else ()), *(crossed if "crossed" in kinds else ())]
     if "classes" in kinds:
         found.append(_with_enough(Task("kind of token", "classes", made[0], kind_of_token, pools[0][2], KINDS)))
-    enough = [task for task in found if task.lacks() is None and len(task.classes) > 1]
+    enough = [task for task in found if len(task.classes) > 1 and task.lacks() is None]
     if left_out := [task.name for task in found if task not in enough]:
         say_once(f"probing: the held-out text has too few examples for: {'; '.join(left_out)}")
     return enough

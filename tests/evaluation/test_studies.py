@@ -73,6 +73,21 @@ def test_a_study_describes_what_it_yields_and_repeats_itself(name, kind, cases):
         assert repr(list(study.metrics(cases[kind]))) == repr(found)
 
 
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("n_sequences", [1, 3])
+def test_of_hardly_any_text_a_study_says_less_or_is_refused(name, n_sequences, cases):
+    case = cases["topk"]
+    few = dataclasses.replace(case.text, sequences=case.text.sequences[:n_sequences], text=case.text.text[:n_sequences])
+    nothing = dataclasses.replace(few, text=np.zeros_like(few.text))
+    for text in (few, nothing):
+        try:
+            found = list(small(name).metrics(dataclasses.replace(case, text=text)))
+        except UsageError:
+            continue
+        assert {metric.name for metric in found} <= set(STUDIES[name].METRICS)
+        json.dumps([(metric.value, metric.interval) for metric in found])
+
+
 def test_no_two_metrics_share_a_name_and_order_is_by_suite():
     names = [name for kind in STUDIES.values() for name in kind.METRICS]
     assert len(set(names)) == len(names)
