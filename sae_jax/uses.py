@@ -25,6 +25,7 @@ from sae_jax.autointerp.judge import JudgeConfig
 from sae_jax.evaluation import baselines as evaluation_baselines
 from sae_jax.evaluation import effective_compute, effects, prompts, steering, suites
 from sae_jax.evaluation import evaluate as evaluation
+from sae_jax.evaluation import tasks as labelled
 from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
@@ -76,6 +77,7 @@ def evaluate(
     """
     curve = None if loss_curve is None else effective_compute.read_curve(loss_curve)
     kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
+    labelled.digest(tasks or "")  # refuses what is not there before anything runs
     dictionaries = tuple(one for given in dictionaries for one in _members_of_sweep(given))
     names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
     if same := set(names) & set(beside):

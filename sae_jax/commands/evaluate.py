@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import tyro
@@ -69,20 +69,8 @@ def run(argv: Sequence[str]) -> None:
     """Parse, measure, show."""
     command = config.parse(Evaluate, argv, "sae-jax evaluate")
     gpu.warn_of_idle_gpu()
-    names = (
-        "data",
-        "model",
-        "heldout",
-        "tokens",
-        "batch_tokens",
-        "ema",
-        "split",
-        "suite",
-        "baselines",
-        "loss_curve",
-        "seed",
-    )
-    settings = {name: getattr(command, name) for name in names}
+    not_settings = ("dictionaries", "shard", "report", "json")
+    settings = {field.name: getattr(command, field.name) for field in fields(command) if field.name not in not_settings}
     results = uses.evaluate(*command.dictionaries, **settings, shard=config.share(command.shard))
     if command.report and results:
         write_report(command.report, results)

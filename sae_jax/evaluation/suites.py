@@ -26,6 +26,7 @@ import numpy as np
 from sae_jax import storage
 from sae_jax.artifact import digest_of
 from sae_jax.evaluation import dictionaries
+from sae_jax.evaluation import tasks as labelled
 from sae_jax.evaluation.base import Metric
 from sae_jax.evaluation.evaluate import Measured, finite
 from sae_jax.evaluation.study import Case, Study, studies
@@ -106,8 +107,8 @@ def run(
         folder = folders[name]
         path = None if folder is None else folder / FOLDER / f"{label}.json"
         about = _about(case, label, study)
-        found = _read(path, about)
-        if found is None and number % shard[1] == shard[0]:
+        found, is_mine = _read(path, about), number % shard[1] == shard[0]
+        if is_mine and (found is None or found.left_out):  # what was refused may go now
             console.print(f"{name}: {label}, {number + 1} of {len(jobs)} studies")
             found = _study(study, case, about)
             if path is not None:
@@ -151,6 +152,7 @@ def _about(case: Case, label: str, study: Study) -> dict[str, Any]:
         "model": text.model.digest,
         "text": digests.of_bytes(np.ascontiguousarray(text.sequences).tobytes() + text.text.tobytes()),
         "max_norm_multiple": text.max_norm_multiple,
+        "tasks": labelled.digest(getattr(study, "tasks", "")),
         "seed": case.seed,
     }
     return msgspec.json.decode(msgspec.json.encode(about))  # tuples as the record will have them

@@ -28,6 +28,7 @@ from sae_jax.evaluation import examples
 from sae_jax.evaluation.examples import Examples
 from sae_jax.evaluation.study import Case
 from sae_jax.progress import say_once
+from sae_jax.storage import digests
 from sae_jax.types import UsageError
 
 Kind = Literal["binary", "classes", "crossed"]
@@ -96,15 +97,7 @@ def tasks(
     if not source:
         made = of_text(case, kinds, n_sequences)
         return len(made), iter(made)
-    if source == SAE_PROBES:
-        paths = _of_sae_probes()
-    else:
-        folder = Path(source)
-        if not folder.is_dir():
-            raise UsageError(f"tasks={source} is no folder; give one of .csv files, {SAE_PROBES}, or nothing")
-        paths = sorted(path for path in folder.iterdir() if path.is_file() and kind_of_file(path) in formats.TABLES)
-        if not paths:
-            raise UsageError(f"tasks={source}: no .csv file is in the folder; give some with columns prompt and target")
+    paths = _paths(source)
     files, left_out = [], []
     for path in paths:
         try:
@@ -163,6 +156,31 @@ def of_text(case: Case, kinds: Collection[Kind], n_sequences: int) -> list[Task]
     if left_out := [task.name for task in found if task not in enough]:
         say_once(f"probing: the held-out text has too few examples for: {'; '.join(left_out)}")
     return enough
+
+
+def _paths(source: str) -> list[Path]:
+    """The files of a source. UsageError if there are none."""
+    if source == SAE_PROBES:
+        paths = _of_sae_probes()
+    else:
+        folder = Path(source)
+        if not folder.is_dir():
+            raise UsageError(f"tasks={source} is no folder; give one of .csv files, {SAE_PROBES}, or nothing")
+        paths = sorted(path for path in folder.iterdir() if path.is_file() and kind_of_file(path) in formats.TABLES)
+        if not paths:
+            raise UsageError(f"tasks={source}: no .csv file is in the folder; give some with columns prompt and target")
+    return paths
+
+
+def digest(source: str) -> str | None:
+    """Of the files that tasks come from: what was measured on others does not count. None of the held-out text.
+
+    Raises UsageError for a folder that is not there.
+    """
+    if not source:
+        return None
+    parts = [f"{path.name} {digests.of_file(path).xxh3_64}" for path in _paths(source)]
+    return digests.of_bytes("\n".join(parts).encode())
 
 
 CELLS = ("neither", "the second", "the first", "both")  # of a crossed task

@@ -1,6 +1,7 @@
 """The main job through its commands, small: text, set, run, evaluation, page; and what bad input gets."""
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 import sae_jax
+from sae_jax import uses
 from sae_jax.commands import main as cli
 from sae_jax.evaluation import batches, metrics
 from sae_jax.storage.digests import SEAL
@@ -491,3 +493,19 @@ def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(command in said for command in cli.COMMANDS)
+
+
+def test_every_setting_of_evaluate_reaches_it(work, monkeypatch):
+    """What a flag says and nobody reads would be ignored without a word."""
+    given, expected = {}, set(inspect.signature(sae_jax.evaluate).parameters) - {"dictionaries"}
+    monkeypatch.setattr(uses, "evaluate", lambda *names, **settings: given.update(settings) or {})
+    run(work, "evaluate", work / "run", "--tasks", "folder", "--seed", 3, "--suite", "probing", "--split", 2)
+    assert (given["tasks"], given["seed"], given["suite"], given["split"]) == ("folder", 3, ("probing",), 2)
+    assert given.keys() == expected
+
+
+def test_tasks_that_are_not_there_are_refused_before_anything_runs(work, capsys):
+    run(work, "evaluate", work / "run", "--suite", "probing", "--tasks", work / "nowhere", code=2)
+    said = capsys.readouterr().err
+    assert "is no folder; give one of .csv files" in said
+    assert "evaluate:" not in said

@@ -157,6 +157,32 @@ def test_a_dictionary_that_a_study_refuses_is_said_and_the_others_go_on(cases, m
     assert "duplicate_fraction" in document
 
 
+def test_other_files_of_the_same_name_are_other_tasks_and_what_was_refused_is_tried_again(cases, monkeypatch, tmp_path):
+    calls = []
+
+    def metrics(self, case):
+        calls.append(self.tasks)
+        if len(calls) == 1:
+            raise UsageError("a file lacks a column")
+        return [Metric("probe_loss", 0.5)]
+
+    monkeypatch.setattr(STUDIES["probe_loss"], "metrics", metrics)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "a.csv").write_text("prompt,target\nx,1\n")
+
+    def run():
+        kinds, measured = [STUDIES["probe_loss"]], {"a": measured_of(cases["topk"])}
+        return suites.run(measured, {"a": tmp_path}, kinds, tasks=str(folder))[0]["a"].to_json()
+
+    assert run()["left_out"] == {"probe_loss": "a file lacks a column"}
+    assert run()["probe_loss"] == run()["probe_loss"] == 0.5
+    assert calls == [str(folder)] * 2
+    (folder / "a.csv").write_text("prompt,target\ny,1\n")
+    run()
+    assert len(calls) == 3
+
+
 def test_studies_without_text_and_suites_that_are_not_there_are_refused(cases):
     no_text = dataclasses.replace(measured_of(cases["topk"]), case=None)
     with pytest.raises(UsageError, match="a: its set names no held-out text"):
