@@ -342,7 +342,8 @@ def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend]
     folder = Path(folder)
     measured, missing = trends.read(folder, sweep_run.member_folders(folder))
     if missing:
-        console.print(f"{len(missing)} members are not measured and do not count: {', '.join(missing[:4])} ...")
+        names = ", ".join(missing[:4]) + (" and others" if len(missing) > 4 else "")
+        console.print(f"{len(missing)} members are not measured and do not count: {names}")
     found = trends.trends(measured, metrics)
     content = {trend.metric: dataclasses.asdict(trend) for trend in found}
     storage.write_json(folder / "quality.json", storage.sealed(content))

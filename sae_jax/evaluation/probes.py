@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 import scipy.special
-import scipy.stats
+
+from sae_jax.evaluation import prompts
 
 MAX_WEIGHT = 100.0  # |w| of a direction, a standard deviation: of classes that separate it would grow for ever
 MAX_STEPS = 50  # of Newton's method
@@ -201,8 +202,7 @@ def accuracy(logit_N: np.ndarray, y_N: np.ndarray) -> float:
 
 def auc(score_N: np.ndarray, y_N: np.ndarray) -> float:
     """Share of pairs, one of each label, in which the true one has the greater score; ties count half."""
-    n_true, n_false = y_N.sum(), (~y_N).sum()
-    return float((scipy.stats.rankdata(score_N)[y_N].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
+    return float(prompts.auc(score_N[y_N, None], score_N[~y_N, None])[0])
 
 
 def f1(logit_N: np.ndarray, y_N: np.ndarray) -> float:

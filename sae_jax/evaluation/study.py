@@ -54,7 +54,7 @@ class Case:
         """The first sequences of the text, at most `n_sequences`, `size` at a time."""
         n = min(n_sequences, len(self.text.sequences))
         size = min(size, n)
-        for first in range(0, n, size):
+        for first in range(0, n, max(size, 1)):
             parts = (part[first : min(first + size, n)] for part in (self.text.sequences, self.text.text))
             ids_ST, text_ST = (np.pad(part, ((0, size - len(part)), (0, 0))) for part in parts)
             acts, norm_STH = read_hooks(self.subject.model, ids_ST, self.subject.encoded, "float32")
