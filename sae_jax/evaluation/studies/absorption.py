@@ -80,8 +80,10 @@ class Study(study.Study):
         "letter_absorption_full": Description("full absorption", "words on which the letter's latents are silent"),
         "letter_absorption_all": Description("absorption, no thresholds", "the same counting all other latents"),
         "letter_splits": Description("latents of a letter", "that together say it best, mean over letters"),
-        "letter_f1": Description("F1 of them", "of a probe of the latents of a letter, on other words"),
-        "letter_probe_f1": Description("F1 of activations", "of a probe of the activations, all letters"),
+        "letter_f1": Description("first letters, F1 of latents", "of a probe of a letter's latents, on other words"),
+        "letter_probe_f1": Description(
+            "first letters, F1 of activations", "of a probe of the activations, all letters"
+        ),
         "letter_absorption_by_letter": Description("absorption by letter", "the same of each letter", in_table=False),
     }
 
