@@ -154,9 +154,11 @@ def trained(size: Size, state: str, seed: int) -> dict[str, Any]:
     sae, train = settings(size, state)
     hparams = hyperparameters(dataclasses.replace(train, seed=seed), sae)
     began = time.monotonic()
-    start, steps, measure = programs(size, state)
     world = directions(size)
-    at = jax.block_until_ready(start(sample(size, world), hparams))
+    first_rows = sample(size, world)
+    start, steps, measure = programs(size, state, first_rows, hparams, world)
+    console.print(f"  {state}, seed {seed}: compiled after {time.monotonic() - began:.0f} s")
+    at = jax.block_until_ready(start(first_rows, hparams))
     before = float(measure(at.sae, world))
     born = time.monotonic()
     fvu, seconds = [], []
@@ -215,8 +217,11 @@ def settings(size: Size, state: str) -> tuple[topk.Config, TrainConfig]:
 _programs: dict[Any, Any] = {}
 
 
-def programs(size: Size, state: str) -> tuple[Any, Any, Any]:
-    """(initial state, the steps of a chunk, FVU on rows held out), compiled once for all seeds."""
+def programs(size: Size, state: str, sample: init.Sample, hparams: Any, world: jax.Array) -> tuple[Any, Any, Any]:
+    """(initial state, the steps of a chunk, FVU on rows held out), compiled once for all seeds.
+
+    The steps are compiled before there is a state: the compiler tries variants of kernels on arrays of their own.
+    """
     if (size, state) not in _programs:
         sae, train = settings(size, state)
         step = make_step(sae.program, train, by_tiles=train.weights != "float32")
@@ -243,7 +248,9 @@ def programs(size: Size, state: str) -> tuple[Any, Any, Any]:
             left, all_ = lax.map(sums, jnp.arange(4, dtype=jnp.int32))
             return left.sum() / all_.sum()
 
-        _programs[size, state] = (tuning.jit(start), tuning.jit(chunk, donate_argnums=0), tuning.jit(measure))
+        begin, steps = tuning.jit(start), tuning.jit(chunk, donate_argnums=0)
+        compiled = steps.trace(jax.eval_shape(begin, sample, hparams), hparams, jnp.int32(0), world).lower().compile()
+        _programs[size, state] = begin, compiled, tuning.jit(measure)
     return _programs[size, state]
 
 
