@@ -41,7 +41,7 @@ from common import SIZES, Size
 from sae_jax import mesh as meshes
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import analytic, compile, hlo, targets
-from sae_jax.saes.base import SaeConfig, config_class
+from sae_jax.saes.base import KConfig, SaeConfig, config_class
 from sae_jax.training.settings import TrainConfig
 from sae_jax.types import Widths
 from sae_jax.units import size
@@ -55,7 +55,7 @@ class Benchmark:
 
     targets: tuple[str, ...] = ("h200:1", "h100:1")
     sizes: tuple[str, ...] = ("A", "B")
-    variants: tuple[str, ...] = ("topk",)  # such as have a k
+    variants: tuple[str, ...] = ("topk",)  # such as have a k, or a target_l0
     timeout: float = 600.0  # seconds until a compiler that does not come back is killed
     out: Path | None = None  # JSON with every kernel
     smoke: bool = False  # one tiny step, compiled for this machine; seconds
@@ -70,7 +70,9 @@ def main(config: Benchmark) -> None:
     for name in names:
         for variant, machine in itertools.product(config.variants, machines):
             target, of_size = targets.parse(machine), SIZES[name]
-            sae = config_class(variant)(n_latents=of_size.n, k=of_size.k, dtype="bfloat16")  # pyrefly: ignore
+            kind = config_class(variant)
+            k = {"k" if issubclass(kind, KConfig) else "target_l0": of_size.k}
+            sae = kind(n_latents=of_size.n, dtype="bfloat16", **k)
             text = text_of(sae, of_size, target, config)
             counted = count(hlo.analyse(text, quietest=True), sae, of_size, target)
             title = f"{name}, {variant}, {machine}"

@@ -131,6 +131,47 @@ def encode_batch_topk(
     return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, sparse.Filling(k, n_kept), dtype)
 
 
+def encode_above(
+    x_BD: jax.Array,
+    w_enc_FD: jax.Array,
+    b_enc_F: jax.Array,
+    b_pre_D: jax.Array,
+    k: int,
+    n_most: int,
+    dtype: jnp.dtype,
+    n_candidates: int,
+    max_candidates: int,
+) -> tuple[Code, jax.Array, jax.Array]:
+    """Every pre-activation above 0, as long as there are few.
+
+    Args:
+        k: a guess at how many a row has.
+        n_most: of the batch.
+        n_candidates: of a row on a latent shard.
+        max_candidates: as many are looked at where a row might have had more.
+        The others as in `encode_topk`.
+
+    Returns:
+        As `encode_topk`, with min(max_candidates, F/S) slots a shard, mostly empty; and whether these are all that are
+        above 0, bool[]. If not, the code is part of them.
+    """
+
+    def search(candidates, _, n_local):
+        def select(width):
+            values_BC, index_BC = candidates(width)
+            n_found = spmd.total((values_BC > 0).sum(dtype=jnp.int32))
+            n_cut = spmd.total((values_BC[:, -1] > 0).sum(dtype=jnp.int32)) if width < n_local else jnp.int32(0)
+            code = _kept(values_BC, index_BC, values_BC > 0, min(max_candidates, n_local))
+            return code, (n_found <= n_most, n_cut > 0)
+
+        code, (are_few, is_cut) = first = select(n_candidates)
+        if n_candidates < min(max_candidates, n_local):  # a batch that has too many already needs no longer lists
+            code, (are_few, is_cut) = lax.cond(are_few & is_cut, lambda: select(max_candidates), lambda: first)
+        return code, are_few & ~is_cut
+
+    return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, sparse.Filling(k, n_most), dtype)
+
+
 def narrow(code: Code, k: int) -> Code:
     """A code of `encode_topk` cut down to the k largest of each row. Fewer slots on one latent shard, else zeros."""
 

@@ -127,7 +127,8 @@ def _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above) 
 
 def _forward_saving(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above):
     # Whether anyone wants a gradient is known while tracing; () or None, structure alone, tells the backward pass.
-    needed = [() if argument.perturbed else None for argument in (x_BD, *jax.tree.leaves(w_dec, is_leaf=_is_argument))]
+    may_need = x_BD, w_enc_FD, *jax.tree.leaves(w_dec, is_leaf=_is_argument)
+    needed = [() if argument.perturbed else None for argument in may_need]
     saved = x_BD, w_enc_FD, w_dec, b_pre_D, latents = _values((x_BD, w_enc_FD, w_dec, b_pre_D, latents))
     return _forward(x_BD, w_enc_FD, w_dec, b_pre_D, latents, activation, dtype, above), (saved, needed)
 
@@ -141,7 +142,7 @@ def _values(arguments: Any) -> Any:
 
 
 def _backward(activation, dtype, above, saved, cotangent: Tiled):
-    (x_BD, w_enc_FD, w_dec, b_pre_D, latents), (wants_x, *wants_dec) = saved
+    (x_BD, w_enc_FD, w_dec, b_pre_D, latents), (wants_x, wants_enc, *wants_dec) = saved
     g_x_hat, g_penalty = (
         jax.tree.map(partial(_instantiated, role=role), g)
         for g, role in ((cotangent.x_hat, ROWS), (cotangent.penalty, DICT))
@@ -173,7 +174,8 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
                     None if wants is None else product("bf,bd->fd", z_bf, g_bD)
                     for wants, z_bf, g_bD in zip(wants_dec, jax.tree.leaves(codes), g_x_hats_bD, strict=True)
                 ]
-                parts = (g_pre_bf.sum(0), product("bf,bd->fd", g_pre_bf, x_bD), g_dec, g_latents)
+                g_enc = None if wants_enc is None else product("bf,bd->fd", g_pre_bf, x_bD)
+                parts = (g_pre_bf.sum(0), g_enc, g_dec, g_latents)
                 if wants_x is not None:
                     g_x_bD = g_x_bD + product("bf,fd->bd", g_pre_bf, at.take(w_enc_FD))
                 return g_x_bD, at.add(sums, parts)
@@ -183,7 +185,8 @@ def _backward(activation, dtype, above, saved, cotangent: Tiled):
             return sums, jax.tree.map(lambda g_bD: spmd.reduce_scatter(g_bD, LATENT), g_x_bD)
 
         g_dec = [None if wants is None else w_FD for wants, w_FD in zip(wants_dec, decoders_FD, strict=True)]
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), (jnp.zeros(cut.n_latents), w_enc_FD, g_dec, latents))
+        g_enc = None if wants_enc is None else w_enc_FD
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), (jnp.zeros(cut.n_latents), g_enc, g_dec, latents))
         sums, g_x = spmd.scan(block, zeros, cut.blocks(x_RD, g_x_hat))
         g_pre_R, g_enc_RD, g_dec, g_latents = jax.tree.map(lambda sum_F: spmd.reduce_scatter(sum_F, DATA), sums)
         # Summed over the batch first: a mat-vec instead of a product of full size.

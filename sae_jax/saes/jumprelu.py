@@ -19,6 +19,12 @@ and dH/dpi = 0: the count moves thresholds alone. With the tanh the count is a f
 and latents that a row does not reach are raised by preactivation_coefficient * sum_i ReLU(theta_i - pi_i) ||d_i||.
 Decoder rows have unit norm, or with the tanh any norm, which `folded` moves into the code.
 
+Once few latents are active a batch is a sparse code, whose gradients touch active latents alone. The estimate for
+thresholds is what needs dense products: of every pre-activation near its threshold, which with a wide window is nearly
+all. It is made of every eighth row, counted from one drawn at each step, times eight. A batch in which a row has more
+than 16 target_l0 active latents, or the average more than 2 target_l0, goes through dense tiles instead (`tiled` in the
+log); so does every batch with the tanh, of a dictionary with few latents, or if `threshold_rows` says all.
+
 Sources: Rajamanoharan et al. 2024, arXiv 2407.14435, sections 3 and 4, appendix B; the tanh: Conerly et al. 2025,
 "Circuits Updates - January 2025". There biases start from quantiles of a sample, here from those of a normal
 distribution with its mean and variance.
@@ -29,7 +35,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +43,7 @@ from flax import struct
 from jax import lax
 
 from sae_jax import mesh
-from sae_jax.ops import encode, sparse, tiled, tuning
+from sae_jax.ops import encode, sparse, spmd, tiled, tuning
 from sae_jax.saes import base, init, losses, normalise, penalty
 from sae_jax.saes.base import AbstractSae, Adam, Batch, Context, Outcome
 from sae_jax.saes.init import Sample
@@ -48,6 +54,10 @@ from sae_jax.types import Code, UsageError
 STEEPNESS = 4.0  # c of the tanh
 SQUARED = 0.25  # weight of the square, for each dimension
 N_ACTIVE_AT_START = 10_000  # over all latents a row, as far as the tanh's biases can tell
+CANDIDATES, WIDEST, MOST = 4, 4, 2  # times target_l0: of a row; times these, of a long row; active in a row on average
+SPARSE_FROM = 64  # latents for each of target_l0: with fewer, dense products take no longer
+STRIDE = 8  # of the rows that move thresholds
+ROWS = 1  # folded into a step's key: other uses of it are others' draws
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,9 @@ class Config(PenaltyConfig):
     """subtract b_dec before encoding"""
     error: losses.Error = "summed"
     """which squared error the coefficients stand beside, see saes/losses.py"""
+    threshold_rows: Literal["sampled", "all"] = "sampled"
+    """rows whose errors move thresholds: every eighth, counted from one drawn each step; all: up to five times the
+    work. With fewer than 64 latents for each of target_l0 it is always all"""
 
     ADAM: ClassVar[Adam] = Adam(lr=7e-5, n_latents=2**17, beta1=0.0, eps=1e-8)
     COEFFICIENT: ClassVar[str] = "l0_coefficient"
@@ -98,6 +111,25 @@ class Config(PenaltyConfig):
     def is_led(self) -> bool:
         """See penalty.py. The square leads itself: it pushes thresholds down, too."""
         return self.penalty != "squared" and super().is_led
+
+    @property
+    def program(self) -> Self:
+        """See SaeConfig. A code has slots for target_l0, so programs differ from one power of two to the next."""
+        return replace(super().program, target_l0=2.0 ** math.ceil(math.log2(self.target_l0)))
+
+    @property
+    def may_be_sparse(self) -> bool:
+        """Whether a batch with few active latents is learnt from as a sparse code."""
+        is_estimated = self.penalty != "tanh" and self.threshold_rows == "sampled"
+        return is_estimated and SPARSE_FROM * self.target_l0 <= self.n_latents
+
+    def sparsity(self, share_F: jax.Array, target_l0: jax.Array) -> jax.Array:
+        """Of p_i, f32[F], DICT; see the head of this file."""
+        if self.penalty == "squared":
+            return (share_F.sum() / target_l0 - 1) ** 2
+        if self.frequency_scale is not None:
+            return (share_F * (1 + share_F / self.frequency_scale)).sum()
+        return share_F.sum()
 
     def start(self, width: int, target_l0: jax.Array) -> jax.Array:
         """See penalty.py."""
@@ -166,31 +198,102 @@ class JumpRelu(AbstractSae):
 
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
         """See AbstractSae and the head of this file."""
-        config, n_rows = self.config, batch.x.shape[0]
+        return _objective(self, batch, context) if self.config.may_be_sparse else self._of_tiles(batch, context)
+
+    def _of_tiles(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
+        """Every product whole, in tiles."""
+        config, n_rows, below_F = self.config, batch.x.shape[0], None
         if config.penalty == "tanh":
             latents = {**self._latents, "norm": jnp.linalg.norm(self.w_dec, axis=-1)}
             tiles = self._reconstruct(batch.x, self.w_dec, latents, partial(_smooth, bandwidth=config.bandwidth))
             count_F, below_F = tiles.penalty
         else:
-            counting = _counting(config.bandwidth)
-            tiles = self._reconstruct(batch.x, self.w_dec, self._latents, counting)
-            count_F, below_F = tiles.penalty, None
-        share_F = count_F / n_rows
-        if config.penalty == "squared":
-            sparsity = (share_F.sum() / context.hparams.coefficients["target_l0"] - 1) ** 2
-        elif config.frequency_scale is not None:
-            sparsity = (share_F * (1 + share_F / config.frequency_scale)).sum()
-        else:
-            sparsity = share_F.sum()
-        x_hat_BD = tiles.x_hat + self.b_dec[None]
+            tiles = self._reconstruct(batch.x, self.w_dec, self._latents, _counting(config.bandwidth))
+            count_F = tiles.penalty
+        made = tiles.x_hat + self.b_dec[None], count_F / n_rows, tiles.fired, tiles.l0
+        loss, outcome = self._loss(batch, context, *made)
+        outcome.metrics["tiled"] = jnp.float32(1)
+        if below_F is not None:
+            outcome.metrics["below"] = below_F.sum() / n_rows
+            loss = loss + context.coefficient("preactivation_coefficient") * outcome.metrics["below"]
+        return loss, outcome
+
+    def _loss(
+        self, batch: Batch, context: Context, x_hat_BD: jax.Array, share_F: jax.Array, fired_F: jax.Array, l0: jax.Array
+    ) -> tuple[jax.Array, Outcome]:
+        """Of a reconstruction, the p_i and what a batch counts."""
+        config = self.config
+        sparsity = config.sparsity(share_F, context.hparams.coefficients["target_l0"])
         coefficient = penalty.weight(config, context, batch.y.shape[1])
         loss = losses.error(config.error, batch.y - x_hat_BD) + coefficient * sparsity
         metrics = {"sparsity": sparsity, "threshold": self.threshold.mean(), "coefficient": coefficient}
-        if below_F is not None:
-            metrics["below"] = below_F.sum() / n_rows
-            loss = loss + context.coefficient("preactivation_coefficient") * metrics["below"]
-        counters = penalty.led(config, context, context.count(tiles.fired, n_rows), tiles.l0)
-        return loss, Outcome(x_hat_BD, tiles.l0, counters, metrics)
+        counters = penalty.led(config, context, context.count(fired_F, batch.x.shape[0]), l0)
+        return loss, Outcome(x_hat_BD, l0, counters, metrics)
+
+    def _with_gradients(self, batch: Batch, context: Context) -> tuple[tuple[jax.Array, Outcome], JumpRelu]:
+        """The objective and its gradients, of a sparse code if it holds all that is active, else of tiles."""
+        config, n_rows = self.config, batch.x.shape[0]
+        k = round(config.target_l0)
+        filling = sparse.Filling(k, n_most := MOST * k * n_rows)
+        width = min(k + -(-(CANDIDATES - 1) * k // mesh.axis_size(mesh.LATENT)), config.n_latents)
+        threshold_F = self.threshold
+
+        def above(w_enc: jax.Array, b_enc: jax.Array, b_pre: jax.Array) -> tuple[jax.Array, Any]:
+            encoder, lists = (w_enc, b_enc - threshold_F, b_pre), (width, min(WIDEST * width, config.n_latents))
+            code, _, is_whole = encode.encode_above(batch.x, *encoder, k, n_most, config.product_dtype, *lists)
+            return code.values, (code.indices, is_whole)
+
+        values_BK, pull, (indices_BK, is_whole) = jax.vjp(above, self.w_enc, self.b_enc, self._b_pre, has_aux=True)
+        above_BK = Code(indices_BK, values_BK)
+        z_BK = jnp.where(values_BK > 0, values_BK + sparse.looked_up(above_BK, threshold_F), 0.0)
+        code = Code(indices_BK, z_BK)
+
+        def of_code() -> tuple[tuple[jax.Array, Outcome], JumpRelu]:
+            ones = Code(indices_BK, (values_BK > 0).astype(jnp.float32))
+            share_F = sparse.summed(ones, config.n_latents, filling) / n_rows
+            fired_F = sparse.fired(code, config.n_latents, base.FIRED_ABOVE, filling)
+
+            def objective(z_BK: jax.Array, w_dec: jax.Array, b_dec: jax.Array) -> tuple[jax.Array, Outcome]:
+                x_hat_BD, _ = sparse.decode(Code(indices_BK, z_BK), w_dec, config.product_dtype, filling)
+                return self._loss(batch, context, x_hat_BD + b_dec[None], share_F, fired_F, base.l0(code))
+
+            (loss, outcome), gradients = jax.value_and_grad(objective, (0, 1, 2), has_aux=True)(
+                z_BK, self.w_dec, self.b_dec
+            )
+            outcome.metrics["tiled"] = jnp.float32(0)
+            g_z_BK, g_w_dec, g_b_dec = gradients
+            g_w_enc, g_b_enc, g_b_pre = pull(g_z_BK)
+            return (loss, outcome), replace(
+                self,
+                w_enc=g_w_enc,
+                b_enc=g_b_enc,
+                w_dec=g_w_dec,
+                b_dec=g_b_dec + g_b_pre if config.pre_bias else g_b_dec,
+                log_threshold=self._threshold_gradient(batch, context, outcome.y_hat, share_F) * threshold_F,
+            )
+
+        def of_tiles() -> tuple[tuple[jax.Array, Outcome], JumpRelu]:
+            return jax.value_and_grad(lambda sae: sae._of_tiles(batch, context), has_aux=True)(self)
+
+        return lax.cond(is_whole, of_code, of_tiles)
+
+    def _threshold_gradient(self, batch: Batch, context: Context, x_hat_BD: jax.Array, share_F: jax.Array) -> jax.Array:
+        """Estimated from every eighth row, f32[F], DICT: see the head of this file."""
+        config = self.config
+        g_x_hat_BD = jax.grad(lambda x_hat_BD: losses.error(config.error, batch.y - x_hat_BD))(x_hat_BD)
+        g_share_F = jax.grad(config.sparsity)(share_F, context.hparams.coefficients["target_l0"])
+        g_count_F = penalty.weight(config, context, batch.y.shape[1]) * g_share_F / len(batch.x)
+        stride = math.gcd(len(batch.x) // mesh.axis_size(mesh.AXES), STRIDE)
+        first = jax.random.randint(jax.random.fold_in(context.key, ROWS), (), 0, stride)
+        x_SD, g_x_hat_SD = _every(stride, first, (batch.x, g_x_hat_BD))
+        w_dec, counting = lax.stop_gradient(self.w_dec), _counting(config.bandwidth)
+
+        def reconstructed(threshold_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+            tiles = self._reconstruct(x_SD, w_dec, {**self._latents, "threshold": threshold_F}, counting)
+            return tiles.x_hat, tiles.penalty
+
+        (g_threshold_F,) = jax.vjp(reconstructed, self.threshold)[1]((g_x_hat_SD, g_count_F))
+        return stride * g_threshold_F
 
     @property
     def unit_rows(self) -> tuple[str, ...]:
@@ -274,6 +377,34 @@ def calibrated(sae: Any, x: Any, per_latent: bool = False, pre_bias: bool = True
 def _just_below(value: jax.Array) -> jax.Array:
     """By more than the logarithm that thresholds are kept in may round."""
     return value * (1 - 1e-6)
+
+
+@jax.custom_vjp
+def _objective(sae: JumpRelu, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
+    """The objective of `sae`, without gradient for the rows.
+
+    Gradients are made where the batch is looked at, in one of two ways: a derivative of `lax.cond` would keep what each
+    way needs, copies of the weights among it.
+    """
+    return sae._with_gradients(batch, context)[0]
+
+
+_objective.defvjp(
+    lambda sae, batch, context: sae._with_gradients(batch, context),
+    lambda gradients, cotangent: (jax.tree.map(lambda g: g * cotangent[0], gradients), None, None),
+)
+
+
+def _every(stride: int, first: jax.Array, arrays_BD: Any) -> Any:
+    """Rows first, first + stride, ... of what each device has of the arrays, ROWS: the same rows on any mesh."""
+
+    def local(first, arrays_RD):
+        return jax.tree.map(
+            lambda a_RD: lax.dynamic_index_in_dim(a_RD.reshape(-1, stride, a_RD.shape[1]), first, 1, keepdims=False),
+            arrays_RD,
+        )
+
+    return spmd.per_device(local, (mesh.REPLICATED, mesh.ROWS), mesh.ROWS)(first, arrays_BD)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -1,22 +1,26 @@
 """JumpReLU against its float64 oracle, its estimator of a step's gradient, and what it learns."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.saes import base, init, jumprelu
+from sae_jax import mesh as meshes
+from sae_jax.saes import base, init, jumprelu, normalise
 from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
 from sae_jax.training.step import Step
 from sae_jax.types import UsageError
 from tests.oracles import jumprelu as oracle
+from tests.saes.contexts import context_of
 from tests.saes.oracle_checks import D, F, arrays, assert_finite_differences, assert_is_oracle, float64, rows
 
 TANH = {"penalty": "tanh", "preactivation_coefficient": 0.1}
 SQUARED = {"penalty": "squared", "target_l0": 5.0}
+SCALE = normalise.Scale(jnp.ones(D), jnp.ones(D))
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "log_threshold")
 
 
@@ -65,6 +69,74 @@ def expected(sae, x, weights=None) -> oracle.Result:
 def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, settings):
     sae = make(**settings)
     assert_is_oracle(sae, expected(sae, rows()), shape)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("settings", [SQUARED, {**SQUARED, "pre_bias": True, "error": "mean"}], ids=str)
+def test_a_batch_with_few_active_latents_is_the_oracle_too(shape, settings, monkeypatch):
+    """As a sparse code; the gradient of thresholds is that of all rows on average over the rows it is counted from."""
+    monkeypatch.setattr(jumprelu, "SPARSE_FROM", 8)
+    sae, x = make(**settings), rows()
+    sae = sae.replace(b_enc=sae.b_enc - 1.5)
+    want = expected(sae, x)
+    assert 0 < (want.z_BF > 0).sum() <= 2 * 5 * len(x)
+    n_firsts = math.gcd(len(x) // math.prod(shape or (1,)), jumprelu.STRIDE)
+
+    @jax.jit
+    def gradients(sae, x, key):
+        stats = context_of(jnp.zeros(F, jnp.int32), jnp.int32(100), 1.0, SCALE, {}, sae.config.coefficients)
+        stats = stats.replace(key=key)
+        return jax.value_and_grad(lambda sae: sae.objective(base.Batch(x, x), stats), has_aux=True)(sae)
+
+    keys = {}
+    for number in range(100):
+        key = jax.random.key(number)
+        keys.setdefault(int(jax.random.randint(jax.random.fold_in(key, jumprelu.ROWS), (), 0, n_firsts)), key)
+    keys = [keys[first] for first in range(n_firsts)]
+    if shape is None:
+        found = [gradients(sae, x, key) for key in keys]
+    else:
+        mesh = meshes.make_mesh(meshes.MeshConfig(*shape))
+        with jax.set_mesh(mesh):
+            sae_there = jax.tree.map(
+                lambda a: jax.device_put(a, meshes.sharding(mesh, meshes.DICT if len(a) == F else meshes.REPLICATED)),
+                sae,
+            )
+            x_there = jax.device_put(x, meshes.sharding(mesh, meshes.ROWS))
+            found = [gradients(sae_there, x_there, key) for key in keys]
+    scale = 1 / D if settings.get("error") == "mean" else 1
+    for (loss, outcome), _ in found:
+        assert outcome.metrics["tiled"] == 0
+        np.testing.assert_allclose(outcome.y_hat, want.x_hat_BD, rtol=1e-4, atol=1e-5)
+        error = ((want.x_hat_BD - x) ** 2).sum() / len(x)
+        np.testing.assert_allclose(loss, scale * error + 0.3 * want.sparsity, rtol=1e-5)
+    if scale == 1:
+        means = {name: np.mean([np.asarray(getattr(g, name)) for _, g in found], axis=0) for name in NAMES}
+        along = (means["w_dec"] * sae.w_dec).sum(1, keepdims=True)
+        means["w_dec"] = means["w_dec"] - along * sae.w_dec
+        for name in NAMES:
+            np.testing.assert_allclose(means[name], want.gradients[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_long_rows_are_looked_at_again_and_dense_batches_go_through_tiles(monkeypatch):
+    """Whatever way a batch takes, its loss and its active latents are those of all its latents."""
+    monkeypatch.setattr(jumprelu, "SPARSE_FROM", 8)
+    x = np.random.default_rng(3).standard_normal((64, D)).astype(np.float32)
+    x[7] *= 20
+    sae, ways = make(**SQUARED), set()
+    objective = jax.jit(lambda sae, stats: sae.objective(base.Batch(x, x), stats))
+    for shift in (0.0, -2.0, -3.0):
+        shifted = sae.replace(b_enc=sae.b_enc + shift)
+        whole = shifted.replace(config=dataclasses.replace(sae.config, threshold_rows="all"))
+        stats = context_of(jnp.zeros(F, jnp.int32), jnp.int32(100), 1.0, SCALE, {}, sae.config.coefficients)
+        (loss, got), (want_loss, want) = (objective(each, stats) for each in (shifted, whole))
+        np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+        np.testing.assert_allclose(got.y_hat, want.y_hat, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(got.counters.silent, want.counters.silent)
+        assert float(got.l0) == pytest.approx(float(want.l0), abs=1e-6)
+        most = int((np.asarray(shifted.encode(x).values) > 0).sum(-1).max())
+        ways.add((float(got.metrics["tiled"]), most > 20))
+    assert ways == {(1.0, True), (0.0, True)}
 
 
 @pytest.mark.parametrize("settings", [{"pre_bias": True, "frequency_scale": 0.1}, TANH], ids=str)
