@@ -205,6 +205,21 @@ class Crosscoder(AbstractSae):
             b_dec=self.b_dec / scale.y,
         )
 
+    def unfolded(self, scale: Scale) -> Crosscoder:
+        """See AbstractSae. Sources have scales of their own, so rows of one length leave with several."""
+        return replace(
+            self,
+            w_enc=self.w_enc / scale.x[None],
+            w_dec=self.w_dec * scale.y[None],
+            b_dec=self.b_dec * scale.y,
+        )
+
+    @property
+    def row_lengths(self) -> jax.Array | None:
+        """See AbstractSae."""
+        is_kept = self.config.activation == "batch_topk"
+        return row_norms(self.w_dec, self.widths.y, self.config.decoder_norm) if is_kept else None
+
     @property
     def _jumprelu(self) -> jumprelu.JumpRelu:
         # Only rows whose length is kept go with one threshold for all.
