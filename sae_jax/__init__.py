@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sae_jax.activations.source import RowSource
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.artifact import Dictionary, load, save
+    from sae_jax.interchange.convert import export, import_dictionary
     from sae_jax.record import Record
     from sae_jax.runs import (
         advise,
@@ -60,9 +61,11 @@ __all__ = [
     "dashboard",
     "evaluate",
     "explain",
+    "export",
     "find",
     "fit",
     "harvest",
+    "import_dictionary",
     "live",
     "load",
     "open_activations",
@@ -88,6 +91,8 @@ _HOMES = {
     "RowSource": "sae_jax.activations.source",
     "UsageError": "sae_jax.errors",
     "UserError": "sae_jax.errors",
+    "export": "sae_jax.interchange.convert",
+    "import_dictionary": "sae_jax.interchange.convert",
     "load": "sae_jax.artifact",
     "open_activations": "sae_jax.activations.store",
     "save": "sae_jax.artifact",

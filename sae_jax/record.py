@@ -33,8 +33,7 @@ class Versioned:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        fields = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
-        return sealed({"kind": self.KIND, "schema": SCHEMA, **fields})
+        return sealed({"kind": self.KIND, "schema": SCHEMA, **_plain(self)})
 
     @classmethod
     def from_json(cls, content: Any, path: str | Path) -> Self:
@@ -51,7 +50,7 @@ class Versioned:
             record = msgspec.convert(fields, cls, strict=True)
         except (msgspec.ValidationError, UserError) as error:
             raise UserError(f"{path}: {error}; the record is damaged, restore it or write it again") from None
-        if difference := _difference(fields, json.loads(json.dumps(asdict(record)))):  # type: ignore[call-overload]
+        if difference := _difference(fields, _plain(record)):
             raise UserError(f"{path}: {difference}; restore the file, or write it again with this version")
         unsealed(content, path)
         return record
@@ -95,6 +94,18 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a dictionary that another program wrote came from, and what became of it on the way."""
+
+    format: str  # a name of sae_jax/interchange/formats
+    place: str  # a path, or where on a hub
+    revision: str | None  # of the hub's repository
+    licence: str | None
+    changes: tuple[str, ...]  # in plain words; () where every number is as it was
+    unit_rows: bool  # decoder rows have norm 1; else they have the norms they came with
+
+
+@dataclass(frozen=True)
 class Record(Versioned):
     """A dictionary: everything that a person, or another program, needs to know beside the arrays."""
 
@@ -111,6 +122,7 @@ class Record(Versioned):
     weights: Literal["live", "average"]  # as trained, or their running average
     metrics: dict[str, float]  # where measured
     program: str  # version and commit
+    origin: Origin | None = None  # of what was imported; left out of the file where there is none
 
     def __post_init__(self) -> None:
         if not (self.encodes and self.reconstructs):
@@ -163,6 +175,15 @@ def program() -> str:
     except OSError:
         return version
     return f"{version}+{described.stdout.strip()}" if described.stdout.strip() else version
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record as values of JSON. An origin that there is not is left out, as it was before there were any."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if (name, value) != ("origin", None)}
+
+    return json.loads(json.dumps(asdict(record, dict_factory=fields)))
 
 
 def _difference(given: Any, known: Any, path: str = "") -> str | None:

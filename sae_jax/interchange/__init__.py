@@ -1,0 +1,14 @@
+"""Dictionaries of other programs become ours, and ours theirs.
+
+import_dictionary("gemma-scope/layer_20/width_16k/average_l0_71", "dictionary")    as `sae-jax import`
+export("dictionary", "saelens", "for-saelens")                                     as `sae-jax export`
+
+lazy, tensors    arrays that are read and written a few MiB at a time, in files of safetensors, numpy and torch
+foreign          a dictionary on its way, and what is exact to change of it
+formats/         one a file
+convert          import and export
+"""
+
+from sae_jax.interchange.convert import export, import_dictionary, known_formats
+
+__all__ = ["export", "import_dictionary", "known_formats"]
