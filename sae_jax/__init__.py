@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sae_jax.activations.source import RowSource
     from sae_jax.activations.store import ActivationSet, open_activations
     from sae_jax.artifact import Dictionary, save
-    from sae_jax.interchange.hub import load, push
+    from sae_jax.interchange.convert import export, import_dictionary
+    from sae_jax.interchange.publish import load, push
     from sae_jax.record import Record
     from sae_jax.runs import (
         advise,
@@ -61,9 +62,11 @@ __all__ = [
     "dashboard",
     "evaluate",
     "explain",
+    "export",
     "find",
     "fit",
     "harvest",
+    "import_dictionary",
     "live",
     "load",
     "open_activations",
@@ -90,9 +93,11 @@ _HOMES = {
     "RowSource": "sae_jax.activations.source",
     "UsageError": "sae_jax.errors",
     "UserError": "sae_jax.errors",
-    "load": "sae_jax.interchange.hub",
+    "export": "sae_jax.interchange.convert",
+    "import_dictionary": "sae_jax.interchange.convert",
+    "load": "sae_jax.interchange.publish",
     "open_activations": "sae_jax.activations.store",
-    "push": "sae_jax.interchange.hub",
+    "push": "sae_jax.interchange.publish",
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(

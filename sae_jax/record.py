@@ -95,6 +95,18 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a dictionary that another program wrote came from, and what became of it on the way."""
+
+    format: str  # a name of sae_jax/interchange/formats
+    place: str  # a path, or where on a hub
+    revision: str | None  # of the hub's repository
+    licence: str | None
+    changes: tuple[str, ...]  # in plain words; () where every number is as it was
+    unit_rows: bool  # decoder rows have norm 1; else they have the norms they came with
+
+
+@dataclass(frozen=True)
 class Record(Versioned):
     """A dictionary: everything that a person, or another program, needs to know beside the arrays."""
 
@@ -111,6 +123,7 @@ class Record(Versioned):
     weights: Literal["live", "average"]  # as trained, or their running average
     metrics: dict[str, float]  # where measured
     program: str  # version and commit
+    origin: Origin | None = None  # of what was imported; left out of the file where there is none
 
     def __post_init__(self) -> None:
         if not (self.encodes and self.reconstructs):

@@ -22,7 +22,7 @@ from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows
 from sae_jax.artifact import Dictionary
-from sae_jax.interchange import hub
+from sae_jax.interchange import publish
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import targets
@@ -214,7 +214,7 @@ def as_source(data: Any, allow_partial: bool = False, cache_gib: float = 0.0) ->
 
 def _read(init_from: str) -> tuple[Any, Any]:
     """The dictionary that a run begins with."""
-    dictionary = hub.load(init_from)
+    dictionary = publish.load(init_from)
     return dictionary.sae, dictionary.record
 
 

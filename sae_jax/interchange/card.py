@@ -46,17 +46,17 @@ LIBRARIES = {
 LIBRARIES["saelens_and_sparsify"] = LIBRARIES["saelens"]
 
 
-def write(record: Record, repo: str, folder: str, layout: str | None = None, licence: str | None = None) -> str:
+def write(record: Record, repo: str, folder: str, layout: str, licence: str | None) -> str:
     """The text of the card.
 
     Args:
         record: of the dictionary; metrics that nobody has measured are left out.
         repo: owner/name.
         folder: in the repository; "": all of it.
-        layout: a format of another library, or None: ours.
+        layout: the format of the files.
         licence: as the hub names it, such as apache-2.0; None: none is stated.
     """
-    library = LIBRARIES.get(layout or "")
+    library = LIBRARIES.get(layout)
     front = {"library_name": library.name if library else "sae_jax", "tags": _tags(record, library)}
     models = [source.model for source in record.encodes + record.reconstructs if source.model]
     hub_models = [*dict.fromkeys(match[1] for model in models if (match := _MODEL.fullmatch(model)))]

@@ -1,4 +1,4 @@
-"""Dictionaries on the Hugging Face hub: `sae_jax.load("hf:owner/repo/folder@revision")`, `sae_jax.push`.
+"""Files of the Hugging Face hub: a folder is fetched, or one is published.
 
     hf:owner/repo[/folder][@revision]    the files of one folder of a repository, or one file; main if no revision
     saelens:RELEASE/ID                   the same, where the registry of an installed SAELens says that SAE lies
@@ -15,7 +15,6 @@ import glob
 import importlib.metadata
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -23,12 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from sae_jax import artifact, config
-from sae_jax.artifact import Dictionary
+from sae_jax import config
 from sae_jax.interchange import card
 from sae_jax.progress import say_once
 from sae_jax.record import Record
-from sae_jax.storage import StrPath
 from sae_jax.storage.guarded import one_line
 from sae_jax.types import UsageError, UserError
 
@@ -69,28 +66,6 @@ def is_remote(where: object) -> bool:
     return isinstance(where, str) and where.startswith((HUB, SAELENS))
 
 
-def load(path: StrPath, ema: bool = False) -> Dictionary:
-    """A dictionary from a folder that `save` wrote, a run, a member of a run, or the hub.
-
-    Args:
-        path: the folder; of a run, the newest checkpoint is taken. hf:owner/repo[/folder][@revision] or
-            saelens:RELEASE/ID is fetched, whatever format of `sae_jax.interchange.formats` it is in.
-        ema: the averaged weights of a run instead of the live ones.
-
-    Raises:
-        UserError: nothing there, no checkpoint yet, a damaged file, a record of another version, or the hub's answer.
-        UsageError: averages asked of what has none.
-    """
-    if not is_remote(path):
-        return artifact.load(path, ema)
-    fetched = fetch(os.fspath(path))
-    if (fetched.path / artifact.RECORD).exists():
-        return artifact.load(fetched.path, ema)
-    if ema:
-        raise UsageError(f"{path}: has no averaged weights; load it without ema")
-    raise UserError(f"{path}: holds no {artifact.RECORD}, so it is no dictionary of sae_jax")
-
-
 def fetch(reference: str) -> Fetched:
     """The files that a reference names, from the hub or from its cache.
 
@@ -112,49 +87,37 @@ def fetch(reference: str) -> Fetched:
     return Fetched(folder / place.folder, place._replace(revision=folder.name), licence)
 
 
-def push(
-    dictionary: Dictionary | StrPath,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    licence: str | None = None,
-) -> str:
-    """Publish a dictionary on the hub, with a card; returns the hf: reference that loads it, with the commit.
-
-    In a job of several processes the first one uploads. The login is that of `hf auth login`, or HF_TOKEN.
-
-    Args:
-        dictionary: as `load` gives it, or its folder.
-        repo: owner/name[/folder]; a repository that is not there is made.
-        private: a repository that is made is seen by its owner alone.
-        revision: branch to push to, made if it is not there; None: main.
-        licence: as the hub names it, such as apache-2.0.
-
-    Raises:
-        UsageError: `repo` is none, or the folder holds other files.
-        UserError: the hub refuses, or cannot be reached.
-    """
-    d = dictionary if isinstance(dictionary, Dictionary) else load(dictionary)
-    with tempfile.TemporaryDirectory() as folder:
-        d.save(Path(folder) / "dictionary")
-        return upload(Path(folder) / "dictionary", repo, d.record, None, private, revision, licence)
-
-
 def upload(
     folder: Path,
     repo: str,
     record: Record,
-    layout: str | None = None,
+    layout: str,
     private: bool = False,
     revision: str | None = None,
     licence: str | None = None,
 ) -> str:
-    """Push a folder of one dictionary in one commit, with a card. Arguments as of `push` and `card.write`."""
+    """Publish a folder of one dictionary, in one commit and with a card; returns the reference that fetches it.
+
+    In a job of several processes the first one uploads. The login is that of `hf auth login`, or HF_TOKEN.
+
+    Args:
+        folder: files of a dictionary.
+        repo: owner/name[/folder]; a repository that is not there is made.
+        record: of the dictionary.
+        layout: the format that the files are in.
+        private: a repository that is made is seen by its owner alone.
+        revision: branch to push to, made if it is not there; None: main.
+        licence: as the hub names it, such as apache-2.0; None: that of the record's origin, if it names one.
+
+    Raises:
+        UsageError: `repo` is none, or the folder there holds other files.
+        UserError: the hub refuses, or cannot be reached.
+    """
     place = destination(repo, revision)
     if jax.process_index() > 0:
         return str(place)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    licence = licence or (record.origin.licence if record.origin else None)
     text = card.write(record, place.repo, place.folder, layout, licence).encode()
     start = f"{place.folder}/" if place.folder else ""
     with reported(place):

@@ -162,7 +162,7 @@ class SaeConfig:
     """width of the dictionary"""
     input_norm: InputNorm = "dataset_sqrt_d"
     """dataset_*: one constant a source, so that the mean square of its rows' norms is its width (sqrt_d) or 1 (rms);
-    layer_norm, unit_norm: of each vector, undone on outputs; none: rows as they are"""
+    layer_norm, unit_norm, vector_sqrt_d: of each vector, undone on outputs; none: rows as they are"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """inputs of products over all latents; auto: bfloat16, but float32 on CPUs that would have to emulate it. Weights,
     sums, selection and losses are float32"""

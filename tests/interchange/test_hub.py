@@ -14,7 +14,8 @@ from huggingface_hub import constants
 
 from sae_jax import artifact
 from sae_jax.artifact import Dictionary
-from sae_jax.interchange import card, hub
+from sae_jax.commands import main
+from sae_jax.interchange import card, hub, publish
 from sae_jax.record import DataRecord, SourceRecord
 from sae_jax.saes import topk
 from sae_jax.types import UsageError, UserError
@@ -77,7 +78,7 @@ def same(a: Dictionary, b: Dictionary) -> bool:
 
 @pytest.mark.parametrize("where", ["", "/layers/6", "/layers/6@old", "/layers/6/"])
 def test_a_folder_of_the_hub_is_a_dictionary_and_nothing_else_is_fetched(server, published, where) -> None:
-    assert same(hub.load(f"hf:{NAME}{where}"), published)
+    assert same(publish.load(f"hf:{NAME}{where}"), published)
     fetched = [path for method, path in server.requests if method == "GET" and "/resolve/" in path]
     assert len(fetched) == 2
     assert not any("layers/7" in path for path in fetched)
@@ -99,27 +100,27 @@ def test_a_file_comes_with_the_settings_beside_it(server, tmp_path) -> None:
 
 
 def test_offline_the_cache_serves_what_it_has(server, published, monkeypatch) -> None:
-    hub.load(f"hf:{NAME}/layers/6")
+    publish.load(f"hf:{NAME}/layers/6")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     n = len(server.requests)
-    assert same(hub.load(f"hf:{NAME}/layers/6"), published)
+    assert same(publish.load(f"hf:{NAME}/layers/6"), published)
     for where in ("/layers/7", "", "@elsewhere"):
         with pytest.raises(
             UserError, match="not in the hub's cache, and the hub is out of reach; unset HF_HUB_OFFLINE"
         ):
-            hub.load(f"hf:{NAME}{where}")
+            publish.load(f"hf:{NAME}{where}")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the hub cannot be asked; unset it"):
-        hub.push(published, NAME)
+        publish.push(published, NAME)
     assert len(server.requests) == n
 
 
 def test_an_unreachable_hub_is_said_and_the_cache_asked(server, published, monkeypatch, capsys) -> None:
-    hub.load(f"hf:{NAME}/layers/6")
+    publish.load(f"hf:{NAME}/layers/6")
     _point_to("http://127.0.0.1:9", monkeypatch)
-    assert same(hub.load(f"hf:{NAME}/layers/6"), published)
+    assert same(publish.load(f"hf:{NAME}/layers/6"), published)
     assert "the hub cannot be reached" in capsys.readouterr().err
     with pytest.raises(UserError, match="see to the network"):
-        hub.load("hf:someone/else")
+        publish.load("hf:someone/else")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_an_unreachable_hub_is_said_and_the_cache_asked(server, published, monke
 def test_what_the_hub_refuses_is_one_line(server, published, reference, faults, message) -> None:
     server.faults |= faults
     with pytest.raises(UserError, match=message) as caught:
-        hub.load(reference)
+        publish.load(reference)
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
 
@@ -150,18 +151,18 @@ def test_what_the_hub_refuses_is_one_line(server, published, reference, faults, 
 )
 def test_what_is_no_reference_is_refused(reference) -> None:
     with pytest.raises(UsageError, match="is no place on the hub"):
-        hub.load(reference)
+        publish.load(reference)
 
 
 def test_a_repository_that_names_files_outside_of_itself_writes_nothing_there(server, published, tmp_path) -> None:
     server.repositories[NAME].branches["main"] |= {"../../../../escaped": b"x", "../dictionary.json": b"x"}
-    assert same(hub.load(f"hf:{NAME}"), published)
+    assert same(publish.load(f"hf:{NAME}"), published)
     assert not any(path.name == "escaped" for path in tmp_path.parent.rglob("*"))
 
 
 def test_a_push_is_one_commit_that_loads_again(server, capsys) -> None:
     d = a_dictionary(metrics={"fvu": 0.25, "l0": 3.0, "loss_recovered": 0.9, "dead_fraction": 0.125})
-    reference = hub.push(d, f"{NAME}/layers/6", private=True, licence="apache-2.0")
+    reference = publish.push(d, f"{NAME}/layers/6", private=True, licence="apache-2.0")
     repository = server.repositories[NAME]
     assert repository.private
     assert sorted(repository.branches["main"]) == [
@@ -169,7 +170,7 @@ def test_a_push_is_one_commit_that_loads_again(server, capsys) -> None:
     ]
     assert sum("/commit/" in path for _, path in server.requests) == 1
     assert reference == f"hf:{NAME}/layers/6@{repository.sha('main')}"
-    assert same(hub.load(reference), d)
+    assert same(publish.load(reference), d)
     text = repository.branches["main"]["README.md"].decode()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "sae_jax"
@@ -185,16 +186,16 @@ def test_a_push_is_one_commit_that_loads_again(server, capsys) -> None:
         assert what in text
     assert TOKEN not in text + str(capsys.readouterr())
     # A second one beside it leaves the card of the repository as it is; the same one again is no mixture.
-    hub.push(d, f"{NAME}/layers/7")
-    hub.push(d, f"{NAME}/layers/6")
+    publish.push(d, f"{NAME}/layers/7")
+    publish.push(d, f"{NAME}/layers/6")
     assert repository.branches["main"]["README.md"].decode() == text
     assert f'"hf:{NAME}/layers/7"' in repository.branches["main"]["layers/7/README.md"].decode()
 
 
 def test_a_push_to_a_branch(server) -> None:
     d = a_dictionary()
-    hub.push(d, NAME)
-    hub.push(d, f"{NAME}/b", revision="trial")
+    publish.push(d, NAME)
+    publish.push(d, f"{NAME}/b", revision="trial")
     assert "b/dictionary.json" in server.repositories[NAME].branches["trial"]
     assert "b/dictionary.json" not in server.repositories[NAME].branches["main"]
 
@@ -203,12 +204,12 @@ def test_a_push_leaves_no_mixture_and_no_public_secret(server) -> None:
     d = a_dictionary()
     server.repositories[NAME] = Repository(branches={"main": {"a/sae_weights.safetensors": b"", "a/README.md": b""}})
     with pytest.raises(UsageError, match=r"holds sae_weights.safetensors already, which this push would leave"):
-        hub.push(d, f"{NAME}/a")
+        publish.push(d, f"{NAME}/a")
     with pytest.raises(UsageError, match="someone/saes is there and public"):
-        hub.push(d, f"{NAME}/b", private=True)
+        publish.push(d, f"{NAME}/b", private=True)
     for repo in ("alone", "a/../b", ""):
         with pytest.raises(UsageError, match="is no place on the hub to push to"):
-            hub.push(d, repo)
+            publish.push(d, repo)
     assert len(server.repositories[NAME].branches["main"]) == 2
 
 
@@ -226,7 +227,7 @@ def test_a_push_that_fails_says_so_and_commits_nothing(server, faults, message, 
     server.repositories[NAME] = Repository()
     server.faults |= faults
     with pytest.raises(UserError, match=message) as caught:
-        hub.push(a_dictionary(), NAME)
+        publish.push(a_dictionary(), NAME)
     assert "\n" not in str(caught.value)
     assert TOKEN not in str(caught.value)
     assert server.repositories[NAME].branches["main"] == {}
@@ -235,14 +236,14 @@ def test_a_push_that_fails_says_so_and_commits_nothing(server, faults, message, 
 def test_a_push_needs_a_login(server, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match=r"log in with `hf auth login`, or set HF_TOKEN") as caught:
-        hub.push(a_dictionary(), NAME)
+        publish.push(a_dictionary(), NAME)
     assert "hf_wrong" not in str(caught.value)
     assert server.repositories == {}
 
 
 def test_only_the_first_process_uploads(server, monkeypatch) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert hub.push(a_dictionary(), NAME) == f"hf:{NAME}"
+    assert publish.push(a_dictionary(), NAME) == f"hf:{NAME}"
     assert server.requests == []
 
 
@@ -252,7 +253,7 @@ def test_the_card_names_the_model_and_no_folder_of_this_machine() -> None:
     record = dataclasses.replace(
         record, data=DataRecord("x", "/home/me/set", "gpt2", "/home/me/book.txt"), steps=5, tokens=640
     )
-    text = card.write(record, NAME, "l6", "saelens")
+    text = card.write(record, NAME, "l6", "saelens", None)
     front = yaml.safe_load(text.split("---")[1])
     assert (front["library_name"], front["base_model"]) == ("saelens", "openai-community/gpt2")
     assert "license" not in front
@@ -261,7 +262,7 @@ def test_the_card_names_the_model_and_no_folder_of_this_machine() -> None:
     assert "640 tokens in 5 steps" in text
     assert 'snapshot_download("someone/saes") + "/l6"' in text
     local = dataclasses.replace(source, model="/home/me/model")
-    text = card.write(dataclasses.replace(record, encodes=(local,), reconstructs=(local,)), NAME, "")
+    text = card.write(dataclasses.replace(record, encodes=(local,), reconstructs=(local,)), NAME, "", "sae_jax", None)
     assert "base_model" not in text
     assert "resid_post.6 of model" in text
 
@@ -285,23 +286,60 @@ def test_names_of_saelens_come_from_its_registry(server, published, tmp_path, mo
     path = tmp_path / hub.REGISTRY
     path.write_text(REGISTRY)
     monkeypatch.setattr(hub, "_registry", lambda: path)
-    assert same(hub.load("saelens:gpt2-small-res-jb/blocks.6.hook_resid_post"), published)
-    assert same(hub.load("saelens:gpt2-small-res-jb/layers/6"), published)  # a path that is the name
+    assert same(publish.load("saelens:gpt2-small-res-jb/blocks.6.hook_resid_post"), published)
+    assert same(publish.load("saelens:gpt2-small-res-jb/layers/6"), published)  # a path that is the name
     for name, message in {
         "gpt2-small-res-jb/blocks.9": "release gpt2-small-res-jb has no blocks.9; there are blocks.6.hook_resid_post",
         "gpt2-small-res-j/x": "no such release; did you mean gpt2-small-res-jb",
         "gpt2-small-res-jb": "write saelens:RELEASE/ID",
     }.items():
         with pytest.raises(UsageError, match=message):
-            hub.load(f"saelens:{name}")
+            publish.load(f"saelens:{name}")
 
 
 def test_without_saelens_it_says_what_to_install() -> None:
     if any(d.metadata["Name"] == "sae-lens" for d in hub.importlib.metadata.distributions()):
         pytest.skip("SAELens is installed")
     with pytest.raises(UserError, match="not installed here; pip install sae-lens"):
-        hub.load("saelens:a/b")
+        publish.load("saelens:a/b")
 
 
 def test_the_client_is_the_one_this_is_written_for() -> None:
     assert issubclass(huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HTTPError)
+
+
+def test_what_is_published_for_another_library_comes_back_and_says_where_from(server, tmp_path) -> None:
+    d = a_dictionary()
+    reference = publish.push(d, f"{NAME}/layers/6", "saelens", licence="mit")
+    repository = server.repositories[NAME]
+    assert sorted(repository.branches["main"]) == [
+        *("README.md", "layers/6/README.md", "layers/6/cfg.json", "layers/6/sae_weights.safetensors")
+    ]
+    assert "library_name: saelens" in repository.branches["main"]["README.md"].decode()
+    repository.licence = "mit"
+    again = publish.load(reference)
+    assert same(again, d)
+    origin = again.record.origin
+    assert origin is not None
+    assert (origin.format, origin.place, origin.licence) == ("saelens", f"hf:{NAME}/layers/6", "mit")
+    assert origin.revision == repository.sha("main")
+    # Published again, it keeps the licence that it came with; and a copy of ours keeps its first origin.
+    publish.push(again, "someone/copy")
+    assert "license: mit" in server.repositories["someone/copy"].branches["main"]["README.md"].decode()
+    assert publish.load("hf:someone/copy").record.origin == origin
+
+
+def test_the_commands_fetch_and_publish(server, published, tmp_path, capsys) -> None:
+    out = tmp_path / "imported"
+    assert main.main(["import", f"hf:{NAME}/layers/6@old", "--out", str(out)]) == 0
+    origin = artifact.load(out).record.origin
+    assert origin is not None
+    assert (origin.format, origin.place) == ("sae_jax", f"hf:{NAME}/layers/6")
+    assert origin.revision == server.repositories[NAME].sha("old")
+    words = ["export", str(out), "--format=saelens", f"--out={tmp_path / 'exported'}"]
+    assert main.main([*words, "--push=someone/new/a", "--private", "--licence=mit"]) == 0
+    new = server.repositories["someone/new"]
+    assert new.private
+    assert f"published as hf:someone/new/a@{new.sha('main')}" in " ".join(capsys.readouterr().err.split())
+    assert main.main([*words, "--private"]) == 2
+    assert main.main([*words, "--push=new"]) == 2
