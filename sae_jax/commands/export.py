@@ -18,8 +18,8 @@ from sae_jax.types import UsageError
 class Export:
     """Write a dictionary for another program."""
 
-    dictionary: tyro.conf.Positional[str]
-    """directory of the run or of the saved dictionary"""
+    dictionary: tyro.conf.Positional[tuple[str, ...]]
+    """directory of the run or of the saved dictionary; several, one of each layer, for circuit_tracer"""
     format: str
     """for which program; docs/interchange.md lists them. sae_jax: ours"""
     out: str
@@ -36,6 +36,8 @@ class Export:
     """with push: as the hub names it, such as apache-2.0"""
 
     def __post_init__(self) -> None:
+        if not self.dictionary:
+            raise UsageError("name the dictionary: sae-jax export DIR --format NAME --out DIR")
         if self.push is None and (self.private or self.revision or self.licence):
             raise UsageError("--private, --revision and --licence say how to publish; give --push, too")
         if self.push is not None:

@@ -24,7 +24,7 @@ class Library(NamedTuple):
     """Under which name people filter for a library's dictionaries, and how it loads one."""
 
     name: str
-    code: str  # with {repo}, {folder} and {model}
+    code: str  # with {repo}, {folder}, {where} (both) and {model}
 
 
 _SNAPSHOT = 'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}") + "/{folder}"\n'
@@ -40,7 +40,7 @@ LIBRARIES = {
     ),
     "circuit_tracer": Library(
         "circuit-tracer",
-        'from circuit_tracer import ReplacementModel\n\nmodel = ReplacementModel.from_pretrained("{model}", "{repo}")',
+        'from circuit_tracer import ReplacementModel\n\nmodel = ReplacementModel.from_pretrained("{model}", "{where}")',
     ),
 }
 LIBRARIES["saelens_and_sparsify"] = LIBRARIES["saelens"]
@@ -75,7 +75,7 @@ def write(record: Record, repo: str, folder: str, layout: str, licence: str | No
     ]
     if library:
         model = hub_models[0] if hub_models else _plain(models[0]) if models else "MODEL"
-        code = library.code.format(repo=repo, folder=folder, model=model).replace(' + "/"', "")
+        code = library.code.format(repo=repo, folder=folder, where=where, model=model).replace(' + "/"', "")
         parts.append(f"In {library.name}:\n\n{_code(code)}")
     return "\n".join(parts)
 

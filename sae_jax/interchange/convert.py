@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -93,8 +94,11 @@ def import_dictionary(
     return record
 
 
+Exported = Dictionary | AbstractSae | str | os.PathLike[str]
+
+
 def export(
-    dictionary: Dictionary | AbstractSae | str | os.PathLike[str],
+    dictionary: Exported | Sequence[Exported],
     format: str,
     out: str | os.PathLike[str],
     calibrate: Any = None,
@@ -102,7 +106,8 @@ def export(
     """Write a dictionary for another program; returns its record.
 
     Args:
-        dictionary: a folder that `sae_jax.save` or an import wrote, a run, or one in the hand.
+        dictionary: a folder that `sae_jax.save` or an import wrote, a run, or one in the hand; several, of as many
+            layers, for a format that takes a set.
         format: a name of `known_formats` that can be written; sae_jax: ours, as `sae_jax.save`.
         out: where there is nothing yet.
         calibrate: a set's path, or rows [N, X], from which thresholds are taken that leave k latents active on
@@ -112,8 +117,12 @@ def export(
         UsageError: an unknown format, something at `out`, or a dictionary that the format cannot hold.
         UserError: nothing there, or a damaged file.
     """
+    several = [*dictionary] if isinstance(dictionary, list | tuple) else [dictionary]
+    if len(several) != 1 and not hasattr(_format(format) if format != OURS else None, "write_set"):
+        raise UsageError(f"{format} takes one dictionary, not {len(several)}; export each of them by itself")
     if format == OURS:
-        d = artifact.load(dictionary) if isinstance(dictionary, str | os.PathLike) else dictionary
+        (given,) = several
+        d = artifact.load(given) if isinstance(given, str | os.PathLike) else given
         d = Dictionary(d, artifact.record_of(d)) if isinstance(d, AbstractSae) else d
         d.save(out)
         return d.record
@@ -122,18 +131,31 @@ def export(
         writable = ", ".join(name for name, each in known_formats().items() if hasattr(each, "write"))
         raise UsageError(f"{format} is read and not written; written are {writable}")
     with new_folder(out) as folder:
-        ours, arrays = _ours(dictionary)
-        if calibrate is not None:
-            ours = _calibrated(dictionary, ours, calibrate)
-        elif module.NEEDS_THRESHOLD and _selects_k(ours):
-            raise UsageError(
-                f"{format} knows thresholds and no selection of k latents; give --calibrate SET, from whose rows "
-                f"thresholds are taken"
-            )
-        module.write(ours, folder)
-        if arrays is not None:
-            digests.check_file(*arrays)
-    return ours.record
+        members, read = [], []
+        for each in several:
+            ours, arrays = _ours(each)
+            if calibrate is not None:
+                ours = _calibrated(each, ours, calibrate)
+            elif module.NEEDS_THRESHOLD and _selects_k(ours):
+                raise UsageError(
+                    f"{format} knows thresholds and no selection of k latents; give --calibrate SET, from whose rows "
+                    f"thresholds are taken"
+                )
+            members.append(ours)
+            read += [] if arrays is None else [arrays]
+        module.write(members[0], folder) if len(members) == 1 else module.write_set(members, folder)
+        for path, digest in read:
+            digests.check_file(path, digest)
+    return _record_of_set([ours.record for ours in members])
+
+
+def _record_of_set(records: Sequence[Record]) -> Record:
+    """What a card says of several dictionaries that belong together: the sources of all."""
+    if len(records) == 1:
+        return records[0]
+    encodes = tuple(source for record in records for source in record.encodes)
+    reconstructs = tuple(source for record in records for source in record.reconstructs)
+    return replace(records[0], encodes=encodes, reconstructs=reconstructs, metrics={})
 
 
 def _copied(folder: Path, out: str | os.PathLike[str], place: tuple[str, str | None, str | None]) -> Record:

@@ -117,6 +117,16 @@ class Lazy:
 
         return self._made(self.shape, read)
 
+    def cut(self, n_parts: int) -> Lazy:
+        """[n, p * w] as [n, p, w]."""
+        shape = (self.shape[0], n_parts, self.shape[1] // n_parts)
+
+        def read(part: tuple[slice, ...]) -> np.ndarray:
+            rows = self.read((part[0], slice(0, self.shape[1])))
+            return rows.reshape(len(rows), *shape[1:])[:, part[1], part[2]]
+
+        return self._made(shape, read)
+
     def _made(self, shape: tuple[int, ...], read: Read) -> Lazy:
         return Lazy(shape, read, self.name, self.kind)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def load(path: StrPath, ema: bool = False) -> Dictionary:
 
 
 def push(
-    dictionary: Dictionary | StrPath,
+    dictionary: convert.Exported | Sequence[convert.Exported],
     repo: str,
     format: str = convert.OURS,
     *,
@@ -52,7 +53,7 @@ def push(
     """Publish a dictionary on the hub, with a card; returns the hf: reference that loads it, with the commit.
 
     Args:
-        dictionary: as `load` gives it, or its folder.
+        dictionary: as `load` gives it, or its folder; or several, see `sae_jax.export`.
         repo: owner/name[/folder]; a repository that is not there is made.
         format: in which it is written, see `sae_jax.export`.
         calibrate: see `sae_jax.export`.
