@@ -20,7 +20,7 @@ from sae_jax.activations.sample import sample_rows
 from sae_jax.activations.store import open_activations
 from sae_jax.artifact import ARRAYS, RECORD, Dictionary
 from sae_jax.interchange import formats as package
-from sae_jax.interchange.foreign import Files, Foreign, Ours, row_norms
+from sae_jax.interchange.foreign import Files, Foreign, Ours, row_norms, selects_k
 from sae_jax.interchange.lazy import Lazy
 from sae_jax.interchange.tensors import write_safetensors
 from sae_jax.record import Normalisation, Origin, Record, program
@@ -72,10 +72,8 @@ def import_dictionary(
         UsageError: an unknown format, or something at `out`.
         UserError: no format, or several, fit the files; or they are damaged, disagree, or are of nothing computed here.
     """
-    files = Files.at(Path(path))
+    files = Files.at(Path(path), published.place if published else None)
     module = _format(format) if format != "auto" else _recognised(files)
-    if not module.is_here(files):
-        raise UserError(f"{path}: not of the format {module.NAME}; it has {_listed(files)}")
     with new_folder(out) as folder:
         try:
             foreign = module.read(files, k)
@@ -120,7 +118,7 @@ def export(
         ours, arrays = _ours(dictionary)
         if calibrate is not None:
             ours = _calibrated(dictionary, ours, calibrate)
-        elif module.NEEDS_THRESHOLD and _selects_k(ours):
+        elif module.NEEDS_THRESHOLD and selects_k(ours.config):
             raise UsageError(
                 f"{format} knows thresholds and no selection of k latents; give --calibrate SET, from whose rows "
                 f"thresholds are taken"
@@ -146,6 +144,8 @@ def _recognised(files: Files) -> ModuleType:
     if here:
         names = ", ".join(module.NAME for module in here)
         raise UserError(f"{where}: fits the formats {names}; say which with --format")
+    if below := sorted({str(Path(name).parent) for name in files.weights} - {"."}):
+        raise UserError(f"{where}: no dictionary itself; give the folder, or the file, of one, such as {below[0]}")
     raise UserError(f"{where}: of no known format ({', '.join(known_formats())}); it has {_listed(files)}")
 
 
@@ -222,14 +222,9 @@ def _ours(dictionary: Any) -> tuple[Ours, tuple[Path, digests.FileDigest] | None
     return Ours(dictionary.sae.config, dictionary.record, arrays), None
 
 
-def _selects_k(ours: Ours) -> bool:
-    variant = ours.config.variant
-    return variant == "topk" or (ours.config.n_active is not None and variant in ("transcoder", "end_to_end"))
-
-
 def _calibrated(dictionary: Any, ours: Ours, calibrate: Any) -> Ours:
     """With thresholds in the place of a selection of k latents."""
-    if not _selects_k(ours):
+    if not selects_k(ours.config):
         raise UsageError(f"a {ours.config.variant} has no selection that needs thresholds; leave --calibrate out")
     if isinstance(calibrate, str | os.PathLike):
         source = ours.record.encodes[0].name
