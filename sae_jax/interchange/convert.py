@@ -22,7 +22,7 @@ from sae_jax.activations.store import open_activations
 from sae_jax.artifact import ARRAYS, RECORD, Dictionary
 from sae_jax.interchange import formats as package
 from sae_jax.interchange import hub
-from sae_jax.interchange.foreign import Files, Foreign, Ours, row_norms
+from sae_jax.interchange.foreign import Files, Foreign, Ours, row_norms, selects_k
 from sae_jax.interchange.lazy import Lazy
 from sae_jax.interchange.tensors import write_safetensors
 from sae_jax.record import Normalisation, Origin, Record, program
@@ -34,6 +34,7 @@ from sae_jax.storage.folder import new_folder
 from sae_jax.types import UsageError, UserError, Widths
 
 OURS = "sae_jax"  # the format of `sae_jax.save`
+Place = tuple[str, str | None, str | None]  # a path or where on a hub; revision, licence
 CALIBRATION_ROWS = 4096  # of a set, that thresholds are taken from
 
 
@@ -55,42 +56,49 @@ def import_dictionary(
     Args:
         path: a folder, or a file in one; or hf:owner/repo[/folder][@revision] or saelens:RELEASE/ID, see hub.py. One
             that is a dictionary of ours already is copied.
-        out: where there is nothing yet.
+        out: where there is nothing yet. Of a set of several dictionaries, each lands in a folder below it.
         format: a name of `known_formats`; auto: the one whose files are there.
         k: active latents a row, for formats whose files do not say.
 
     Returns:
-        The record of the dictionary.
+        The record of the dictionary; of a set, that of the first with the sources of all.
 
     Raises:
         UsageError: an unknown format, or something at `out`.
         UserError: no format, or several, fit the files; or they are damaged, disagree, or are of nothing computed here.
     """
-    place = (os.fspath(path), None, None)
-    if hub.is_remote(path):
+    place: Place = (os.fspath(path), None, None)
+    is_published = hub.is_remote(path)
+    if is_published:
         fetched = hub.fetch(os.fspath(path))
         place = (str(fetched.place._replace(revision=None)), fetched.place.revision, fetched.licence)
         path = fetched.path
-    files = Files.at(Path(path))
+    files = Files.at(Path(path), place[0] if is_published else None)
     if RECORD in files.names and format in ("auto", OURS):
         return _copied(files.folder, out, place)
     module = _format(format) if format != "auto" else _recognised(files)
-    if not module.is_here(files):
-        raise UserError(f"{path}: not of the format {module.NAME}; it has {_listed(files)}")
     with new_folder(out) as folder:
         try:
-            foreign = module.read(files, k)
+            members = module.read_set(files, k) if hasattr(module, "read_set") else {}
+            members = members or {"": module.read(files, k)}
         except UsageError as error:  # of a variant, which does not know that a file says so
             raise UserError(f"{path}: {error}") from None
-        # So that values are those of the original, on every machine.
-        foreign = replace(foreign, config=replace(foreign.config, dtype="float32"))
-        _check_shapes(foreign)
-        unit_rows = _has_unit_rows(foreign)
-        write_safetensors(folder / ARRAYS, foreign.arrays)
-        changes = foreign.changes + _casts(foreign)
-        origin = Origin(module.NAME, *place, changes, unit_rows)
-        record = _record(foreign, origin)
-        artifact.write_record(folder, record)
+        records = []
+        for name, foreign in members.items():
+            (folder / name).mkdir(exist_ok=True)
+            records.append(_written(module.NAME, foreign, folder / name, place))
+    return _record_of_set(records)
+
+
+def _written(format_name: str, foreign: Foreign, folder: Path, place: Place) -> Record:
+    # So that values are those of the original, on every machine.
+    foreign = replace(foreign, config=replace(foreign.config, dtype="float32"))
+    _check_shapes(foreign)
+    unit_rows = _has_unit_rows(foreign)
+    write_safetensors(folder / ARRAYS, foreign.arrays)
+    changes = foreign.changes + _casts(foreign)
+    record = _record(foreign, Origin(format_name, *place, changes, unit_rows))
+    artifact.write_record(folder, record)
     return record
 
 
@@ -122,7 +130,7 @@ def export(
         raise UsageError(f"{format} takes one dictionary, not {len(several)}; export each of them by itself")
     if format == OURS:
         (given,) = several
-        d = artifact.load(given) if isinstance(given, str | os.PathLike) else given
+        d: Any = artifact.load(given) if isinstance(given, str | os.PathLike) else given
         d = Dictionary(d, artifact.record_of(d)) if isinstance(d, AbstractSae) else d
         d.save(out)
         return d.record
@@ -136,7 +144,7 @@ def export(
             ours, arrays = _ours(each)
             if calibrate is not None:
                 ours = _calibrated(each, ours, calibrate)
-            elif module.NEEDS_THRESHOLD and _selects_k(ours):
+            elif module.NEEDS_THRESHOLD and selects_k(ours.config):
                 raise UsageError(
                     f"{format} knows thresholds and no selection of k latents; give --calibrate SET, from whose rows "
                     f"thresholds are taken"
@@ -158,7 +166,7 @@ def _record_of_set(records: Sequence[Record]) -> Record:
     return replace(records[0], encodes=encodes, reconstructs=reconstructs, metrics={})
 
 
-def _copied(folder: Path, out: str | os.PathLike[str], place: tuple[str, str | None, str | None]) -> Record:
+def _copied(folder: Path, out: str | os.PathLike[str], place: Place) -> Record:
     """A dictionary of ours, which keeps what its record says of an earlier origin."""
     d = artifact.load(folder)
     record = d.record if d.record.origin else replace(d.record, origin=Origin(OURS, *place, (), unit_rows=True))
@@ -182,6 +190,8 @@ def _recognised(files: Files) -> ModuleType:
     if here:
         names = ", ".join(module.NAME for module in here)
         raise UserError(f"{where}: fits the formats {names}; say which with --format")
+    if below := sorted({str(Path(name).parent) for name in files.weights} - {"."}):
+        raise UserError(f"{where}: no dictionary itself; give the folder, or the file, of one, such as {below[0]}")
     raise UserError(f"{where}: of no known format ({', '.join(known_formats())}); it has {_listed(files)}")
 
 
@@ -258,14 +268,9 @@ def _ours(dictionary: Any) -> tuple[Ours, tuple[Path, digests.FileDigest] | None
     return Ours(dictionary.sae.config, dictionary.record, arrays), None
 
 
-def _selects_k(ours: Ours) -> bool:
-    variant = ours.config.variant
-    return variant == "topk" or (ours.config.n_active is not None and variant in ("transcoder", "end_to_end"))
-
-
 def _calibrated(dictionary: Any, ours: Ours, calibrate: Any) -> Ours:
     """With thresholds in the place of a selection of k latents."""
-    if not _selects_k(ours):
+    if not selects_k(ours.config):
         raise UsageError(f"a {ours.config.variant} has no selection that needs thresholds; leave --calibrate out")
     if isinstance(calibrate, str | os.PathLike):
         source = ours.record.encodes[0].name

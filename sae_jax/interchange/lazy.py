@@ -68,11 +68,14 @@ class Lazy:
 
     def array(self) -> np.ndarray:
         """All of it, in memory: for vectors and matrices without an axis of latents."""
-        return self.rows(0, self.shape[0])
+        return self.read(tuple(slice(0, size) for size in self.shape))
 
     def slabs(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """(where, f32 values) of parts that cover the array. UserError for a value that is not finite."""
         if 0 in self.shape:
+            return
+        if not self.shape:
+            yield (), self.read(())
             return
         axis = int(np.argmax(self.shape))
         step = max(1, SLAB_BYTES // (4 * (int(np.prod(self.shape, dtype=np.int64)) // self.shape[axis])))

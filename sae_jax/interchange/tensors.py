@@ -155,11 +155,11 @@ def _write_entry(archive: zipfile.ZipFile, name: str, header: bytes, array: Lazy
 def _fill(descriptor: int, offset: int, array: Lazy) -> None:
     """Write an array in C order at an offset of a file, slab by slab."""
     for part, values in array.slabs():
-        axis = int(np.argmax(array.shape))
+        axis = int(np.argmax(array.shape or (0,)))
         inner = 4 * int(np.prod(array.shape[axis + 1 :], dtype=np.int64))
         values = np.ascontiguousarray(values, "<f4")
         for number, index in enumerate(np.ndindex(values.shape[:axis])):
-            at = offset + (number * array.shape[axis] + part[axis].start) * inner
+            at = offset + (number * array.shape[axis] + part[axis].start) * inner if part else offset
             left = memoryview(values[index].reshape(-1).view(np.uint8))
             while left:  # a system writes at most 2 GiB at once, or less
                 n = os.pwrite(descriptor, left, at)

@@ -17,7 +17,7 @@ def test_in_and_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["import", str(theirs.path), "--out", str(tmp_path / "ours")]) == 0
     said = capsys.readouterr().err
     assert "topk, 24 latents, d=8, from saelens" in said
-    assert "norms of decoder rows, by which latents rank, were folded" in said
+    assert "norms of decoder rows were folded into the encoder" in said
     assert cli.main(["export", str(tmp_path / "ours"), "--format=saelens", "--out", str(tmp_path / "back")]) == 0
     assert cli.main(["import", str(tmp_path / "back"), "--out", str(tmp_path / "again")]) == 0
     x = samples.rows()

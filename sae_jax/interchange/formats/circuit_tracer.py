@@ -11,7 +11,7 @@ Every layer from 0 on is there, with as many latents. b_dec is not subtracted fr
 
 A cross-layer transcoder is a crosscoder of ours with mask=weakly_causal: latents of group i read layer i and write i
 and later ones. Its matrices hold zeros for all other layers, so they are larger here than there. Of a set, each file is
-a transcoder by itself, which the format `mwhanna` reads.
+a transcoder by itself, imported into a folder of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import numpy as np
 import yaml
 
 from sae_jax import storage
-from sae_jax.interchange.foreign import Files, Foreign, Ours, any_k, log_threshold, refuse, shape_of, take
+from sae_jax.interchange.foreign import Files, Foreign, Ours, log_threshold, refuse, shape_of, take
+from sae_jax.interchange.formats import mwhanna
 from sae_jax.interchange.lazy import Lazy, side_by_side
 from sae_jax.interchange.tensors import write_safetensors
 from sae_jax.record import SourceRecord
@@ -46,18 +47,40 @@ WRITES = {"mlp_out": "hook_mlp_out", "mlp_raw": "mlp.hook_out"}
 
 def is_here(files: Files) -> bool:
     """See formats/__init__.py."""
-    is_set = CONFIG in files.names and "layer_0.safetensors" in files.names and files.given is None
+    # With one layer it could be mwhanna's, which is the same.
+    is_set = {CONFIG, "layer_0.safetensors", "layer_1.safetensors"} <= {*files.names} and files.given is None
     return is_set or ("W_enc_0.safetensors" in files.names and "W_dec_0.safetensors" in files.names)
 
 
+def read_set(files: Files, k: int | None = None) -> dict[str, Foreign]:
+    """See formats/__init__.py: transcoders of all layers; {} of a cross-layer transcoder."""
+    if "W_enc_0.safetensors" in files.names:
+        return {}
+    found = (re.fullmatch(r"layer_(\d{1,4})\.safetensors", name) for name in files.names)
+    layers = sorted(int(match[1]) for match in found if match)
+    if layers != [*range(len(layers))]:
+        there = ", ".join(map(str, layers))
+        raise UserError(f"{files.folder} has layers {there}, which are not all from 0 on; get the others")
+    settings = _settings(files)
+    if settings.get("activation") == "topk":
+        k = storage.as_type(settings.get("k"), int, f"{files.folder / CONFIG}: k")
+    members = {}
+    for i in layers:
+        name = f"layer_{i}.safetensors"
+        foreign = mwhanna.read(replace(files, names=(name, CONFIG), given=name), k)
+        sides = zip(_sources(settings, [i], 0), (foreign.encodes, foreign.reconstructs), strict=True)
+        x, y = (tuple(replace(named[0], width=one.width) for one in measured) for named, measured in sides)
+        members[f"layer_{i}"] = replace(foreign, encodes=x, reconstructs=y)
+    return members
+
+
 def read(files: Files, k: int | None = None) -> Foreign:
-    """See formats/__init__.py. A set of several dictionaries is refused: they are imported one by one."""
-    if "W_enc_0.safetensors" not in files.names:
-        one = files.folder / "layer_0.safetensors"
-        raise UserError(f"{files.folder}: a transcoder for each layer; import each of them by itself, such as {one}")
+    """See formats/__init__.py: a cross-layer transcoder."""
     n_layers = sum(re.fullmatch(r"W_enc_\d+\.safetensors", name) is not None for name in files.names)
     encoders, decoders, biases, thresholds = [], [], {"b_enc": [], "b_dec": []}, []
-    n_latents, d = shape_of(files.tensors("W_enc_0.safetensors").arrays["W_enc_0"], 2)
+    names = ("W_enc_0", "b_enc_0", "b_dec_0")
+    first = take(files.tensors("W_enc_0.safetensors"), files.folder, names, ("threshold_0",))
+    n_latents, d = shape_of(first["W_enc_0"])
     for i in range(n_layers):
         encoder, decoder = _layer(files, i, n_latents, n_layers, d)
         encoders.append(_beside_zeros(encoder[f"W_enc_{i}"], i * d, n_layers * d))
@@ -77,12 +100,13 @@ def read(files: Files, k: int | None = None) -> Foreign:
         arrays["log_threshold"], said = log_threshold(np.concatenate(thresholds), files.folder)
     config = crosscoder.Config(
         n_latents=total,
-        k=any_k(total),
+        k=min(32, total),
         activation="jumprelu" if thresholds else "relu",
         mask="weakly_causal",
         input_norm="none",
     )
-    return Foreign(config, arrays, *_sources(files, n_layers, d), said)
+    encodes, reconstructs = _sources(_settings(files), range(n_layers), d)
+    return Foreign(config, arrays, encodes, reconstructs, said)
 
 
 def write(ours: Ours, folder: Path) -> None:
@@ -219,20 +243,23 @@ def _beside_zeros(array: Lazy, before: int, width: int) -> Lazy:
     return replace(padded, name=array.name, kind=array.kind)
 
 
-def _sources(files: Files, n_layers: int, d: int) -> tuple[tuple[SourceRecord, ...], tuple[SourceRecord, ...]]:
-    """What config.yaml says is read and written; without it, what its authors' sets are of."""
-    settings: Any = {}
-    if CONFIG in files.names:
-        text = storage.read_limited(files.folder / CONFIG).decode(errors="replace")
-        settings = storage.as_type(
-            storage.parse_yaml(text, files.folder / CONFIG), dict[str, Any], files.folder / CONFIG
-        )
-    model = settings.get("model_name")
-    sides = []
+def _settings(files: Files) -> dict[str, Any]:
+    """What config.yaml says; {} without it."""
+    path = files.folder / CONFIG
+    if CONFIG not in files.names:
+        return {}
+    content = storage.parse_yaml(storage.read_limited(path).decode(errors="replace"), path)
+    return storage.as_type(content, dict[str, Any], path)
+
+
+def _sources(settings: dict[str, Any], layers: Sequence[int], d: int) -> list[tuple[SourceRecord, ...]]:
+    """What is read and what is written in each layer."""
+    model, sides = settings.get("model_name"), []
     for key, words in (("feature_input_hook", READS), ("feature_output_hook", WRITES)):
         theirs = str(settings.get(key, "unknown"))
         point = next((ours for ours, each in words.items() if each == theirs), None)
-        names = [f"{point or theirs}.{i}" for i in range(n_layers)]
-        model = model if isinstance(model, str) else None
-        sides.append(tuple(SourceRecord(name, d, name if point else None, model) for name in names))
-    return sides[0], sides[1]
+        names = [f"{point or theirs}.{i}" for i in layers]
+        hooks = names if point else [None] * len(names)
+        of_model = model if isinstance(model, str) else None
+        sides.append(tuple(SourceRecord(name, d or 1, hook, of_model) for name, hook in zip(names, hooks, strict=True)))
+    return sides

@@ -19,17 +19,19 @@ from typing import Any
 import numpy as np
 
 from sae_jax import storage
+from sae_jax.interchange import foreign
 from sae_jax.interchange.foreign import (
-    UNIT,
     Files,
     Foreign,
     Ours,
     Settings,
-    any_k,
-    log_threshold,
+    autoencoder,
+    fold_norms,
+    make_up,
+    maps,
     product,
     refuse,
-    row_norms,
+    shape_of,
     shifted,
     take,
 )
@@ -37,7 +39,7 @@ from sae_jax.interchange.lazy import Lazy
 from sae_jax.interchange.tensors import write_safetensors
 from sae_jax.lm import hooks
 from sae_jax.record import SourceRecord, program
-from sae_jax.saes import gated, jumprelu, relu, relu_norm, topk, transcoder
+from sae_jax.saes import gated, transcoder
 from sae_jax.saes.base import SaeConfig
 from sae_jax.types import UserError
 
@@ -53,19 +55,20 @@ NORMS = {
     "constant_norm_rescale": "vector_sqrt_d",
     "expected_average_only_in": "none",
 }
+TRAINED_AS = {"batch_topk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 ARCHITECTURES = ("topk", "standard", "jumprelu", "gated", *TRANSCODERS)
 
 
 def is_here(files: Files) -> bool:
     """See formats/__init__.py."""
-    return CONFIG in files.names and WEIGHTS in files.names
+    return CONFIG in files.names and WEIGHTS in files.names and "sae.safetensors" not in files.names
 
 
 def read(files: Files, k: int | None = None) -> Foreign:
     """See formats/__init__.py."""
     where = files.folder / CONFIG
-    cfg = Settings(_current(files.json(CONFIG)), where)
+    cfg = Settings(_current(files.settings(CONFIG).values), where)
     architecture = cfg.get("architecture", str, "standard")
     if architecture not in ARCHITECTURES:
         raise UserError(
@@ -80,64 +83,63 @@ def read(files: Files, k: int | None = None) -> Foreign:
     n_latents, d_in = cfg.require("d_sae", int), cfg.require("d_in", int)
     d_out = cfg.get("d_out", int, d_in) if is_transcoder else d_in
     norm, changes = _norm(cfg)
-    if is_transcoder and norm != "none" and "W_skip" in arrays:
-        raise UserError(f"{where}: normalize_activations with a skip; which of the two comes first is not said")
-    settings: Any = {"n_latents": n_latents, "input_norm": norm}
     ours = {"w_enc": arrays["W_enc"].transposed(), "w_dec": arrays["W_dec"], "b_dec": arrays["b_dec"]}
+    shape_of(arrays["W_enc"])
     if "scaling_factor" in arrays:
         ours["w_dec"], said = _finetuned(cfg, ours["w_dec"], arrays["scaling_factor"].array(), path)
         changes += said
     is_subtracted = cfg.get("apply_b_dec_to_input", bool, not is_transcoder)
-    if architecture == "topk":
-        config: SaeConfig = topk.Config(k=cfg.require("k", int), **settings)
-        ours["b_enc"] = arrays["b_enc"]
-        if cfg.get("rescale_acts_by_decoder_norm", bool, False):
-            changes += _scale_by_norms(ours)
-        if not is_subtracted:
-            changes += _subtract(ours, "b_enc")
-    elif architecture == "standard":
-        config = (relu.Config if is_subtracted else relu_norm.Config)(**settings)
-        ours["b_enc"] = arrays["b_enc"]
-    elif architecture == "jumprelu":
-        config = jumprelu.Config(pre_bias=is_subtracted, **settings)
-        ours["b_enc"] = arrays["b_enc"]
-    elif architecture == "gated":
-        config = gated.Config(**settings)
+    threshold = arrays["threshold"].array() if has_threshold else None
+    if architecture == "gated":
+        config: SaeConfig = gated.Config(n_latents=n_latents, input_norm=norm)
         ours |= {"b_enc": arrays["b_mag"], "b_gate": arrays["b_gate"], "log_gain": arrays["r_mag"]}
         if not is_subtracted:
             gain = np.exp(ours["log_gain"].array().astype(np.float64))
-            changes += _subtract(ours, "b_gate", "b_enc", gains=(1.0, gain))
-    else:
-        activation = "jumprelu" if has_threshold else "relu"
-        settings["k"] = any_k(n_latents)
-        config = transcoder.Config(activation=activation, skip="W_skip" in arrays, **settings)
+            changes += make_up(ours, "b_gate", "b_enc", gains=(1.0, gain))
+    elif is_transcoder:
         ours["b_enc"] = arrays["b_enc"]
         if is_subtracted:
             ours["b_enc"] = shifted(arrays["b_enc"], -product(ours["w_enc"], arrays["b_dec"].array()))
             changes += ("b_dec, which is subtracted before encoding, was folded into b_enc",)
-        if "W_skip" in arrays:
-            ours["w_skip"] = arrays["W_skip"]
-    if has_threshold:
-        ours["log_threshold"], said = log_threshold(arrays["threshold"].array(), path)
+        if norm != "none" and "W_skip" in arrays:
+            raise UserError(f"{where}: normalize_activations with a skip; which of the two comes first is not said")
+        config, ours, said = maps(ours, arrays.get("W_skip"), None, threshold, norm)
         changes += said
+    else:
+        ours["b_enc"] = arrays["b_enc"]
+        if architecture == "topk" and cfg.get("rescale_acts_by_decoder_norm", bool, False):
+            changes += fold_norms(ours, "latents rank by that")[0]
+        activation: Any = "relu" if architecture == "standard" else architecture
+        k = cfg.require("k", int) if architecture == "topk" else None
+        config, ours, said = autoencoder(activation, ours, is_subtracted, k, threshold, norm)
+        changes += said
+    if config.n_latents != n_latents:
+        raise UserError(f"{path}: W_enc has shape {list(arrays['W_enc'].shape)}, and {CONFIG} says d_sae {n_latents}")
     encodes, reconstructs, said = _sources(cfg, d_in, d_out, is_transcoder)
     return Foreign(config, ours, encodes, reconstructs, changes + said)
 
 
 def write(ours: Ours, folder: Path) -> None:
     """See formats/__init__.py."""
-    config, record, variant = ours.config, ours.record, ours.config.variant
+    cfg, arrays = in_their_words(ours)
+    write_safetensors(folder / WEIGHTS, arrays)
+    storage.write_json(folder / CONFIG, cfg)
+
+
+def in_their_words(ours: Ours) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    """The config and the arrays of a dictionary of ours."""
+    config, record = ours.config, ours.record
     norms = {ours_: theirs for theirs, ours_ in NORMS.items() if ours_ != "none"}
     if config.input_norm == "unit_norm":
         raise refuse(NAME, config, "it has no input_norm=unit_norm", "train with layer_norm, or a dataset_* norm")
-    architecture, arrays, is_subtracted, extra = _in_their_words(ours)
+    architecture, arrays, is_subtracted, extra = _architecture(ours)
     (width_x,), (width_y,) = record.widths
-    source = record.encodes[0]
+    source, target = record.encodes[0], record.reconstructs[0]
     metadata: dict[str, Any] = {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
         "model_name": source.model,
-        "hook_name": hooks.to_transformer_lens(source.hook) or source.hook or source.name,
+        "hook_name": _hook_name(source),
         "hook_head_index": None,
         "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": {},
@@ -145,13 +147,12 @@ def write(ours: Ours, folder: Path) -> None:
         "context_size": None,
         "dataset_path": record.data.text if record.data else None,
     }
-    if variant in ("batch_topk", "matryoshka"):
-        metadata["training_architecture"] = {"batch_topk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}[variant]
-    if record.encodes != record.reconstructs:
-        target = record.reconstructs[0]
-        metadata["hook_name_out"] = hooks.to_transformer_lens(target.hook) or target.hook or target.name
-        extra["d_out"] = width_y
-    content = {
+    if config.variant in TRAINED_AS:
+        metadata["training_architecture"] = TRAINED_AS[config.variant]
+    if architecture in TRANSCODERS:
+        metadata["hook_name_out"] = _hook_name(target)
+        extra = {**extra, "d_out": width_y}
+    cfg = {
         "architecture": architecture,
         "d_in": width_x,
         "d_sae": config.n_latents,
@@ -162,13 +163,16 @@ def write(ours: Ours, folder: Path) -> None:
         "normalize_activations": norms.get(config.input_norm, "none"),
         "reshape_activations": "none",
         "metadata": metadata,
-        "sae_jax": {"variant": variant, "program": program(), "source": source.name},
+        "sae_jax": {"variant": config.variant, "program": program(), "sources": [source.name, target.name]},
     }
-    write_safetensors(folder / WEIGHTS, arrays)
-    storage.write_json(folder / CONFIG, content)
+    return cfg, arrays
 
 
-def _in_their_words(ours: Ours) -> tuple[str, dict[str, Lazy], bool, dict[str, Any]]:
+def _hook_name(source: SourceRecord) -> str:
+    return hooks.to_transformer_lens(source.hook) or source.hook or source.name
+
+
+def _architecture(ours: Ours) -> tuple[str, dict[str, Lazy], bool, dict[str, Any]]:
     """(architecture, arrays by their names, whether b_dec is subtracted, other settings)."""
     config, variant = ours.config, ours.config.variant
     w_dec = ours.arrays["w_enc" if variant == "tied" else "w_dec"]
@@ -182,7 +186,7 @@ def _in_their_words(ours: Ours) -> tuple[str, dict[str, Lazy], bool, dict[str, A
     if variant == "gated":
         gates = {"b_mag": b_enc["b_enc"], "b_gate": ours.arrays["b_gate"], "r_mag": ours.arrays["log_gain"]}
         return "gated", {**arrays, **gates}, True, {}
-    threshold = {"threshold": Lazy.of(ours.threshold)} if _has_threshold(config) else {}
+    threshold = {"threshold": Lazy.of(ours.threshold)} if foreign.has_threshold(config) else {}
     if variant in ("jumprelu", "batch_topk", "matryoshka"):
         name = "jumprelu" if ours.record.encodes == ours.record.reconstructs else "jumprelu_transcoder"
         return name, {**arrays, **b_enc, **threshold}, getattr(config, "pre_bias", True), {}
@@ -193,10 +197,6 @@ def _in_their_words(ours: Ours) -> tuple[str, dict[str, Lazy], bool, dict[str, A
         name = ("jumprelu_" if threshold else "") + ("skip_" if skip else "") + "transcoder"
         return name, {**arrays, **b_enc, **threshold, **skip}, False, {}
     raise refuse(NAME, config, "it has one source and no other kind of code", "export it as another format")
-
-
-def _has_threshold(config: Any) -> bool:
-    return config.variant in ("jumprelu", "batch_topk", "matryoshka") or getattr(config, "activation", "") == "jumprelu"
 
 
 def _current(cfg: Any) -> Any:
@@ -215,7 +215,7 @@ def _current(cfg: Any) -> Any:
     return {**cfg, "metadata": {name: cfg[name] for name in names if name in cfg}}
 
 
-def _norm(cfg: Settings) -> tuple[str, tuple[str, ...]]:
+def _norm(cfg: Settings) -> tuple[Any, tuple[str, ...]]:
     norm = cfg.get("normalize_activations", str, "none")
     if norm not in NORMS:
         raise UserError(
@@ -237,26 +237,6 @@ def _finetuned(cfg: Settings, w_dec: Lazy, factor: np.ndarray, path: Path) -> tu
     if not (factor == 1).all():
         raise UserError(f"{path}: has a scaling_factor, and {CONFIG} does not say that it is applied; get it again")
     return w_dec, ()
-
-
-def _scale_by_norms(ours: dict[str, Lazy]) -> tuple[str, ...]:
-    """Latents that rank by value times norm: the norm into the encoder, and decoder rows of norm 1."""
-    norms = row_norms(ours["w_dec"])
-    if (np.abs(norms - 1) <= UNIT).all():
-        return ()
-    if (norms == 0).any():
-        raise UserError(f"{ours['w_dec'].name} has rows of zeros, and latents rank by their norms; get it again")
-    ours["b_enc"] = Lazy.of((ours["b_enc"].array() * norms).astype(np.float32))
-    ours["w_enc"], ours["w_dec"] = ours["w_enc"].scaled(norms), ours["w_dec"].scaled(1 / norms)
-    return ("norms of decoder rows, by which latents rank, were folded into the encoder: codes are times the norm",)
-
-
-def _subtract(ours: dict[str, Lazy], *biases: str, gains: tuple[Any, ...] = (1.0,)) -> tuple[str, ...]:
-    """Ours subtracts b_dec before encoding and theirs does not: biases that make up for it."""
-    along = product(ours["w_enc"], ours["b_dec"].array())
-    for name, gain in zip(biases, gains, strict=True):
-        ours[name] = shifted(ours[name], gain * along)
-    return (f"b_dec is not subtracted before encoding: {' and '.join(biases)} make up for the subtraction here",)
 
 
 def _sources(
