@@ -74,7 +74,8 @@ def import_dictionary(
     """
     files = Files.at(Path(path), published.place if published else None)
     module = _format(format) if format != "auto" else _recognised(files)
-    with new_folder(out) as folder:
+    # Values that are not finite are refused when they are written.
+    with new_folder(out) as folder, np.errstate(all="ignore"):
         try:
             foreign = module.read(files, k)
         except UsageError as error:  # of a variant, which does not know that a file says so
@@ -114,7 +115,7 @@ def export(
     if not hasattr(module, "write"):
         writable = ", ".join(name for name, each in known_formats().items() if hasattr(each, "write"))
         raise UsageError(f"{format} is read and not written; written are {writable}")
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, np.errstate(all="ignore"):
         ours, arrays = _ours(dictionary)
         if calibrate is not None:
             ours = _calibrated(dictionary, ours, calibrate)

@@ -75,7 +75,7 @@ class Files:
     @classmethod
     def at(cls, path: Path, place: str | None = None) -> Files:
         """Those of a folder, or a file with the settings that lie beside it. UserError if there is nothing."""
-        words = place or "/".join(path.resolve().parts[-6:])
+        words = place or "/".join(path.absolute().parts[-6:])
         if path.is_dir():
             found = []
             for each in sorted(path.rglob("*")):
@@ -96,8 +96,9 @@ class Files:
 
     @property
     def one(self) -> str | None:
-        """The one file of tensors, if there is one."""
-        return self.weights[0] if len(self.weights) == 1 else None
+        """The one file of tensors in the folder itself, if there is one."""
+        here = [name for name in self.weights if "/" not in name]
+        return here[0] if len(here) == 1 else None
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file; None if there is no such file."""
