@@ -1,6 +1,6 @@
 """How much memory do import and export of a very wide dictionary need, and how near are they to the disk's speed?
 
-A SAELens folder of 1M latents x 512 is written, imported, and exported again as each format, every step in a process of
+A SAELens folder of 1M latents x 512 is imported, exported as each format and imported again, every step in a process of
 its own: its peak resident memory, and bytes read plus bytes written a second. The disk's speed is that of copying the
 same file, with an fsync. `export` reads the arrays a second time, for their digest.
 
@@ -62,12 +62,14 @@ def main(settings: Benchmark) -> None:
         n_bytes = (folder / "theirs" / saelens.WEIGHTS).stat().st_size
         speed = copy_speed(folder / "theirs" / saelens.WEIGHTS, folder / "copy")
         rows.append(["copy", "", f"{speed / 1e9:.2f}", ""])
-        seconds, peak = run("import", folder / "theirs", "--out", folder / "ours")
-        rows.append(["import saelens", *told(seconds, peak, n_bytes, speed)])
+        run("import", folder / "theirs", "--out", folder / "ours")
         for format in FORMATS:
             seconds, peak = run("export", folder / "ours", f"--format={format}", "--out", folder / format)
             rows.append([f"export {format}", *told(seconds, peak, n_bytes, speed)])
-            shutil.rmtree(folder / format)
+            seconds, peak = run("import", folder / format, "--out", folder / "back")
+            rows.append([f"import {format}", *told(seconds, peak, n_bytes, speed)])
+            for name in (format, "back"):
+                shutil.rmtree(folder / name)
     columns = ["what", "peak resident GB", "read + written GB/s", "of a copy"]
     record = {"n_latents": n, "d": d, "bytes": n_bytes, "rows": rows}
     common.report(common.table(f"import and export of {n:,} x {d}", columns, rows), record, settings.out)

@@ -132,7 +132,7 @@ def export(
 def _format(name: str) -> ModuleType:
     known = known_formats()
     if name not in known:
-        raise UsageError(f"there is no format {name!r}; {config.nearest(name, known)}")
+        raise UsageError(f"there is no format {name!r}; there are {', '.join(known)}")
     return known[name]
 
 

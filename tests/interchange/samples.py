@@ -94,7 +94,7 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _names_of_torch() -> Iterator[Any]:
     """Something to pickle under torch's names."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    for name in ("FloatStorage", "HalfStorage", "LongStorage", "IntStorage", "DoubleStorage"):
+    for name in ("BFloat16Storage", "FloatStorage", "HalfStorage", "LongStorage", "IntStorage", "DoubleStorage"):
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
     rebuild = types.FunctionType((lambda *args: None).__code__, {}, "_rebuild_tensor_v2")
     rebuild.__module__, rebuild.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
@@ -116,7 +116,14 @@ def write_torch(path: Path, content: Any) -> None:
     from collections import OrderedDict
 
     storages: list[np.ndarray] = []
-    kinds = {"float32": "Float", "float16": "Half", "int64": "Long", "int32": "Int", "float64": "Double"}
+    kinds = {
+        "bfloat16": "BFloat16",
+        "float32": "Float",
+        "float16": "Half",
+        "int64": "Long",
+        "int32": "Int",
+        "float64": "Double",
+    }
 
     class Storage:
         def __init__(self, array: np.ndarray) -> None:
