@@ -84,6 +84,9 @@ class Dictionary:
         if record.steps:
             where = f" of {record.data.path}" if record.data and record.data.path else ""
             lines.append(f"  {'trained':13}{record.steps:,} steps, {record.tokens:,} tokens{where}")
+        if origin := record.origin:
+            norms = "" if origin.unit_rows else "; decoder rows keep their norms"
+            lines.append(f"  {'imported':13}{origin.place} ({origin.format}){norms}")
         if record.metrics:
             lines.append(f"  {'measured':13}" + ", ".join(f"{n} {value:.4g}" for n, value in record.metrics.items()))
         return "\n".join(lines)

@@ -77,7 +77,8 @@ def import_dictionary(
     if RECORD in files.names and format in ("auto", OURS):
         return _copied(files.folder, out, place)
     module = _format(format) if format != "auto" else _recognised(files)
-    with new_folder(out) as folder:
+    # Values that are not finite are refused when they are written.
+    with new_folder(out) as folder, np.errstate(all="ignore"):
         try:
             members = module.read_set(files, k) if hasattr(module, "read_set") else {}
             members = members or {"": module.read(files, k)}
@@ -138,7 +139,7 @@ def export(
     if not hasattr(module, "write"):
         writable = ", ".join(name for name, each in known_formats().items() if hasattr(each, "write"))
         raise UsageError(f"{format} is read and not written; written are {writable}")
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, np.errstate(all="ignore"):
         members, read = [], []
         for each in several:
             ours, arrays = _ours(each)
@@ -177,7 +178,7 @@ def _copied(folder: Path, out: str | os.PathLike[str], place: Place) -> Record:
 def _format(name: str) -> ModuleType:
     known = known_formats()
     if name not in known:
-        raise UsageError(f"there is no format {name!r}; {config.nearest(name, known)}")
+        raise UsageError(f"there is no format {name!r}; there are {', '.join(known)}")
     return known[name]
 
 

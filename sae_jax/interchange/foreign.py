@@ -75,7 +75,7 @@ class Files:
     @classmethod
     def at(cls, path: Path, place: str | None = None) -> Files:
         """Those of a folder, or a file with the settings that lie beside it. UserError if there is nothing."""
-        words = place or "/".join(path.resolve().parts[-6:])
+        words = place or "/".join(path.absolute().parts[-6:])
         if path.is_dir():
             found = []
             for each in sorted(path.rglob("*")):
@@ -96,8 +96,9 @@ class Files:
 
     @property
     def one(self) -> str | None:
-        """The one file of tensors, if there is one."""
-        return self.weights[0] if len(self.weights) == 1 else None
+        """The one file of tensors in the folder itself, if there is one."""
+        here = [name for name in self.weights if "/" not in name]
+        return here[0] if len(here) == 1 else None
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file; None if there is no such file."""
@@ -203,23 +204,18 @@ def make_up(arrays: dict[str, Lazy], *biases: str, gains: tuple[Any, ...] = (1.0
     return (f"b_dec is not subtracted before encoding: what subtracting it here takes away was added to {what}",)
 
 
-def fold_norms(arrays: dict[str, Lazy], what: str, threshold: np.ndarray | None = None) -> tuple[tuple[str, ...], Any]:
+def fold_norms(arrays: dict[str, Lazy], what: str) -> tuple[str, ...]:
     """Norms of decoder rows into the encoder, where values are not negative or latents rank by value times norm.
 
-    Returns:
-        What was changed, () if all norms are 1; and the thresholds of values that are as much larger.
+    Returns what was changed, () if all norms are 1.
     """
     norms = row_norms(arrays["w_dec"])
     if (np.abs(norms - 1) <= UNIT).all():
-        return (), threshold
+        return ()
     arrays["b_enc"] = Lazy.of((arrays["b_enc"].array() * norms).astype(np.float32), arrays["b_enc"].name)
-    if "log_gain" in arrays:  # the sign of the gate stays
-        arrays["log_gain"] = shifted(arrays["log_gain"], np.log(np.maximum(norms, SMALLEST)))
-    else:
-        arrays["w_enc"] = arrays["w_enc"].scaled(norms)
+    arrays["w_enc"] = arrays["w_enc"].scaled(norms)
     arrays["w_dec"] = arrays["w_dec"].scaled(1 / np.where(norms == 0, 1, norms))  # 0: a latent that writes nothing
-    said = f"norms of decoder rows were folded into the encoder, so values are times the norm: {what}"
-    return (said,), threshold if threshold is None else threshold * norms
+    return (f"norms of decoder rows were folded into the encoder, so values are times the norm: {what}",)
 
 
 def autoencoder(

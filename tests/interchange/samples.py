@@ -94,7 +94,7 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _names_of_torch() -> Iterator[Any]:
     """Something to pickle under torch's names."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    for name in ("FloatStorage", "HalfStorage", "LongStorage", "IntStorage", "DoubleStorage"):
+    for name in ("BFloat16Storage", "FloatStorage", "HalfStorage", "LongStorage", "IntStorage", "DoubleStorage"):
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
     rebuild = types.FunctionType((lambda *args: None).__code__, {}, "_rebuild_tensor_v2")
     rebuild.__module__, rebuild.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
@@ -116,7 +116,14 @@ def write_torch(path: Path, content: Any) -> None:
     from collections import OrderedDict
 
     storages: list[np.ndarray] = []
-    kinds = {"float32": "Float", "float16": "Half", "int64": "Long", "int32": "Int", "float64": "Double"}
+    kinds = {
+        "bfloat16": "BFloat16",
+        "float32": "Float",
+        "float16": "Half",
+        "int64": "Long",
+        "int32": "Int",
+        "float64": "Double",
+    }
 
     class Storage:
         def __init__(self, array: np.ndarray) -> None:
@@ -375,11 +382,10 @@ def dictionary_learning_gated(folder: Path) -> Sample:
     w = numbers(42)
     content = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T, "decoder_bias": w["b_dec"]}
     content |= {"r_mag": w["r_mag"], "gate_bias": w["b_gate"], "mag_bias": w["b_mag"]}
-    unit, norms = _unit(w)
-    v = f64(unit)
+    v = f64(w)
 
     def forward(x):
-        z = norms * foreign.gated(x - v["b_dec"], v["W_enc"], v["b_gate"], v["b_mag"], v["r_mag"])
+        z = foreign.gated(x - v["b_dec"], v["W_enc"], v["b_gate"], v["b_mag"], v["r_mag"])
         return z, z @ v["W_dec"] + v["b_dec"]
 
     return _dictionary_learning(folder, "GatedAutoEncoder", content, forward)
@@ -387,8 +393,7 @@ def dictionary_learning_gated(folder: Path) -> Sample:
 
 def dictionary_learning_jumprelu(folder: Path) -> Sample:
     w = numbers(43)
-    unit, norms = _unit(w)
-    forward = autoencoder(unit, lambda h: foreign.jumprelu(h, w["threshold"]) * norms, False)
+    forward = autoencoder(w, lambda h: foreign.jumprelu(h, w["threshold"]), False)
     return _dictionary_learning(folder, "JumpReluAutoEncoder", _of(w, *PLAIN, "threshold"), forward)
 
 

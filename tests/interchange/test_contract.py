@@ -94,6 +94,19 @@ def test_ours_goes_out_and_comes_back(format: str, ours: dict[str, Path], tmp_pa
     assert held >= 2 or format == "circuit_tracer"  # which takes MLPs alone: test_circuit_tracer.py
 
 
+def test_a_dictionary_says_where_it_came_from(tmp_path: Path) -> None:
+    sample = samples.gemma_scope(tmp_path / "theirs")
+    sae_jax.import_dictionary(sample.path, tmp_path / "ours")
+    d = sae_jax.load(tmp_path / "ours")
+    assert repr(d).splitlines() == [
+        "Dictionary: jumprelu, 24 latents",
+        "  encodes      resid_post.20 of google/gemma-2-2b (d=8)",
+        f"  imported     {sample.path} (gemma_scope); decoder rows keep their norms",
+    ]
+    d.save(tmp_path / "again")  # rows of other norms, which the record allows
+    assert sae_jax.load(tmp_path / "again").record.origin == d.record.origin
+
+
 def test_a_value_of_exactly_the_threshold_is_not_active(tmp_path: Path) -> None:
     w = samples.numbers()
     w["threshold"] = np.random.default_rng(0).uniform(0.01, 30, samples.N).astype(np.float32)
@@ -114,9 +127,31 @@ def test_a_folder_of_no_known_format_is_refused_with_a_list(tmp_path: Path) -> N
         sae_jax.import_dictionary(tmp_path / "a", tmp_path / "out")
     with pytest.raises(UserError, match="no such file or folder"):
         sae_jax.import_dictionary(tmp_path / "b", tmp_path / "out")
-    with pytest.raises(UserError, match="there is no format 'sealens'; did you mean saelens"):
+    with pytest.raises(UserError, match=r"there is no format 'sealens'; there are .*saelens"):
         sae_jax.import_dictionary(tmp_path / "a", tmp_path / "out", "sealens")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_of_other_types_are_read_as_they_are(dtype: str, tmp_path: Path) -> None:
+    w = {name: array.astype(dtype) for name, array in samples._of(samples.numbers(), *samples.PLAIN).items()}
+    samples._saelens(tmp_path / "st", "topk", w, k=4)
+    content = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T, "encoder.bias": w["b_enc"]}
+    content |= {"b_dec": w["b_dec"], **samples._selection()}
+    samples._dictionary_learning(tmp_path / "pt", "AutoEncoderTopK", content, lambda x: (x, x))
+    for path in ("st", "pt/resid_post_layer_3/trainer_0"):
+        record = sae_jax.import_dictionary(tmp_path / path, tmp_path / path[:2] / "ours")
+        d = sae_jax.load(tmp_path / path[:2] / "ours")
+        for name, array in (
+            ("w_enc", w["W_enc"].T),
+            ("w_dec", w["W_dec"]),
+            ("b_enc", w["b_enc"]),
+            ("b_dec", w["b_dec"]),
+        ):
+            np.testing.assert_array_equal(getattr(d, name), array.astype(np.float32), err_msg=name)
+        assert record.origin is not None
+        said = " ".join(record.origin.changes)
+        assert ("w_enc were float64" in said or "w_dec, w_enc were float64" in said) == (dtype == "float64")
 
 
 def test_in_the_hand_as_on_the_disk(ours: dict[str, Path], tmp_path: Path) -> None:

@@ -8,8 +8,7 @@
     BatchTopKSAE                 the same; rows by themselves are active above the threshold
     MatryoshkaBatchTopKSAE       W_enc [d, n], b_enc, W_dec [n, d], b_dec, k, threshold, group_sizes
 
-The library scales decoder rows of an AutoEncoder to norm 1 when it loads them, and multiplies the values of gated and
-JumpReLU dictionaries by the norms of their decoder rows: so do we.
+The library scales decoder rows of an AutoEncoder to norm 1 when it loads them: so do we.
 """
 
 from __future__ import annotations
@@ -148,18 +147,15 @@ def _read(
 ) -> tuple[SaeConfig, dict[str, Lazy], tuple[str, ...]]:
     n_latents, values = ours["w_enc"].shape[0], tensors.values
     if kind == "AutoEncoder":
-        said, _ = fold_norms(ours, "the library does so when it loads them")
+        said = fold_norms(ours, "the library does so when it loads them")
         return *autoencoder("relu", ours, True)[:2], said
     if kind == "AutoEncoderNew":
         return autoencoder("relu", ours, False)
     if kind == "GatedAutoEncoder":
         ours |= {"b_gate": arrays["gate_bias"], "log_gain": arrays["r_mag"]}
-        said, _ = fold_norms(ours, "the library's are")
-        return gated.Config(n_latents=n_latents, input_norm="none"), ours, said
+        return gated.Config(n_latents=n_latents, input_norm="none"), ours, ()
     if kind == "JumpReluAutoEncoder":
-        said, threshold = fold_norms(ours, "the library's are", arrays["threshold"].array())
-        config, ours, more = autoencoder("jumprelu", ours, False, threshold=threshold)
-        return config, ours, said + more
+        return autoencoder("jumprelu", ours, False, threshold=arrays["threshold"].array())
     k = values.get("k")
     if not isinstance(k, int):
         raise UserError(f"{path}: has no whole number k; get the file again")

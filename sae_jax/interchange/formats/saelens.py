@@ -108,7 +108,7 @@ def read(files: Files, k: int | None = None) -> Foreign:
     else:
         ours["b_enc"] = arrays["b_enc"]
         if architecture == "topk" and cfg.get("rescale_acts_by_decoder_norm", bool, False):
-            changes += fold_norms(ours, "latents rank by that")[0]
+            changes += fold_norms(ours, "latents rank by that")
         activation: Any = "relu" if architecture == "standard" else architecture
         k = cfg.require("k", int) if architecture == "topk" else None
         config, ours, said = autoencoder(activation, ours, is_subtracted, k, threshold, norm)

@@ -1,7 +1,7 @@
 """What the scripts for the libraries share. Numpy alone: sae_jax is not in their environments.
 
-    python with_LIBRARY.py check FOLDER    load what export.py wrote there, compare
-    python with_LIBRARY.py write FOLDER    write with the library itself: tests/interchange/golden/LIBRARY
+python with_LIBRARY.py check FOLDER    load what export.py wrote there, compare
+python with_LIBRARY.py write FOLDER    write with the library itself: tests/interchange/golden/LIBRARY
 """
 
 from __future__ import annotations

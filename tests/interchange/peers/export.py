@@ -65,11 +65,17 @@ def _for_circuit_tracer(out: Path, data: Path) -> None:
             for x, y in zip(reads, writes, strict=True)
         ]
         sae_jax.export(members, "circuit_tracer", out / name)
-        _expect(out / f"{name}.npz", rows, [_dense(d, x) for d, x in zip(members, rows, strict=True)],
-                [np.asarray(d(x)) for d, x in zip(members, rows, strict=True)])
+        _expect(
+            out / f"{name}.npz",
+            rows,
+            [_dense(d, x) for d, x in zip(members, rows, strict=True)],
+            [np.asarray(d(x)) for d, x in zip(members, rows, strict=True)],
+        )
     for name in ("relu", "batch_topk"):
         settings = {"activation": name, "mask": "weakly_causal", "n_latents": LAYERS * 128}
-        d = sae_jax.train(data, variant="crosscoder", site=tuple(reads), reconstruct=tuple(writes), **settings, **TRAINING)
+        d = sae_jax.train(
+            data, variant="crosscoder", site=tuple(reads), reconstruct=tuple(writes), **settings, **TRAINING
+        )
         sae_jax.export(d, "circuit_tracer", out / f"clt_{name}")
         x = np.concatenate(rows, 1)
         _expect(out / f"clt_{name}.npz", rows, np.split(_dense(d, x), LAYERS, 1), np.split(np.asarray(d(x)), LAYERS, 1))

@@ -14,7 +14,7 @@ from circuit_tracer.transcoder.single_layer_transcoder import (
     TranscoderSet,
     load_transcoder_set,
 )
-from common import D, N, Case, cases, compare, drawn, golden, main, rows
+from common import Case, D, N, cases, compare, drawn, golden, main, rows
 
 READS, WRITES = "mlp.hook_in", "hook_mlp_out"
 LAYERS = 3
