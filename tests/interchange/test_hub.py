@@ -12,6 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+import sae_jax
 from sae_jax import artifact
 from sae_jax.artifact import Dictionary
 from sae_jax.commands import main
@@ -343,3 +344,10 @@ def test_the_commands_fetch_and_publish(server, published, tmp_path, capsys) -> 
     assert f"published as hf:someone/new/a@{new.sha('main')}" in " ".join(capsys.readouterr().err.split())
     assert main.main([*words, "--private"]) == 2
     assert main.main([*words, "--push=new"]) == 2
+
+
+def test_what_is_measured_needs_a_folder_of_ones_own(server) -> None:
+    with pytest.raises(UsageError, match="hf:a/b: what is measured is written beside a dictionary; import it"):
+        sae_jax.evaluate("hf:a/b")
+    with pytest.raises(UserError, match="there is no repository a/b"):
+        sae_jax.active("hf:a/b", "text")

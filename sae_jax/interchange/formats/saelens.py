@@ -201,7 +201,8 @@ def _architecture(ours: Ours) -> tuple[str, dict[str, Lazy], bool, dict[str, Any
 
 def _current(cfg: Any) -> Any:
     """A config in the words of version 6."""
-    if not isinstance(cfg, dict) or "sae_lens_version" in (cfg.get("metadata") or {}):
+    metadata = cfg.get("metadata") if isinstance(cfg, dict) else None
+    if not isinstance(cfg, dict) or (isinstance(metadata, dict) and "sae_lens_version" in metadata):
         return cfg
     cfg = {{"hook_point": "hook_name", "activation_fn_str": "activation_fn"}.get(n, n): v for n, v in cfg.items()}
     if cfg.get("architecture", "standard") == "standard" and cfg.get("activation_fn") == "topk":

@@ -1,4 +1,4 @@
-"""Dictionaries for the libraries to load, with what we make of some rows: python -m tests.interchange.peers.export FOLDER
+"""Dictionaries for the libraries to load, with what we make of some rows: python -m tests.interchange.peers.export DIR
 
 Of every variant, in every format that can hold it; and for circuit-tracer, trained on the bundled language model.
 """
