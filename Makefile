@@ -34,7 +34,8 @@ $(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest ver
 $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
-.PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
+.PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
+  test-interchange test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -86,6 +87,26 @@ test-peers:
 	$(PEERS)/bin/pip install "torch==2.13.0"
 	$(PEERS)/bin/python -m pytest -m peers
 
+# What we export, loaded by the libraries themselves; and what they write, imported. Each has an environment of its own:
+# they pin what others forbid, and none is imported beside sae_jax. tests/interchange/golden is written anew.
+INTERCHANGE := .venv-interchange
+define with_library
+@test -x $(INTERCHANGE)/$(1)/bin/python || "$(PYTHON)" -m venv $(INTERCHANGE)/$(1)
+$(INTERCHANGE)/$(1)/bin/pip install --quiet "$(2)"
+HF_HUB_OFFLINE=1 $(INTERCHANGE)/$(1)/bin/python tests/interchange/peers/with_$(1).py check $(INTERCHANGE)/exported
+HF_HUB_OFFLINE=1 $(INTERCHANGE)/$(1)/bin/python tests/interchange/peers/with_$(1).py write tests/interchange/golden/$(1)
+endef
+
+test-interchange: $(VENV)/.installed-dev
+	mkdir -p $(INTERCHANGE)
+	rm -rf $(INTERCHANGE)/exported
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.interchange.peers.export $(INTERCHANGE)/exported
+	$(call with_library,saelens,sae-lens==6.54.12)
+	$(call with_library,sparsify,eai-sparsify==1.3.3)
+	$(call with_library,dictionary_learning,dictionary-learning==0.1.0)
+	$(call with_library,circuit_tracer,circuit-tracer==0.5.0)
+	$(BIN)/python -m pytest tests/interchange/test_golden.py
+
 # The train step compiled for pods and GPU nodes, in an environment of its own of 2.5 GB.
 test-plan:
 	$(call environment,$(PLAN),.[plan$(comma)test])
@@ -106,4 +127,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PLAN) $(BENCH) $(OLDEST) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) demo build *.egg-info

@@ -4,7 +4,7 @@
     sae_jax.write_activations("set", rows)     a set from arrays you already have; sae_jax.open_activations("set")
     d = sae_jax.train(rows, n_latents=4096, k=32, steps=1000, batch_size=2048)
     code = d.encode(x); d.decode(code); d(x)   d.w_dec and the other arrays; d.record
-    d.save("dictionary"); sae_jax.load("dictionary")
+    d.save("dictionary"); sae_jax.load("dictionary"); sae_jax.push(d, "you/yours"); sae_jax.load("hf:you/yours")
 
 Each is a command, too: `sae-jax --help`.
 """
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sae_jax.activations.ingest import write_activations
     from sae_jax.activations.source import RowSource
     from sae_jax.activations.store import ActivationSet, open_activations
-    from sae_jax.artifact import Dictionary, load, save
+    from sae_jax.artifact import Dictionary, save
+    from sae_jax.interchange.convert import export, import_dictionary
+    from sae_jax.interchange.publish import load, push
     from sae_jax.record import Record
     from sae_jax.runs import (
         advise,
@@ -60,13 +62,16 @@ __all__ = [
     "dashboard",
     "evaluate",
     "explain",
+    "export",
     "find",
     "fit",
     "harvest",
+    "import_dictionary",
     "live",
     "load",
     "open_activations",
     "plan",
+    "push",
     "quality",
     "save",
     "steer",
@@ -88,8 +93,11 @@ _HOMES = {
     "RowSource": "sae_jax.activations.source",
     "UsageError": "sae_jax.errors",
     "UserError": "sae_jax.errors",
-    "load": "sae_jax.artifact",
+    "export": "sae_jax.interchange.convert",
+    "import_dictionary": "sae_jax.interchange.convert",
+    "load": "sae_jax.interchange.publish",
     "open_activations": "sae_jax.activations.store",
+    "push": "sae_jax.interchange.publish",
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(

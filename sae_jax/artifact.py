@@ -84,6 +84,9 @@ class Dictionary:
         if record.steps:
             where = f" of {record.data.path}" if record.data and record.data.path else ""
             lines.append(f"  {'trained':13}{record.steps:,} steps, {record.tokens:,} tokens{where}")
+        if origin := record.origin:
+            norms = "" if origin.unit_rows else "; decoder rows keep their norms"
+            lines.append(f"  {'imported':13}{origin.place} ({origin.format}){norms}")
         if record.metrics:
             lines.append(f"  {'measured':13}" + ", ".join(f"{n} {value:.4g}" for n, value in record.metrics.items()))
         return "\n".join(lines)
@@ -101,18 +104,37 @@ def load(path: str | os.PathLike[str], ema: bool = False) -> Dictionary:
         UsageError: averages asked of what has none.
     """
     folder = Path(path)
-    content = storage.read_json(folder / RECORD)
-    if content is None:
+    described = read_record(folder)
+    if described is None:
         return _from_run(folder, ema)
-    expected = storage.as_type(content.pop("arrays", None), FileDigest, f"{folder / RECORD}: arrays")
-    record = Record.from_json(content, folder / RECORD)
+    record, expected = described
     if ema and record.weights != "average":
         raise UsageError(f"{folder}: holds the live weights, no average; load it without ema")
-    sae_config = _config_of(record, folder / RECORD)
+    sae_config = config_of(record, folder / RECORD)
     with storage.open_safetensors(folder / ARRAYS) as file:
         sae = _read_arrays(file, folder / ARRAYS, _abstract(sae_config, record.widths))
     digests.check_file(folder / ARRAYS, expected)
     return Dictionary(sae, record)
+
+
+def read_record(folder: Path) -> tuple[Record, FileDigest] | None:
+    """The record of a saved dictionary and the digest of its arrays; None if there is none in the folder."""
+    content = storage.read_json(folder / RECORD)
+    if content is None:
+        return None
+    expected = storage.as_type(content.pop("arrays", None), FileDigest, f"{folder / RECORD}: arrays")
+    return Record.from_json(content, folder / RECORD), expected
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write the record of the arrays that lie in a folder. They are part of it from here on: see `load`."""
+    arrays = msgspec.to_builtins(digests.of_file(folder / ARRAYS))
+    storage.write_json(folder / RECORD, {**record.to_json(), "arrays": arrays})
+
+
+def shapes(config: SaeConfig, widths: Widths) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a dictionary, by name."""
+    return {name: array.shape for name, array in arrays_of(_abstract(config, widths)).items()}
 
 
 def digest_of(sae: AbstractSae) -> str:
@@ -139,7 +161,7 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
     record = record_of(sae) if record is None else record
     if record.variant != sae.config.variant or record.sae != configs.to_dict(sae.config):
         raise UsageError(f"the record is of a {record.variant} with other settings than this dictionary; leave it out")
-    if sae.config.UNIT_DECODER:
+    if sae.config.UNIT_DECODER and (record.origin is None or record.origin.unit_rows):
         norms_F = np.linalg.norm(np.asarray(sae.w_dec, np.float64), axis=1)
         off = float(np.abs(norms_F[norms_F > 0] - 1).max(initial=0.0))
         if off > UNIT_TOLERANCE:
@@ -147,11 +169,10 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
                 f"decoder rows have norms up to {off:.2g} away from 1, which those of a {record.variant} have; divide "
                 f"w_dec by them and multiply w_enc and b_enc"
             )
-    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in _arrays(sae).items()}
+    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in arrays_of(sae).items()}
     with storage.new_folder(path) as folder:
         storage.write_safetensors(folder / ARRAYS, arrays)
-        arrays_digest = msgspec.to_builtins(digests.of_file(folder / ARRAYS))
-        storage.write_json(folder / RECORD, {**record.to_json(), "arrays": arrays_digest})
+        write_record(folder, record)
 
 
 def record_of(sae: AbstractSae) -> Record:
@@ -196,7 +217,7 @@ def _from_run(run: Path, ema: bool) -> Dictionary:
     with checkpoint.Checkpoints(where, writes=False) as checkpoints:
         if checkpoints.latest is None:
             raise UserError(f"{run}: no complete checkpoint yet; let training reach train.checkpoint_every steps")
-        target = _abstract_parts(_config_of(record.dictionary, run / "config.json"), record)
+        target = _abstract_parts(config_of(record.dictionary, run / "config.json"), record)
         names = ("average" if ema else "sae", "counters", "run")
         parts = {checkpoint.part_name(name, part): target[part] for part in names}
         step, tree = checkpoints.read(parts)
@@ -245,7 +266,8 @@ def _evaluation(run: Path, step: int, ema: bool) -> dict[str, float]:
     return {n: float(v) for n, v in content.items() if isinstance(v, int | float) and n != "step" and math.isfinite(v)}
 
 
-def _config_of(record: Record, path: Path) -> SaeConfig:
+def config_of(record: Record, path: Path) -> SaeConfig:
+    """The settings in a record. `path`: for messages."""
     return base.config_from(record.variant, record.sae, f"{path}: sae")
 
 
@@ -271,7 +293,7 @@ def _abstract_parts(config: SaeConfig, record: RunRecord) -> dict[str, Any]:
     return placed(jax.eval_shape(parts, init.abstract_sample(record.dictionary.widths)), here)
 
 
-def _arrays(sae: AbstractSae) -> dict[str, jax.Array]:
+def arrays_of(sae: AbstractSae) -> dict[str, jax.Array]:
     """The arrays of a dictionary by name; those that it does not have, such as a skip, are left out."""
     names = [field.name for field in fields(sae) if field.metadata.get("pytree_node", True)]  # type: ignore[arg-type]
     return {name: array for name in names if (array := getattr(sae, name)) is not None}
@@ -279,7 +301,7 @@ def _arrays(sae: AbstractSae) -> dict[str, jax.Array]:
 
 def _read_arrays(file: Any, path: Path, target: AbstractSae) -> AbstractSae:
     """A dictionary of the shapes of `target`. Raises UserError, naming the file, for anything else."""
-    expected, names = _arrays(target), set(file.keys())
+    expected, names = arrays_of(target), set(file.keys())
     if difference := names ^ expected.keys():
         what = "has" if (name := min(difference)) in names else "lacks"
         raise UserError(f"{path}: {what} an array {name}, unlike the record beside it; restore both")

@@ -24,6 +24,7 @@ from sae_jax.types import Sites, UserError, Widths
 
 SCHEMA = 1
 MAX_WIDTH = 1 << 24  # of a source
+NEWER = ("origin", "init_from")  # fields that older records lack
 
 
 class Versioned:
@@ -33,8 +34,7 @@ class Versioned:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        fields = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
-        return sealed({"kind": self.KIND, "schema": SCHEMA, **fields})
+        return sealed({"kind": self.KIND, "schema": SCHEMA, **_plain(self)})
 
     @classmethod
     def from_json(cls, content: Any, path: str | Path) -> Self:
@@ -51,7 +51,7 @@ class Versioned:
             record = msgspec.convert(fields, cls, strict=True)
         except (msgspec.ValidationError, UserError) as error:
             raise UserError(f"{path}: {error}; the record is damaged, restore it or write it again") from None
-        if difference := _difference(fields, json.loads(json.dumps(asdict(record)))):  # type: ignore[call-overload]
+        if difference := _difference(fields, _plain(record)):
             raise UserError(f"{path}: {difference}; restore the file, or write it again with this version")
         unsealed(content, path)
         return record
@@ -95,6 +95,18 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a dictionary that another program wrote came from, and what became of it on the way."""
+
+    format: str  # a name of sae_jax/interchange/formats
+    place: str  # a path, or where on a hub
+    revision: str | None  # of the hub's repository
+    licence: str | None
+    changes: tuple[str, ...]  # in plain words; () where every number is as it was
+    unit_rows: bool  # decoder rows have norm 1; else they have the norms they came with
+
+
+@dataclass(frozen=True)
 class Record(Versioned):
     """A dictionary: everything that a person, or another program, needs to know beside the arrays."""
 
@@ -111,6 +123,7 @@ class Record(Versioned):
     weights: Literal["live", "average"]  # as trained, or their running average
     metrics: dict[str, float]  # where measured
     program: str  # version and commit
+    origin: Origin | None = None  # of what was imported; left out of the file where there is none
 
     def __post_init__(self) -> None:
         if not (self.encodes and self.reconstructs):
@@ -138,6 +151,7 @@ class RunRecord(Versioned):
     mesh: dict[str, Any]
     engine: dict[str, Any]
     allow_partial: bool = False
+    init_from: str | None = None  # the dictionary whose weights it began with
 
 
 @dataclass(frozen=True)
@@ -163,6 +177,15 @@ def program() -> str:
     except OSError:
         return version
     return f"{version}+{described.stdout.strip()}" if described.stdout.strip() else version
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record as values of JSON. What is newer than other fields is left out where there is none, as it was before."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if value is not None or name not in NEWER}
+
+    return json.loads(json.dumps(asdict(record, dict_factory=fields)))
 
 
 def _difference(given: Any, known: Any, path: str = "") -> str | None:

@@ -22,6 +22,7 @@ from sae_jax.activations.source import RowSource
 from sae_jax.activations.store import ActivationSet, open_activations
 from sae_jax.activations.stored import StoredRows
 from sae_jax.artifact import Dictionary
+from sae_jax.interchange import publish
 from sae_jax.mesh import MeshConfig
 from sae_jax.ops.tuning import EngineConfig
 from sae_jax.planning import targets
@@ -75,6 +76,7 @@ def train(
     engine: EngineConfig | None = None,
     allow_partial: bool = False,
     cache_gib: float = 0.0,
+    init_from: StrPath | None = None,
     **changes: Any,
 ) -> Dictionary:
     """Train a sparse autoencoder: `train(rows, n_latents=4096, k=32, steps=1000, batch_size=2048)`.
@@ -92,6 +94,8 @@ def train(
         engine: sizes of the pieces in which ops work.
         allow_partial: train although some shards of the set are not there yet.
         cache_gib: of a local disk, for chunks of a set at a URL, each of which is then read from there once.
+        init_from: what `sae_jax.load` takes: the run begins with the weights of this dictionary, of the same variant
+            and size, instead of random ones.
         **changes: fields of the variant's config and of `TrainConfig`, such as n_latents, k, steps, batch_size, lr.
 
     Raises:
@@ -100,7 +104,7 @@ def train(
     """
     fixed = {"out": out, "variant": variant, "site": site, "reconstruct": reconstruct, "mesh": mesh, "engine": engine}
     fixed |= {"sae_config": sae_config, "train_config": train_config, "allow_partial": allow_partial}
-    fixed |= {"cache_gib": cache_gib}
+    fixed |= {"cache_gib": cache_gib, "init_from": init_from}
     job, source = _new_job(TrainJob, data, {**fixed, **changes})
     return _dictionaries({"": job}, source)[""]
 
@@ -143,9 +147,8 @@ def live(*, settings: HarvestConfig | None = None, live_config: LiveConfig | Non
 
 def run_train(job: TrainJob, source: RowSource | None = None) -> int:
     """The run of a job as a command parses it, with `members` if it lists some. Returns the step it stands at."""
-    return run.run(
-        expand_members(job), as_source(job.data, job.allow_partial, job.cache_gib) if source is None else source
-    ).step
+    source = as_source(job.data, job.allow_partial, job.cache_gib) if source is None else source
+    return run.run(expand_members(job), source, read=_read).step
 
 
 def sweep(
@@ -191,6 +194,8 @@ def sweep(
 
 def run_sweep(job: SweepJob, source: RowSource | None = None) -> list[str]:
     """The sweep of a job as a command parses it; a line for each thing that is wrong."""
+    if job.init_from is not None:
+        raise UsageError(f"--init-from={job.init_from}: the runs of a sweep begin with random weights; use train")
     source = as_source(job.data, job.allow_partial, job.cache_gib) if source is None else source
     planned, refused = sweep_plan.plan(job, source)
     return [*(f"left out: {line}" for line in refused), *sweep_run.sweep(job, planned, source)]
@@ -207,14 +212,22 @@ def as_source(data: Any, allow_partial: bool = False, cache_gib: float = 0.0) ->
     return StoredRows(data) if isinstance(data, ActivationSet) else ArrayRows(data)
 
 
+def _read(init_from: str) -> tuple[Any, Any]:
+    """The dictionary that a run begins with."""
+    dictionary = publish.load(init_from)
+    return dictionary.sae, dictionary.record
+
+
 def _new_job(cls: Any, data: Any, settings: Mapping[str, Any]) -> tuple[Any, RowSource]:
     """A job from keywords, those of `train`, and its rows."""
     settings = {name: value for name, value in settings.items() if value is not None}
     source = as_source(data, settings.pop("allow_partial", False), settings.pop("cache_gib", 0.0))
     sites = {name: settings.pop(name, ()) for name in ("site", "reconstruct")}
+    init_from = settings.pop("init_from", None)
     job = cls(
         data=source.name,
         out=os.fspath(settings.pop("out", "")),
+        init_from=None if init_from is None else os.fspath(init_from),
         sae=settings.pop("sae_config", None) or base.config_class(settings.pop("variant", "topk"))(),
         train=settings.pop("train_config", TrainConfig()),
         mesh=settings.pop("mesh", MeshConfig()),
@@ -227,7 +240,7 @@ def _new_job(cls: Any, data: Any, settings: Mapping[str, Any]) -> tuple[Any, Row
 
 def _dictionaries(jobs: dict[str, TrainJob], source: RowSource) -> dict[str, Dictionary]:
     """Train, and what came of it."""
-    trained = run.run(jobs, source)
+    trained = run.run(jobs, source, read=_read)
     out = next(iter(jobs.values())).out
     if out:
         return {name: artifact.load(Path(out) / "members" / name if name else out) for name in jobs}

@@ -29,6 +29,7 @@ from sae_jax.evaluation import tasks as labelled
 from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
+from sae_jax.interchange import hub, publish
 from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.scaling import quality as trends
@@ -78,6 +79,11 @@ def evaluate(
     curve = None if loss_curve is None else effective_compute.read_curve(loss_curve)
     kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
     labelled.digest(tasks or "")  # refuses what is not there before anything runs
+    if published := [given for given in dictionaries if hub.is_remote(given)]:
+        raise UsageError(
+            f"{published[0]}: what is measured is written beside a dictionary; import it to a folder of yours first, "
+            f"with sae-jax import"
+        )
     dictionaries = tuple(one for given in dictionaries for one in _members_of_sweep(given))
     names = [str(i) if isinstance(d, Dictionary) else os.fspath(d) for i, d in enumerate(dictionaries)]
     if same := set(names) & set(beside):
@@ -286,7 +292,7 @@ def attribute(
 
 
 def _load(dictionary: Dictionary | StrPath, ema: bool) -> Dictionary:
-    return dictionary if isinstance(dictionary, Dictionary) else artifact.load(dictionary, ema)
+    return dictionary if isinstance(dictionary, Dictionary) else publish.load(dictionary, ema)
 
 
 def _subject(
@@ -322,7 +328,7 @@ def dashboard(
         store: where `collect` keeps the activations of the sample; those that are there are not made again.
     """
     is_path = not isinstance(dictionary, Dictionary)
-    d = artifact.load(dictionary, ema) if is_path else dictionary
+    d = _load(dictionary, ema)
     model = model and lm.resolve(model)
     title = Path(dictionary).resolve().name if is_path else d.record.variant
     write_site(d, out, title, data, model, tokens, split, store)

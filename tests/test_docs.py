@@ -25,7 +25,9 @@ PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics", "latents")),
 ]
-PAGES += [ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling", "explain", "probing")]
+PAGES += [
+    ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling", "explain", "probing", "interchange", "publish")
+]
 SMALL = {
     "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],
     "train": ["--train.steps=4", "--train.decay=0", "--train.batch-size=64", "--sae.n-latents=256"],

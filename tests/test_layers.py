@@ -17,7 +17,7 @@ ORDER = [
     {"training", "testbeds"},
     {"artifact"},
     {"analysis"},
-    {"evaluation", "autointerp", "scaling", "planning"},
+    {"evaluation", "autointerp", "scaling", "planning", "interchange"},
     {"pages", "selftest", "sweeps"},
     {"recipe", "runs", "uses"},
     {"commands"},

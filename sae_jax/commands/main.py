@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -47,7 +48,8 @@ def _run(argv: list[str]) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
-        command = importlib.import_module(f"sae_jax.commands.{argv[0]}")
+        name = argv[0] + "_" * keyword.iskeyword(argv[0])  # import
+        command = importlib.import_module(f"sae_jax.commands.{name}")
         if gpu := sys.modules.get("sae_jax.commands.gpu"):  # only of commands that use devices
             gpu.set_gpu_flags()
         command.run(argv[1:])

@@ -16,6 +16,8 @@ COMMANDS = {
     "steer": "what the language model writes with latents set to chosen values",
     "attribute": "the latents that made the language model say a token after a prompt",
     "dashboard": "a static site to look at the latents of a run",
+    "import": "a dictionary of another program: SAELens, sparsify, Gemma Scope and others",
+    "export": "a dictionary for another program",
     "fit": "scaling laws from the table of a sweep, with intervals and figures",
     "advise": "latents, tokens, learning rate and error for a budget, by the laws of a fit",
     "verify": "check every byte of an activation set",

@@ -1,7 +1,7 @@
 """The tensors of a model folder by name, whichever kind of file they lie in.
 
     *.safetensors          one, several, or those of an index
-    pytorch_model*.bin     what torch.save writes, read without torch: tensors alone, no code (torch_file.py)
+    pytorch_model*.bin     what torch.save writes, read without torch: tensors alone, no code (storage/tensor_files.py)
     *.gguf                 one, dequantised by the `gguf` package (gguf_file.py)
 
 A tensor is a view of its file: bytes are read where they are used, so a device's part of a matrix is all that is read
@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from sae_jax import storage
-from sae_jax.lm import gguf_file, torch_file
+from sae_jax.lm import gguf_file
 from sae_jax.lm.family import Family
 from sae_jax.lm.files import read_json
 from sae_jax.progress import say_once
+from sae_jax.storage.tensor_files import FLOATS, safetensors_places, torch_places, view
 from sae_jax.types import UserError
 
-FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}  # as safetensors says
 _FORMATS = (  # (one file, its index, all such files), the first that is there
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
@@ -85,9 +85,9 @@ class Checkpoint:
 
     def forget(self) -> None:
         """Lets the system take back the memory of what was read."""
-        for view in self._maps:
-            if hasattr(view, "madvise"):
-                view.madvise(mmap.MADV_DONTNEED)
+        for data in self._maps:
+            if hasattr(data, "madvise"):
+                data.madvise(mmap.MADV_DONTNEED)
 
     def _bare(self, name: str) -> str:
         return self._family.bare(name)
@@ -95,35 +95,13 @@ class Checkpoint:
     def _open(self, path: Path) -> Mapping[str, StoredTensor]:
         if path.suffix == ".gguf":
             return {name: StoredTensor("F32", shape, view) for name, (shape, view) in gguf_file.tensors(path).items()}
-        places = torch_file.places(path) if path.suffix == ".bin" else _safetensors_places(path)
+        places = torch_places(path) if path.suffix == ".bin" else safetensors_places(path)
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps.append(data)
-        return {name: StoredTensor(place.kind, place.shape, _viewer(data, place)) for name, place in places.items()}
-
-
-def _viewer(data: mmap.mmap, place: torch_file.Place) -> Callable[[], np.ndarray]:
-    def view() -> np.ndarray:
-        dtype = np.dtype(FLOATS[place.kind])
-        n = 1 + sum((size - 1) * stride for size, stride in zip(place.shape, place.strides, strict=True))
-        flat = np.frombuffer(data, dtype, n if 0 not in place.shape else 0, place.offset)
-        strides = tuple(stride * dtype.itemsize for stride in place.strides)
-        return np.lib.stride_tricks.as_strided(flat, place.shape, strides, writeable=False)
-
-    return view
-
-
-def _safetensors_places(path: Path) -> dict[str, torch_file.Place]:
-    with storage.open_safetensors(path) as file:  # compares all that is stated with the size of the file
-        keys = [*file.keys()]
-    with path.open("rb") as raw:
-        size = int.from_bytes(raw.read(8), "little")
-        header = storage.parse_json(raw.read(size), path)
-    places = {}
-    for key in keys:
-        shape, offset = tuple(header[key]["shape"]), 8 + size + header[key]["data_offsets"][0]
-        places[key] = torch_file.Place(header[key]["dtype"], shape, torch_file.contiguous(shape), offset)
-    return places
+        return {
+            name: StoredTensor(place.kind, place.shape, partial(view, data, place)) for name, place in places.items()
+        }
 
 
 def weight_files(folder: Path) -> list[Path]:

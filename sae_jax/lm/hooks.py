@@ -15,6 +15,7 @@ what joins it. A hook is written `point.layer`, as in `resid_post.2`; layers cou
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from sae_jax.lm.family import family
@@ -88,6 +89,22 @@ def names_elsewhere(spec: Spec, point: str) -> tuple[str, str]:
     theirs = _TRANSFORMER_LENS.get(point, "")
     note = " times the norm's weight" if spec.norm == "rms_norm" and theirs.endswith("hook_normalized") else ""
     return f"blocks.{{layer}}.{theirs}{note}" if theirs else "", family(spec.family).modules[point]
+
+
+def from_transformer_lens(name: str) -> str | None:
+    """The hook, as "point.layer", that TransformerLens calls "blocks.{layer}.{name}"; None if none is the same.
+
+    What it calls normalised lacks the norm's weight in some models, so that is none.
+    """
+    found = re.fullmatch(r"blocks\.(\d{1,4})\.(.+)", name)
+    points_ = [point for point, theirs in _TRANSFORMER_LENS.items() if found and theirs == found[2]]
+    return f"{points_[0]}.{int(found[1])}" if found and points_ and points_[0] not in READ_BY_BLOCK else None
+
+
+def to_transformer_lens(hook: str | None) -> str | None:
+    """What TransformerLens calls a hook "point.layer"; None where it has no such point."""
+    point, _, layer = (hook or "").rpartition(".")
+    return f"blocks.{layer}.{_TRANSFORMER_LENS[point]}" if point in _TRANSFORMER_LENS else None
 
 
 def _choices(spec: Spec) -> str:

@@ -33,7 +33,7 @@ from flax import struct
 
 from sae_jax import config, mesh
 from sae_jax.ops import encode, sparse, tuning
-from sae_jax.saes.init import Sample, linear_rows, unit_rows, zeros
+from sae_jax.saes.init import Sample, linear_rows, row_norms, unit_rows, zeros
 from sae_jax.saes.normalise import InputNorm, Scale, normalise
 from sae_jax.types import Code, UsageError, Widths, refuse_masked
 
@@ -162,7 +162,7 @@ class SaeConfig:
     """width of the dictionary"""
     input_norm: InputNorm = "dataset_sqrt_d"
     """dataset_*: one constant a source, so that the mean square of its rows' norms is its width (sqrt_d) or 1 (rms);
-    layer_norm, unit_norm: of each vector, undone on outputs; none: rows as they are"""
+    layer_norm, unit_norm, vector_sqrt_d: of each vector, undone on outputs; none: rows as they are"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """inputs of products over all latents; auto: bfloat16, but float32 on CPUs that would have to emulate it. Weights,
     sums, selection and losses are float32"""
@@ -366,6 +366,15 @@ class AbstractSae(abc.ABC):
 
         Its decoder rows have unit norm if the config's UNIT_DECODER says so, in whatever form training keeps them.
         """
+
+    def unfolded(self, scale: Scale) -> Self:
+        """The same dictionary for rows that are multiplied by `scale`: what `folded` makes this one of."""
+        return self.folded(Scale(1 / scale.x, 1 / scale.y))
+
+    @property
+    def row_lengths(self) -> jax.Array | None:
+        """f32[F], what `constrained` divides decoder rows by; None where training takes rows of any length."""
+        return row_norms(self.w_dec) if "w_dec" in self.unit_rows else None
 
 
 def variants() -> list[str]:

@@ -2,6 +2,7 @@
 
     none                            rows as they are
     layer_norm, unit_norm           each vector by itself; outputs are mapped back
+    vector_sqrt_d                   so, too: each vector to norm sqrt(d), its mean left in
     dataset_rms, dataset_sqrt_d     one constant a source, fixed when a run starts and folded into the weights by `load`
 
 Nothing else in saes/ knows about it: a variant sees normalised rows only.
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-InputNorm = Literal["none", "layer_norm", "unit_norm", "dataset_rms", "dataset_sqrt_d"]
-PER_VECTOR = ("layer_norm", "unit_norm")
+InputNorm = Literal["none", "layer_norm", "unit_norm", "vector_sqrt_d", "dataset_rms", "dataset_sqrt_d"]
+PER_VECTOR = ("layer_norm", "unit_norm", "vector_sqrt_d")
 
 
 @struct.dataclass
@@ -63,6 +64,10 @@ def normalise(x_BD: jax.Array, kind: InputNorm) -> tuple[jax.Array, jax.Array, j
     if kind not in PER_VECTOR:
         return x_BD, jnp.float32(0), jnp.float32(1)
     x_BD = x_BD.astype(jnp.float32)
+    if kind == "vector_sqrt_d":
+        norm_B1 = jnp.sqrt((x_BD**2).sum(-1, keepdims=True))
+        scale_B1 = jnp.maximum(norm_B1, 1e-12) / math.sqrt(x_BD.shape[-1])
+        return x_BD / scale_B1, jnp.zeros_like(scale_B1), scale_B1
     mean_B1 = x_BD.mean(-1, keepdims=True)
     centred_BD = x_BD - mean_B1
     square_B1 = (centred_BD**2).sum(-1, keepdims=True)

@@ -3,6 +3,7 @@
     z = act(W_enc x + b_enc)      y_hat = W_dec^T z + b_dec (+ W_skip x)
     topk   keep_k, ReLU           loss = s * mean((y - y_hat)^2) + aux_coefficient * L_aux        see saes/topk.py
     relu   ReLU                   loss = error + l1_coefficient * mean ||z||_1                    see saes/losses.py
+    jumprelu    pre * 1[pre > theta]     not trained here: of transcoders that others made and `import` read
 
 `site` names what is encoded, `reconstruct` what is reconstructed: the input and the output of an MLP, or the outputs of
 several later ones side by side, which makes each layer's transcoder a cross-layer one. Nothing is subtracted from x.
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sae_jax import mesh
 from sae_jax.ops import encode, sparse, tiled
 from sae_jax.saes import base, init, jumprelu, losses, penalty
 from sae_jax.saes.base import AbstractSae, Batch, Context, KConfig, Outcome
@@ -42,8 +44,9 @@ class Config(KConfig, L1Config):
     """Transcoder; k and AuxK are for topk, the penalty for relu."""
 
     variant: Literal["transcoder"] = "transcoder"
-    activation: Literal["topk", "relu"] = "topk"
-    """which latents are active: the k strongest, or all positive ones, which then are penalised"""
+    activation: Literal["topk", "relu", "jumprelu"] = "topk"
+    """which latents are active: the k strongest, or all positive ones, which then are penalised; jumprelu, those above
+    thresholds, is not trained"""
     skip: bool = False
     """add a linear map of x"""
 
@@ -72,10 +75,13 @@ class Config(KConfig, L1Config):
             b_dec=sample.mean,
             w_skip=jnp.zeros((len(sample.mean), len(sample.median))) if self.skip else None,
             config=self,
+            log_threshold=init.zeros((self.n_latents,), mesh.DICT) if self.activation == "jumprelu" else None,
         )
 
     def check(self, widths: Widths, same: bool) -> None:
-        """Refuse to encode several sources, or to reconstruct what is encoded."""
+        """Refuse to encode several sources, or to reconstruct what is encoded; and thresholds, which are not learnt."""
+        if self.activation == "jumprelu":
+            raise UsageError("sae.activation=jumprelu is of imported transcoders alone; train one with topk or relu")
         if same:
             raise UsageError("sae.variant=transcoder reconstructs another source; name it in `reconstruct`")
         if len(widths.x) > 1:
@@ -93,27 +99,30 @@ class Transcoder(AbstractSae):
     b_dec: jax.Array  # f32[Y]
     w_skip: jax.Array | None  # f32[Y, X], on every device; None: no skip
     config: Config = struct.field(pytree_node=False)
+    log_threshold: jax.Array | None = None  # f32[F@(latent,data)], with jumprelu
 
     def to_jumprelu(self, x: Any, per_latent: bool = False) -> jumprelu.JumpRelu:
         """With thresholds in place of the selection, see `jumprelu.calibrated`. UsageError if there is a skip."""
         if self.w_skip is not None:
             raise UsageError("sae.skip=true: a JumpReLU has no skip; train a transcoder without one")
-        if self.config.activation == "relu":
-            return self._relu
+        if self.config.activation != "topk":
+            return self._thresholded
         return jumprelu.calibrated(self, x, per_latent, pre_bias=False)
 
     def n_slots(self, x_BX: jax.Array) -> int:
         """See AbstractSae."""
-        return self._relu.n_slots(x_BX) if self.config.activation == "relu" else self.config.k
+        return self.config.k if self.config.activation == "topk" else self._thresholded.n_slots(x_BX)
 
     @property
     def most_slots(self) -> int:
         """See AbstractSae."""
-        return self.config.n_latents if self.config.activation == "relu" else self.config.k
+        return self.config.k if self.config.activation == "topk" else self.config.n_latents
 
     def encode_rows(self, x_BX: jax.Array, n_slots: int) -> Code:
         """See AbstractSae."""
-        return self._relu.encode_rows(x_BX, n_slots) if self.config.activation == "relu" else self._encode(x_BX)[0]
+        if self.config.activation == "topk":
+            return self._encode(x_BX)[0]
+        return self._thresholded.encode_rows(x_BX, n_slots)
 
     def decode_rows(self, code: Code) -> jax.Array:
         """See AbstractSae; without the skip."""
@@ -121,11 +130,11 @@ class Transcoder(AbstractSae):
 
     def reconstruct_rows(self, x_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See AbstractSae."""
-        if self.config.activation == "relu":
-            y_hat_BY, l0 = self._relu.reconstruct_rows(x_BX)
-        else:
+        if self.config.activation == "topk":
             code = self._encode(x_BX)[0]
             y_hat_BY, l0 = self.decode_rows(code), base.l0(code)
+        else:
+            y_hat_BY, l0 = self._thresholded.reconstruct_rows(x_BX)
         return y_hat_BY + self._skipped(x_BX), l0
 
     def objective(self, batch: Batch, context: Context) -> tuple[jax.Array, Outcome]:
@@ -158,11 +167,13 @@ class Transcoder(AbstractSae):
             w_dec=self.w_dec * (c / scale.y)[None],
             b_dec=self.b_dec / scale.y,
             w_skip=None if self.w_skip is None else self.w_skip * c / scale.y[:, None],
+            log_threshold=None if self.log_threshold is None else self.log_threshold - jnp.log(c),
         )
 
     @property
-    def _relu(self) -> jumprelu.JumpRelu:
-        return jumprelu.with_threshold(self, jnp.zeros(()), pre_bias=False)
+    def _thresholded(self) -> jumprelu.JumpRelu:
+        sae = jumprelu.with_threshold(self, jnp.zeros(()), pre_bias=False)
+        return sae if self.log_threshold is None else replace(sae, log_threshold=self.log_threshold)
 
     @property
     def _dtype(self) -> jnp.dtype:

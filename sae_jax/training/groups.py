@@ -31,6 +31,7 @@ from sae_jax.saes.base import Batch, Hyperparameters, SaeConfig
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
 from sae_jax.training.settings import TrainConfig, hyperparameters, program
+from sae_jax.training.start import Start, started
 from sae_jax.training.state import TrainState, abstract, initial, with_config
 from sae_jax.training.step import Metrics, Step, make_measure
 from sae_jax.types import UsageError
@@ -47,6 +48,7 @@ class Member:
     train: TrainConfig
     folder: Path | None  # of config.json and metrics.jsonl; the run's if it is the only one; None: nothing is written
     record: RunRecord  # what config.json says
+    start: Start | None = None  # the dictionary whose weights it begins with; None: random ones
 
     @property
     def program(self) -> Program:
@@ -160,8 +162,11 @@ def initial_states(
 
         born = tuning.jit(born)
         for member in same:
-            state = meshes.in_order(born(sample(sae_config.input_norm), member.hparams))
-            states[member.name] = with_config(state, member.sae)
+            of_data = sample(sae_config.input_norm)
+            state = with_config(meshes.in_order(born(of_data, member.hparams)), member.sae)
+            if member.start is not None:
+                state = started(state, member.start, of_data.scale, member.record.dictionary)
+            states[member.name] = state
     return states
 
 

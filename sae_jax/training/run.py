@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
@@ -11,7 +13,7 @@ from sae_jax import mesh as meshes
 from sae_jax.activations.source import RowSource, choose_sites, sampler
 from sae_jax.ops import tuning
 from sae_jax.record import Normalisation, Record, RunRecord, program
-from sae_jax.saes.base import Learns
+from sae_jax.saes.base import AbstractSae, Learns
 from sae_jax.storage import Lease
 from sae_jax.training import checkpoint, loop
 from sae_jax.training.groups import Member
@@ -19,6 +21,7 @@ from sae_jax.training.loop import Trained
 from sae_jax.training.members import Measurements
 from sae_jax.training.ownership import as_the_first_says
 from sae_jax.training.settings import TrainConfig, settled
+from sae_jax.training.start import Start
 from sae_jax.types import UsageError
 
 S = TypeVar("S")
@@ -46,6 +49,9 @@ class TrainJob(Generic[S]):
     """train although some shards of the set are not there yet"""
     cache_gib: float = 0.0
     """local disk, in GiB, for chunks of a set at a URL, each of which is then read from there once; see docs/data.md"""
+    init_from: str | None = None
+    """begin with the weights of this dictionary, of the same variant and size, instead of random ones: a folder, a run,
+    or hf:owner/repo[/folder][@revision]"""
     members: tuple[str, ...] = ()
     """train several SAEs at once; each is 'NAME --sae.k=16 --train.lr=1e-3 ...': what it changes"""
 
@@ -55,6 +61,7 @@ def run(
     source: RowSource,
     measurements: Measurements | None = None,
     lease: Lease | None = None,
+    read: Callable[[str], tuple[AbstractSae, Record]] | None = None,
 ) -> Trained:
     """Train the members {name: job}, or one SAE named "". The same call resumes a run that has a folder.
 
@@ -64,6 +71,7 @@ def run(
         source: the rows; `data` of the jobs only says where they are.
         measurements: where members are measured on the way.
         lease: of the run, if the caller holds it already.
+        read: a dictionary from what `init_from` says; called for runs without a checkpoint.
     """
     job = next(iter(jobs.values()))
     folder = Path(job.out) if job.out else None
@@ -72,7 +80,8 @@ def run(
     for member in jobs.values():
         member.sae.check(widths, sites.x == sites.y)
     platform = mesh.devices.flat[0].platform
-    members = [_member(name, member, folder, source, platform) for name, member in jobs.items()]
+    start = None if job.init_from is None or read is None else Start(job.init_from, partial(read, job.init_from))
+    members = [_member(name, member, folder, source, platform, start) for name, member in jobs.items()]
     rows = source.learning(learning(jobs))
     with (
         tuning.using(job.engine.on(platform)),
@@ -112,15 +121,17 @@ def record_of(job: TrainJob, source: RowSource) -> RunRecord:
     )
     job = replace(job, train=settled(job.train, job.sae))
     settings: dict[str, Any] = {name: configs.to_dict(getattr(job, name)) for name in ("train", "mesh", "engine")}
-    return RunRecord(dictionary, **settings, allow_partial=job.allow_partial)
+    return RunRecord(dictionary, **settings, allow_partial=job.allow_partial, init_from=job.init_from)
 
 
-def _member(name: str, job: TrainJob, folder: Path | None, source: RowSource, platform: str) -> Member:
+def _member(
+    name: str, job: TrainJob, folder: Path | None, source: RowSource, platform: str, start: Start | None
+) -> Member:
     if folder is not None and name:
         folder = folder / checkpoint.MEMBERS / name
     job = _as_begun(job, folder, platform)
     job = replace(job, train=settled(job.train, job.sae))
-    return Member(name, job.sae, job.train, folder, record_of(job, source))
+    return Member(name, job.sae, job.train, folder, record_of(job, source), start)
 
 
 def _as_begun(job: TrainJob, folder: Path | None, platform: str) -> TrainJob:

@@ -498,3 +498,23 @@ def test_a_folder_without_the_record_of_a_run_is_not_a_run(tmp_path: Path, conte
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json: (not a run record|.* it is damaged)"):
         read_record(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_began_with_a_dictionary_resumes_without_it(
+    small_set: Path, uninterrupted: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
+    shutil.copytree(uninterrupted, tmp_path / "start")
+    init = f"--init-from={tmp_path / 'start'}"
+    assert main.main(_words(small_set, tmp_path / "whole", "--train.steps=12", init)) == 0
+    assert main.main(_words(small_set, tmp_path / "halted", "--train.steps=6", init)) == 0
+    shutil.rmtree(tmp_path / "start")
+    assert main.main(_words(small_set, tmp_path / "halted", "--train.steps=12", init)) == 0
+    runs.assert_same_run(tmp_path / "halted", tmp_path / "whole")
+    assert main.main(_words(small_set, tmp_path / "halted", "--train.steps=12")) == 2  # another run
+
+
+def _words(data: Path, out: Path, *flags: str) -> list[str]:
+    words = runs.train_command(data, out, *flags)
+    return words[words.index("train") :]

@@ -1,0 +1,39 @@
+"""Goodfire's autoencoders of Llama 3.1 8B and 3.3 70B, and others saved as two linear layers of torch.
+
+    encoder_linear.weight [n, d]   encoder_linear.bias [n]   decoder_linear.weight [d, n]   decoder_linear.bias [d]
+
+ReLU; nothing is subtracted. Those of DeepSeek-R1 are of one matrix, W [d, n], b_enc [n], b_dec [d], and select the
+largest values of whatever batch is at hand: no threshold is stored, so what a row by itself gives is not defined, and
+they are refused.
+"""
+
+from __future__ import annotations
+
+from sae_jax.interchange.foreign import Files, Foreign, autoencoder, shape_of, sources, take
+from sae_jax.types import UserError
+
+NAME = "goodfire"
+WHOSE = "Goodfire"
+
+NAMES = tuple(f"{side}_linear.{what}" for side in ("encoder", "decoder") for what in ("weight", "bias"))
+TIED = ("W", "b_enc", "b_dec")
+
+
+def is_here(files: Files) -> bool:
+    """See formats/__init__.py."""
+    one = files.one
+    return files.has_arrays(one, *NAMES) or (one is not None and files.tensors(one).arrays.keys() == {*TIED})
+
+
+def read(files: Files, k: int | None = None) -> Foreign:
+    """See formats/__init__.py."""
+    name = files.one or "model.pt"
+    tensors, path = files.tensors(name), files.folder / name
+    if tensors.arrays.keys() == {*TIED}:
+        raise UserError(f"{path}: selects the largest values of a batch, and has no threshold for rows by themselves")
+    arrays = take(tensors, path, NAMES)
+    w_enc, b_enc, w_dec, b_dec = (arrays[each] for each in NAMES)
+    _, d = shape_of(w_enc)
+    ours = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec.transposed(), "b_dec": b_dec}
+    config, ours, changes = autoencoder("relu", ours, False)
+    return Foreign(config, ours, *sources(None, d), changes)
