@@ -6,6 +6,7 @@ PLAN := .venv-plan
 BENCH := .venv-bench
 REAL := .venv-real
 OLDEST := .venv-oldest
+SAEBENCH := .venv-saebench
 
 # The first of these versions that runs and can make environments. pyenv's commands exist for versions that are not
 # selected, too, and fail.
@@ -34,7 +35,7 @@ $(if $(LOCK),,@echo "no constraints/$(PYTHON_TAG).txt: installing the newest ver
 $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
-.PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers test-plan bench-env clean
+.PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers test-saebench test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -86,6 +87,12 @@ test-peers:
 	$(PEERS)/bin/pip install "torch==2.13.0"
 	$(PEERS)/bin/python -m pytest -m peers
 
+# Agreement with SAEBench, whose numpy is older than ours: its code runs in an environment of its own, of 8 GB.
+test-saebench: $(VENV)/.installed-dev
+	test -x $(SAEBENCH)/bin/python || "$(or $(call find,3.12 3.11),python3.12)" -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/pip install "sae-bench==0.6.0"
+	SAEBENCH_PYTHON=$(SAEBENCH)/bin/python $(BIN)/python -m pytest -s -m peers tests/evaluation/test_saebench.py
+
 # The train step compiled for pods and GPU nodes, in an environment of its own of 2.5 GB.
 test-plan:
 	$(call environment,$(PLAN),.[plan$(comma)test])
@@ -106,4 +113,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PLAN) $(BENCH) $(OLDEST) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) demo build *.egg-info
