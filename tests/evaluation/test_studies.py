@@ -67,8 +67,14 @@ def test_a_study_describes_what_it_yields_and_repeats_itself(name, kind, cases):
     assert study.SUITE in ("openai", "probing", "causal")
     json.dumps([(metric.value, metric.interval) for metric in found])
     for metric in found:
-        if metric.interval and metric.value is not None:
-            assert metric.interval[0] <= metric.value <= metric.interval[1], metric.name
+        described = study.METRICS[metric.name]
+        parts = {"": metric.value} if not isinstance(metric.value, dict) else metric.value
+        intervals = {"": metric.interval} if not isinstance(metric.value, dict) else metric.interval or {}
+        if described.in_table:
+            lacks = [place for place in parts if intervals.get(place) is None]
+            assert len(lacks) == (len(parts) if described.no_interval else 0), metric.name
+        for place, (low, high) in {place: each for place, each in intervals.items() if each}.items():
+            assert low - 1e-9 <= parts[place] <= high + 1e-9, metric.name
     if kind == "topk":
         assert repr(list(study.metrics(cases[kind]))) == repr(found)
 
