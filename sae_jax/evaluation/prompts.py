@@ -105,8 +105,9 @@ def subject(
         raise UsageError("the dictionary names no language model and hook: its rows came from elsewhere")
     if len(models) > 1:
         raise UsageError("the dictionary is of several language models; give one of a single model")
-    reference = model or models.pop()
-    assert reference is not None
+    recorded = models.pop()
+    assert recorded is not None
+    reference = lm.moved(model, recorded)
     if activations is None:
         loaded: lm.LanguageModel | lm.TorchModel = lm.load(reference, "float32", recorded=True)
     else:
