@@ -30,6 +30,7 @@ SMALL = {
     "side_effects": {"scales": (0.0, 4.0), "n_latents": 3, "n_sequences": 4, "n_steered": 3},
     "sparse_probing": {"n_sequences": 24, "n_train": 80, "n_test": 40},
     "spurious": {"n_sequences": 24, "n_train": 80, "n_test": 40},
+    "hedging": {"n_new": 4, "n_rows": 500, "n_steps": 8, "batch_size": 64},
     "importance": {"n_sequences": 6},
     "refinement": {"n_rows": 100},
 }
