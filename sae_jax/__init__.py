@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sae_jax.uses import (
         active,
         attribute,
+        causal_tree,
         collect,
         dashboard,
         evaluate,
@@ -56,6 +57,7 @@ __all__ = [
     "active",
     "advise",
     "attribute",
+    "causal_tree",
     "collect",
     "dashboard",
     "evaluate",
@@ -93,7 +95,20 @@ _HOMES = {
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
-        (*("active", "attribute", "collect", "dashboard", "evaluate", "explain", "find", "quality", "steer"),),
+        (
+            *(
+                "active",
+                "attribute",
+                "causal_tree",
+                "collect",
+                "dashboard",
+                "evaluate",
+                "explain",
+                "find",
+                "quality",
+                "steer",
+            ),
+        ),
         "sae_jax.uses",
     ),
     **dict.fromkeys(
