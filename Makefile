@@ -6,6 +6,7 @@ PLAN := .venv-plan
 BENCH := .venv-bench
 REAL := .venv-real
 OLDEST := .venv-oldest
+SAEBENCH := .venv-saebench
 
 # The first of these versions that runs and can make environments. pyenv's commands exist for versions that are not
 # selected, too, and fail.
@@ -35,7 +36,7 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-plan bench-env clean
+  test-interchange test-saebench test-plan bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -106,6 +107,11 @@ test-interchange: $(VENV)/.installed-dev
 	$(call with_library,dictionary_learning,dictionary-learning==0.1.0)
 	$(call with_library,circuit_tracer,circuit-tracer==0.5.0)
 	$(BIN)/python -m pytest tests/interchange/test_golden.py
+# Agreement with SAEBench, whose numpy is older than ours: its code runs in an environment of its own, of 8 GB.
+test-saebench: $(VENV)/.installed-dev
+	test -x $(SAEBENCH)/bin/python || "$(or $(call find,3.12 3.11),python3.12)" -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/pip install "sae-bench==0.6.0"
+	SAEBENCH_PYTHON=$(SAEBENCH)/bin/python $(BIN)/python -m pytest -s -m peers tests/evaluation/test_saebench.py
 
 # The train step compiled for pods and GPU nodes, in an environment of its own of 2.5 GB.
 test-plan:
@@ -127,4 +133,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) demo build *.egg-info

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sae_jax.uses import (
         active,
         attribute,
+        causal_tree,
         collect,
         dashboard,
         evaluate,
@@ -58,6 +59,7 @@ __all__ = [
     "active",
     "advise",
     "attribute",
+    "causal_tree",
     "collect",
     "dashboard",
     "evaluate",
@@ -101,7 +103,20 @@ _HOMES = {
     "save": "sae_jax.artifact",
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
-        (*("active", "attribute", "collect", "dashboard", "evaluate", "explain", "find", "quality", "steer"),),
+        (
+            *(
+                "active",
+                "attribute",
+                "causal_tree",
+                "collect",
+                "dashboard",
+                "evaluate",
+                "explain",
+                "find",
+                "quality",
+                "steer",
+            ),
+        ),
         "sae_jax.uses",
     ),
     **dict.fromkeys(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sae_jax.artifact import Dictionary
 from sae_jax.autointerp import explain as autointerp
 from sae_jax.autointerp.judge import JudgeConfig
 from sae_jax.evaluation import baselines as evaluation_baselines
-from sae_jax.evaluation import effective_compute, effects, prompts, steering, suites
+from sae_jax.evaluation import effective_compute, effects, prompts, steering, suites, tree
 from sae_jax.evaluation import evaluate as evaluation
 from sae_jax.evaluation import tasks as labelled
 from sae_jax.evaluation.batches import Candidate
@@ -289,6 +289,37 @@ def attribute(
     subject = _subject(dictionary, data, model, ema)[0]
     ids = [effects.token_id(subject, token) for token in tokens]
     return effects.attribute(subject, subject.ids(prompt), ids, n)
+
+
+def causal_tree(
+    dictionaries: Mapping[str, Dictionary | StrPath],
+    prompt: str,
+    name: str,
+    latent: int,
+    n: int = 5,
+    *,
+    model: str | None = None,
+    ema: bool = False,
+) -> tree.Tree:
+    """Latents at other places that made a latent fire in a prompt, and those that it made fire (evaluation/tree.py).
+
+    Args:
+        dictionaries: by name, each as `sae_jax.load` gives it, or its folder; at different hooks of one model.
+        prompt: in which it is active.
+        name: whose latent it is.
+        latent: which.
+        n: latents to name of each other dictionary.
+        model: another reference for the language model, if it moved.
+        ema: of runs, the averaged weights.
+    """
+    subjects: dict[str, prompts.Subject] = {}
+    for each, dictionary in dictionaries.items():
+        d, another = _load(dictionary, ema), next(iter(subjects.values()), None)
+        place = model and lm.resolve(model)
+        subjects[each] = prompts.subject(d.sae, d.record, open_set(d.record), place, another=another)
+    if name not in subjects:
+        raise UsageError(f"dictionary {name!r} is none of {', '.join(subjects)}")
+    return tree.causal_tree(subjects, subjects[name].ids(prompt), name, latent, n)
 
 
 def _load(dictionary: Dictionary | StrPath, ema: bool) -> Dictionary:

@@ -25,6 +25,7 @@ from sae_jax.activations.arrays import as_floats, as_numpy
 from sae_jax.activations.rows import DTYPES, encode, row_bytes, width
 from sae_jax.activations.spec import SetSpec, SourceSpec, array_specs, layout
 from sae_jax.activations.store import ActivationSet, Writer, open_activations, open_array
+from sae_jax.lm import redrawn
 from sae_jax.progress import say_once
 from sae_jax.storage import Files, Lease
 from sae_jax.types import UsageError, UserError, check_indices
@@ -189,7 +190,7 @@ class _Origin(NamedTuple):
                 say_once(f"{model} is not supported: it is recorded, but rows and tokens are not compared with it")
             else:
                 bounds.append((f"the model {model}", spec.n_vocab))
-                digest = digest or lm.digest(lm.locate(model, recorded=True))
+                digest = digest or lm.digest(model, recorded=True)
         return cls(text, tokenizer, tokenizer_digest, model, digest, hook, tuple(bounds), spec)
 
     def lay_out(self, dtype: str, seed: int, n_rows: int, widths: dict[str, int], context: int | None) -> SetSpec:
@@ -232,7 +233,8 @@ class _Origin(NamedTuple):
 
 
 def _is_here(reference: str) -> bool:
-    return reference == "bundled" or os.path.isabs(reference)
+    place, _ = redrawn.parted(reference)
+    return place == "bundled" or os.path.isabs(place)
 
 
 class _Buffer:

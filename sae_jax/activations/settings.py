@@ -19,7 +19,8 @@ class HarvestConfig:
     """Which activations of which model on which text."""
 
     model: tuple[str, ...] = ("bundled",)
-    """`bundled`, a local Hugging Face folder, or hub-id[@revision]; several, with one tokenizer, as name=reference"""
+    """`bundled`, a local Hugging Face folder, or hub-id[@revision]; several, with one tokenizer, as name=reference;
+    +random:SEED after one: with random weights, as a baseline"""
     text: str = "stdlib"
     """`stdlib`, a file, folder or glob (files in order of name), or hf:dataset[@revision][:split]"""
     text_column: str = COLUMN

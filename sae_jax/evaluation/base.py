@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sae_jax import lm
 from sae_jax.saes.base import AbstractSae
@@ -31,6 +32,7 @@ from sae_jax.types import Code
 Sums = dict[str, np.ndarray]  # f64 each
 
 CONFIDENCE, NORMAL_QUANTILE = 0.9, 1.6449  # of intervals
+OF_WEIGHTS = "of the weights alone, which are what they are"
 
 
 class Description(NamedTuple):
@@ -39,6 +41,7 @@ class Description(NamedTuple):
     label: str
     text: str
     in_table: bool = True  # False for what is no number, such as a histogram
+    no_interval: str = ""  # why it has none, where it has none by its nature
 
 
 class Metric(NamedTuple):
@@ -46,7 +49,7 @@ class Metric(NamedTuple):
 
     name: str
     value: Any  # a number; {source: number}; or what JSON can hold
-    interval: tuple[float, float] | None = None  # of CONFIDENCE, from the variation between sequences
+    interval: Any = None  # of CONFIDENCE: (low, high); of {source: number} one for each that has one
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class EvalBatch:
     keep: jax.Array  # bool[N]: the rows that count
     text: TextBatch | None  # None for rows that come from no text
 
+    @property
+    def context(self) -> int | None:
+        """Rows of a sequence; None where rows come from no text."""
+        return None if self.text is None else self.text.model.ids.shape[1]
+
     @cached_property
     def code(self) -> Code:
         """Latents of the rows, [N, K]."""
@@ -156,6 +164,13 @@ def descriptions() -> dict[str, Description]:
     return {name: text for evaluator in evaluators().values() for name, text in evaluator.METRICS.items()}
 
 
+def gathered(name: str, parts: Iterable[Metric]) -> Metric:
+    """One metric of several places, from a metric of each, with the intervals of those that have one."""
+    parts = list(parts)
+    found = {part.name: part.interval for part in parts if part.interval is not None}
+    return Metric(name, {part.name: part.value for part in parts}, found or None)
+
+
 def add(a: Sums, b: Mapping[str, Any]) -> Sums:
     """Sums over two parts of the rows. A histogram that is longer in one is filled up with zeros in the other."""
     b = {name: np.asarray(value, np.float64) for name, value in b.items()}
@@ -186,6 +201,36 @@ def ratio(
     variance = n / (n - 1) * max(float(residual_Q @ products_QQ @ residual_Q), 0.0) / below**2
     half = NORMAL_QUANTILE * math.sqrt(variance)
     return value, (value - half, value + half)
+
+
+def by_unit(values_NQ: jax.Array, keep_N: jax.Array, context: int | None) -> Sums:
+    """What `interval` needs of a batch: sums over what varies independently, and products of these sums.
+
+    That is a sequence, or a row of a set, which are shuffled.
+
+    Args:
+        values_NQ: f32[N, Q], quantities of rows.
+        keep_N: bool[N], the rows that count.
+        context: rows of a sequence, in order; None: each row is by itself.
+    """
+    # In float64: intervals are small differences of large products.
+    counted_NQ = np.asarray(jnp.where(keep_N[:, None], values_NQ, 0.0), np.float64)
+    return of_units(counted_NQ.reshape(-1, context or 1, values_NQ.shape[1]).sum(1))
+
+
+def of_units(sums_UQ: np.ndarray) -> Sums:
+    """What `interval` needs of the sums of each unit, f64[U, Q]; one whose sums are all 0 is none."""
+    return {"n_units": (sums_UQ != 0).any(1).sum(), "sums_Q": sums_UQ.sum(0), "products_QQ": sums_UQ.T @ sums_UQ}
+
+
+def interval(sums: Sums, value: float, numerator_Q: ArrayLike, denominator_Q: ArrayLike) -> tuple[float, float] | None:
+    """The interval of a value that is, but for a constant near 1, the ratio of two sums of quantities (`by_unit`)."""
+    numerator, denominator = (np.asarray(each, np.float64) for each in (numerator_Q, denominator_Q))
+    of_sums, found = ratio(sums["sums_Q"], sums["products_QQ"], float(sums["n_units"]), numerator, denominator)
+    if found is None or not math.isfinite(value) or not of_sums:
+        return None
+    half = (found[1] - found[0]) / 2 * abs(value / of_sums)
+    return (value - half, value + half) if math.isfinite(half) else None
 
 
 def _add(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -61,8 +61,12 @@ def share(curve: Curve, added: float) -> float:
 
 
 def of(metrics: Iterable[Metric], curve: Curve) -> list[Metric]:
-    """The effective compute, if `metrics` has the losses that it needs."""
-    losses = {metric.name: metric.value for metric in metrics if metric.name in ("ce_clean", "ce_sae")}
-    if len(losses) < 2:
+    """The effective compute, if `metrics` has the loss that it needs; its interval is that of the loss."""
+    added = next((metric for metric in metrics if metric.name == "ce_added"), None)
+    if added is None:
         return []
-    return [Metric("effective_compute", share(curve, losses["ce_sae"] - losses["ce_clean"]))]
+    low, high = (
+        (math.nan, math.nan) if added.interval is None else (share(curve, each) for each in added.interval[::-1])
+    )
+    interval = (low, high) if math.isfinite(low + high) else None
+    return [Metric("effective_compute", share(curve, added.value), interval)]

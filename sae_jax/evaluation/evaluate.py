@@ -34,7 +34,9 @@ from sae_jax.types import Sites, UsageError, UserError
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
 N_NAMED = 8  # shares
 COMPARED = {  # with each other (suites.py), and with the training of the model (effective_compute.py)
-    "mmcs": Description("MMCS", "mean over latents of the greatest cosine with a latent of that dictionary"),
+    "mmcs": Description(
+        "MMCS", "mean over latents of the greatest cosine with a latent of that dictionary", no_interval=base.OF_WEIGHTS
+    ),
     "effective_compute": Description(
         "effective compute",
         "share of its training compute after which the model predicts as well; undefined beyond the curve",
@@ -66,7 +68,7 @@ class Measured:
     curve: Curve | None = None  # of the model's training, for its effective compute
 
     def __repr__(self) -> str:
-        return "\n".join(f"{label:24}{value:24}{text}" for label, value, text in table_rows([self.to_json()]))
+        return "\n".join(f"{label:24}{value:24} {text}" for label, value, text in table_rows([self.to_json()]))
 
     def metrics(self) -> list[Metric]:
         """All metrics, in the order in which they are shown. Raises UserError if there was no row to measure on."""
@@ -79,7 +81,7 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """{metric: value}, after what was measured, and before the intervals of metrics that have one."""
         metrics = self.metrics()
-        intervals = {m.name: list(m.interval) for m in metrics if m.interval}
+        intervals = {m.name: m.interval for m in metrics if m.interval}
         left_out = {"left_out": dict(self.left_out)} if self.left_out else {}
         return {**self.about, **{m.name: finite(m.value) for m in metrics}, "intervals": intervals, **left_out}
 
@@ -190,14 +192,17 @@ def table_rows(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         if not description.in_table or all(name not in document for document in documents):
             continue
         values = [document.get(name) for document in documents]
+        intervals = [document.get("intervals", {}).get(name) for document in documents]
         sources = dict.fromkeys(source for value in values if isinstance(value, dict) for source in value)
         for source in sources:
             cells = [
-                _cell(value[source], None) if isinstance(value, dict) and source in value else "" for value in values
+                _cell(value[source], (interval or {}).get(source))
+                if isinstance(value, dict) and source in value
+                else ""
+                for value, interval in zip(values, intervals, strict=True)
             ]
             rows.append((f"{description.label} of {source}", *cells, description.text))
         if not sources:
-            intervals = [document.get("intervals", {}).get(name) for document in documents]
             cells = [
                 "" if name not in document else _cell(value, interval)
                 for document, value, interval in zip(documents, values, intervals, strict=True)

@@ -92,9 +92,14 @@ class Separation:
 
 
 def subject(
-    sae: AbstractSae, record: Record, activations: ActivationSet | None, model: str | None = None, split: int = 1
+    sae: AbstractSae,
+    record: Record,
+    activations: ActivationSet | None,
+    model: str | None = None,
+    split: int = 1,
+    another: Subject | None = None,
 ) -> Subject:
-    """A dictionary in the language model that its record names, or in `model`.
+    """A dictionary in the language model that its record names, or in `model`; that of `another` if it is the same.
 
     UsageError for a dictionary of rows that come from no model or from several; UserError if model or tokenizer are not
     those that the set was made with, unless `model` is given.
@@ -105,10 +110,13 @@ def subject(
         raise UsageError("the dictionary names no language model and hook: its rows came from elsewhere")
     if len(models) > 1:
         raise UsageError("the dictionary is of several language models; give one of a single model")
-    reference = model or models.pop()
-    assert reference is not None
-    if activations is None:
-        loaded: lm.LanguageModel | lm.TorchModel = lm.load(reference, "float32", recorded=True)
+    recorded = models.pop()
+    assert recorded is not None
+    reference = lm.moved(model, recorded)
+    if another is not None and another.model.reference == reference:
+        loaded: lm.LanguageModel | lm.TorchModel = another.model
+    elif activations is None:
+        loaded = lm.load(reference, "float32", recorded=True)
     else:
         loaded = load_model(activations, reference, split)
     if next(iter(sources)).model_digest not in (None, loaded.digest):

@@ -43,7 +43,7 @@ class Found(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     about: dict[str, Any]
     metrics: dict[str, Any] = {}
-    intervals: dict[str, tuple[float, float]] = {}
+    intervals: dict[str, tuple[float, float] | dict[str, tuple[float, float]]] = {}
     left_out: str | None = None  # why the study says nothing of this dictionary
 
 
@@ -174,5 +174,12 @@ def _study(study: Study, case: Case, about: dict[str, Any]) -> Found:
     return Found(
         about,
         {metric.name: finite(metric.value) for metric in metrics},
-        {m.name: m.interval for m in metrics if m.interval and all(map(math.isfinite, m.interval))},
+        {m.name: interval for m in metrics if (interval := _finite(m.interval))},
     )
+
+
+def _finite(interval: Any) -> Any:
+    """An interval, or those of several places, without what is not finite."""
+    if isinstance(interval, Mapping):
+        return {place: part for place, each in interval.items() if (part := _finite(each))}
+    return interval if interval and all(map(math.isfinite, interval)) else None

@@ -106,7 +106,7 @@ def held_out(
     is taken, with a warning.
     """
     spec, sources = activations.spec, [activations.source(name) for name in sites.all]
-    reference = model or sources[0].model
+    reference = sources[0].model and lm.moved(model, sources[0].model)
     hooks = {source.name: source.hook for source in sources if source.hook is not None}
     several = len({source.model for source in sources}) > 1
     heldout = text or spec.heldout

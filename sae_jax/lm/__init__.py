@@ -5,12 +5,12 @@ from sae_jax.lm.generate import generate
 from sae_jax.lm.hooks import POINTS, READ_BY_BLOCK, Hook, check_hook, hook_width, names_elsewhere, parse_hook, points
 from sae_jax.lm.intervene import ReplacedSite, later_hooks, replaced_site
 from sae_jax.lm.logits import logit_effect
-from sae_jax.lm.model import LanguageModel, load, locate, place, read_spec, resolve, tokenizer
+from sae_jax.lm.model import LanguageModel, digest, load, locate, place, read_spec, resolve, tokenizer
+from sae_jax.lm.redrawn import moved
 from sae_jax.lm.run import Cache, Output, check_ids, empty_cache, run
 from sae_jax.lm.spec import Spec, UnsupportedError
 from sae_jax.lm.tokenizer import Tokenizer
 from sae_jax.lm.torch_model import TorchModel, TorchSite, load_torch
-from sae_jax.lm.weights import digest
 from sae_jax.ops.predictions import cross_entropy, kl_divergence
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "load_torch",
     "locate",
     "logit_effect",
+    "moved",
     "names_elsewhere",
     "parse_hook",
     "place",

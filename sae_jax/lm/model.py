@@ -1,5 +1,7 @@
 """A language model and how to get one: `bundled`, a local folder or .gguf file, or a hub model as `id[@revision]`.
 
+`+random:SEED` after any of these stands for the same model with random weights (redrawn.py).
+
 What a user writes is made a reference that means the same in any folder (`resolve`), once: that one is recorded.
 """
 
@@ -19,7 +21,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from sae_jax import storage
-from sae_jax.lm import params, weights
+from sae_jax.lm import params, redrawn, weights
 from sae_jax.lm.spec import Spec
 from sae_jax.lm.tokenizer import Tokenizer, read_tokenizer
 from sae_jax.types import UsageError, UserError, check_indices
@@ -55,7 +57,7 @@ def load(
     """The language model that `reference` names, with parameters in `dtype`.
 
     Args:
-        reference: `bundled`, a folder, a .gguf file, or hub-id[@revision].
+        reference: `bundled`, a folder, a .gguf file, or hub-id[@revision]; then +random:SEED for random weights.
         dtype: of the parameters.
         recorded: it is what `resolve` made of a reference.
         mesh: where to put the parameters, each device reading its part; None: whole on the default device.
@@ -65,13 +67,20 @@ def load(
     """
     folder = locate(reference, recorded=recorded)
     spec = weights.read_spec(folder)
+    values = weights.read_params(folder, spec, dtype, None if mesh is None else params.shardings(spec, mesh))
+    _, seed = redrawn.parted(reference)
     return LanguageModel(
-        params=weights.read_params(folder, spec, dtype, None if mesh is None else params.shardings(spec, mesh)),
+        params=values if seed is None else redrawn.draw(values, seed),
         spec=spec,
         reference=reference,
-        digest=weights.digest(folder),
+        digest=redrawn.digest(weights.digest(folder), seed),
         path=str(folder),
     )
+
+
+def digest(reference: str, *, recorded: bool = False) -> str:
+    """That which `load` gives the model, without its parameters."""
+    return redrawn.digest(weights.digest(locate(reference, recorded=recorded)), redrawn.parted(reference)[1])
 
 
 def place(model: LanguageModel, mesh: Mesh) -> LanguageModel:
@@ -109,6 +118,9 @@ def resolve(reference: str) -> str:
     Raises UsageError for a reference that names nothing, and for one that could be a word or a hub id and is a folder
     too.
     """
+    trained, seed = redrawn.parted(reference)
+    if seed is not None:
+        return redrawn.joined(resolve(trained), seed)
     is_here = bool(reference) and Path(reference).is_dir()  # an empty name would be the current folder
     if Path(reference).suffix == ".gguf" and Path(reference).is_file():
         return str(storage.absolute(reference))
@@ -129,7 +141,7 @@ def resolve(reference: str) -> str:
 
 def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = False) -> Path:
     """The local folder of a model; a hub model is fetched, or found in the local cache when offline."""
-    reference = reference if recorded else resolve(reference)
+    reference, _ = redrawn.parted(reference if recorded else resolve(reference))
     if reference == "bundled":
         return BUNDLED
     if os.path.isabs(reference):

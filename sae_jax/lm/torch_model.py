@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import storage
+from sae_jax.lm import redrawn
 from sae_jax.lm.checkpoint import gguf_of, weight_files
 from sae_jax.lm.family import families, family
 from sae_jax.lm.hooks import POINTS
@@ -242,6 +243,8 @@ def load_torch(reference: str, precision: str = "float32", *, recorded: bool = F
         import transformers
     except ImportError as error:
         raise UsageError(f"harvest.backend=torch needs torch ({error}); pip install 'sae_jax[torch]'") from None
+    if redrawn.parted(reference)[1] is not None:
+        raise UsageError(f"{reference}: random weights are for models that JAX runs; leave out harvest.backend=torch")
     folder = locate(reference, recorded=recorded)
     if gguf_of(folder) is not None:
         raise UsageError(f"{reference} is a .gguf file, which harvest.backend=torch does not read; leave it out")

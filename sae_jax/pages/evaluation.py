@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax import figures, storage
-from sae_jax.evaluation.evaluate import descriptions, table_rows
+from sae_jax.evaluation.evaluate import COMPARED, descriptions, table_rows
 
 COLUMNS = 3  # of figures side by side
+TOO_FEW = "undefined, or of one alone of what varies: a sequence, a batch, a latent or a task"
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: 3px 10px 3px 0; text-align: left; }
@@ -33,6 +34,8 @@ def write_report(path: str | Path, documents: Mapping[str, Mapping[str, Any]]) -
     for heading, make in (("With intervals of 90 %", _intervals), ("By position, norm, k and scale", _curves)):
         if (figure := make(documents)) is not None:
             parts.append(f'<h2>{heading}</h2><img alt="{heading}" src="data:image/png;base64,{_png(figure)}">')
+    if reasons := _without_interval(documents):
+        parts.append(f"<h2>Without an interval</h2><dl>{reasons}</dl>")
     if left_out := _left_out(documents):
         parts.append(f"<h2>Left out</h2><dl>{left_out}</dl>")
     body = "\n".join(parts)
@@ -64,6 +67,16 @@ def _table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def _without_interval(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why numbers of the table have none."""
+    reasons = {}
+    for name, description in descriptions().items():
+        has_it = [name in document.get("intervals", {}) for document in documents.values() if name in document]
+        if description.in_table and not all(has_it):
+            reasons[description.label] = description.no_interval or TOO_FEW
+    return "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(reason)}</dd>" for label, reason in reasons.items())
+
+
 def _left_out(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "".join(
         f"<dt>{html.escape(name)}: {html.escape(study)}</dt><dd>{html.escape(reason)}</dd>"
@@ -77,7 +90,7 @@ def _intervals(documents: Mapping[str, Mapping[str, Any]]) -> Any:
     names = [
         name
         for name, description in descriptions().items()
-        if description.in_table and any(name in d.get("intervals", {}) for d in documents.values())
+        if description.in_table and any(_is_interval(d.get("intervals", {}).get(name)) for d in documents.values())
     ]
     if not names:
         return None
@@ -88,7 +101,7 @@ def _intervals(documents: Mapping[str, Mapping[str, Any]]) -> Any:
             value, interval = document.get(name), document.get("intervals", {}).get(name)
             if value is not None:
                 low, high = interval or (value, value)
-                axes.errorbar(value, place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", markersize=4)
+                axes.errorbar(value, place, xerr=_bars([value], [(low, high)]), fmt="o", markersize=4)
         axes.set_yticks(range(len(labels)), [Path(label).name for label in labels], fontsize=8)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_title(descriptions()[name].label, fontsize=9)
@@ -102,7 +115,7 @@ def _curves(documents: Mapping[str, Mapping[str, Any]]) -> Any:
     names = [
         name
         for name in descriptions()
-        if not descriptions()[name].in_table and any(_curve(document, name) for document in documents.values())
+        if name not in COMPARED and any(len(_curve(document, name)) > 1 for document in documents.values())
     ]
     if not names:
         return None
@@ -112,8 +125,11 @@ def _curves(documents: Mapping[str, Mapping[str, Any]]) -> Any:
         places = list(dict.fromkeys(place for curve in curves.values() for place in curve))
         places = sorted(places, key=float) if all(_is_number(place) for place in places) else places
         for label, curve in curves.items():
-            at = [places.index(place) for place in curve]
-            axes.plot(at, list(curve.values()), marker="o", markersize=3, linewidth=1.2, label=Path(label).name)
+            at, values = [places.index(place) for place in curve], [*curve.values()]
+            intervals = documents[label].get("intervals", {}).get(name, {})
+            bars = _bars(values, [intervals.get(place, (value, value)) for place, value in curve.items()])
+            style = {"marker": "o", "markersize": 3, "linewidth": 1.2, "capsize": 2, "label": Path(label).name}
+            axes.errorbar(at, values, yerr=bars, **style)
         axes.set_xticks(range(len(places)), places, rotation=40, ha="right", fontsize=7)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_title(f"{descriptions()[name].label}\n{descriptions()[name].text}", fontsize=8)
@@ -131,6 +147,17 @@ def _curve(document: Mapping[str, Any], name: str) -> dict[str, float]:
         lows = [f"{low:g}" for low in value["log10_edges"]]
         return {low: count for low, count in zip(lows, value["counts"], strict=False) if count}
     return {place: part for place, part in value.items() if isinstance(part, int | float)}
+
+
+def _is_interval(interval: Any) -> bool:
+    """Whether it is one of a number, not those of several places."""
+    return isinstance(interval, Sequence) and not isinstance(interval, str)
+
+
+def _bars(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Lengths of error bars, below and above."""
+    pairs = list(zip(values, intervals, strict=True))
+    return [[max(value - low, 0) for value, (low, _) in pairs], [max(high - value, 0) for value, (_, high) in pairs]]
 
 
 def _is_number(text: str) -> bool:

@@ -80,7 +80,7 @@ def _write_site(
     if tokenizer is None:
         activations.check_text()
         raise UsageError(f"{activations.path} names no tokenizer; give model=, one that has the tokenizer of the set")
-    vocabulary, reference = lm.tokenizer(tokenizer, recorded=True), model or target.model
+    vocabulary, reference = lm.tokenizer(tokenizer, recorded=True), target.model and lm.moved(model, target.model)
     if activations.spec.tokenizer_digest not in (None, vocabulary.digest):
         say_or_refuse(f"the tokenizer of {tokenizer} is not that of {activations.path}", model, "model")
     reads = target.hook is not None and target.hook.rpartition(".")[0] in lm.READ_BY_BLOCK

@@ -287,6 +287,15 @@ def test_latents_are_collected_found_and_steered(work, tmp_path, capsys):
         (["steer", "--latent=1", "--prompt=x", "--tokens=99999"], "do not fit the model's context"),
         (["attribute", "--prompt=x", "--n=0"], "--n=0 must be at least 1"),
         (["attribute", "--prompt=x", "--token= class self"], "' class self' is 2 tokens (' class' ' self'); give one"),
+        (["attribute", "--prompt=x", "--latent=run:1"], "of dictionaries at several places; name two or more"),
+        (["attribute", "--prompt=x", "--latent=other:1"], "--latent=other:1: use NAME:ID, with NAME one of"),
+        (["attribute", "--prompt=x", "--latent=run:-1"], "--latent=run:-1: use NAME:ID"),
+        (["attribute", "--prompt=x", "--latent=run"], "--latent=run: use NAME:ID"),
+        (
+            ["attribute", "elsewhere", "--prompt=x"],
+            "2 dictionaries: name one, or the latent of one with --latent NAME:ID",
+        ),
+        (["attribute", "--prompt=x", "--latent=run:1", "--token=x"], "leave out --token and --data"),
         (["collect", "--out=x", "--tokens=0"], "--tokens=0 must be at least 1"),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax.evaluation import effective_compute
+from sae_jax.evaluation.base import Metric
 from sae_jax.types import UsageError
 
 
@@ -42,3 +43,13 @@ def test_what_is_no_curve_is_refused(text, said, tmp_path):
         written(tmp_path / "curve.csv", text)
     with pytest.raises(UsageError, match="No such file"):
         effective_compute.read_curve(tmp_path / "nowhere.csv")
+
+
+def test_the_interval_is_that_of_the_added_loss(tmp_path):
+    curve = written(tmp_path / "curve.csv", "loss,compute\n3.0,1e18\n4.0,1e16\n2.0,1e20\n")
+    (metric,) = effective_compute.of([Metric("ce_added", 1.0, (0.5, 1.5))], curve)
+    assert metric.value == pytest.approx(1e-2)
+    assert metric.interval == pytest.approx((1e-3, 1e-1))
+    (metric,) = effective_compute.of([Metric("ce_added", 1.0, (0.5, 2.5))], curve)
+    assert metric.interval is None, "an end of it lies beyond the curve"
+    assert effective_compute.of([Metric("fvu", 1.0)], curve) == []

@@ -87,8 +87,15 @@ def test_metrics_are_described_and_finite(name, subject, text_batches):
         leaves = jax.tree.leaves(metric.value)
         assert leaves
         assert np.isfinite(leaves).all(), metric
-        if metric.interval:
-            assert metric.interval[0] < metric.value < metric.interval[1]
+        described = evaluator.METRICS[metric.name]
+        assert not described.in_table or (metric.interval is None) == bool(described.no_interval), metric.name
+        if isinstance(metric.value, dict) and metric.interval:
+            assert metric.interval.keys() <= metric.value.keys()
+            pairs = [(metric.value[place], each) for place, each in metric.interval.items()]
+        else:
+            pairs = [(metric.value, metric.interval)] if metric.interval else []
+        for value, (low, high) in pairs:
+            assert low <= value <= high  # a k is the same on all rows
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
@@ -105,6 +112,23 @@ def test_rows_that_are_left_out_count_nowhere(name, sae, subject, rows):
     )
     assert a.keys() == b.keys()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3), a, b)
+
+
+def test_nine_of_ten_intervals_cover_the_ratio_of_all_sequences():
+    """Rows of a sequence are alike: were they taken to vary by themselves, intervals would be far too narrow."""
+    rng, n_draws, n_sequences, context = np.random.default_rng(0), 300, 40, 16
+    covered = {context: 0, None: 0}
+    for _ in range(n_draws):
+        level = np.repeat(rng.exponential(1.0, n_sequences), context)
+        values = np.stack([0.3 * level * rng.uniform(0.5, 1.5, len(level)), level + rng.uniform(0, 1, len(level))], 1)
+        keep = rng.random(len(level)) < 0.9
+        for unit in covered:
+            sums = base.by_unit(jnp.asarray(values, jnp.float32), jnp.asarray(keep), unit)
+            value = sums["sums_Q"][0] / sums["sums_Q"][1]
+            low, high = base.interval(sums, value, (1, 0), (0, 1))
+            covered[unit] += low < 0.3 / 1.5 < high
+    assert 0.84 < covered[context] / n_draws < 0.95
+    assert covered[None] / n_draws < 0.6
 
 
 def test_no_metric_has_two_evaluators():
@@ -193,7 +217,7 @@ def test_what_people_print_is_readable(rows, sae, subject, text_batches):
     assert "gpt2, 4 layers, d_model=16" in repr(model)
     assert "text: 2 sequences of 8 tokens, resid_post.1 of LanguageModel" in repr(text)
     shown = repr(Measured(subject, {}, sums_of(subject, text_batches)))
-    assert shown.count("\n") < 20
+    assert shown.count("\n") < 24
     assert "loss recovered" in shown
 
 

@@ -59,8 +59,10 @@ def test_metrics_are_described_and_finite(case, name):
         leaves = jax.tree.leaves(metric.value)
         assert leaves
         assert np.isfinite([leaf for leaf in leaves if not isinstance(leaf, str)]).all(), metric
-        if metric.interval:
-            assert metric.interval[0] <= metric.value <= metric.interval[1]
+        parts = metric.value if isinstance(metric.interval, dict) else {"": metric.value}
+        intervals = metric.interval if isinstance(metric.interval, dict) else {"": metric.interval}
+        for place, (low, high) in {place: each for place, each in intervals.items() if each}.items():
+            assert low <= parts[place] <= high
         assert described[metric.name].in_table == (not metric.name.endswith(("_by_task", "_by_letter")))
 
 

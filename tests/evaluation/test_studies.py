@@ -30,6 +30,7 @@ SMALL = {
     "side_effects": {"scales": (0.0, 4.0), "n_latents": 3, "n_sequences": 4, "n_steered": 3},
     "sparse_probing": {"n_sequences": 24, "n_train": 80, "n_test": 40},
     "spurious": {"n_sequences": 24, "n_train": 80, "n_test": 40},
+    "hedging": {"n_new": 4, "n_rows": 500, "n_steps": 8, "batch_size": 64},
     "importance": {"n_sequences": 6},
     "refinement": {"n_rows": 100},
 }
@@ -67,8 +68,14 @@ def test_a_study_describes_what_it_yields_and_repeats_itself(name, kind, cases):
     assert study.SUITE in ("openai", "probing", "causal")
     json.dumps([(metric.value, metric.interval) for metric in found])
     for metric in found:
-        if metric.interval and metric.value is not None:
-            assert metric.interval[0] <= metric.value <= metric.interval[1], metric.name
+        described = study.METRICS[metric.name]
+        parts = {"": metric.value} if not isinstance(metric.value, dict) else metric.value
+        intervals = {"": metric.interval} if not isinstance(metric.value, dict) else metric.interval or {}
+        if described.in_table:
+            lacks = [place for place in parts if intervals.get(place) is None]
+            assert len(lacks) == (len(parts) if described.no_interval else 0), metric.name
+        for place, (low, high) in {place: each for place, each in intervals.items() if each}.items():
+            assert low - 1e-9 <= parts[place] <= high + 1e-9, metric.name
     if kind == "topk":
         assert repr(list(study.metrics(cases[kind]))) == repr(found)
 

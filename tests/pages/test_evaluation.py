@@ -11,7 +11,9 @@ DOCUMENT = {
     "kl": 0.5,
     "fvu_by_position": {"0": 0.1, "1": 0.2, "2 to 3": None},
     "density_histogram": {"log10_edges": [-2.0, -1.0, 0.0], "counts": [3, 0]},
-    "intervals": {"kl": [0.4, 0.6]},
+    "silent_fraction": 0.25,
+    "steering_ce": {"0": 0.1, "2": 0.3, "5": 0.9},
+    "intervals": {"kl": [0.4, 0.6], "fvu_by_position": {"0": [0.05, 0.15]}, "steering_ce": {"2": [0.2, 0.4]}},
 }
 
 
@@ -22,6 +24,12 @@ def test_a_page_has_every_number_its_interval_and_what_was_left_out(tmp_path):
     page = path.read_text()
     assert "<b>" not in page
     assert "held&lt;out&gt;" in page
+    assert "0.3000 [0.2000, 0.4000]" in page
+    reasons = dict(re.findall("<dt>([^<]*)</dt><dd>([^<]*)</dd>", page.partition("Without an interval")[2]))
+    assert "KL" not in reasons
+    assert reasons["silent"].startswith("counted on these rows")
+    assert reasons["MMCS"].startswith("of the weights")
+    assert reasons["FVU"].startswith("undefined, or of one alone")
     for said in ("0.1250", "0.5000 [0.4000, 0.6000]", "undefined", "0.7500", "other: importance", "it runs in torch"):
         assert said in page
     assert len(re.findall("data:image/png;base64,", page)) == 2

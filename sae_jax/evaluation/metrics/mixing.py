@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Description, EvalBatch, Metric, Sums
@@ -27,23 +28,39 @@ class Evaluator(base.Evaluator):
 
     ORDER = 25
     METRICS = {  # noqa: RUF012
-        "decoder_cosine": Description("decoder cosine", "of pairs of decoder rows, mean size: compare over k"),
+        "decoder_cosine": Description(
+            "decoder cosine", "of pairs of decoder rows, mean size: compare over k", no_interval=base.OF_WEIGHTS
+        ),
         "decoder_projection": Description(
             "decoder projection", "of rows on unit decoder rows, upper quartile, share of the rows' size"
         ),
     }
 
-    def measure(self, batch: EvalBatch) -> dict[str, jax.Array]:
+    def measure(self, batch: EvalBatch) -> dict[str, jax.Array | np.ndarray]:
         """See base.Evaluator."""
         sae = batch.sae
-        return _sums(sae.w_dec, sae.b_dec, batch.x, batch.y, batch.keep, sae.config.input_norm)
+        sums = _sums(sae.w_dec, sae.b_dec, batch.x, batch.y, batch.keep, sae.config.input_norm)
+        by_batch_1Q = jnp.stack([sums[name] for name in ("rows", "projection", "square")])[None]
+        return {**sums, **base.by_unit(by_batch_1Q, by_batch_1Q[:, 0] > 0, None)}
 
     def metrics(self, sums: Sums) -> Iterator[Metric]:
         """See base.Evaluator."""
         n = float(sums["rows"])
         square = float(sums["square"]) / n
         yield Metric("decoder_cosine", float(mixing.pairwise_cosine(self.subject.sae.w_dec)))
-        yield Metric("decoder_projection", float(sums["projection"]) / n / math.sqrt(square) if square else math.nan)
+        value = float(sums["projection"]) / n / math.sqrt(square) if square else math.nan
+        yield Metric("decoder_projection", value, _interval(sums, value))
+
+
+def _interval(sums: Sums, value: float) -> tuple[float, float] | None:
+    """By the variation between batches: (P / n) / sqrt(S / n), linearised in the sums n, P and S."""
+    n_units = float(sums["n_units"])
+    if n_units < 2 or not math.isfinite(value) or not sums["sums_Q"].all():
+        return None
+    slope_Q = np.array([-0.5, 1.0, -0.5]) / sums["sums_Q"]
+    variance = n_units / (n_units - 1) * max(float(slope_Q @ sums["products_QQ"] @ slope_Q), 0.0)
+    half = base.NORMAL_QUANTILE * abs(value) * math.sqrt(variance)
+    return value - half, value + half
 
 
 @partial(jax.jit, static_argnames="norm")

@@ -3,6 +3,7 @@
     ce_clean          cross-entropy of the model as it is                      nats per token
     ce_sae            with the site replaced by its reconstruction
     ce_zero, ce_mean  with the site replaced by zeros, by the mean of the set
+    ce_added          ce_sae - ce_clean
     kl                KL(as it is || reconstruction), mean over tokens         nats
     loss_recovered    (ce_mean - ce_sae) / (ce_mean - ce_clean);  loss_recovered_zero: the same from ce_zero
 
@@ -32,6 +33,7 @@ class Evaluator(base.Evaluator):
         "n_predictions": Description("predictions", "next-token predictions measured on", in_table=False),
         "ce_clean": Description("CE", "cross-entropy of the language model as it is, nats per token"),
         "ce_sae": Description("CE, reconstruction", "with the reconstruction in the place of the activations"),
+        "ce_added": Description("CE, added", "what the reconstruction adds to it"),
         "ce_zero": Description("CE, zeros", "with zeros in their place"),
         "ce_mean": Description("CE, mean", "with their mean in their place"),
         "kl": Description("KL", "divergence of the predictions with the reconstruction from those without it, nats"),
@@ -62,5 +64,7 @@ class Evaluator(base.Evaluator):
         yield Metric("n_predictions", int(sums["sums_Q"][0]))
         for name in QUANTITIES[1:]:
             yield metric(name, unit[name], unit["n_predictions"])
+            if name == "ce_sae":
+                yield metric("ce_added", unit[name] - unit["ce_clean"], unit["n_predictions"])
         for name, ablated in (("loss_recovered", unit["ce_mean"]), ("loss_recovered_zero", unit["ce_zero"])):
             yield metric(name, ablated - unit["ce_sae"], ablated - unit["ce_clean"])

@@ -6,12 +6,16 @@ nmse_uncentered   E||y - y_hat||^2 / E||y||^2
 cosine            mean over rows of the cosine of y and y_hat
 gamma             E||y_hat||^2 / E[y . y_hat]; 1 is unbiased, below 1 is shrinkage (Rajamanoharan et al. 2024,
                   arXiv 2404.16014)
+
+Intervals are by the variation between sequences, or between rows of a set, which are shuffled. Those of FVU take the
+centre of the rows to be the mean of the set.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +40,11 @@ class Evaluator(base.Evaluator):
         "gamma": Description("gamma", "relative size of the reconstruction: 1 is unbiased, less is shrinkage"),
     }
 
-    def measure(self, batch: EvalBatch) -> dict[str, jax.Array]:
+    def measure(self, batch: EvalBatch) -> dict[str, jax.Array | np.ndarray]:
         """See base.Evaluator."""
-        return _sums(batch.y, batch.y_hat, batch.keep, jnp.asarray(self.subject.mean, jnp.float32))
+        args = batch.y, batch.y_hat, jnp.asarray(self.subject.mean, jnp.float32)
+        by_row_NQ = _by_row(*args, tuple(self.subject.sources.values()))
+        return {**_sums(*args[:2], batch.keep, args[2]), **base.by_unit(by_row_NQ, batch.keep, batch.context)}
 
     def metrics(self, sums: Sums) -> Iterator[Metric]:
         """See base.Evaluator."""
@@ -46,22 +52,42 @@ class Evaluator(base.Evaluator):
         error_Y, variance_Y = sums["error2_Y"], sums["offset2_Y"] - sums["offset_Y"] ** 2 / n
         is_constant_Y = np.isfinite(variance_Y) & (variance_Y <= ROUNDING * sums["offset2_Y"])
         variance_Y = np.where(is_constant_Y, 0.0, variance_Y)
+        error, offset, y2, y_hat2, product, cosine, rows, *by_row = np.eye(len(sums["sums_Q"]))
+
+        def metric(name: str, value: float, numerator_Q: np.ndarray, denominator_Q: np.ndarray) -> Metric:
+            return Metric(name, value, base.interval(sums, value, numerator_Q, denominator_Q))
+
         yield Metric("n_rows", int(n))
-        yield Metric("fvu", _divided(error_Y.sum(), variance_Y.sum()))
+        yield metric("fvu", _divided(error_Y.sum(), variance_Y.sum()), error, offset)
         if len(self.subject.sources) > 1:
-            by_source, first = {}, 0
-            for name, width in self.subject.sources.items():
+            by_source, first = [], 0
+            for i, (name, width) in enumerate(self.subject.sources.items()):
                 columns = slice(first, first := first + width)
-                by_source[name] = _divided(error_Y[columns].sum(), variance_Y[columns].sum())
-            yield Metric("fvu_by_source", by_source)
-        yield Metric("nmse_uncentered", _divided(error_Y.sum(), sums["y2"]))
-        yield Metric("cosine", float(sums["cosine"]) / n)
-        yield Metric("gamma", _divided(sums["y_hat2"], sums["product"]))
+                value = _divided(error_Y[columns].sum(), variance_Y[columns].sum())
+                by_source.append(metric(name, value, *by_row[2 * i : 2 * i + 2]))
+            yield base.gathered("fvu_by_source", by_source)
+        yield metric("nmse_uncentered", _divided(error_Y.sum(), sums["y2"]), error, y2)
+        yield metric("cosine", float(sums["cosine"]) / n, cosine, rows)
+        yield metric("gamma", _divided(sums["y_hat2"], sums["product"]), y_hat2, product)
 
 
 def _divided(numerator: np.ndarray, denominator: np.ndarray) -> float:
     """NaN where it is not defined, and where squares have overflowed: an error over infinity would read as 0."""
     return float(numerator) / float(denominator) if denominator and math.isfinite(denominator) else math.nan
+
+
+@partial(jax.jit, static_argnames="widths")
+def _by_row(y_NY: jax.Array, y_hat_NY: jax.Array, centre_Y: jax.Array, widths: tuple[int, ...]) -> jax.Array:
+    """Quantities of each row f32[N, 7 + 2 S]: the last are error and offset of each of S sources."""
+    y2_N, y_hat2_N, product_N = (y_NY**2).sum(-1), (y_hat_NY**2).sum(-1), (y_NY * y_hat_NY).sum(-1)
+    error_NY, offset_NY = (y_NY - y_hat_NY) ** 2, (y_NY - centre_Y[None]) ** 2
+    cosine_N = product_N / jnp.maximum(jnp.sqrt(y2_N) * jnp.sqrt(y_hat2_N), 1e-30)
+    rest = [error_NY.sum(-1), offset_NY.sum(-1), y2_N, y_hat2_N, product_N, cosine_N, jnp.ones_like(y2_N)]
+    first = 0
+    for width in widths:
+        rest += [each[:, first : first + width].sum(-1) for each in (error_NY, offset_NY)]
+        first += width
+    return jnp.stack(rest, -1)
 
 
 @jax.jit

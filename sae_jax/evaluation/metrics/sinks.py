@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Description, EvalBatch, Metric, Sums
@@ -25,17 +26,22 @@ class Evaluator(base.Evaluator):
     ORDER = 15
     NEEDS_TEXT = True
     METRICS = {  # noqa: RUF012
-        "n_sinks": Description("sinks", "rows with over 10 times the median norm"),
+        "n_sinks": Description("sinks", "rows with over 10 times the median norm", no_interval="a count"),
         "fvu_without_sinks": Description("FVU without sinks", "over all rows of text but these"),
         "fvu_with_sinks": Description("FVU with sinks", "over all rows of text"),
     }
 
-    def measure(self, batch: EvalBatch) -> dict[str, jax.Array]:
+    def measure(self, batch: EvalBatch) -> dict[str, jax.Array | np.ndarray]:
         """See base.Evaluator."""
         assert batch.text is not None
         is_sink_N, is_text_N = batch.text.is_sink, batch.text.is_text
         masks = jnp.stack([is_text_N & ~is_sink_N, is_text_N & is_sink_N])
-        return _sums(batch.y, batch.y_hat, masks, jnp.asarray(self.subject.mean, jnp.float32))
+        mean_Y = jnp.asarray(self.subject.mean, jnp.float32)
+        by_row_NQ = _by_row(batch.y, batch.y_hat, masks, mean_Y)
+        return {
+            **_sums(batch.y, batch.y_hat, masks, mean_Y),
+            **base.by_unit(by_row_NQ, masks.any(0), batch.context),
+        }
 
     def metrics(self, sums: Sums) -> Iterator[Metric]:
         """See base.Evaluator."""
@@ -43,9 +49,19 @@ class Evaluator(base.Evaluator):
             return
         yield Metric("n_sinks", int(sums["rows"][1]))
         for name, parts in (("fvu_without_sinks", slice(0, 1)), ("fvu_with_sinks", slice(0, 2))):
-            total = {key: values[parts].sum(0) for key, values in sums.items()}
+            total = {key: sums[key][parts].sum(0) for key in ("rows", "error2", "offset2", "offset")}
             variance = total["offset2"] - (total["offset"] ** 2).sum() / max(total["rows"], 1.0)
-            yield Metric(name, float(total["error2"] / variance) if variance > 0 else float("nan"))
+            value = float(total["error2"] / variance) if variance > 0 else float("nan")
+            error_Q, offset_Q = np.zeros((2, 4))
+            error_Q[:2][parts] = offset_Q[2:][parts] = 1
+            yield Metric(name, value, base.interval(sums, value, error_Q, offset_Q))
+
+
+@jax.jit
+def _by_row(y_NY: jax.Array, y_hat_NY: jax.Array, masks_2N: jax.Array, centre_Y: jax.Array) -> jax.Array:
+    """f32[N, 4]: error without and with a norm far above the others, offset likewise."""
+    both = [((y_NY - other) ** 2).sum(-1) for other in (y_hat_NY, centre_Y[None])]
+    return jnp.stack([jnp.where(mask_N, each_N, 0.0) for each_N in both for mask_N in masks_2N], -1)
 
 
 @jax.jit

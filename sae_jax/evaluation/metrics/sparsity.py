@@ -30,15 +30,24 @@ class Evaluator(base.Evaluator):
         "l0": Description("L0", "active latents a row, mean"),
         "l0_histogram": Description("L0 histogram", "rows by their number of active latents", in_table=False),
         "dead_fraction": Description(
-            "dead", "share of latents silent for the last train.dead_after_tokens of training"
+            "dead",
+            "share of latents silent for the last train.dead_after_tokens of training",
+            no_interval="counted, at the end of training",
         ),
-        "silent_fraction": Description("silent", "share of latents that are active on none of the rows measured here"),
+        "silent_fraction": Description(
+            "silent",
+            "share of latents that are active on none of the rows measured here",
+            no_interval="counted on these rows; more rows leave fewer silent",
+        ),
         "density_histogram": Description("density", "latents by how often they are active", in_table=False),
     }
 
-    def measure(self, batch: EvalBatch) -> dict[str, jax.Array]:
+    def measure(self, batch: EvalBatch) -> dict[str, jax.Array | np.ndarray]:
         """See base.Evaluator."""
-        return _counts(batch.code, batch.keep, self.subject.n_latents)
+        active_N = (batch.code.values > 0).sum(-1).astype(jnp.float32)
+        both_N2 = jnp.stack([active_N, jnp.ones_like(active_N)], -1)
+        counts = _counts(batch.code, batch.keep, self.subject.n_latents)
+        return {**counts, **base.by_unit(both_N2, batch.keep, batch.context)}
 
     def metrics(self, sums: Sums) -> Iterator[Metric]:
         """See base.Evaluator."""
@@ -46,7 +55,8 @@ class Evaluator(base.Evaluator):
         n = rows_by_l0.sum()
         rates_F = sums["active_F"] / n
         counts, _ = np.histogram(np.log10(np.maximum(rates_F[rates_F > 0], 1e-6)), DENSITY_EDGES)
-        yield Metric("l0", float(rows_by_l0 @ np.arange(len(rows_by_l0)) / n))
+        l0 = float(rows_by_l0 @ np.arange(len(rows_by_l0)) / n)
+        yield Metric("l0", l0, base.interval(sums, l0, (1, 0), (0, 1)))
         yield Metric("l0_histogram", rows_by_l0.astype(int).tolist())
         if "dead_fraction" in self.subject.recorded:
             yield Metric("dead_fraction", self.subject.recorded["dead_fraction"])

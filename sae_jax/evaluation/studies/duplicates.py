@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from sae_jax.evaluation import dictionaries, study
-from sae_jax.evaluation.base import Description, Metric
+from sae_jax.evaluation.base import OF_WEIGHTS, Description, Metric
 from sae_jax.evaluation.study import Case
 
 
@@ -22,7 +22,9 @@ class Study(study.Study):
     SUITE = "probing"
     ORDER = 290
     METRICS: ClassVar[Mapping[str, Description]] = {
-        "duplicate_fraction": Description("duplicates", "share of latents with a cosine above 0.9 with another")
+        "duplicate_fraction": Description(
+            "duplicates", "share of latents with a cosine above 0.9 with another", no_interval=OF_WEIGHTS
+        )
     }
 
     def metrics(self, case: Case) -> Iterator[Metric]:

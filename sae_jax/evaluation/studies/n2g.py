@@ -36,6 +36,7 @@ class Study(study.Study):
 
     SUITE: ClassVar[str] = "openai"
     ORDER = 120
+    VERSION = 2
     METRICS: ClassVar[dict[str, Description]] = {
         "n2g_precision": Description("N2G precision", "share of the places fitting a latent's n-grams where it fires"),
         "n2g_recall": Description("N2G recall", "share of a latent's activations on places that fit its n-grams"),
@@ -80,7 +81,9 @@ class Study(study.Study):
             yield Metric("n2g_precision", *mean_and_interval(precision_L, case.seed))
         yield Metric("n2g_recall", *mean_and_interval(both_L / active_L, case.seed))
         yield Metric("n2g_f1", *mean_and_interval(2 * both_L / (fits_L + active_L), case.seed))
-        yield Metric("n2g_too_long", float(np.mean([pattern is None for pattern in patterns])))
+        is_too_long = [pattern is None for pattern in patterns]
+        of_latent = np.array([example.latent for example in examples])
+        yield Metric("n2g_too_long", *mean_and_interval(np.array(is_too_long), case.seed, of_latent))
 
 
 def _counts(case: Case, n: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 
 from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import study
-from sae_jax.evaluation.base import Description, Metric
+from sae_jax.evaluation.base import Description, Metric, gathered, interval, of_units
 from sae_jax.evaluation.study import Case
 from sae_jax.progress import Progress
 from sae_jax.saes.base import AbstractSae
@@ -44,7 +44,7 @@ class Study(study.Study):
     n_rows: int = 2048
 
     SUITE = "openai"
-    VERSION = 2
+    VERSION = 3
     ORDER = 140
     METRICS: ClassVar[Mapping[str, Description]] = {
         "refinement_change": Description(
@@ -62,25 +62,35 @@ class Study(study.Study):
             raise UsageError("the dictionary writes elsewhere than it reads, so its rows are not what it reconstructs")
         if sae.config.input_norm in PER_VECTOR:
             raise UsageError(f"values in units of each row's {sae.config.input_norm} are not compared over rows")
-        rows, n_rows = [], 0
-        for block in case.blocks(len(case.text.sequences), BLOCK):
+        rows, sequences, n_rows = [], [], 0
+        for i, block in enumerate(case.blocks(len(case.text.sequences), BLOCK)):
             rows.append(block.x[block.is_row])
+            sequences.append(np.nonzero(block.is_row)[0] + i * BLOCK)
             n_rows += len(rows[-1])
             if n_rows >= self.n_rows:
                 break
-        x_NX = np.concatenate(rows)[: self.n_rows]
+        x_NX, sequence_N = (np.concatenate(parts)[: self.n_rows] for parts in (rows, sequences))
         if not len(x_NX):
             return
-        offset2 = float(((x_NX - x_NX.mean(0, dtype=np.float64)) ** 2).sum())
+        offset2_N = ((x_NX - x_NX.mean(0, dtype=np.float64)) ** 2).sum(1)
+
+        def fvu(name: str, x_hat_NX: jax.Array) -> Metric:
+            both_N2 = np.stack([((x_NX - np.asarray(x_hat_NX)) ** 2).sum(1, dtype=np.float64), offset2_N], 1)
+            by_sequence_U2 = np.zeros((sequence_N.max() + 1, 2))
+            np.add.at(by_sequence_U2, sequence_N, both_N2)
+            error2, offset2 = both_N2.sum(0)
+            value = float(error2 / offset2) if offset2 else float("nan")
+            return Metric(name, value, interval(of_units(by_sequence_U2), value, (1, 0), (0, 1)))
+
         code = sae.encode(x_NX)
         refined_NK = self._refined(sae, code, x_NX)
-        error2 = float(((x_NX - np.asarray(sae.decode(Code(code.indices, refined_NK)))) ** 2).sum(dtype=np.float64))
         old_N, new_N = (np.asarray(values_NK, np.float64).sum(1) for values_NK in (code.values, refined_NK))
         has_any_N = old_N > 0
         if has_any_N.any():
             yield Metric("refinement_change", *mean_and_interval((new_N / old_N.clip(1e-30) - 1)[has_any_N], case.seed))
-        yield Metric("fvu_refined", error2 / offset2 if offset2 else float("nan"))
-        yield Metric("fvu_by_k", {str(k): fvu for k, fvu in _by_k(sae, x_NX, code, offset2)})
+        yield fvu("fvu_refined", sae.decode(Code(code.indices, refined_NK)))
+        if offset2_N.any():
+            yield gathered("fvu_by_k", [fvu(str(k), x_hat_NX) for k, x_hat_NX in _by_k(sae, x_NX, code)])
 
     def _refined(self, sae: AbstractSae, code: Code, x_NX: np.ndarray) -> jax.Array:
         n, n_slots = code.values.shape
@@ -97,15 +107,15 @@ class Study(study.Study):
         return jnp.concatenate(parts)
 
 
-def _by_k(sae: AbstractSae, x_NX: np.ndarray, code: Code, offset2: float) -> Iterator[tuple[int, float]]:
+def _by_k(sae: AbstractSae, x_NX: np.ndarray, code: Code) -> Iterator[tuple[int, jax.Array]]:
+    """(k, reconstruction of the k strongest latents of each row)."""
     n_slots = code.values.shape[1]
     if isinstance(sae, TopK):
         n_slots = min(4 * n_slots, sae.config.n_latents)
         code = replace(sae, config=replace(sae.config, k=n_slots, multi_topk=0.0, k_start=0, k_steps=0)).encode(x_NX)
     k = 1
-    while offset2:
-        x_hat_NX = np.asarray(sae.decode(Code(code.indices[:, :k], code.values[:, :k])))
-        yield min(k, n_slots), float(((x_NX - x_hat_NX) ** 2).sum(dtype=np.float64)) / offset2
+    while True:
+        yield min(k, n_slots), sae.decode(Code(code.indices[:, :k], code.values[:, :k]))
         if k >= n_slots:
             return
         k *= 2

@@ -4,8 +4,8 @@
                                                 value m_i on the text (s: the scale of a norm of each vector, else 1)
 
 for c of 0 (ablated), 1 and more, one latent at a time. Latents are drawn from equal strata of those that fire, sorted
-by how often they do. What is lost is the mean over them; with a random direction in the place of d_i, of its length,
-stands beside it. Predictions count as in metrics/model_loss.py.
+by how often they do. What is lost is the mean over them, with an interval by the variation between them; with a random
+direction in the place of d_i, of its length, stands beside it. Predictions count as in metrics/model_loss.py.
 
 Source: Templeton et al. 2024, "Scaling Monosemanticity", methodological details (clamping with the error kept).
 """
@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
+from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import run_on, study
-from sae_jax.evaluation.base import Description, Metric
+from sae_jax.evaluation.base import Description, Metric, gathered
 from sae_jax.evaluation.study import Case
 from sae_jax.progress import Progress
 
@@ -43,6 +44,7 @@ class Study(study.Study):
 
     SUITE = "causal"
     ORDER = 310
+    VERSION = 2
     METRICS = {  # noqa: RUF012
         "steering_ce": Description(
             "CE lost by steering, scale", "on any text, with a latent held at so many times its largest value"
@@ -80,8 +82,10 @@ class Study(study.Study):
         names = [f"{scale:g}" for scale in self.scales]
         for q, quantity in enumerate(("ce", "kl")):
             for kind, suffix in enumerate(("", "_random")):
-                values_C = lost_2LCQ[kind, :, :, q].mean(0)
-                yield Metric(f"steering_{quantity}{suffix}", dict(zip(names, values_C.tolist(), strict=True)))
+                values_LC = lost_2LCQ[kind, :, :, q]
+                of_scales = zip(names, values_LC.T, strict=True)
+                parts = [Metric(name, *mean_and_interval(values_L, case.seed)) for name, values_L in of_scales]
+                yield gathered(f"steering_{quantity}{suffix}", parts)
         yield Metric(
             "steering_by_latent",
             [

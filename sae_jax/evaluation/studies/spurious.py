@@ -30,7 +30,7 @@ import numpy as np
 
 from sae_jax.analysis.bootstrap import mean_and_interval
 from sae_jax.evaluation import probes, study, tasks
-from sae_jax.evaluation.base import Description, Metric
+from sae_jax.evaluation.base import Description, Metric, gathered
 from sae_jax.evaluation.examples import SparseCode, mean_difference
 from sae_jax.evaluation.probes import Probe
 from sae_jax.evaluation.study import Case
@@ -58,6 +58,7 @@ class Study(study.Study):
 
     SUITE = "probing"
     ORDER = 220
+    VERSION = 2
     METRICS = {  # noqa: RUF012
         "scr": Description("SCR", f"share of a classifier's spurious errors that ablating {HEADLINE} latents repairs"),
         "scr_by_n": Description("SCR", "the same with so many ablated"),
@@ -90,10 +91,10 @@ class Study(study.Study):
         for name, of_tasks in scores.items():
             if of_tasks and ns:
                 all_MN = np.concatenate([*of_tasks.values()])  # of pairs, or of classes
-                by_n = dict(zip(ns, all_MN.mean(0).tolist(), strict=True))
+                by_n = {n: Metric(f"{n} latents", *mean_and_interval(all_MN[:, i])) for i, n in enumerate(ns)}
                 if HEADLINE in by_n:
-                    yield Metric(name, by_n[HEADLINE], mean_and_interval(all_MN[:, ns.index(HEADLINE)])[1])
-                yield Metric(f"{name}_by_n", {f"{n} latents": value for n, value in by_n.items()})
+                    yield by_n[HEADLINE]._replace(name=name)
+                yield gathered(f"{name}_by_n", by_n.values())
                 for task, each_MN in of_tasks.items():
                     by_task[f"{name}: {task}"] = dict(zip(map(str, ns), each_MN.mean(0).tolist(), strict=True))
         if by_task:
