@@ -32,7 +32,7 @@ class Steer:
     latent: tuple[int, ...]
     """one or several, which are set together"""
     scale: tuple[float, ...] = ()
-    """multiples of the largest value that each latent has on rows of the set, 5 by default; a text is written for each"""
+    """multiples of the largest value that each latent has on rows of the set; one text for each; default: 5"""
     how: Literal["clamp", "add"] = "clamp"
     """clamp: their values become these; add: so much is added to whatever they are"""
     norm: tuple[float, ...] = ()
