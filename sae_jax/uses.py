@@ -238,8 +238,10 @@ def steer(
         dictionary: as `sae_jax.load` gives it, or its folder.
         prompt: what is continued.
         latents: which are set.
-        scales: multiples of the largest value of each on rows of the set; 0 ablates with `how="clamp"`.
-        how: "clamp" sets their values, "add" adds as much to whatever they are (evaluation/steering.py).
+        scales: multiples of the largest value of each on rows of the set; 0 ablates with `how="clamp"`. With
+            `how="norm"` multiples of the norm of what is edited.
+        how: "clamp" sets their values, "add" adds as much to whatever they are, "norm" adds an edit of so many times
+            the row's norm along their decoder rows (evaluation/steering.py).
         tokens: that are written.
         temperature: 0 takes the likeliest token each time.
         seed: of the random numbers.

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import tyro
 
@@ -16,6 +17,8 @@ from sae_jax.commands.show import print_table
 from sae_jax.errors import UsageError, printable
 from sae_jax.evaluation.steering import How
 from sae_jax.progress import console
+
+DEFAULT = (5.0,)  # multiples of the largest value
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,12 @@ class Steer:
     """what is continued"""
     latent: tuple[int, ...]
     """one or several, which are set together"""
-    scale: tuple[float, ...] = (5.0,)
-    """multiples of the largest value that each latent has on rows of the set; one text is written for each"""
-    how: How = "clamp"
+    scale: tuple[float, ...] = ()
+    """multiples of the largest value that each latent has on rows of the set; one text for each; default: 5"""
+    how: Literal["clamp", "add"] = "clamp"
     """clamp: their values become these; add: so much is added to whatever they are"""
+    norm: tuple[float, ...] = ()
+    """instead of --scale: an edit along their decoder rows, of so many times the norm of what it is added to"""
     tokens: int = 40
     """to write"""
     temperature: float = 0.0
@@ -50,28 +55,33 @@ class Steer:
     """print JSON instead of a table"""
 
     def __post_init__(self) -> None:
-        if not self.latent or not self.scale:
-            raise UsageError("name at least one --latent and one --scale")
-        for scale in self.scale:
-            if not math.isfinite(scale):
-                raise UsageError(f"--scale={scale} must be finite")
+        if not self.latent:
+            raise UsageError("name at least one --latent")
+        if self.norm and (self.scale or self.how != "clamp"):
+            raise UsageError("--norm says by itself how much is added; leave out --scale and --how")
+        for flag, values in (("scale", self.scale), ("norm", self.norm)):
+            for value in values:
+                if not math.isfinite(value):
+                    raise UsageError(f"--{flag}={value} must be finite")
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, write, show side by side."""
     command = config.parse(Steer, argv, "sae-jax steer")
     gpu.warn_of_idle_gpu()
-    names = ("how", "tokens", "temperature", "seed", "chat", "data", "model", "ema")
+    names = ("tokens", "temperature", "seed", "chat", "data", "model", "ema")
     settings = {name: getattr(command, name) for name in names}
-    largest, written = uses.steer(command.dictionary, command.prompt, command.latent, command.scale, **settings)
+    how: How = "norm" if command.norm else command.how
+    scales = command.norm or command.scale or DEFAULT
+    largest, written = uses.steer(command.dictionary, command.prompt, command.latent, scales, how=how, **settings)
     if command.json:
-        content = {"largest": dict(zip(map(str, command.latent), largest, strict=True))}
+        content: dict[str, Any] = {"how": how, "largest": dict(zip(map(str, command.latent), largest, strict=True))}
         content |= {"written": [dataclasses.asdict(text) for text in written]}
         sys.stdout.write(storage.json_text(content, "--json"))
         return
     for latent, value in zip(command.latent, largest, strict=True):
         console.print(f"latent {latent}: largest value {value:.4g} on rows of the set")
     print_table(
-        ("scale", "what the model writes"),
+        ("norm" if command.norm else "scale", "what the model writes"),
         [("unsteered" if text.scale is None else f"{text.scale:g}", printable(text.text)) for text in written],
     )

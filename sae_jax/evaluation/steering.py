@@ -3,6 +3,8 @@
     clamp   x' = x + s (c - z_i) d_i for each latent i: its value becomes c, all else of the reconstruction and the
             dictionary's error stay (s: the scale of a norm of each vector, 1 elsewhere; d_i: its decoder row)
     add     y' = y + s c d_i, whatever the latent's value: also where a dictionary reads another place than it writes
+    norm    y' = y + r |y| u, u the unit vector along the sum of m_i d_i (m_i: largest value of the latent): the edit is
+            r = `scale` times as long as what it is added to, so that latents are compared at equal strength
 
 c is `scale` times the largest value of the latent on rows of the set. Every position is changed, of the prompt and of
 what is written, but for special tokens of the prompt, of which the set has no rows.
@@ -29,7 +31,7 @@ from sae_jax.saes.base import AbstractSae
 from sae_jax.saes.normalise import PER_VECTOR, normalise
 from sae_jax.types import UsageError
 
-How = Literal["clamp", "add"]
+How = Literal["clamp", "add", "norm"]
 N_ROWS = 2**16  # of the set, to look for the largest value on
 
 
@@ -68,7 +70,7 @@ def check(subject: Subject, latents: Sequence[int], how: How) -> None:
     if not isinstance(model, lm.LanguageModel):
         raise UsageError(f"{model.reference} runs in torch, where nothing is steered; use a model that JAX runs here")
     is_one_place = subject.encoded == subject.reconstructed and len(subject.encoded) == 1
-    if not is_one_place and (kind := subject.sae.config.input_norm) in PER_VECTOR:
+    if how != "norm" and not is_one_place and (kind := subject.sae.config.input_norm) in PER_VECTOR:
         raise UsageError(
             f"the dictionary reads another place than it writes, or several, in units of each vector's {kind}; nothing "
             f"says how large its values are there"
@@ -111,7 +113,7 @@ def write(
         ids_PT: i32[P, T], prompts of one length.
         latents: that are set.
         largest_L: f32[L], what scales are multiples of.
-        scales: of all these latents.
+        scales: of all these latents; with "norm" multiples of each row's norm.
         how: see the head.
         n_new: tokens that are written.
         temperature: 0: the likeliest token each time.
@@ -137,6 +139,8 @@ def write(
     for scale in scales:
         values_L = jnp.asarray(scale * largest_L)
         args = {"sae": sae, "latents": indices_L, "values": values_L, "keep": keep_PT, "rows": rows}
+        if how == "norm":
+            args = {"multiple": jnp.float32(scale), "largest": jnp.asarray(largest_L), "keep": keep_PT, "rows": rows}
         written.append((scale, generate(edits=edits, edit_args=args)))
     return [(scale, np.asarray(ids)[:, ids_PT.shape[1] :]) for scale, ids in written]
 
@@ -144,7 +148,7 @@ def write(
 @cache
 def _edit(how: How, at: int) -> Any:
     """The change of the at-th hook. The same function each time: with another, `generate` would compile again."""
-    return partial(_clamped if how == "clamp" else _added, at=at)
+    return partial({"clamp": _clamped, "add": _added, "norm": _by_norm}[how], at=at)
 
 
 def _clamped(x_BTX: jax.Array, args: dict[str, Any], at: int) -> jax.Array:
@@ -163,6 +167,13 @@ def _added(x_BTX: jax.Array, args: dict[str, Any], at: int) -> jax.Array:
         jnp.broadcast_to(scale_N1, (x_BTX.shape[0] * x_BTX.shape[1], 1)) * (args["values"] @ args["rows"][at])[None]
     )
     return _where(args["keep"], x_BTX + change_NY.reshape(x_BTX.shape), x_BTX)
+
+
+def _by_norm(x_BTX: jax.Array, args: dict[str, Any], at: int) -> jax.Array:
+    sum_Y = args["largest"] @ args["rows"][at]
+    unit_Y = sum_Y / jnp.maximum(jnp.linalg.norm(sum_Y), 1e-30)
+    norm_BT1 = jnp.linalg.norm(x_BTX, axis=-1, keepdims=True)
+    return _where(args["keep"], x_BTX + args["multiple"] * norm_BT1 * unit_Y[None, None], x_BTX)
 
 
 def _where(keep_PT: jax.Array, changed_BTX: jax.Array, x_BTX: jax.Array) -> jax.Array:

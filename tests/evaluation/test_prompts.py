@@ -157,6 +157,24 @@ def test_adding_is_in_the_units_of_the_activations(model, rows, norm):
     np.testing.assert_array_equal(changed[:, 0], x[:, 0])
 
 
+def test_an_edit_by_norm_is_as_long_as_it_says_along_the_latents(model, rows):
+    sae = of(model, rows).sae
+    x = jnp.asarray(rows[:6].reshape(2, 3, -1))
+    latents, largest = jnp.asarray([7, 9]), jnp.asarray([3.0, 1.0])
+    args = {"multiple": jnp.float32(-0.3), "largest": largest, "keep": jnp.array([[False, True, True]])}
+    changed = steering._by_norm(x, {**args, "rows": [sae.w_dec[latents]]}, at=0)
+    edit = np.asarray(changed - x, np.float64)
+    np.testing.assert_allclose(np.linalg.norm(edit, axis=-1)[:, 1:], 0.3 * np.linalg.norm(x, axis=-1)[:, 1:], rtol=1e-4)
+    along = 3 * np.asarray(sae.w_dec[7], np.float64) + np.asarray(sae.w_dec[9], np.float64)
+    cosine = edit[:, 1:] @ along / np.linalg.norm(edit, axis=-1)[:, 1:] / np.linalg.norm(along)
+    np.testing.assert_allclose(cosine, -1, rtol=1e-4)
+    np.testing.assert_array_equal(changed[:, 0], x[:, 0])
+    subject = of(model, rows)
+    ids = subject.ids(TEXT)
+    plain, nothing, much = steering.steer(subject, ids, [3], np.array([5.0], np.float32), (0.0, 4.0), "norm", n_new=8)
+    assert plain.text == nothing.text != much.text
+
+
 def test_clamping_at_the_value_a_latent_has_leaves_logits_as_they_are(model, rows):
     subject = of(model, rows)
     ids = subject.ids(TEXT)[None]
