@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_jax import artifact, config
-from sae_jax.activations.sample import sample_rows
-from sae_jax.activations.store import open_activations
 from sae_jax.artifact import ARRAYS, RECORD, Dictionary
 from sae_jax.interchange import formats as package
+from sae_jax.interchange.calibrate import rows_for, with_threshold
 from sae_jax.interchange.foreign import Files, Foreign, Ours, row_norms, selects_k
 from sae_jax.interchange.lazy import Lazy
 from sae_jax.interchange.tensors import write_safetensors
@@ -30,8 +29,6 @@ from sae_jax.saes.normalise import PER_VECTOR
 from sae_jax.storage import digests, tensor_files
 from sae_jax.storage.folder import new_folder
 from sae_jax.types import UsageError, UserError, Widths
-
-CALIBRATION_ROWS = 4096  # of a set, that thresholds are taken from
 
 
 class Published(NamedTuple):
@@ -54,6 +51,7 @@ def import_dictionary(
     out: str | os.PathLike[str],
     format: str = "auto",
     k: int | None = None,
+    calibrate: Any = None,
     published: Published | None = None,
 ) -> Record:
     """Write the dictionary that lies at a path, in another program's format, as a folder that `sae_jax.load` reads.
@@ -63,6 +61,8 @@ def import_dictionary(
         out: where there is nothing yet.
         format: a name of `known_formats`; auto: the one whose files are there.
         k: active latents a row, for formats whose files do not say.
+        calibrate: a set's path, or rows [N, X], from which a threshold is taken: for a selection over a batch that has
+            none for rows by themselves.
         published: where the path is a copy of something on a hub, for the record.
 
     Returns:
@@ -81,7 +81,7 @@ def import_dictionary(
         except UsageError as error:  # of a variant, which does not know that a file says so
             raise UserError(f"{path}: {error}") from None
         # So that values are those of the original, on every machine.
-        foreign = replace(foreign, config=replace(foreign.config, dtype="float32"))
+        foreign = with_threshold(replace(foreign, config=replace(foreign.config, dtype="float32")), calibrate)
         _check_shapes(foreign)
         unit_rows = _has_unit_rows(foreign)
         write_safetensors(folder / ARRAYS, foreign.arrays)
@@ -227,11 +227,7 @@ def _calibrated(dictionary: Any, ours: Ours, calibrate: Any) -> Ours:
     """With thresholds in the place of a selection of k latents."""
     if not selects_k(ours.config):
         raise UsageError(f"a {ours.config.variant} has no selection that needs thresholds; leave --calibrate out")
-    if isinstance(calibrate, str | os.PathLike):
-        source = ours.record.encodes[0].name
-        rows = sample_rows(open_activations(calibrate), source)[:CALIBRATION_ROWS]
-    else:
-        rows = np.asarray(calibrate)
+    rows = rows_for(ours.record.encodes, calibrate)
     loaded = artifact.load(dictionary) if isinstance(dictionary, str | os.PathLike) else dictionary
     sae: Any = loaded.sae if isinstance(loaded, Dictionary) else loaded
     is_transcoder = isinstance(ours.config, transcoder.Config)
