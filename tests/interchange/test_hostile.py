@@ -256,6 +256,41 @@ def test_strided_arrays_are_written_as_they_look(suffix: str, tmp_path: Path, mo
         assert {*tensor_files.torch_places(path)} == {*arrays}
 
 
+def test_any_part_of_an_array_of_any_strides_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "SHORTEST_RUN", 3)
+    data = np.arange(1000, dtype=np.float32)
+    path = tmp_path / "data"
+    path.write_bytes(b"abc" + data.tobytes())
+    rng = np.random.default_rng(0)
+    for strides in ((60, 6, 1), (1, 6, 60), (6, 1, 60), (60, 1, 6), (2, 20, 200), (100, 10, 2), (0, 6, 1), (1, 1, 1)):
+        shape = (3, 8, 5)
+        place = tensor_files.Place("F32", shape, strides, 3)
+        whole = np.lib.stride_tricks.as_strided(data, shape, [4 * stride for stride in strides])
+        for _ in range(10):
+            ends = [np.sort(rng.integers(size + 1, size=2)) for size in shape]
+            part = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            with path.open("rb") as file:
+                read = tensor_files.read_part(file.fileno(), place, part)
+            np.testing.assert_array_equal(read, whole[part])
+        array = Lazy.of_file(path, "x", place)
+        np.testing.assert_array_equal(array.array(), whole)
+
+
+def test_a_tensor_that_claims_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    """One number that stands for a terabyte."""
+    path = samples.crosscoder(tmp_path / "theirs").path / "cc_weights.pt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    data = entries["archive/data.pkl"]
+    assert data.count(b"K\x02K\x08K\x18") == 1  # (2, 8, 24), as pickled
+    entries["archive/data.pkl"] = data.replace(b"K\x02K\x08K\x18", b"K\x02K\x08\x8a\x06\0\0\0\0\0\x01")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=r"a tensor reaches beyond its storage|a tensor is larger than its storage"):
+        sae_jax.import_dictionary(path.parent, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
