@@ -39,6 +39,11 @@ class Foreign:
     reconstructs: tuple[SourceRecord, ...]
     changes: tuple[str, ...] = ()  # in plain words
 
+    @property
+    def has_all(self) -> bool:
+        """Whether nothing has to be calibrated: a selection over a batch has a threshold for rows by themselves."""
+        return self.config.variant not in ("batch_topk", "matryoshka") or "threshold" in self.arrays
+
 
 @dataclass(frozen=True)
 class Ours:

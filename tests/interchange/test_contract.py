@@ -179,6 +179,43 @@ def test_a_selection_of_k_becomes_thresholds_where_rows_are_given(ours: dict[str
         sae_jax.export(ours["relu"], "gemma_scope", tmp_path / "relu", calibrate=x)
 
 
+@pytest.mark.parametrize("kind", ["tied", "dictionary_learning"])
+def test_a_selection_over_a_batch_without_a_threshold_takes_one_from_rows(kind: str, tmp_path: Path) -> None:
+    """What the rows would select as one batch is what each of them selects by itself."""
+    w, x = samples.f64(samples.numbers()), samples.rows()
+    n_active, pre = len(x) * samples.K, x @ w["W_enc"] + w["b_enc"]
+    arrays = {name: array.astype(np.float32) for name, array in w.items()}
+    if kind == "tied":
+        content = {"W": arrays["W_enc"], "b_enc": arrays["b_enc"], "b_dec": arrays["b_dec"]}
+        samples.write_torch(tmp_path / "theirs" / "r1.pt", content)
+        path, w["W_dec"] = tmp_path / "theirs", w["W_enc"].T
+    else:
+        pre -= w["b_dec"] @ w["W_enc"]
+        content = {**samples._linear(arrays), "b_dec": arrays["b_dec"], **samples._selection()}
+        path = samples._dictionary_learning(tmp_path, "BatchTopKSAE", content, lambda x: (x, x)).path
+    k = samples.K if kind == "tied" else None
+    with pytest.raises(UserError, match=r"has no threshold for rows by themselves; give --calibrate SET"):
+        sae_jax.import_dictionary(path, tmp_path / "ours", k=k)
+    with pytest.raises(UserError, match=r"rows to calibrate with have shape .40, 3.; the dictionary encodes rows of 8"):
+        sae_jax.import_dictionary(path, tmp_path / "ours", k=k, calibrate=x[:, :3])
+    record = sae_jax.import_dictionary(path, tmp_path / "ours", k=k, calibrate=x)
+    assert record.origin is not None
+    assert "no threshold was stored" in record.origin.changes[-1]
+    z = np.where(pre >= np.sort(pre.ravel())[-n_active], pre, 0)
+    d = sae_jax.load(tmp_path / "ours")
+    np.testing.assert_allclose(d.encode(x).to_dense(samples.N), z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d(x), z @ w["W_dec"] + w["b_dec"], rtol=1e-5, atol=1e-5)
+    sae_jax.write_activations(tmp_path / "set", x, dtype="float32")
+    sae_jax.import_dictionary(path, tmp_path / "by-set", k=k, calibrate=tmp_path / "set")
+    np.testing.assert_array_equal(sae_jax.load(tmp_path / "by-set")(x), d(x))
+
+
+def test_nothing_is_calibrated_that_is_whole(tmp_path: Path) -> None:
+    sample = samples.saelens_topk(tmp_path / "theirs")
+    with pytest.raises(UserError, match="nothing is to be calibrated; leave --calibrate out"):
+        sae_jax.import_dictionary(sample.path, tmp_path / "ours", calibrate=samples.rows())
+
+
 def _named(path: Path, x: np.ndarray, record: sae_jax.Record) -> Path:
     """A set whose source is called as the dictionary's."""
     named = path.with_name("named")
