@@ -4,6 +4,7 @@
     relu          f = ReLU(pre)          loss = error + l1_coefficient * mean sum_i f_i ||d_i||
     batch_topk    f = keep_{B k}(ReLU(pre)), ranked by f_i ||d_i||
                                          loss = s * mean((y - y_hat)^2) + aux_coefficient * L_aux    (batch_topk.py)
+    jumprelu      f = pre * 1[pre > theta]     not trained here: of crosscoders that others made and `import` read
 
     ||d_i||    sum_m ||d_i^m||, d_i^m row i of W_dec^m: what it costs to write to several sources is what it costs to
                have a latent for each; or sqrt(sum_m ||d_i^m||^2), which favours latents that many sources share
@@ -53,8 +54,9 @@ class Config(batch_topk.ThresholdConfig, L1Config):
     """Crosscoder; k, AuxK and the threshold are for batch_topk, the penalty and initial_norm for relu."""
 
     variant: Literal["crosscoder"] = "crosscoder"
-    activation: Literal["relu", "batch_topk"] = "relu"
-    """which latents are active: all positive ones, which then are penalised, or the strongest of a batch"""
+    activation: Literal["relu", "batch_topk", "jumprelu"] = "relu"
+    """which latents are active: all positive ones, which then are penalised, or the strongest of a batch; jumprelu,
+    those above thresholds of their own, is not trained"""
     decoder_norm: Literal["sum", "root"] = "sum"
     """||d_i|| over sources: the sum of their norms, or the root of the sum of squares"""
     mask: Literal["acausal", "weakly_causal", "strictly_causal", "window"] = "acausal"
@@ -87,7 +89,7 @@ class Config(batch_topk.ThresholdConfig, L1Config):
     @property
     def n_active(self) -> int | None:
         """See SaeConfig."""
-        return None if self.activation == "relu" else self.k
+        return self.k if self.activation == "batch_topk" else None
 
     def init(self, key: jax.Array, sample: Sample) -> Crosscoder:
         """Decoder rows in random directions, of one length; the encoder transposed, or independent if y is not x.
@@ -113,10 +115,15 @@ class Config(batch_topk.ThresholdConfig, L1Config):
             threshold=jnp.zeros(()),
             config=self,
             widths=widths,
+            log_threshold=init.zeros((self.n_latents,), mesh.DICT) if self.activation == "jumprelu" else None,
         )
 
     def check(self, widths: Widths, same: bool) -> None:
-        """Masks need sources that stand in pairs, and latents for each group."""
+        """Masks need sources that stand in pairs, and latents for each group; thresholds are not learnt."""
+        if self.activation == "jumprelu":
+            raise UsageError(
+                "sae.activation=jumprelu is of imported crosscoders alone; train one with relu or batch_topk"
+            )
         penalty.check_target(self)
         if self.mask == "acausal":
             return
@@ -138,9 +145,10 @@ class Crosscoder(AbstractSae):
     b_enc: jax.Array  # f32[F@(latent,data)]
     w_dec: jax.Array  # f32[F@(latent,data), Y]
     b_dec: jax.Array  # f32[Y]
-    threshold: jax.Array  # f32[], not learnt but set; 0 with relu
+    threshold: jax.Array  # f32[], not learnt but set; 0 but for batch_topk
     config: Config = struct.field(pytree_node=False)
     widths: Widths = struct.field(pytree_node=False)
+    log_threshold: jax.Array | None = None  # f32[F@(latent,data)], with jumprelu
 
     def n_slots(self, x_BX: jax.Array) -> int:
         """See AbstractSae."""
@@ -189,7 +197,7 @@ class Crosscoder(AbstractSae):
 
     def constrained(self) -> Crosscoder:
         """With batch_topk ||d_i|| = 1."""
-        if self.config.activation == "relu":
+        if self.config.activation != "batch_topk":
             return self
         norm_F = row_norms(self.w_dec, self.widths.y, self.config.decoder_norm)
         return replace(self, w_dec=self.w_dec / norm_F[:, None])
@@ -203,12 +211,30 @@ class Crosscoder(AbstractSae):
             b_enc=self.b_enc * norm_F,
             w_dec=self.w_dec / norm_F[:, None] / scale.y[None],
             b_dec=self.b_dec / scale.y,
+            log_threshold=None if self.log_threshold is None else self.log_threshold + jnp.log(norm_F),
         )
+
+    def unfolded(self, scale: Scale) -> Crosscoder:
+        """See AbstractSae. Sources have scales of their own, so rows of one length leave with several."""
+        return replace(
+            self,
+            w_enc=self.w_enc / scale.x[None],
+            w_dec=self.w_dec * scale.y[None],
+            b_dec=self.b_dec * scale.y,
+        )
+
+    @property
+    def row_lengths(self) -> jax.Array | None:
+        """See AbstractSae."""
+        is_kept = self.config.activation == "batch_topk"
+        return row_norms(self.w_dec, self.widths.y, self.config.decoder_norm) if is_kept else None
 
     @property
     def _jumprelu(self) -> jumprelu.JumpRelu:
         # Only rows whose length is kept go with one threshold for all.
         threshold = self.threshold if self.config.activation == "batch_topk" else jnp.zeros(())
+        if self.log_threshold is not None:
+            threshold = jnp.exp(self.log_threshold)
         return jumprelu.with_threshold(self, threshold, pre_bias=False)
 
     @property
