@@ -12,6 +12,8 @@ from sae_jax import UserError, interchange
 from tests.interchange import samples
 from tests.test_artifact import forms
 
+GEMMA_3 = "google/gemma-3-1b-pt"
+
 
 @pytest.fixture(autouse=True)
 def _one_device(one_device):
@@ -45,7 +47,8 @@ def test_a_sample_computes_what_it_did(name: str, tmp_path: Path) -> None:
         ("gemma_scope_embedding", "resid_pre.0", "resid_pre.0", "google/gemma-2-2b"),
         ("gemma_scope_transcoder", "mlp_in.3", "mlp_out.3", "google/gemma-2-2b"),
         ("gemma_scope_2", "resid_post.9", "resid_post.9", "google/gemma-3-4b-it"),
-        ("gemma_scope_2_affine", "mlp_in.13", "mlp_out.13", "google/gemma-3-1b-pt"),
+        ("gemma_scope_2_affine", "mlp_in.13", "mlp_out.13", GEMMA_3),
+        ("gemma_scope_2_clt", ("mlp_in.0", "mlp_in.1", "mlp_in.2"), ("mlp_out.0", "mlp_out.1", "mlp_out.2"), GEMMA_3),
         ("dictionary_learning_topk", "resid_post.3", "resid_post.3", "EleutherAI/pythia-70m"),
         ("openai_topk", "resid_post.6", "resid_post.6", "gpt2"),
         ("openai_relu_tied", "mlp_act.6", "mlp_act.6", "gpt2"),
@@ -55,11 +58,12 @@ def test_a_sample_computes_what_it_did(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_record_says_where_rows_come_from(
-    name: str, encodes: str, reconstructs: str, model: str | None, tmp_path: Path
+    name: str, encodes: str | tuple[str, ...], reconstructs: str | tuple[str, ...], model: str | None, tmp_path: Path
 ) -> None:
     sample = samples.SAMPLES[name](tmp_path / "theirs")
     record = sae_jax.import_dictionary(sample.path, tmp_path / "ours")
-    assert [source.hook for source in record.encodes + record.reconstructs] == [encodes, reconstructs]
+    for sources, hooks in ((record.encodes, encodes), (record.reconstructs, reconstructs)):
+        assert tuple(source.hook for source in sources) == ((hooks,) if isinstance(hooks, str) else hooks)
     assert {source.model for source in record.encodes + record.reconstructs} == {model}
 
 
