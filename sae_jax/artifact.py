@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
 from sae_jax import mesh, storage
-from sae_jax.record import Normalisation, Record, RunRecord, SourceRecord, program
+from sae_jax.record import Normalisation, Origin, Record, RunRecord, SourceRecord, program
 from sae_jax.saes import base, init
 from sae_jax.saes.base import AbstractSae, Constants, Counters, SaeConfig
 from sae_jax.saes.normalise import PER_VECTOR, Scale
@@ -86,7 +86,8 @@ class Dictionary:
             lines.append(f"  {'trained':13}{record.steps:,} steps, {record.tokens:,} tokens{where}")
         if origin := record.origin:
             norms = "" if origin.unit_rows else "; decoder rows keep their norms"
-            lines.append(f"  {'imported':13}{origin.place} ({origin.format}){norms}")
+            what = "from" if origin.format == "sae_jax" else "imported"
+            lines.append(f"  {what:13}{origin.place} ({origin.format}){norms}")
         if record.metrics:
             lines.append(f"  {'measured':13}" + ", ".join(f"{n} {value:.4g}" for n, value in record.metrics.items()))
         return "\n".join(lines)
@@ -243,6 +244,9 @@ def _folded(
     sae = sae.folded(scale) if is_exact else sae.constrained().folded(scale)
     factors = [_by_source(side, widths) for side, widths in zip((scale.x, scale.y), of_run.widths, strict=True)]
     kind = of_run.normalisation.kind
+    origin = None
+    if record.init_from is not None:
+        origin = Origin("sae_jax", record.init_from, None, None, ("trained further",), unit_rows=True)
     return Dictionary(
         sae,
         replace(
@@ -252,6 +256,7 @@ def _folded(
             tokens=step * record.train["batch_size"],
             weights="average" if ema else "live",
             metrics={"dead_fraction": dead_fraction, **(metrics or {})},
+            origin=origin,
         ),
     )
 

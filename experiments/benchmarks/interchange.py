@@ -58,19 +58,21 @@ def main(settings: Benchmark) -> None:
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory(dir=settings.folder) as name:
         folder = Path(name)
+        weights = folder / "theirs" / saelens.WEIGHTS
         write_sample(folder / "theirs", n, d)
-        n_bytes = (folder / "theirs" / saelens.WEIGHTS).stat().st_size
-        speed = copy_speed(folder / "theirs" / saelens.WEIGHTS, folder / "copy")
-        rows.append(["copy", "", f"{speed / 1e9:.2f}", ""])
+        n_bytes = weights.stat().st_size
         run("import", folder / "theirs", "--out", folder / "ours")
         for format in FORMATS:
-            seconds, peak = run("export", folder / "ours", f"--format={format}", "--out", folder / format)
-            rows.append([f"export {format}", *told(seconds, peak, n_bytes, speed)])
-            seconds, peak = run("import", folder / format, "--out", folder / "back")
-            rows.append([f"import {format}", *told(seconds, peak, n_bytes, speed)])
-            for name in (format, "back"):
-                shutil.rmtree(folder / name)
-    columns = ["what", "peak resident GB", "read + written GB/s", "of a copy"]
+            for words in (
+                ("export", folder / "ours", f"--format={format}", "--out", folder / format),
+                ("import", folder / format, "--out", folder / "back"),
+            ):
+                speed = copy_speed(weights, folder / "copy")  # each time: other jobs use the disk, too
+                seconds, peak = run(*words)
+                rows.append([f"{words[0]} {format}", *told(seconds, peak, n_bytes, speed)])
+            for each in (format, "back"):
+                shutil.rmtree(folder / each)
+    columns = ["what", "peak resident GB", "read + written GB/s", "copy GB/s", "of a copy"]
     record = {"n_latents": n, "d": d, "bytes": n_bytes, "rows": rows}
     common.report(common.table(f"import and export of {n:,} x {d}", columns, rows), record, settings.out)
 
@@ -78,7 +80,7 @@ def main(settings: Benchmark) -> None:
 def told(seconds: float, peak: int, n_bytes: int, speed: float) -> list[str]:
     """Cells of a row."""
     rate = 2 * n_bytes / seconds
-    return [f"{peak / 1e9:.2f}", f"{rate / 1e9:.2f}", f"{rate / speed:.2f}"]
+    return [f"{peak / 1e9:.2f}", f"{rate / 1e9:.2f}", f"{speed / 1e9:.2f}", f"{rate / speed:.2f}"]
 
 
 def write_sample(folder: Path, n: int, d: int) -> None:

@@ -23,12 +23,14 @@ class Import:
     """whose format it is; auto: told from its files"""
     k: int | None = None
     """active latents a token, for formats whose files do not say"""
+    calibrate: str | None = None
+    """activation set from whose rows a threshold is taken, for a selection over a batch that has none stored"""
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, convert, say what was changed."""
     command = config.parse(Import, argv, "sae-jax import")
-    record = interchange.import_dictionary(command.path, command.out, command.format, command.k)
+    record = interchange.import_dictionary(command.path, command.out, command.format, command.k, command.calibrate)
     widths = " -> ".join(f"d={sum(side)}" for side in dict.fromkeys(record.widths))
     name = record.origin.format if record.origin else command.format
     console.print(f"{command.out}: {record.variant}, {record.sae['n_latents']:,} latents, {widths}, from {name}")

@@ -91,6 +91,10 @@ def _rows(record: Record, licence: str | None) -> list[tuple[str, str]]:
     for metric, what in _METRICS.items():
         if (value := record.metrics.get(metric)) is not None:
             rows.append((what, f"{value:.2%}" if metric == "dead_fraction" else f"{value:.4g}"))
+    if origin := record.origin:
+        commit = f" at {origin.revision}" if origin.revision else ""
+        rows.append(("made from", f"{_plain(origin.place)}{commit} ({origin.format})"))
+        rows += [("changed", change) for change in origin.changes]
     rows.append(("licence", licence or "not stated"))
     return [*rows, ("made with", f"sae_jax {record.program}")]
 

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from sae_jax import artifact, config
-from sae_jax.activations.sample import sample_rows
-from sae_jax.activations.store import open_activations
 from sae_jax.artifact import ARRAYS, RECORD, Dictionary
 from sae_jax.interchange import formats as package
 from sae_jax.interchange import hub
+from sae_jax.interchange.calibrate import rows_for, with_threshold
 from sae_jax.interchange.foreign import Files, Foreign, Ours, row_norms, selects_k
 from sae_jax.interchange.lazy import Lazy
 from sae_jax.interchange.tensors import write_safetensors
@@ -35,7 +34,6 @@ from sae_jax.types import UsageError, UserError, Widths
 
 OURS = "sae_jax"  # the format of `sae_jax.save`
 Place = tuple[str, str | None, str | None]  # a path or where on a hub; revision, licence
-CALIBRATION_ROWS = 4096  # of a set, that thresholds are taken from
 
 
 def known_formats() -> dict[str, ModuleType]:
@@ -50,6 +48,7 @@ def import_dictionary(
     out: str | os.PathLike[str],
     format: str = "auto",
     k: int | None = None,
+    calibrate: Any = None,
 ) -> Record:
     """Write the dictionary that lies at a path, in another program's format, as a folder that `sae_jax.load` reads.
 
@@ -59,6 +58,8 @@ def import_dictionary(
         out: where there is nothing yet. Of a set of several dictionaries, each lands in a folder below it.
         format: a name of `known_formats`; auto: the one whose files are there.
         k: active latents a row, for formats whose files do not say.
+        calibrate: a set's path, or rows [N, X], from which a threshold is taken: for a selection over a batch that has
+            none for rows by themselves.
 
     Returns:
         The record of the dictionary; of a set, that of the first with the sources of all.
@@ -87,13 +88,13 @@ def import_dictionary(
         records = []
         for name, foreign in members.items():
             (folder / name).mkdir(exist_ok=True)
-            records.append(_written(module.NAME, foreign, folder / name, place))
+            records.append(_written(module.NAME, foreign, folder / name, place, calibrate))
     return _record_of_set(records)
 
 
-def _written(format_name: str, foreign: Foreign, folder: Path, place: Place) -> Record:
+def _written(format_name: str, foreign: Foreign, folder: Path, place: Place, calibrate: Any) -> Record:
     # So that values are those of the original, on every machine.
-    foreign = replace(foreign, config=replace(foreign.config, dtype="float32"))
+    foreign = with_threshold(replace(foreign, config=replace(foreign.config, dtype="float32")), calibrate)
     _check_shapes(foreign)
     unit_rows = _has_unit_rows(foreign)
     write_safetensors(folder / ARRAYS, foreign.arrays)
@@ -130,6 +131,8 @@ def export(
     if len(several) != 1 and not hasattr(_format(format) if format != OURS else None, "write_set"):
         raise UsageError(f"{format} takes one dictionary, not {len(several)}; export each of them by itself")
     if format == OURS:
+        if calibrate is not None:
+            raise UsageError(f"{OURS} keeps a selection of k latents as it is; leave --calibrate out")
         (given,) = several
         d: Any = artifact.load(given) if isinstance(given, str | os.PathLike) else given
         d = Dictionary(d, artifact.record_of(d)) if isinstance(d, AbstractSae) else d
@@ -273,11 +276,7 @@ def _calibrated(dictionary: Any, ours: Ours, calibrate: Any) -> Ours:
     """With thresholds in the place of a selection of k latents."""
     if not selects_k(ours.config):
         raise UsageError(f"a {ours.config.variant} has no selection that needs thresholds; leave --calibrate out")
-    if isinstance(calibrate, str | os.PathLike):
-        source = ours.record.encodes[0].name
-        rows = sample_rows(open_activations(calibrate), source)[:CALIBRATION_ROWS]
-    else:
-        rows = np.asarray(calibrate)
+    rows = rows_for(ours.record.encodes, calibrate)
     loaded = artifact.load(dictionary) if isinstance(dictionary, str | os.PathLike) else dictionary
     sae: Any = loaded.sae if isinstance(loaded, Dictionary) else loaded
     is_transcoder = isinstance(ours.config, transcoder.Config)

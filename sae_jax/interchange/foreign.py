@@ -6,6 +6,7 @@ another program. What both ways need to be exact is here: biases that are subtra
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -38,6 +39,11 @@ class Foreign:
     encodes: tuple[SourceRecord, ...]
     reconstructs: tuple[SourceRecord, ...]
     changes: tuple[str, ...] = ()  # in plain words
+
+    @property
+    def has_all(self) -> bool:
+        """Whether nothing has to be calibrated: a selection over a batch has a threshold for rows by themselves."""
+        return self.config.variant not in ("batch_topk", "matryoshka") or "threshold" in self.arrays
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,14 @@ class Files:
         """Those of a folder, or a file with the settings that lie beside it. UserError if there is nothing."""
         words = place or "/".join(path.absolute().parts[-6:])
         if path.is_dir():
-            found = []
-            for each in sorted(path.rglob("*")):
-                if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts):
-                    found.append(each.relative_to(path).as_posix())
-                if len(found) > MAX_FILES:
+            found: list[str] = []
+            for folder, below, names in os.walk(path):
+                below[:] = [name for name in below if not name.startswith(".")]
+                here = [Path(folder) / name for name in names if not name.startswith(".")]
+                found += [each.relative_to(path).as_posix() for each in here if each.is_file()]
+                if len(found) + len(below) > MAX_FILES:
                     raise UserError(f"{path} has over {MAX_FILES:,} files; give the folder of one dictionary")
-            return cls(path, tuple(found), words=words)
+            return cls(path, tuple(sorted(found)), words=words)
         if not path.is_file():
             raise UserError(f"{path}: no such file or folder; give one that holds a dictionary")
         beside = sorted(each.name for each in path.parent.iterdir() if each.suffix in (".json", ".yaml", ".yml"))

@@ -10,7 +10,6 @@ width. Values are float32, whatever they are stored as.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sae_jax.storage.guarded import open_file
-from sae_jax.storage.tensor_files import FLOATS, Place, view
+from sae_jax.storage.tensor_files import FLOATS, Place, read_part
 from sae_jax.types import UserError
 
 SLAB_BYTES = 16 << 20  # of float32
@@ -43,12 +42,8 @@ class Lazy:
         def read(part: tuple[slice, ...]) -> np.ndarray:
             if place.kind not in FLOATS:
                 raise UserError(f"{where} is {place.kind}; weights must be {', '.join(FLOATS)}")
-            # Mapped anew each time: pages that were read count as memory of this process for as long as they are.
-            with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                array = view(data, place)[part]
-                copied = array.astype(np.float32, order="C", copy=True)
-                del array  # or the map cannot be closed
-            return copied
+            with open_file(path) as file:
+                return read_part(file.fileno(), place, part).astype(np.float32, order="C", copy=False)
 
         return cls(place.shape, read, where, place.kind)
 

@@ -155,6 +155,7 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
     if match is None:
         raise UserError(f"model {reference!r} is no reference; say where the model is with --model")
     import huggingface_hub
+    from huggingface_hub.errors import HTTPError
 
     def fetched(patterns: Sequence[str]) -> Path:
         return Path(
@@ -169,8 +170,8 @@ def locate(reference: str, files: Sequence[str] = _FILES, *, recorded: bool = Fa
         if any(folder.glob("*.bin")) or any(folder.glob("*.gguf")):
             return folder
         names = huggingface_hub.list_repo_files(match["id"], revision=match["revision"])
-    except (OSError, ValueError) as error:
-        # Every error of the hub client and its transport is one of the two; the first line says which it was.
+    except (HTTPError, OSError, ValueError) as error:
+        # Every error of the hub client and its transport is one of these; the first line says which it was.
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"model {reference!r} is no folder, is not in the hub's cache and cannot be fetched ({reason}); "

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -41,6 +43,7 @@ _STORAGES = {
 INTEGERS = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _NUMPY = {np.dtype(dtype): kind for kind, dtype in {**FLOATS, **INTEGERS, "BOOL": np.bool_}.items()}
 _MAX_PICKLE = 64 << 20  # bytes; names and shapes alone
+SHORTEST_RUN = 64  # items that are read at once
 _MAX_HEADER = 1 << 16  # of an array in an .npz file
 
 
@@ -89,6 +92,40 @@ def safetensors_places(path: Path) -> dict[str, Place]:
         shape, offset = tuple(header[key]["shape"]), 8 + size + header[key]["data_offsets"][0]
         places[key] = Place(header[key]["dtype"], shape, contiguous(shape), offset)
     return places
+
+
+def read_part(descriptor: int, place: Place, part: tuple[slice, ...]) -> np.ndarray:
+    """A part of the array at a place of a file; no more than that of the file is in memory.
+
+    Read, not mapped: what is mapped counts as memory of this process, and the system may map far more than is touched.
+
+    Args:
+        descriptor: of the open file.
+        place: of the array.
+        part: a slice of each axis, with a start and a stop.
+    """
+    dtype = np.dtype({**FLOATS, **INTEGERS}[place.kind])
+    order = sorted(range(len(part)), key=lambda axis: -place.strides[axis])  # outermost in the file first
+    sizes = [part[axis].stop - part[axis].start for axis in order]
+    steps = [place.strides[axis] for axis in order]
+    first = place.offset + dtype.itemsize * sum(p.start * s for p, s in zip(part, place.strides, strict=True))
+    run, n_outer = 1, len(order)
+    while n_outer and (steps[n_outer - 1] == run or sizes[n_outer - 1] == 1):
+        run *= sizes[n_outer - 1]
+        n_outer -= 1
+    outer, values = sizes[:n_outer], np.empty((*sizes[:n_outer], run), dtype)
+    if run < SHORTEST_RUN < math.prod(outer):  # of strides that no writer makes; too many requests
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
+            return view(data, place)[part].copy()
+    for index in np.ndindex(*outer):
+        at = first + dtype.itemsize * sum(i * step for i, step in zip(index, steps, strict=False))
+        left = memoryview(values[index].reshape(-1).view(np.uint8))
+        while left:
+            n = os.preadv(descriptor, [left], at)
+            if not n:
+                raise UserError("a file became shorter while it was read; get it again")
+            left, at = left[n:], at + n
+    return values.reshape(sizes).transpose(np.argsort(order))
 
 
 def torch_places(path: Path) -> dict[str, Place]:
@@ -180,6 +217,8 @@ def _tensor(storage: _Storage, first: int, shape: tuple[int, ...], strides: tupl
     last = first + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 not in shape and last >= storage.n_items:
         raise ValueError("a tensor reaches beyond its storage")
+    if math.prod(shape) > storage.n_items:  # one value that stands for any number of them
+        raise ValueError("a tensor is larger than its storage")
     return Place(storage.kind, tuple(shape), tuple(strides), storage.offset + first * storage.item)
 
 

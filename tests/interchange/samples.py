@@ -347,6 +347,32 @@ def gemma_scope_2_affine(folder: Path) -> Sample:
     return Sample(path, "gemma_scope_2", transcoder(w, lambda h: foreign.jumprelu(h, w["threshold"]), True))
 
 
+def gemma_scope_2_clt(folder: Path) -> Sample:
+    """Latents of a layer read it and write it and later ones; what they would write to earlier ones is not used."""
+    n_layers, w = 3, [numbers(70 + i) for i in range(3)]
+    rng = np.random.default_rng(5)
+    decoders = rng.standard_normal((n_layers, N, n_layers, D)).astype(np.float32)
+    path = folder / "gemma-scope-2-1b-pt" / "clt" / "width_262k_l0_big"
+    for i in range(n_layers):
+        arrays = {name.lower(): w[i][name] for name in ("W_enc", "b_enc", "b_dec", "threshold")}
+        save(path / f"params_layer_{i}.safetensors", {**arrays, "w_dec": decoders[i]})
+    v = [f64(each) for each in w]
+
+    def forward(x):
+        parts = np.split(x.astype(np.float64), n_layers, axis=1)
+        z = [
+            foreign.jumprelu(x_ @ each["W_enc"] + each["b_enc"], each["threshold"])
+            for x_, each in zip(parts, v, strict=True)
+        ]
+        written = [
+            sum(z[i] @ decoders[i, :, j].astype(np.float64) for i in range(j + 1)) + v[j]["b_dec"]
+            for j in range(n_layers)
+        ]
+        return np.concatenate(z, axis=1), np.concatenate(written, axis=1)
+
+    return Sample(path, "gemma_scope_2_clt", forward)
+
+
 def _dictionary_learning(folder: Path, kind: str, content: Mapping[str, Any], forward: Forward) -> Sample:
     path = folder / "resid_post_layer_3" / "trainer_0"
     write_torch(path / "ae.pt", content)
@@ -636,6 +662,7 @@ SAMPLES: dict[str, Callable[[Path], Sample]] = {
         gemma_scope_transcoder,
         gemma_scope_2,
         gemma_scope_2_affine,
+        gemma_scope_2_clt,
         dictionary_learning_autoencoder,
         dictionary_learning_new,
         dictionary_learning_gated,

@@ -12,6 +12,8 @@ from sae_jax import UserError, interchange
 from tests.interchange import samples
 from tests.test_artifact import forms
 
+GEMMA_3 = "google/gemma-3-1b-pt"
+
 
 @pytest.fixture(autouse=True)
 def _one_device(one_device):
@@ -45,7 +47,8 @@ def test_a_sample_computes_what_it_did(name: str, tmp_path: Path) -> None:
         ("gemma_scope_embedding", "resid_pre.0", "resid_pre.0", "google/gemma-2-2b"),
         ("gemma_scope_transcoder", "mlp_in.3", "mlp_out.3", "google/gemma-2-2b"),
         ("gemma_scope_2", "resid_post.9", "resid_post.9", "google/gemma-3-4b-it"),
-        ("gemma_scope_2_affine", "mlp_in.13", "mlp_out.13", "google/gemma-3-1b-pt"),
+        ("gemma_scope_2_affine", "mlp_in.13", "mlp_out.13", GEMMA_3),
+        ("gemma_scope_2_clt", ("mlp_in.0", "mlp_in.1", "mlp_in.2"), ("mlp_out.0", "mlp_out.1", "mlp_out.2"), GEMMA_3),
         ("dictionary_learning_topk", "resid_post.3", "resid_post.3", "EleutherAI/pythia-70m"),
         ("openai_topk", "resid_post.6", "resid_post.6", "gpt2"),
         ("openai_relu_tied", "mlp_act.6", "mlp_act.6", "gpt2"),
@@ -55,11 +58,12 @@ def test_a_sample_computes_what_it_did(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_record_says_where_rows_come_from(
-    name: str, encodes: str, reconstructs: str, model: str | None, tmp_path: Path
+    name: str, encodes: str | tuple[str, ...], reconstructs: str | tuple[str, ...], model: str | None, tmp_path: Path
 ) -> None:
     sample = samples.SAMPLES[name](tmp_path / "theirs")
     record = sae_jax.import_dictionary(sample.path, tmp_path / "ours")
-    assert [source.hook for source in record.encodes + record.reconstructs] == [encodes, reconstructs]
+    for sources, hooks in ((record.encodes, encodes), (record.reconstructs, reconstructs)):
+        assert tuple(source.hook for source in sources) == ((hooks,) if isinstance(hooks, str) else hooks)
     assert {source.model for source in record.encodes + record.reconstructs} == {model}
 
 
@@ -177,6 +181,43 @@ def test_a_selection_of_k_becomes_thresholds_where_rows_are_given(ours: dict[str
     assert (tmp_path / "by-set" / "params.npz").exists()
     with pytest.raises(UserError, match="has no selection that needs thresholds; leave --calibrate out"):
         sae_jax.export(ours["relu"], "gemma_scope", tmp_path / "relu", calibrate=x)
+
+
+@pytest.mark.parametrize("kind", ["tied", "dictionary_learning"])
+def test_a_selection_over_a_batch_without_a_threshold_takes_one_from_rows(kind: str, tmp_path: Path) -> None:
+    """What the rows would select as one batch is what each of them selects by itself."""
+    w, x = samples.f64(samples.numbers()), samples.rows()
+    n_active, pre = len(x) * samples.K, x @ w["W_enc"] + w["b_enc"]
+    arrays = {name: array.astype(np.float32) for name, array in w.items()}
+    if kind == "tied":
+        content = {"W": arrays["W_enc"], "b_enc": arrays["b_enc"], "b_dec": arrays["b_dec"]}
+        samples.write_torch(tmp_path / "theirs" / "r1.pt", content)
+        path, w["W_dec"] = tmp_path / "theirs", w["W_enc"].T
+    else:
+        pre -= w["b_dec"] @ w["W_enc"]
+        content = {**samples._linear(arrays), "b_dec": arrays["b_dec"], **samples._selection()}
+        path = samples._dictionary_learning(tmp_path, "BatchTopKSAE", content, lambda x: (x, x)).path
+    k = samples.K if kind == "tied" else None
+    with pytest.raises(UserError, match=r"has no threshold for rows by themselves; give --calibrate SET"):
+        sae_jax.import_dictionary(path, tmp_path / "ours", k=k)
+    with pytest.raises(UserError, match=r"rows to calibrate with have shape .40, 3.; the dictionary encodes rows of 8"):
+        sae_jax.import_dictionary(path, tmp_path / "ours", k=k, calibrate=x[:, :3])
+    record = sae_jax.import_dictionary(path, tmp_path / "ours", k=k, calibrate=x)
+    assert record.origin is not None
+    assert "no threshold was stored" in record.origin.changes[-1]
+    z = np.where(pre >= np.sort(pre.ravel())[-n_active], pre, 0)
+    d = sae_jax.load(tmp_path / "ours")
+    np.testing.assert_allclose(d.encode(x).to_dense(samples.N), z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d(x), z @ w["W_dec"] + w["b_dec"], rtol=1e-5, atol=1e-5)
+    sae_jax.write_activations(tmp_path / "set", x, dtype="float32")
+    sae_jax.import_dictionary(path, tmp_path / "by-set", k=k, calibrate=tmp_path / "set")
+    np.testing.assert_array_equal(sae_jax.load(tmp_path / "by-set")(x), d(x))
+
+
+def test_nothing_is_calibrated_that_is_whole(tmp_path: Path) -> None:
+    sample = samples.saelens_topk(tmp_path / "theirs")
+    with pytest.raises(UserError, match="nothing is to be calibrated; leave --calibrate out"):
+        sae_jax.import_dictionary(sample.path, tmp_path / "ours", calibrate=samples.rows())
 
 
 def _named(path: Path, x: np.ndarray, record: sae_jax.Record) -> Path:

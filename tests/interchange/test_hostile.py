@@ -85,7 +85,8 @@ def reshaped(path: Path, rng: np.random.Generator) -> None:
     if what == 0:
         arrays[name] = np.array(array.T, order="C")
     elif what == 1:
-        arrays[name] = array.astype((np.int8, np.bool_, np.int64, np.complex64)[rng.integers(4)])
+        with np.errstate(invalid="ignore"):
+            arrays[name] = array.astype((np.int8, np.bool_, np.int64, np.complex64)[rng.integers(4)])
     elif what == 2:
         arrays[name] = array[..., None] if rng.random() < 0.5 else np.zeros((0, *array.shape[1:]), np.float32)
     elif what == 3:
@@ -178,6 +179,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(2400)
 def test_ten_thousand_broken_files(tmp_path: Path) -> None:
     assert fuzz(tmp_path, 1, 10_000) > 4000
 
@@ -208,8 +210,8 @@ def test_no_more_than_a_slab_is_asked_for(name: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(lazy, "SLAB_BYTES", slab)
     monkeypatch.setattr(Lazy, "of_file", classmethod(of_file))
     sample = samples.SAMPLES[name](tmp_path / "theirs")
-    sae_jax.import_dictionary(sample.path, tmp_path / "ours")
-    n_imported = len(asked)
+    record = sae_jax.import_dictionary(sample.path, tmp_path / "ours")
+    n_imported, slab = len(asked), max(slab, 4 * record.sae["n_latents"])  # a vector is read whole
     assert max(asked) <= slab
     for format in ("saelens", "sparsify", "dictionary_learning"):
         try:
@@ -254,6 +256,41 @@ def test_strided_arrays_are_written_as_they_look(suffix: str, tmp_path: Path, mo
         assert {*tensor_files.torch_places(path)} == {*arrays}
 
 
+def test_any_part_of_an_array_of_any_strides_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "SHORTEST_RUN", 3)
+    data = np.arange(1000, dtype=np.float32)
+    path = tmp_path / "data"
+    path.write_bytes(b"abc" + data.tobytes())
+    rng = np.random.default_rng(0)
+    for strides in ((60, 6, 1), (1, 6, 60), (6, 1, 60), (60, 1, 6), (2, 20, 200), (100, 10, 2), (0, 6, 1), (1, 1, 1)):
+        shape = (3, 8, 5)
+        place = tensor_files.Place("F32", shape, strides, 3)
+        whole = np.lib.stride_tricks.as_strided(data, shape, [4 * stride for stride in strides])
+        for _ in range(10):
+            ends = [np.sort(rng.integers(size + 1, size=2)) for size in shape]
+            part = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            with path.open("rb") as file:
+                read = tensor_files.read_part(file.fileno(), place, part)
+            np.testing.assert_array_equal(read, whole[part])
+        array = Lazy.of_file(path, "x", place)
+        np.testing.assert_array_equal(array.array(), whole)
+
+
+def test_a_tensor_that_claims_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    """One number that stands for a terabyte."""
+    path = samples.crosscoder(tmp_path / "theirs").path / "cc_weights.pt"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    data = entries["archive/data.pkl"]
+    assert data.count(b"K\x02K\x08K\x18") == 1  # (2, 8, 24), as pickled
+    entries["archive/data.pkl"] = data.replace(b"K\x02K\x08K\x18", b"K\x02K\x08\x8a\x06\0\0\0\0\0\x01")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=r"a tensor reaches beyond its storage|a tensor is larger than its storage"):
+        sae_jax.import_dictionary(path.parent, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -288,9 +325,9 @@ def test_what_an_import_would_have_to_guess_is_refused(tmp_path: Path) -> None:
     samples._dictionary_learning(tmp_path / "unset", "BatchTopKSAE", content, lambda x: (x, x))
     samples.qwen_scope(tmp_path / "qwen").path.rename(tmp_path / "layer7.sae.pt")
     for path, message in (
-        ("tied", "selects the largest values of a batch, and has no threshold"),
+        ("tied", "nothing says how many latents are active; give --k"),
         ("alone", "nothing says whether k are active in a row or in a batch"),
-        ("unset/resid_post_layer_3/trainer_0", "has no threshold for rows by themselves"),
+        ("unset/resid_post_layer_3/trainer_0", "selects the largest values of a batch, and has no threshold"),
         ("layer7.sae.pt", "nothing says how many latents are active; give --k"),
         ("unset", r"no dictionary itself; .* such as resid_post_layer_3/trainer_0"),
     ):

@@ -326,7 +326,9 @@ def test_what_is_published_for_another_library_comes_back_and_says_where_from(se
     assert origin.revision == repository.sha("main")
     # Published again, it keeps the licence that it came with; and a copy of ours keeps its first origin.
     publish.push(again, "someone/copy")
-    assert "license: mit" in server.repositories["someone/copy"].branches["main"]["README.md"].decode()
+    text = server.repositories["someone/copy"].branches["main"]["README.md"].decode()
+    assert "license: mit" in text
+    assert f"| made from | hf:{NAME}/layers/6 at {origin.revision} (saelens) |" in text
     assert publish.load("hf:someone/copy").record.origin == origin
 
 

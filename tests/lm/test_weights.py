@@ -141,9 +141,10 @@ def test_a_hub_model_is_fetched_at_its_revision(folder, model, monkeypatch):
     assert asked == [("owner/name", "v1.0"), ("name", None)]
 
 
-def test_a_hub_model_out_of_reach_is_one_line(monkeypatch):
+@pytest.mark.parametrize("error", ["LocalEntryNotFoundError", "HTTPError"])  # the second: the connection was cut
+def test_a_hub_model_out_of_reach_is_one_line(monkeypatch, error):
     def fail(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand more")
+        raise getattr(huggingface_hub.errors, error)("no network\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"'owner/name' .* cannot be fetched \(no network\)") as caught:

@@ -157,16 +157,16 @@ def test_geometric_median_minimises_the_summed_distance():
     assert init.geometric_median(np.ones((5, 3))) == pytest.approx(np.ones(3))  # every row at the guess
 
 
-@pytest.mark.parametrize("kind", ["layer_norm", "unit_norm"])
+@pytest.mark.parametrize("kind", ["layer_norm", "unit_norm", "vector_sqrt_d"])
 def test_input_norms_follow_their_formulas_and_are_undone(kind):
     x = rows() * 4 + 2
     got, mean, scale = (np.asarray(a) for a in normalise.normalise(jnp.asarray(x), kind))
-    centred = x - x.mean(1, keepdims=True)
-    size = (
-        centred.std(1, ddof=1, keepdims=True) + 1e-5
-        if kind == "layer_norm"
-        else np.linalg.norm(centred, axis=1, keepdims=True)
-    )
+    centred = x if kind == "vector_sqrt_d" else x - x.mean(1, keepdims=True)
+    size = {
+        "layer_norm": centred.std(1, ddof=1, keepdims=True) + 1e-5,
+        "unit_norm": np.linalg.norm(centred, axis=1, keepdims=True),
+        "vector_sqrt_d": np.linalg.norm(x, axis=1, keepdims=True) / D**0.5,
+    }[kind]
     np.testing.assert_allclose(got, centred / size, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got * scale + mean, x, rtol=1e-5, atol=1e-5)
     sae = make(input_norm=kind)

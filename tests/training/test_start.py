@@ -108,6 +108,8 @@ def test_a_run_begins_there_and_its_record_says_so(tmp_path: Path, capsys) -> No
     again = sae_jax.train(5 * ROWS, steps=1, lr=1e-12, init_from=tmp_path / "d", out=tmp_path / "run", **SETTINGS)
     for ours, theirs in zip(jax.tree.leaves(again.sae), jax.tree.leaves(d.sae), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert again.record.origin is not None
+    assert (again.record.origin.place, again.record.origin.changes) == (str(tmp_path / "d"), ("trained further",))
     content = json.loads((tmp_path / "run" / "config.json").read_text())
     assert content["init_from"] == str(tmp_path / "d")
     tuned = sae_jax.train(ROWS, steps=20, lr=1e-2, init_from=tmp_path / "d", **SETTINGS)

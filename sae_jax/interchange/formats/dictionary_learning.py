@@ -162,9 +162,8 @@ def _read(
     if kind == "AutoEncoderTopK":
         return autoencoder("topk", ours, True, k)
     threshold = values.get("threshold")
-    if not isinstance(threshold, float) or threshold < 0:
-        raise UserError(f"{path}: has no threshold for rows by themselves; train it further, or set one")
-    ours["threshold"] = Lazy.of(np.asarray(threshold, np.float32))
+    if isinstance(threshold, float) and threshold >= 0:  # else it was never set
+        ours["threshold"] = Lazy.of(np.asarray(threshold, np.float32))
     settings: dict[str, Any] = {"n_latents": n_latents, "k": k, "input_norm": "none"}
     sizes = np.cumsum(_group_sizes(values.get("group_sizes"), n_latents, path)) if "Matryoshka" in kind else [n_latents]
     if len(sizes) == 1:

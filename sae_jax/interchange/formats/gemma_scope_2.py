@@ -4,7 +4,7 @@
 
 JumpReLU; b_dec is not subtracted before encoding. The names of hooks are those of transformers' modules: attn_out is
 the input of o_proj, the heads side by side; a transcoder maps what comes out of pre_feedforward_layernorm to what comes
-out of post_feedforward_layernorm. Cross-layer transcoders, a file a layer, are of another shape and are not read here.
+out of post_feedforward_layernorm. Cross-layer transcoders: gemma_scope_2_clt.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read(files: Files, k: int | None = None) -> Foreign:
         "b_dec": arrays["b_dec"],
     }
     threshold, layer = arrays["threshold"].array(), number_in(files.words, r"layer_(\d{1,4})_")
-    model = config_json.get("model_name", str) or _model(files.words)
+    model = config_json.get("model_name", str) or model_in(files.words)
     hooks = config_json.get("hf_hook_point_in", str), config_json.get("hf_hook_point_out", str)
     if SKIP in arrays or "transcoder" in files.words or hooks[0] != hooks[1]:
         skip = arrays[SKIP].transposed() if SKIP in arrays else None
@@ -65,6 +65,7 @@ def read(files: Files, k: int | None = None) -> Foreign:
     return Foreign(config, ours, *sources(hook, d_in, model), said)
 
 
-def _model(words: str) -> str | None:
+def model_in(words: str) -> str | None:
+    """The language model, from the name of the repository."""
     found = re.search(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)", words)
     return f"google/gemma-3-{found[1]}-{found[2]}".replace("270m-pt", "270m") if found else None

@@ -199,10 +199,10 @@ def _architecture(ours: Ours) -> tuple[str, dict[str, Lazy], bool, dict[str, Any
     raise refuse(NAME, config, "it has one source and no other kind of code", "export it as another format")
 
 
-def _current(cfg: Any) -> Any:
+def _current(cfg: dict[str, Any]) -> dict[str, Any]:
     """A config in the words of version 6."""
-    metadata = cfg.get("metadata") if isinstance(cfg, dict) else None
-    if not isinstance(cfg, dict) or (isinstance(metadata, dict) and "sae_lens_version" in metadata):
+    metadata = cfg.get("metadata")
+    if metadata is not None and (not isinstance(metadata, dict) or "sae_lens_version" in metadata):
         return cfg
     cfg = {{"hook_point": "hook_name", "activation_fn_str": "activation_fn"}.get(n, n): v for n, v in cfg.items()}
     if cfg.get("architecture", "standard") == "standard" and cfg.get("activation_fn") == "topk":
