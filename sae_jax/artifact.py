@@ -160,7 +160,7 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
             though the variant says so.
     """
     record = record_of(sae) if record is None else record
-    if record.variant != sae.config.variant or record.sae != configs.to_dict(sae.config):
+    if record.variant != sae.config.variant or config_of(record, Path(path) / RECORD) != sae.config:
         raise UsageError(f"the record is of a {record.variant} with other settings than this dictionary; leave it out")
     if sae.config.UNIT_DECODER and (record.origin is None or record.origin.unit_rows):
         norms_F = np.linalg.norm(np.asarray(sae.w_dec, np.float64), axis=1)

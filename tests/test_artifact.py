@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -131,6 +132,15 @@ def test_decoder_rows_of_another_norm_are_refused(tmp_path: Path) -> None:
 def test_a_record_of_another_dictionary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the record is of a topk with other settings"):
         sae_jax.save(trained("relu"), tmp_path / "d", record=artifact.record_of(trained("topk")))
+
+
+def test_a_dictionary_of_before_a_setting_came_is_written_again(tmp_path: Path) -> None:
+    """A run that lacks a setting of today has its default."""
+    sae = trained("topk")
+    record = artifact.record_of(sae)
+    older = dataclasses.replace(record, sae={name: value for name, value in record.sae.items() if name != "multi_topk"})
+    sae_jax.save(sae, tmp_path / "d", record=older)
+    assert sae_jax.load(tmp_path / "d").sae.config == sae.config
 
 
 def test_a_dictionary_reads_well_and_hands_out_its_arrays() -> None:

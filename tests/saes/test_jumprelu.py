@@ -71,8 +71,15 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, settings):
     assert_is_oracle(sae, expected(sae, rows()), shape)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 4)], ids=str)
-@pytest.mark.parametrize("settings", [SQUARED, {**SQUARED, "pre_bias": True, "error": "mean"}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (None, SQUARED),
+        (None, {**SQUARED, "error": "mean"}),
+        ((2, 4), {**SQUARED, "pre_bias": True}),
+    ],
+    ids=str,
+)
 def test_a_batch_with_few_active_latents_is_the_oracle_too(shape, settings, monkeypatch):
     """As a sparse code; the gradient of thresholds is that of all rows on average over the rows it is counted from."""
     monkeypatch.setattr(jumprelu, "SPARSE_FROM", 8)
