@@ -317,6 +317,21 @@ def test_settings_that_disagree_are_named(edit: Callable, message: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bias_of_another_length_is_refused(tmp_path: Path) -> None:
+    """Before anything is computed with it."""
+    paths = [samples.saelens_topk_rescaled(tmp_path / "a").path, samples.sof_batch_topk(tmp_path / "b").path]
+    for path, file, name in zip(
+        paths, ("sae_weights.safetensors", "model.safetensors"), ("b_enc", "encoder.bias"), strict=True
+    ):
+        arrays = load_file(path / file)
+        save_file({**arrays, name: arrays[name][:8].copy()}, path / file)
+    content = {**samples._linear(w := samples.numbers()), "bias": w["b_dec"], "encoder.bias": w["b_enc"][:8]}
+    paths.append(samples._dictionary_learning(tmp_path / "c", "AutoEncoder", content, lambda x: (x, x)).path)
+    for path in paths:
+        with pytest.raises(UserError, match=r"b_enc is .8., W_enc .8, 24|are not (all )?of (its )?24 latents"):
+            sae_jax.import_dictionary(path, tmp_path / "out")
+
+
 def test_what_an_import_would_have_to_guess_is_refused(tmp_path: Path) -> None:
     w = samples.numbers()
     samples.write_torch(tmp_path / "tied" / "sae.pt", {"W": w["W_enc"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]})

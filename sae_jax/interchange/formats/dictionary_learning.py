@@ -89,7 +89,9 @@ def read(files: Files, k: int | None = None) -> Foreign:
         ours = {"w_enc": arrays["encoder.weight"], "w_dec": arrays["decoder.weight"].transposed()}
         ours["b_enc"] = arrays["mag_bias" if kind == "GatedAutoEncoder" else "encoder.bias"]
     ours["b_dec"] = bias
-    _, d = shape_of(ours["w_enc"])
+    n_latents, d = shape_of(ours["w_enc"])
+    if ours["b_enc"].shape != (n_latents,) or shape_of(ours["w_dec"]) != (n_latents, d):
+        raise UserError(f"{path}: its arrays are not all of {n_latents} latents and d={d}; get the file again")
     config, ours, changes = _read(kind, ours, arrays, tensors, path)
     words = trainer.get("submodule_name", str) if trainer else None
     layer = trainer.get("layer", int) if trainer else None

@@ -84,7 +84,9 @@ def read(files: Files, k: int | None = None) -> Foreign:
     d_out = cfg.get("d_out", int, d_in) if is_transcoder else d_in
     norm, changes = _norm(cfg)
     ours = {"w_enc": arrays["W_enc"].transposed(), "w_dec": arrays["W_dec"], "b_dec": arrays["b_dec"]}
-    shape_of(arrays["W_enc"])
+    for name in (*biases, *(["threshold"] if has_threshold else [])):
+        if arrays[name].shape != shape_of(arrays["W_enc"])[1:]:
+            raise UserError(f"{path}: {name} is {list(arrays[name].shape)}, W_enc {list(arrays['W_enc'].shape)}")
     if "scaling_factor" in arrays:
         ours["w_dec"], said = _finetuned(cfg, ours["w_dec"], arrays["scaling_factor"].array(), path)
         changes += said

@@ -46,6 +46,8 @@ def read(files: Files, k: int | None = None) -> Foreign:
     n_layers, d, n_latents = shape_of(arrays["encoder.weight"], 3)
     if shape_of(arrays["decoder.weight"], 3) != (n_layers, n_latents, d):
         raise UserError(f"{path}: encoder.weight and decoder.weight disagree in their shapes; get the file again")
+    if arrays["encoder.bias"].shape != (n_latents,) or shape_of(arrays["decoder.bias"]) != (n_layers, d):
+        raise UserError(f"{path}: its biases are not of its {n_latents} latents and {n_layers} x {d}; get it again")
     layers = range(n_layers)
     ours = {
         "w_enc": side_by_side([arrays["encoder.weight"].picked(0, i).transposed() for i in layers], 1),
