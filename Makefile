@@ -36,7 +36,7 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-saebench test-plan bench-env clean
+  test-interchange test-saebench test-plan fuzz bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -59,6 +59,10 @@ test: $(VENV)/.installed-dev
 # The same in more places: other meshes, moments of a kill, numbers of processes, and every page of the docs.
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+
+# Ten thousand broken files of other programs' dictionaries, a quarter of an hour.
+fuzz: $(VENV)/.installed-dev
+	BROKEN_FILES=10000 $(BIN)/python -m pytest -m long tests/interchange/test_hostile.py
 
 # Whether every experiment and benchmark runs, at toy sizes.
 test-experiments: $(VENV)/.installed-dev

@@ -180,8 +180,10 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_ten_thousand_broken_files(tmp_path: Path) -> None:
-    assert fuzz(tmp_path, 1, 10_000) > 4000
+def test_a_thousand_broken_files(tmp_path: Path) -> None:
+    """As many as `make fuzz` says in its environment: ten thousand."""
+    n = int(os.environ.get("BROKEN_FILES", "1000"))
+    assert fuzz(tmp_path, 1, n) > 0.4 * n
 
 
 def test_a_pickle_that_calls_is_not_run(tmp_path: Path) -> None:
