@@ -15,7 +15,7 @@ SETTINGS = {"n_latents": 48, "k": 4, "dtype": "float32", "batch_size": 48, "lr":
 SETTINGS |= {"log_every": 1, "decay": 0.0, "steps": 60}
 
 
-@pytest.mark.parametrize(("own", "left"), [(0, 8), (2, 6)])
+@pytest.mark.parametrize(("own", "left"), [pytest.param(0, 8, marks=pytest.mark.long), (2, 6)])
 def test_a_model_with_devices_of_its_own(tmp_path: Path, own: int, left: int) -> None:
     lines = (f"def name_{i}(self):\n    return self.value[{i}] + {i % 7} * self.other_{i % 11}\n" for i in range(200))
     (tmp_path / "text.py").write_text("".join(lines))

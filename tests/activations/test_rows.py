@@ -125,6 +125,7 @@ def test_sources_of_any_dtypes_stand_side_by_side_on_a_mesh(shape):
     np.testing.assert_array_equal(batch.y, decoded[0])
 
 
+@pytest.mark.long
 def test_a_set_of_three_dtypes_is_trained_on_and_measured(tmp_path, one_device):
     made = mixed_set(tmp_path / "set")
     settings = {"n_latents": 32, "k": 4, "steps": 3, "batch_size": 64, "dtype": "float32", "lr": 1e-3}

@@ -168,6 +168,7 @@ def test_advice_beyond_the_points_says_how_far(fitted, points, capsys):
     assert "guess" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_where_decoder_rows_are_least_alike_is_told_and_advised(fitted, points, tmp_path, capsys):
     assert f"{K}, or anywhere from 4 to 16" in (fitted / "fit.txt").read_text()
     words = ["advise", "--compute=1e10", f"--fit={fitted / 'fit.json'}"]
@@ -182,6 +183,7 @@ def test_where_decoder_rows_are_least_alike_is_told_and_advised(fitted, points, 
     assert "decoder rows" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_smallest_that_are_off_do_not_count_and_are_said(points, tmp_path, capsys):
     """As "smallest fall off the trend" (Gao et al. 2024, 3.1); unless all are to count."""
     spoilt = [dataclasses.replace(p, fvu=1.2 * p.fvu) if p.n_latents <= 128 else p for p in points]

@@ -91,6 +91,7 @@ def test_the_same_command_resumes(run: Path, recipe: Path, capsys) -> None:
     assert f"{run} was started on other rows than" in said
 
 
+@pytest.mark.long
 def test_members_share_the_rows(recipe: Path, run: Path, in_process, one_device, tmp_path: Path) -> None:
     words = [
         "train",

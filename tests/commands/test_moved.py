@@ -130,6 +130,7 @@ def test_a_tokenizer_that_changed_in_its_place_is_refused(made, monkeypatch, cap
         path.write_text(before)
 
 
+@pytest.mark.long
 def test_ids_beyond_the_tokenizer_make_no_page(tmp_path, monkeypatch, capsys):
     """Of a tokenizer whose ids have gaps the largest one counts, not how many there are."""
     monkeypatch.chdir(tmp_path)

@@ -46,6 +46,7 @@ def said_last(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_second_train_is_refused_and_a_stopped_one_that_wakes_writes_nothing(
     small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_sigterm(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
     runs.assert_metrics_close(rows[: runs.STEPS], runs.rows_of(uninterrupted)[: len(rows)])
 
 
+@pytest.mark.long
 def test_one_process_fails(tmp_path: Path) -> None:
     """The chunk that one of them cannot read ends all of them, soon, with its message and its exit code."""
     rows_BD = np.random.default_rng(0).normal(size=(60_000, 8)).astype(np.float32)

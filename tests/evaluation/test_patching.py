@@ -71,6 +71,7 @@ def test_directions_that_mix_the_planted_ones_take_more_patches(pair):
     assert curve.norm[-1] == pytest.approx(2, rel=1e-5)
 
 
+@pytest.mark.long
 def test_slopes_pruning_and_curves_are_those_of_a_loop_in_float64():
     rng, built, hook, at = np.random.default_rng(0), tiny.random_model(tiny.SPEC), lm.Hook(1, "attn_z"), 5
     prompt, other = (rng.integers(0, tiny.SPEC.n_vocab, 8) for _ in range(2))

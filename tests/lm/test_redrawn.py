@@ -71,6 +71,7 @@ def test_a_model_that_moved_is_as_random_as_it_was():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.long
 def test_a_run_on_a_random_model_is_measured_on_it(tmp_path):
     settings = {"text": "stdlib", "heldout": "heldout", "tokens": 4096, "context": 64, "hooks": ("resid_post.1",)}
     sae_jax.harvest(tmp_path / "set", model=("bundled+random:3",), **settings)

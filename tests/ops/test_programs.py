@@ -35,7 +35,7 @@ def program(n_latents: int, data: int, latent: int, n_rows: int = B, cut: tuning
         return Step(config, train).trace(state, hparams, base.Batch(rows)).lower().compile().as_text()
 
 
-@pytest.mark.parametrize(("data", "latent"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("data", "latent"), [pytest.param(1, 1, marks=pytest.mark.long), (2, 2)])
 def test_no_array_of_rows_by_latents(data, latent, monkeypatch):
     """With a small budget the largest arrays are the weights and the codes, far below a device's rows x latents.
 
@@ -90,7 +90,10 @@ def at_size():
     return compiled
 
 
-@pytest.mark.parametrize(("variant", "most"), [("batch_topk", 1.15), ("matryoshka", 1.5)])
+@pytest.mark.parametrize(
+    ("variant", "most"),
+    [("batch_topk", 1.15), pytest.param("matryoshka", 1.5, marks=pytest.mark.long)],
+)
 def test_a_selection_over_the_batch_costs_little_more_than_one_of_each_row(at_size, variant, most):
     """And so do several reconstructions from one code: products and bytes beside TopK's."""
     ours, topks = (hlo.analyse(at_size(name), quietest=True) for name in (variant, "topk"))

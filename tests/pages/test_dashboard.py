@@ -139,6 +139,7 @@ def test_energy_stands_in_for_effect_without_a_language_model(tmp_path):
     assert index["topLogits"][DENSE] == []
 
 
+@pytest.mark.long
 def test_of_a_model_that_is_not_supported_there_are_no_effects(tmp_path, capsys):
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "config.json").write_text(json.dumps({"model_type": "mamba"}))

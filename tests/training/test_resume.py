@@ -163,6 +163,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_full_disk(small_set: Path, uninterrupted: Path, tmp_path: Path, small_disk: Path) -> None:
     """One line, exit code 1; with space again the run goes on."""
     run = small_disk / "run"
