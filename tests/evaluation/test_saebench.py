@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import sae_jax
-from sae_jax import lm, storage
+from sae_jax import lm
 from sae_jax.activations.forward import read_hooks
 from sae_jax.evaluation import evaluate, examples, probes, tasks
 from sae_jax.evaluation.batches import Candidate
@@ -74,7 +73,7 @@ def both(run: Path):
     wide = evaluate.evaluate({"": candidate}, evaluate.Settings(N_SEQUENCES * 128))[""]
     folder = run.parent / "exchange"
     folder.mkdir()
-    as_saelens(d.sae, folder / "sae")
+    sae_jax.export(run, "saelens", folder / "sae")
     shutil.copytree(lm.model.BUNDLED, folder / "model")
     data, ours = probing(wide.case)
     text = measured.case.text
@@ -85,21 +84,6 @@ def both(run: Path):
     done = subprocess.run([PYTHON, script, folder], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return measured, ours, dict(np.load(folder / "theirs.npz"))
-
-
-def as_saelens(sae, folder: Path) -> None:
-    """A TopK dictionary of raw rows as a folder that SAELens 6 loads."""
-    folder.mkdir()
-    w_dec = np.asarray(sae.w_dec)
-    arrays = {"W_enc": np.asarray(sae.w_enc).T, "b_enc": sae.b_enc, "W_dec": w_dec, "b_dec": sae.b_dec}
-    # A view that is transposed would be written as if it were not.
-    save_file({name: np.ascontiguousarray(each) for name, each in arrays.items()}, folder / "sae_weights.safetensors")
-    metadata = {"sae_lens_version": "6.28.0", "model_name": "bundled", "hook_name": "blocks.2.hook_resid_post"}
-    metadata |= {"hook_head_index": None, "prepend_bos": False, "context_size": 128}
-    config = {"architecture": "topk", "d_in": w_dec.shape[1], "d_sae": len(w_dec), "k": sae.config.k}
-    config |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
-    config |= {"reshape_activations": "none", "rescale_acts_by_decoder_norm": False, "metadata": metadata}
-    storage.write_json(folder / "cfg.json", config)
 
 
 def probing(case):
