@@ -15,7 +15,7 @@ latents of d=768, 10,000 steps of 1,024 rows, FVU of 2,048 rows held out: seed 0
 14.1 and 13.0 % dead, 4.7 and 2.6 ms a step, 0.38 and 1.13 GiB of state; seed 1 0.1803 in float32, the rest was cut off
 (narrow at step 7,000: as in float32 to a thousandth). 2^24: while the step was compiled beside its state, XLA tried
 variants of a kernel on arrays of their own and asked for 24 GiB more than there was; without that (the flag above, not
-tried yet) the step takes 105 GiB by its program. Since then the step is compiled before there is a state. 2^20: not run.
+tried yet) the step takes 105 GiB by its program. Now the step is compiled before there is a state. 2^20: not run.
 
 On two busy cores (JAX 0.10.2), small, FVU of 2,048 rows held out after 512,000 tokens:
 
