@@ -348,6 +348,7 @@ def test_a_variant_without_k_goes_the_same_way(work, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_crosscoder_of_two_models_goes_the_same_way(work, tuned, tmp_path):
     models, sites = ["base=bundled", f"tuned={tuned}"], ["base.resid_post.1", "tuned.resid_post.1"]
     run(work, "harvest", "--out", tmp_path / "set", "--harvest.model", *models, "--harvest.tokens=1024")
@@ -362,6 +363,7 @@ def test_a_crosscoder_of_two_models_goes_the_same_way(work, tuned, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_through_the_model_goes_the_same_way(work, tmp_path):
     """Taken up again, the same bits; it opens like any other."""
     flags = ["--sae.variant=end_to_end", "--sae.downstream=0.001", "--sae.input_norm=dataset_rms", "--train.steps=4"]

@@ -145,6 +145,7 @@ def test_two_processes_write_one_table(work: Path) -> None:
     np.testing.assert_allclose([p.fvu for p in two], [p.fvu for p in one], rtol=1e-3)
 
 
+@pytest.mark.long
 def test_members_over_the_devices(work: Path) -> None:
     """Eight devices, two slices of four: to rounding what one device finds; and seeds that share a program."""
     grid = {"sae": {"n_latents": 32, "k": 4}, "train": {"seed": [0, 1]}}

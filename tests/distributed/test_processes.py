@@ -114,6 +114,7 @@ sae_jax.evaluate(sys.argv[1], tokens=10**9)
 """
 
 
+@pytest.mark.long
 def test_evaluation_by_the_processes_of_a_job(uninterrupted: Path, tmp_path: Path) -> None:
     """Their shares add up to what one process measures."""
     sae_jax.evaluate(uninterrupted, tokens=10**9)
@@ -165,7 +166,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("is_killed", [False, True])
 def test_live_data_of_two_processes(tmp_path: Path, is_killed: bool) -> None:
     """On the disk, which has no room for all of the text: the bits of one process with as many devices, in memory."""
     recipe, shard_bytes = write_recipe(tmp_path), 22 * 16 * 128 * 2

@@ -144,6 +144,7 @@ def test_the_coefficient_means_what_the_error_convention_says_and_warms_up():
     np.testing.assert_allclose(loss[0] - half, 0.35 * outcome.metrics["l1"], rtol=1e-5)
 
 
+@pytest.mark.long
 def test_dead_latents_begin_anew_in_directions_that_are_reconstructed_badly():
     """On one device and on a mesh: rows, biases, moments in any form and counters of the dead, not of the others."""
     config = relu.Config(n_latents=F, l1_coefficient=0.1, dtype="float32", resample_steps=(3,), resample_inputs=2 * B)

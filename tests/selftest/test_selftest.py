@@ -125,6 +125,7 @@ def test_a_file_that_storage_changes_is_named(attempt, monkeypatch, tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["selftest.json"]
 
 
+@pytest.mark.long
 def test_a_step_that_a_restore_loses_is_named(attempt, monkeypatch):
     """Of a state that is saved, and of a run that is taken up again."""
     real = Checkpoints.restore

@@ -58,6 +58,7 @@ def test_steps_follow_the_oracle(clip):
         np.testing.assert_allclose(getattr(state.average, name), average[name] / (1 - 0.9**3), atol=2e-4, err_msg=name)
 
 
+@pytest.mark.long
 def test_steps_with_many_dead_are_the_same_on_a_mesh():
     """AuxK looks at the same rows: those that the seed and the step say. With all rows the step is another."""
 
