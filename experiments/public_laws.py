@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     recipe.write_text(yaml.safe_dump(smoke_recipe() if config.smoke else full_recipe(config), sort_keys=False))
     data, sweep = config.out / "set", config.out / "sweep"
     at_once(1, "harvest", recipe, "--out", data)  # more would each tokenise all of the text
-    at_once(config.workers, "sweep", recipe, "--data", data, "--out", sweep)
+    at_once(2 if config.smoke else config.workers, "sweep", recipe, "--data", data, "--out", sweep)
     sae_jax.fit(sweep)
     print((sweep / "fit.txt").read_text())
 
