@@ -104,18 +104,8 @@ _HOMES = {
     "write_activations": "sae_jax.activations.ingest",
     **dict.fromkeys(
         (
-            *(
-                "active",
-                "attribute",
-                "causal_tree",
-                "collect",
-                "dashboard",
-                "evaluate",
-                "explain",
-                "find",
-                "quality",
-                "steer",
-            ),
+            *("active", "attribute", "causal_tree", "collect", "dashboard"),
+            *("evaluate", "explain", "find", "quality", "steer"),
         ),
         "sae_jax.uses",
     ),

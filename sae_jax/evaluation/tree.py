@@ -130,11 +130,7 @@ def causal_tree(subjects: Mapping[str, Subject], ids_T: np.ndarray, name: str, l
         raise UsageError("the dictionaries are of several language models; give those of one")
     model, target = places[name].model, places[name]
     for each, place in places.items():
-        if (
-            each != name
-            and not (_order(place.reconstructed) < _order(target.encoded))
-            and not (_order(target.reconstructed) < _order(place.encoded))
-        ):
+        if each != name and not (_is_before(place, target) or _is_before(target, place)):
             raise UsageError(f"{each} stands at {place.encoded}, neither before nor after {name} at {target.encoded}")
     ids_1T, readings = _read(model, subjects, places, ids_T)
     here = readings[name]
@@ -164,8 +160,8 @@ def _order(hook: lm.Hook) -> tuple[int, int]:
     return hook.layer, lm.POINTS.index(hook.point)
 
 
-def _is_before(place: run_on.Place, target: run_on.Place) -> bool:
-    return _order(place.reconstructed) < _order(target.encoded)
+def _is_before(a: run_on.Place, b: run_on.Place) -> bool:
+    return _order(a.reconstructed) < _order(b.encoded)
 
 
 def _read(

@@ -22,8 +22,9 @@ Decoder rows have unit norm, or with the tanh any norm, which `folded` moves int
 Once few latents are active a batch is a sparse code, whose gradients touch active latents alone. The estimate for
 thresholds is what needs dense products: of every pre-activation near its threshold, which with a wide window is nearly
 all. It is made of every eighth row, counted from one drawn at each step, times eight. A batch in which a row has more
-than 16 target_l0 active latents, or the average more than 2 target_l0, goes through dense tiles instead (`tiled` in the
-log); so does every batch with the tanh, of a dictionary with few latents, or if `threshold_rows` says all.
+than 16 target_l0 active latents, or the average more than 2 (target_l0 rounded up to a power of two), goes through dense
+tiles instead (`tiled` in the log); so does every batch with the tanh, of a dictionary with few latents, or if
+`threshold_rows` says all.
 
 Sources: Rajamanoharan et al. 2024, arXiv 2407.14435, sections 3 and 4, appendix B; the tanh: Conerly et al. 2025,
 "Circuits Updates - January 2025". There biases start from quantiles of a sample, here from those of a normal
@@ -54,8 +55,8 @@ from sae_jax.types import Code, UsageError
 STEEPNESS = 4.0  # c of the tanh
 SQUARED = 0.25  # weight of the square, for each dimension
 N_ACTIVE_AT_START = 10_000  # over all latents a row, as far as the tanh's biases can tell
-CANDIDATES, WIDEST, MOST = 4, 4, 2  # times target_l0: of a row; times these, of a long row; active in a row on average
-SPARSE_FROM = 64  # latents for each of target_l0: with fewer, dense products take no longer
+CANDIDATES, WIDEST, MOST = 4, 4, 2  # times `usual`: of a row; times these, of a long row; active in a row on average
+SPARSE_FROM = 64  # latents for each that is usual: with fewer, dense products take no longer
 STRIDE = 8  # of the rows that move thresholds
 ROWS = 1  # folded into a step's key: other uses of it are others' draws
 
@@ -113,15 +114,21 @@ class Config(PenaltyConfig):
         return self.penalty != "squared" and super().is_led
 
     @property
+    def usual(self) -> int:
+        """Active latents a row that codes are made for: target_l0, rounded up to a power of two, so that targets in
+        between share a program."""
+        return 2 ** max(0, math.ceil(math.log2(self.target_l0)))
+
+    @property
     def program(self) -> Self:
-        """See SaeConfig. A code has slots for target_l0, so programs differ from one power of two to the next."""
-        return replace(super().program, target_l0=2.0 ** math.ceil(math.log2(self.target_l0)))
+        """See SaeConfig."""
+        return replace(super().program, target_l0=float(self.usual))
 
     @property
     def may_be_sparse(self) -> bool:
         """Whether a batch with few active latents is learnt from as a sparse code."""
         is_estimated = self.penalty != "tanh" and self.threshold_rows == "sampled"
-        return is_estimated and SPARSE_FROM * self.target_l0 <= self.n_latents
+        return is_estimated and SPARSE_FROM * self.usual <= self.n_latents
 
     def sparsity(self, share_F: jax.Array, target_l0: jax.Array) -> jax.Array:
         """Of p_i, f32[F], DICT; see the head of this file."""
@@ -233,7 +240,7 @@ class JumpRelu(AbstractSae):
     def _with_gradients(self, batch: Batch, context: Context) -> tuple[tuple[jax.Array, Outcome], JumpRelu]:
         """The objective and its gradients, of a sparse code if it holds all that is active, else of tiles."""
         config, n_rows = self.config, batch.x.shape[0]
-        k = round(config.target_l0)
+        k = config.usual
         filling = sparse.Filling(k, n_most := MOST * k * n_rows)
         width = min(k + -(-(CANDIDATES - 1) * k // mesh.axis_size(mesh.LATENT)), config.n_latents)
         threshold_F = self.threshold

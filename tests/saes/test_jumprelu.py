@@ -82,7 +82,7 @@ def test_objective_and_gradients_are_the_oracle_on_every_mesh(shape, settings):
 )
 def test_a_batch_with_few_active_latents_is_the_oracle_too(shape, settings, monkeypatch):
     """As a sparse code; the gradient of thresholds is that of all rows on average over the rows it is counted from."""
-    monkeypatch.setattr(jumprelu, "SPARSE_FROM", 8)
+    monkeypatch.setattr(jumprelu, "SPARSE_FROM", 6)
     sae, x = make(**settings), rows()
     sae = sae.replace(b_enc=sae.b_enc - 1.5)
     want = expected(sae, x)
@@ -127,10 +127,10 @@ def test_a_batch_with_few_active_latents_is_the_oracle_too(shape, settings, monk
 
 def test_long_rows_are_looked_at_again_and_dense_batches_go_through_tiles(monkeypatch):
     """Whatever way a batch takes, its loss and its active latents are those of all its latents."""
-    monkeypatch.setattr(jumprelu, "SPARSE_FROM", 8)
+    monkeypatch.setattr(jumprelu, "SPARSE_FROM", 6)
     x = np.random.default_rng(3).standard_normal((64, D)).astype(np.float32)
     x[7] *= 20
-    sae, ways = make(**SQUARED), set()
+    sae, ways = make(penalty="squared", target_l0=4.0), set()
     objective = jax.jit(lambda sae, stats: sae.objective(base.Batch(x, x), stats))
     for shift in (0.0, -2.0, -3.0):
         shifted = sae.replace(b_enc=sae.b_enc + shift)
@@ -142,7 +142,7 @@ def test_long_rows_are_looked_at_again_and_dense_batches_go_through_tiles(monkey
         np.testing.assert_array_equal(got.counters.silent, want.counters.silent)
         assert float(got.l0) == pytest.approx(float(want.l0), abs=1e-6)
         most = int((np.asarray(shifted.encode(x).values) > 0).sum(-1).max())
-        ways.add((float(got.metrics["tiled"]), most > 20))
+        ways.add((float(got.metrics["tiled"]), most > 16))
     assert ways == {(1.0, True), (0.0, True)}
 
 
@@ -241,3 +241,19 @@ def test_biases_of_the_tanh_let_every_latent_be_active_on_its_share_of_rows():
 def test_bad_settings_are_refused(setting, message):
     with pytest.raises(UsageError, match=message):
         jumprelu.Config(**setting)
+
+
+def test_a_target_below_one_and_one_between_powers_of_two_have_codes():
+    for target, usual in ((0.3, 1), (1.0, 1), (20.0, 32), (32.0, 32)):
+        config = jumprelu.Config(n_latents=2048, target_l0=target)
+        assert config.usual == usual
+        assert config.program.usual == usual
+        assert config.program.may_be_sparse == config.may_be_sparse
+    sae = make(penalty="squared", target_l0=0.3).replace(b_enc=jnp.full(F, -9.0))
+    sae = sae.replace(b_enc=sae.b_enc.at[0].set(0.0))
+    assert not sae.config.may_be_sparse
+    sae = sae.replace(config=dataclasses.replace(sae.config, n_latents=F, target_l0=0.3))
+    stats = context_of(jnp.zeros(F, jnp.int32), jnp.int32(100), 1.0, SCALE, {}, sae.config.coefficients)
+    ((loss, outcome), _) = jax.jit(lambda sae: sae._with_gradients(base.Batch(rows(), rows()), stats))(sae)
+    assert np.isfinite(loss)
+    assert outcome.metrics["tiled"] == 0

@@ -30,7 +30,6 @@ from sae_jax.evaluation.study import Case
 from sae_jax.progress import Progress, say_once
 from sae_jax.saes import init
 from sae_jax.saes.base import AbstractSae, Batch
-from sae_jax.saes.normalise import Scale
 from sae_jax.training.settings import TrainConfig, hyperparameters
 from sae_jax.training.state import initial
 from sae_jax.training.step import Step
@@ -102,7 +101,7 @@ class Study(study.Study):
         n_new = max(min(self.n_new, x_NX.shape[1] // 4), 1)
         sample = init.sample_statistics(x_NX, config.input_norm)
         # As in training: for rows that are scaled.
-        sae = sae.folded(Scale(1 / sample.scale.x, 1 / sample.scale.y))
+        sae = sae.unfolded(sample.scale)
         with Progress("hedging", 2 * self.n_steps, "steps") as progress:
             without = self._trained(sae, config, sample, x_NX, seed, progress, 0)
             larger = replace(config, n_latents=n + n_new)

@@ -1,7 +1,6 @@
 """One format a file, found by listing this folder. A file has
 
     NAME                             what users call it
-    WHOSE                            whose format it is, in a sentence
     is_here(files) -> bool           sure signs of it, and of no other format
     read(files, k) -> Foreign        `k`: what a user says where no file does, else None
 

@@ -36,7 +36,6 @@ from sae_jax.saes.normalise import PER_VECTOR
 from sae_jax.types import UsageError, UserError
 
 NAME = "circuit_tracer"
-WHOSE = "circuit-tracer: a transcoder for each layer (written), or a cross-layer transcoder"
 NEEDS_THRESHOLD = True
 
 CONFIG = "config.yaml"

@@ -14,7 +14,6 @@ from sae_jax.saes import crosscoder
 from sae_jax.types import UserError
 
 NAME = "crosscoder"
-WHOSE = "crosscoders of two models, as ckkissane's"
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 

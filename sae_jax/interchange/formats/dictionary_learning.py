@@ -41,7 +41,6 @@ from sae_jax.saes.normalise import PER_VECTOR
 from sae_jax.types import UserError
 
 NAME = "dictionary_learning"
-WHOSE = "dictionary_learning, of Marks and others"
 NEEDS_THRESHOLD = False
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"

@@ -30,7 +30,6 @@ from sae_jax.interchange.foreign import (
 from sae_jax.interchange.tensors import write_npz
 
 NAME = "gemma_scope"
-WHOSE = "Gemma Scope, of Google DeepMind"
 NEEDS_THRESHOLD = True
 
 WEIGHTS = "params.npz"

@@ -25,7 +25,6 @@ from sae_jax.interchange.foreign import (
 )
 
 NAME = "gemma_scope_2"
-WHOSE = "Gemma Scope 2, of Google DeepMind"
 
 WEIGHTS, CONFIG = "params.safetensors", "config.json"
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")

@@ -24,7 +24,6 @@ from sae_jax.saes import crosscoder
 from sae_jax.types import UserError
 
 NAME = "gemma_scope_2_clt"
-WHOSE = "Gemma Scope 2, of Google DeepMind: cross-layer transcoders"
 
 
 def is_here(files: Files) -> bool:

@@ -17,7 +17,6 @@ from sae_jax.saes import batch_topk
 from sae_jax.types import UserError
 
 NAME = "goodfire"
-WHOSE = "Goodfire"
 
 NAMES = tuple(f"{side}_linear.{what}" for side in ("encoder", "decoder") for what in ("weight", "bias"))
 TIED = ("W", "b_enc", "b_dec")

@@ -20,7 +20,6 @@ from sae_jax.lm import hooks
 from sae_jax.types import UserError
 
 NAME = "llama_scope"
-WHOSE = "Llama Scope, of OpenMOSS"
 
 NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 FIRST, R1 = ("hyperparams.json", "checkpoints/final.safetensors"), ("config.json", "sae_weights.safetensors")

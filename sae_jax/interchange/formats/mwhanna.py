@@ -14,7 +14,6 @@ from sae_jax.interchange.foreign import Files, Foreign, maps, number_in, pairs, 
 from sae_jax.types import UserError
 
 NAME = "mwhanna"
-WHOSE = "Michael Hanna's transcoders, one layer of a set"
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 THRESHOLD = "activation_function.threshold"

@@ -14,7 +14,6 @@ from sae_jax.interchange.foreign import Files, Foreign, autoencoder, shape_of, s
 from sae_jax.types import UserError
 
 NAME = "openai"
-WHOSE = "OpenAI's sparse_autoencoder"
 
 NAMES = ("pre_bias", "encoder.weight", "latent_bias")
 COUNTS = ("latents_activation_frequency", "latents_mean_square", "stats_last_nonzero")

@@ -13,7 +13,6 @@ import re
 from sae_jax.interchange.foreign import Files, Foreign, autoencoder, number_in, shape_of, sources, take
 
 NAME = "qwen_scope"
-WHOSE = "Qwen-Scope, of the Qwen team"
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 

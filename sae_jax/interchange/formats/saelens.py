@@ -44,7 +44,6 @@ from sae_jax.saes.base import SaeConfig
 from sae_jax.types import UserError
 
 NAME = "saelens"
-WHOSE = "SAELens, from version 3 on"
 NEEDS_THRESHOLD = False
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

@@ -13,7 +13,6 @@ from sae_jax.interchange.formats import saelens, sparsify
 from sae_jax.interchange.tensors import write_safetensors
 
 NAME = "saelens_and_sparsify"
-WHOSE = "SAELens and sparsify, in one folder"
 NEEDS_THRESHOLD = False
 
 

@@ -21,7 +21,6 @@ from sae_jax.saes import crosscoder
 from sae_jax.types import UserError
 
 NAME = "sof"
-WHOSE = "crosscoder_learning, of science-of-finetuning"
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")

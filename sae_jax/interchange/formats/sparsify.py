@@ -32,7 +32,6 @@ from sae_jax.saes.normalise import PER_VECTOR
 from sae_jax.types import UserError
 
 NAME = "sparsify"
-WHOSE = "EleutherAI's sparsify"
 NEEDS_THRESHOLD = False
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
