@@ -22,7 +22,7 @@ Decoder rows have unit norm, or with the tanh any norm, which `folded` moves int
 Once few latents are active a batch is a sparse code, whose gradients touch active latents alone. The estimate for
 thresholds is what needs dense products: of every pre-activation near its threshold, which with a wide window is nearly
 all. It is made of every eighth row, counted from one drawn at each step, times eight. A batch in which a row has more
-than 16 target_l0 active latents, or the average more than 2 (target_l0 rounded up to a power of two), goes through dense
+than 16 target_l0 active latents, or the average over 2 (target_l0 rounded up to a power of two), goes through dense
 tiles instead (`tiled` in the log); so does every batch with the tanh, of a dictionary with few latents, or if
 `threshold_rows` says all.
 
