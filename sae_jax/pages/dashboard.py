@@ -32,6 +32,10 @@ from sae_jax.analysis.examples import Activations
 from sae_jax.progress import say_once
 from sae_jax.types import UsageError, UserError
 
+STYLES = ("style.css",)
+SCRIPTS = ("site.js", "draw.js", "table.js", "latent.js", "app.js")
+
+_TEMPLATES = files("sae_jax.pages") / "templates"
 _GENERATOR = "sae_jax dashboard"
 _LATENTS_PER_FILE = 256
 _TEXT_TOKENS_PER_FILE = 2**16
@@ -356,14 +360,20 @@ def _write_script(path: Path, call: str, *arguments: object) -> None:
     path.write_text(f"saeDashboard.{call}({','.join(texts)});\n", encoding="ascii")
 
 
-def _write_page(folder: Path, title: str, about: str) -> None:
+def page_html(title: str, about: str, scripts: Sequence[str] = (), styles: Sequence[str] = ()) -> str:
+    """The page that reads the data; `scripts` and `styles` are loaded after its own."""
     import jinja2
 
-    templates = files("sae_jax.pages") / "templates"
-    page = jinja2.Environment(autoescape=True).from_string((templates / "index.html").read_text("utf-8"))
-    (folder / "index.html").write_text(page.render(title=title, about=about, generator=_GENERATOR), encoding="utf-8")
-    for name in ("style.css", "site.js", "draw.js", "table.js", "latent.js", "app.js"):
-        (folder / name).write_text((templates / name).read_text("utf-8"), encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    page = environment.from_string((_TEMPLATES / "index.html").read_text("utf-8"))
+    names = {"scripts": [*SCRIPTS, *scripts], "styles": [*STYLES, *styles]}
+    return page.render(title=title, about=about, generator=_GENERATOR, **names)
+
+
+def _write_page(folder: Path, title: str, about: str) -> None:
+    (folder / "index.html").write_text(page_html(title, about), encoding="utf-8")
+    for name in (*STYLES, *SCRIPTS):
+        (folder / name).write_text((_TEMPLATES / name).read_text("utf-8"), encoding="utf-8")
 
 
 def _packed(ids: np.ndarray, n_bytes: int) -> str:

@@ -1,6 +1,23 @@
 // What the reader does: following links, searching, pointing, pressing keys.
 "use strict";
 
+// Pages of the site beside those of single latents: at #/name?... `show` fills the main part, given the parameters of
+// the address. Other scripts add theirs.
+const views = new Map();
+
+function addView(name, title, show) {
+  views.set(name, { title, show });
+}
+
+addView("", "Latents", () => showTable(route()));
+
+function showViews(current) {
+  const links = Array.from(views, ([name, { title }]) =>
+    h("a", { href: `#/${name}`, ...(name === current ? { "aria-current": "page" } : {}) }, title),
+  );
+  document.querySelector("header nav").replaceChildren(...(links.length > 1 ? links : []));
+}
+
 const main = document.querySelector("main");
 const search = document.getElementById("search");
 const tip = document.getElementById("tip");
@@ -10,8 +27,10 @@ async function render() {
   const view = route();
   if (document.activeElement !== search) search.value = view.q;
   try {
-    if (view.latent === null) showTable(view);
-    else await showLatent(view);
+    showViews(view.name);
+    if (view.latent !== null) await showLatent(view);
+    else if (views.has(view.name)) await views.get(view.name).show(view.given);
+    else throw new Error(`There is no page ${view.name}; the pages are ${Array.from(views.values(), (v) => v.title).join(", ")}.`);
   } catch (error) {
     main.replaceChildren(h("p.empty", { role: "alert" }, error.message));
   }
@@ -21,7 +40,7 @@ function searchFor(q) {
   const view = route();
   const to = address({ ...view, q, latent: null, page: 1 });
   // Typing changes the view without filling the history.
-  if (view.latent === null) history.replaceState(null, "", to);
+  if (view.latent === null && !view.name) history.replaceState(null, "", to);
   else history.pushState(null, "", to);
   render();
 }

@@ -3,6 +3,7 @@
 //
 //   #/?q=foo&sort=density&dir=asc&silent=1&page=2   table of latents, by effect unless it is said otherwise
 //   #/latent/123?q=foo&sort=density               one latent; previous and next follow the table of the query
+//   #/name?...                                    another view (addView in app.js)
 "use strict";
 
 const latentBlocks = new Map();
@@ -56,6 +57,8 @@ function route() {
   const found = /^\/latent\/(\d+)$/.exec(path);
   return {
     latent: found ? Number(found[1]) : null,
+    name: found ? null : path.replace(/^\//, ""),
+    given,
     q: given.get("q") || "",
     sort,
     dir: ["asc", "desc"].includes(given.get("dir")) ? given.get("dir") : natural(sort),
