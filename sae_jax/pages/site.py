@@ -22,6 +22,7 @@ from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
 from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
+from sae_jax.pages.latents import Subject
 from sae_jax.progress import Progress, say_once
 from sae_jax.record import Record, SourceRecord
 from sae_jax.types import UsageError, check_indices
@@ -100,14 +101,19 @@ def _write_site(
     cure = f"{tokenizer} is not the tokenizer of {activations.path}; name the one that is with --model"
     check_indices(table.sequences, vocabulary.size, "token id", cure)
     is_padded = activations.spec.sequence == "document"
-    lengths = _lengths(table.sequences, vocabulary.separator_id) if is_padded else None
+    subject = Subject(
+        table=table,
+        w_dec=np.asarray(d.w_dec[:, -target.d :]),
+        n_tokens=vocabulary.size,
+        logit_effects=effects,
+        labels={latent: in_words(label) for latent, label in read_labels(store).items()},
+        lengths=_lengths(table.sequences, vocabulary.separator_id) if is_padded else None,
+    )
     with Progress("dashboard", table.n_latents, "latents", first="") as progress:
         write_dashboard(
             Path(out),
-            table=table,
+            subject,
             token_strings=vocabulary.tokens(range(vocabulary.size)),
-            w_dec=np.asarray(d.w_dec[:, -target.d :]),
-            logit_effects=effects,
             title=title,
             about=about(record),
             metrics=[
@@ -116,8 +122,6 @@ def _write_site(
                 if description.in_table and name in record.metrics
             ],
             config=_without_folders(record.to_json()),
-            lengths=lengths,
-            labels={latent: in_words(label) for latent, label in read_labels(store).items()},
             progress=lambda done, _: progress.update(done),
             lease=lease,
         )
