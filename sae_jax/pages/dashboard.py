@@ -6,6 +6,8 @@
     data/tokens.js        text of every token that appears somewhere
     data/latents-NNN.js   histogram, contexts, logits and neighbours of 256 latents
     data/text-NNN.js      whole sequences, for contexts that a reader expands
+    data/matches.js       where another dictionary stands beside it: which of its latents are like each
+    beside/               the site of that one
 
 The data are scripts and not JSON because a page opened from disk may load scripts but may not fetch files. Columns are
 little-endian numbers in base64: a million rows are read in a fraction of a second, where decimal text takes many.
@@ -27,6 +29,7 @@ import numpy as np
 from sae_jax import storage
 from sae_jax.pages import latents as shown
 from sae_jax.pages.latents import Contexts, Latent, Subject
+from sae_jax.pages.matches import by_decoder, by_firing
 from sae_jax.types import UsageError
 
 STYLES = ("style.css",)
@@ -39,54 +42,89 @@ _TEXT_TOKENS_PER_FILE = 2**16
 _N_CHIPS = 3  # tokens of a latent in the table
 
 
+@dataclass(frozen=True)
+class Site:
+    """A dictionary as its pages show it."""
+
+    subject: Subject
+    # Text of each token id. Bytes that are not UTF-8 on their own come as the error handler "surrogateescape" decodes
+    # them, and are shown as \\xNN.
+    token_strings: Sequence[str]
+    title: str  # name of the dictionary
+    about: str  # what it is of, in a line that stands at the top of every page: model, place in it, size
+    # (name, value, what it means) of what was measured, in order of importance
+    metrics: Sequence[tuple[str, float | int | str | None, str]]
+    config: Mapping[str, object]  # how it was made; may be nested. It is published: it should name no private paths
+    latents: np.ndarray | None = None  # those that get a page, since a page takes about 6 kB; None: all
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Those that get a page, i64[L]. UserError for one that does not exist."""
+        return shown.chosen(self.subject, self.latents)
+
+
 def write_dashboard(
     out_dir: str | Path,
-    subject: Subject,
-    *,
-    token_strings: Sequence[str],
-    title: str,
-    about: str,
-    metrics: Sequence[tuple[str, float | int | str | None, str]],
-    config: Mapping[str, object],
-    latents: np.ndarray | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    site: Site,
+    beside: Site | None = None,
+    progress: Callable[[int], None] | None = None,
     lease: storage.Lease | None = None,
 ) -> None:
     """Write the site, in a temporary folder beside `out_dir` that takes its place when it is complete.
 
     Args:
         out_dir: where the site goes; an earlier dashboard there is replaced.
-        subject: what is shown.
-        token_strings: text of each token id. Bytes that are not UTF-8 on their own come as the error handler
-            "surrogateescape" decodes them, and are shown as \\xNN.
-        title: name of the dictionary.
-        about: what it is of, in a line that stands at the top of every page: model, place in it, size.
-        metrics: (name, value, what it means) of what was measured, in order of importance.
-        config: how the dictionary was made; may be nested. It is published: it should name no private paths.
-        latents: numbers of the latents that get a page, since a page takes about 6 kB; None for all.
-        progress: called with (latents written, latents).
+        site: what is shown.
+        beside: another dictionary, whose site goes into the folder `beside`; each latent of one names those of the
+            other that are like it.
+        progress: called with the number of latents written.
         lease: `storage.lease_of_folder(out_dir)`, if the caller holds it already.
 
     Raises:
         UsageError: `out_dir` holds something that is not a dashboard.
         UserError: a latent that does not exist.
     """
-    numbers = shown.chosen(subject, latents)
+    done = len(site.numbers)
     out_dir = Path(out_dir).absolute()
     refuse_to_overwrite(out_dir)
     with storage.new_folder(out_dir, replace=True, lease=lease) as building:
-        data = building / "data"
-        data.mkdir()
-        used = _Used(np.zeros(len(token_strings), bool), np.zeros(len(subject.table.sequences), bool))
-        columns = _write_latents(data, subject, numbers, used, progress)
-        texts_per_file = _write_texts(data, subject, used)
-        text_or_0 = [text if is_used else 0 for text, is_used in zip(token_strings, used.tokens, strict=True)]
-        _write_script(data / "tokens.js", "tokens", text_or_0)
-        head = {"title": title, "metrics": _plain(metrics), "config": _plain(config), "scoreName": subject.score_name}
-        sizes = {"bytesPerToken": used.bytes_per_token, "textsPerFile": texts_per_file}
-        _write_script(data / "index.js", "index", head | sizes | _index(subject, numbers) | columns)
-        _write_page(building, title, about)
+        _write_site(building, site, {"href": "beside/index.html", "title": beside.title} if beside else None, progress)
+        if beside is not None:
+            (building / "beside").mkdir()
+            back = {"href": "../index.html", "title": site.title}
+            of_beside = None if progress is None else lambda n: progress(done + n)
+            _write_site(building / "beside", beside, back, of_beside)
+            _write_matches(building / "data", site.subject, beside.subject)
+            _write_matches(building / "beside" / "data", beside.subject, site.subject)
         refuse_to_overwrite(out_dir)  # a run may have begun there
+
+
+def _write_site(
+    folder: Path, site: Site, other: Mapping[str, str] | None, progress: Callable[[int], None] | None
+) -> None:
+    subject, numbers = site.subject, site.numbers
+    data = folder / "data"
+    data.mkdir()
+    used = _Used(np.zeros(len(site.token_strings), bool), np.zeros(len(subject.table.sequences), bool))
+    columns = _write_latents(data, subject, numbers, used, progress)
+    texts_per_file = _write_texts(data, subject, used)
+    text_or_0 = [text if is_used else 0 for text, is_used in zip(site.token_strings, used.tokens, strict=True)]
+    _write_script(data / "tokens.js", "tokens", text_or_0)
+    said = {"title": site.title, "metrics": _plain(site.metrics), "config": _plain(site.config)}
+    layout = {"scoreName": subject.score_name, "bytesPerToken": used.bytes_per_token, "textsPerFile": texts_per_file}
+    _write_script(data / "index.js", "index", said | {"other": other} | layout | _index(subject, numbers) | columns)
+    _write_page(folder, site.title, site.about)
+
+
+def _write_matches(data: Path, subject: Subject, other: Subject) -> None:
+    """For each latent of a subject, shown or not, the latents of another that are like it."""
+    found = {"cosine": by_decoder(subject, other), "firing": by_firing(subject.table, other.table)}
+    columns = {
+        name: matches
+        and {"latents": _base64(matches.latents.astype("<i4")), "values": _base64(matches.values.astype("<f4"))}
+        for name, matches in found.items()
+    }
+    _write_script(data / "matches.js", "matches", columns)
 
 
 def _index(subject: Subject, latents: np.ndarray) -> dict[str, object]:
@@ -129,7 +167,7 @@ class _Used:
 
 
 def _write_latents(
-    data: Path, subject: Subject, latents: np.ndarray, used: _Used, progress: Callable[[int, int], None] | None
+    data: Path, subject: Subject, latents: np.ndarray, used: _Used, progress: Callable[[int], None] | None
 ) -> dict[str, str]:
     """Write the files of latents; return the columns of the table of all latents."""
     n = len(latents)
@@ -149,7 +187,7 @@ def _write_latents(
             _write_script(data / f"latents-{block:03d}.js", "latents", block, records)
             records = []
             if progress is not None:
-                progress(i + 1, n)
+                progress(i + 1)
     columns = {"score": _base64(score), "max": _base64(largest)}
     ids = {"topTokens": top_tokens, "topLogits": top_logits}
     return columns | {name: _packed(of_all, used.bytes_per_token) for name, of_all in ids.items()}

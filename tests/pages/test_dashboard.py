@@ -65,7 +65,12 @@ def inputs():
     return examples.collect([block], F, sequences), sequences, w_dec, unembed
 
 
-def write(out, **changes):
+def write(out, progress=None, **changes):
+    dashboard.write_dashboard(out, made(**changes), progress=progress)
+    return out
+
+
+def made(**changes):
     arguments = {
         "token_strings": TOKENS,
         "title": "<b>run</b> & co",
@@ -76,8 +81,7 @@ def write(out, **changes):
     of_subject = {
         name: changes.pop(name) for name in ("w_dec", "logit_effects", "lengths", "n_tokens") if name in changes
     }
-    dashboard.write_dashboard(out, subject(**of_subject), **(arguments | changes))
-    return out
+    return dashboard.Site(subject(**of_subject), **(arguments | changes))
 
 
 def subject(**changes):
@@ -243,13 +247,29 @@ def test_a_folder_that_is_no_dashboard_is_left_alone(tmp_path):
 
 
 def test_what_begins_there_while_a_dashboard_is_made_is_left_alone(tmp_path):
-    def begin(done, of):
+    def begin(done):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "config.json").write_text("a run")
 
     with pytest.raises(UsageError, match="is not a dashboard; choose another folder"):
         write(tmp_path / "run", progress=begin)
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.json"]
+
+
+def test_two_dictionaries_side_by_side(tmp_path):
+    """Each has its site, and each latent names the nearest of the other."""
+    _, _, w_dec, _ = inputs()
+    moved = np.roll(w_dec, 5, axis=0)
+    dashboard.write_dashboard(tmp_path / "site", made(), made(w_dec=moved, title="other"))
+    for folder, step, href in (("", 5, "beside/index.html"), ("beside", -5, "../index.html")):
+        part = tmp_path / "site" / folder
+        assert read_index(part)["other"]["href"] == href
+        (columns,) = read(part, "matches")
+        nearest = np.frombuffer(base64.b64decode(columns["cosine"]["latents"]), "<i4")
+        np.testing.assert_array_equal(nearest, (np.arange(F) + step) % F)
+        alike = np.frombuffer(base64.b64decode(columns["firing"]["latents"]), "<i4")
+        assert alike[FAR] in (1, FAR)  # both fire where the token is, and nowhere else
+        assert alike[DEAD] == -1
 
 
 def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
@@ -263,9 +283,9 @@ def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
         write(out, logit_effects=fail)
     assert (out / "old").exists()
     seen = []
-    write(out, latents=np.array([FAR, 3]), progress=lambda done, of: seen.append((done, of)))
+    write(out, latents=np.array([FAR, 3]), progress=seen.append)
     assert not (out / "old").exists()
-    assert seen == [(2, 2)]
+    assert seen == [2]
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
     assert read_index(out)["latents"] == [3, FAR]
 

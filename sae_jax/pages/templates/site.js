@@ -9,6 +9,7 @@
 const latentBlocks = new Map();
 const textBlocks = new Map();
 const scripts = new Map();
+const matches = {}; // by cosine and by firing: of each latent, the one of index.other most like it (-1: none)
 let index = null;
 let tokens = null;
 let searchable = []; // of each token, its text and what is shown for it
@@ -20,6 +21,13 @@ window.saeDashboard = {
   },
   tokens: (data) => {
     tokens = data;
+  },
+  matches: (data) => {
+    for (const [name, columns] of Object.entries(data))
+      matches[name] = columns && {
+        latents: new Int32Array(bytesOf(columns.latents).buffer),
+        values: new Float32Array(bytesOf(columns.values).buffer),
+      };
   },
   latents: (block, records) => latentBlocks.set(block, records),
   text: (block, texts) => textBlocks.set(block, texts),
