@@ -11,6 +11,7 @@ function h(tag, attributes, ...children) {
   if (classes.length) element.className = classes.join(" ");
   for (const [key, value] of Object.entries(attributes || {})) {
     if (key === "onclick") element.addEventListener("click", value);
+    else if (value === null) continue;
     else if (key.startsWith("--")) element.style.setProperty(key, value);
     else element.setAttribute(key, value);
   }
@@ -30,6 +31,15 @@ function number(value) {
   if (Number.isInteger(value)) return COUNT.format(value);
   const size = Math.abs(value);
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+}
+
+// A share as people say it; one that is not nothing never reads as 0.
+function percent(share) {
+  return `${share && share < 0.1 ? (100 * share).toPrecision(share < 0.01 ? 1 : 2) : (100 * share).toFixed(0)} %`;
+}
+
+function count(n, name) {
+  return `${COUNT.format(n)} ${name}${n === 1 ? "" : "s"}`;
 }
 
 function signed(value) {
@@ -94,6 +104,11 @@ function visible(text) {
   }
   if (plain) nodes.push(plain);
   return nodes;
+}
+
+// A text of somebody: names of lists, notes, labels. Spaces and ends of lines are what they are.
+function visibleText(text) {
+  return Array.from(text, (c) => (/[ \n\t]/.test(c) ? c : (glyph(c) ?? c))).join("");
 }
 
 function token(id, attributes) {
