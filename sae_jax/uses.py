@@ -348,6 +348,10 @@ def dashboard(
     split: int = 1,
     store: StrPath | None = None,
     beside: Dictionary | StrPath | None = None,
+    labels: StrPath | None = None,
+    latents: Sequence[int] | None = None,
+    patterns: int = 64,
+    single_file: bool = False,
 ) -> Path:
     """Write a static site of a dictionary's latents; returns the page to open.
 
@@ -361,11 +365,17 @@ def dashboard(
         split: devices of this process that the language model is split over.
         store: where `collect` keeps the activations of the sample; those that are there are not made again.
         beside: another dictionary to compare with: which of its latents are like each, in decoder and in firing.
+        labels: a .csv or .jsonl file with latent and label in each line; it wins over the labels of the store.
+        latents: those that get a page; None: all.
+        patterns: so many latents, of those that write most, get N2G patterns; each takes some hundred short texts
+            through the language model.
+        single_file: write one page that holds all, `out` being its name; for some latents alone.
     """
     shown, model = _titled(dictionary, ema), model and lm.resolve(model)
     other = None if beside is None else _titled(beside, ema)
-    write_site(*shown, out, data, model, tokens, split, store, other)
-    return Path(out) / "index.html"
+    more = {"labels": labels, "latents": latents, "n_patterns": patterns, "single_file": single_file}
+    write_site(*shown, out, data, model, tokens, split, store, other, **more)
+    return Path(out) if single_file else Path(out) / "index.html"
 
 
 def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, str]:
