@@ -29,6 +29,10 @@ function say(text) {
   said.textContent = text;
 }
 
+function showNothing(title, why) {
+  main.replaceChildren(h("h1", { tabindex: "-1" }, title), h("p.empty", { role: "alert" }, why));
+}
+
 async function render() {
   tip.hidden = true;
   const view = route();
@@ -38,9 +42,12 @@ async function render() {
     showViews(view.name);
     if (view.latent !== null) await showLatent(view);
     else if (views.has(view.name)) await views.get(view.name).show(view.given);
-    else throw new Error(`There is no page ${view.name}; the pages are ${Array.from(views.values(), (v) => v.title).join(", ")}.`);
+    else
+      throw new Error(
+        `There is no page ${view.name}; the pages are ${Array.from(views.values(), (v) => v.title).join(", ")}.`,
+      );
   } catch (error) {
-    main.replaceChildren(h("p.empty", { role: "alert" }, error.message));
+    showNothing(index.title, error.message);
   }
   if (view.embed) tellHeight();
 }

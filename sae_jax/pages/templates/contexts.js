@@ -25,21 +25,21 @@ function context(seq, pos, ids, first, pairs, most) {
         }
         button.setAttribute("aria-expanded", String(!open));
         item.classList.toggle("open", !open);
+        const box = item.querySelector(".whole");
+        const peak = box.querySelector(".peak");
+        if (peak)
+          box.scrollTop += peak.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 2;
+        if (route().embed) tellHeight();
       },
     },
     "›",
   );
-  item.append(
-    button,
-    h("span.value", { title: `sequence ${seq}, position ${pos}` }, number(value)),
-    before,
-    after,
-  );
+  item.append(button, h("span.value", { title: `sequence ${seq}, position ${pos}` }, number(value)), before, after);
   return item;
 }
 
 async function whole(seq, pos, values, most) {
-  const box = h("div.whole", { tabindex: "0", role: "group", "aria-label": `Sequence ${seq}` });
+  const box = h("div.whole", { "tabindex": "0", "role": "group", "aria-label": `Sequence ${seq}` });
   const ids = unpack(await fromBlock(textBlocks, "text", seq, index.textsPerFile));
   ids.forEach((id, at) => {
     const span = heated(id, at, values.get(at), most);

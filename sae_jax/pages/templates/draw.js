@@ -33,6 +33,11 @@ function number(value) {
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 }
 
+// The same in four figures all, to stand in a column.
+function figures(value) {
+  return value >= 1e-3 && value < 1e4 ? value.toPrecision(4) : number(value);
+}
+
 // A share as people say it; one that is not nothing never reads as 0.
 function percent(share) {
   return `${share && share < 0.1 ? (100 * share).toPrecision(share < 0.01 ? 1 : 2) : (100 * share).toFixed(0)} %`;
@@ -85,8 +90,7 @@ function glyph(character) {
   if (code >= 0xdc80 && code <= 0xdcff) return `\\x${(code - 0xdc00).toString(16)}`;
   if (code < 0x20 || code === 0x7f) return `\\x${code.toString(16).padStart(2, "0")}`;
   // Invisible characters, and those that turn the direction of the text around them.
-  if (/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u.test(character) || code === 0xa0)
-    return `\\u{${code.toString(16)}}`;
+  if (/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u.test(character) || code === 0xa0) return `\\u{${code.toString(16)}}`;
   return null;
 }
 
@@ -99,7 +103,9 @@ function visible(text) {
     else {
       if (plain) nodes.push(plain);
       plain = "";
-      nodes.push(h(`span.${shown.length > 1 ? "escape" : "glyph"}${character === "\n" ? ".newline" : ""}`, null, shown));
+      nodes.push(
+        h(`span.${shown.length > 1 ? "escape" : "glyph"}${character === "\n" ? ".newline" : ""}`, null, shown),
+      );
     }
   }
   if (plain) nodes.push(plain);

@@ -16,8 +16,15 @@ function filters(view) {
       null,
       ...names.map((name) => rangeField(view, name)),
       withinField(view),
-      h("label.mark", { title: `Latents that are active on none of the ${COUNT.format(index.nRows)} sampled tokens` }, silent, " silent latents too"),
-      count ? h("a", { href: address({ ...view, ranges: {}, within: "", silent: false, page: 1 }) }, "Clear the filters") : null,
+      h(
+        "label.mark",
+        { title: `Latents that are active on none of the ${COUNT.format(index.nRows)} sampled tokens` },
+        silent,
+        " silent latents too",
+      ),
+      count
+        ? h("a", { href: address({ ...view, ranges: {}, within: "", silent: false, page: 1 }) }, "Clear the filters")
+        : null,
     ),
     h("p.wrong", { role: "alert" }),
   );

@@ -46,7 +46,13 @@ function showHelp() {
     h("dl.meanings", null, ...rows.flatMap(([key, does]) => [h("dt", null, h("kbd", null, key)), h("dd", null, does)])),
   ];
   const close = h("button", { type: "button", onclick: () => box.close() }, "Close");
-  const box = h("dialog", { "aria-label": "Keys and searches" }, ...part("Keys", KEYS), ...part("Find", SEARCHES), close);
+  const box = h(
+    "dialog",
+    { "aria-label": "Keys and searches" },
+    ...part("Keys", KEYS),
+    ...part("Find", SEARCHES),
+    close,
+  );
   box.addEventListener("close", () => box.remove());
   box.addEventListener("click", ({ target }) => {
     if (target === box) box.close();

@@ -8,7 +8,7 @@ async function showLatent(view) {
   document.title = `Latent ${latent} – ${index.title}`;
   const row = rowOf(latent);
   if (row === undefined) {
-    main.replaceChildren(h("p.empty", { role: "alert" }, noPage(latent)));
+    showNothing(`Latent ${latent}`, noPage(latent));
     return;
   }
   const record = await fromBlock(latentBlocks, "latents", row, index.latentsPerFile);
@@ -18,7 +18,9 @@ async function showLatent(view) {
   const alive = record.count > 0;
   main.replaceChildren(
     around ? latentHead(view, around) : embedHead(latent),
-    record.label ? h("p.label", { dir: "auto" }, visibleText(record.label[0]), " ", h("small", null, visibleText(record.label[1]))) : "",
+    record.label
+      ? h("p.label", { dir: "auto" }, visibleText(record.label[0]), " ", h("small", null, visibleText(record.label[1])))
+      : "",
     factList([...latentFacts(record, row), ...shareFacts(record)]),
     h("div.cards", null, ...cards(view, record, most), around ? shelfCard(latent) : null),
     record.sources ? sourcesTable(record) : "",
@@ -57,24 +59,40 @@ function embedHead(latent) {
     "div.above.latent",
     null,
     h("h1", { tabindex: "-1" }, `Latent ${latent} `, h("small", null, index.title)),
-    h("nav", { "aria-label": "Latents" }, h("a", { href: whole, target: "_blank", rel: "noopener" }, "Open in the dashboard")),
+    h(
+      "nav",
+      { "aria-label": "Latents" },
+      h("a", { href: whole, target: "_blank", rel: "noopener" }, "Open in the dashboard"),
+    ),
   );
 }
 
 function latentFacts(record, row) {
   const alive = record.count > 0;
   return [
-    ["density", alive ? index.density[row] : "silent", `Share of the sampled tokens on which it is active: ${COUNT.format(record.count)} of ${COUNT.format(index.nRows)}`],
+    [
+      "density",
+      alive ? index.density[row] : "silent",
+      `Share of the sampled tokens on which it is active: ${COUNT.format(record.count)} of ${COUNT.format(index.nRows)}`,
+    ],
     ["activations", record.count, `Sampled tokens, of ${COUNT.format(index.nRows)}, on which it is active`],
     ["mean when active", record.mean, "Mean of its values where it is active"],
     ["max", index.max[row], "Largest value in the sample"],
     [index.scoreName, index.score[row], scoreMeaning()],
-    ["decoder norm", record.norm, index.sources.length > 1 ? "Length of its decoder row to the last source" : "Length of its decoder row"],
+    [
+      "decoder norm",
+      record.norm,
+      index.sources.length > 1 ? "Length of its decoder row to the last source" : "Length of its decoder row",
+    ],
   ];
 }
 
 function shareFacts(record) {
-  return (record.sources || []).map(({ share }, i) => [`share of ${index.sources[i]}`, percent(share), quantities()[`share${i}`]?.meaning ?? SHARE]);
+  return (record.sources || []).map(({ share }, i) => [
+    `share of ${index.sources[i]}`,
+    percent(share),
+    quantities()[`share${i}`]?.meaning ?? SHARE,
+  ]);
 }
 
 function cards(view, record, most) {
@@ -84,11 +102,22 @@ function cards(view, record, most) {
     record.up ? logitTable("Promoted tokens", record.up) : null,
     record.down ? logitTable("Suppressed tokens", record.down) : null,
     record.near?.length
-      ? othersTable(view, "Nearest decoder rows (cosine)", record.near.map(([other, cosine]) => [other, cosine.toFixed(3), ""]))
+      ? othersTable(
+          view,
+          "Nearest decoder rows (cosine)",
+          record.near.map(([other, cosine]) => [other, cosine.toFixed(3), ""]),
+        )
       : null,
     record.coactive?.length
-      ? othersTable(view, `Active on the same ${of}`, record.coactive.map(([other, both, jaccard]) =>
-          [other, percent(both / record.count), `On ${COUNT.format(both)} of its ${of}; Jaccard index ${jaccard.toFixed(3)}`]))
+      ? othersTable(
+          view,
+          `Active on the same ${of}`,
+          record.coactive.map(([other, both, jaccard]) => [
+            other,
+            percent(both / record.count),
+            `On ${COUNT.format(both)} of its ${of}; Jaccard index ${jaccard.toFixed(3)}`,
+          ]),
+        )
       : null,
   ];
 }
@@ -101,12 +130,22 @@ function activationsCard(latent, record, most) {
     "figure",
     null,
     h("figcaption", null, "Activations"),
-    histogram(record.histogram, edges, `Histogram of the activations of latent ${latent}`, 240, ticks),
-    h("p.fires", null, `Strongest ${strongest} on `,
-      ...record.tokens.slice(0, 6).flatMap(([id, times]) => [chip(id, h("small", null, ` ×${times}`)), " "])),
+    histogram(record.histogram, edges, `Histogram of the activations of latent ${latent}`, 360, ticks),
+    h(
+      "p.fires",
+      null,
+      `Strongest ${strongest} on `,
+      ...record.tokens.slice(0, 6).flatMap(([id, times]) => [chip(id, h("small", null, ` ×${times}`)), " "]),
+    ),
     record.patterns
-      ? h("p.fires", null, h("span", { title: PATTERNS }, "Patterns (N2G) "),
-          ...(record.patterns.length ? record.patterns.flatMap(pattern) : ["none: it needs more text than a pattern holds"]))
+      ? h(
+          "p.fires",
+          null,
+          h("span", { title: PATTERNS }, "Patterns (N2G) "),
+          ...(record.patterns.length
+            ? record.patterns.flatMap(pattern)
+            : ["none: it needs more text than a pattern holds"]),
+        )
       : null,
   );
 }
@@ -151,19 +190,40 @@ function othersTable(view, title, others) {
 const SHARE = "Of the lengths of its decoder rows to all sources, as the dictionary was trained, the share of this one";
 
 function sourcesTable(record) {
-  const head = (name, meaning, cells) => h("tr", null, h("th", { scope: "row", ...(meaning ? { title: meaning } : {}) }, name), ...cells);
+  const head = (name, meaning, cells) =>
+    h("tr", null, h("th", { scope: "row", ...(meaning ? { title: meaning } : {}) }, name), ...cells);
   const list = (pairs) => h("td.chips", null, ...(pairs || []).flatMap(([id]) => [chip(id), " "]));
   const rows = [
-    head("decoder norm", "Length of its decoder row to this source", record.sources.map(({ norm }) => h("td", null, number(norm)))),
-    head("share", SHARE, record.sources.map(({ share }) => h("td", null, percent(share), bar(share, 0, 1)))),
+    head(
+      "decoder norm",
+      "Length of its decoder row to this source",
+      record.sources.map(({ norm }) => h("td", null, number(norm))),
+    ),
+    head(
+      "share",
+      SHARE,
+      record.sources.map(({ share }) => h("td", null, percent(share), bar(share, 0, 1))),
+    ),
   ];
   if (record.sources.some(({ up }) => up)) {
-    rows.push(head("promoted", null, record.sources.map(({ up }) => list(up))));
-    rows.push(head("suppressed", null, record.sources.map(({ down }) => list(down))));
+    rows.push(
+      head(
+        "promoted",
+        null,
+        record.sources.map(({ up }) => list(up)),
+      ),
+    );
+    rows.push(
+      head(
+        "suppressed",
+        null,
+        record.sources.map(({ down }) => list(down)),
+      ),
+    );
   }
   return h(
     "div.scroll.sources",
-    { tabindex: "0", role: "group", "aria-label": "Sources" },
+    { "tabindex": "0", "role": "group", "aria-label": "Sources" },
     h(
       "table.plain",
       null,

@@ -9,17 +9,25 @@ function showLists() {
       say(importShelf(JSON.parse(await file.files[0].text())));
       await render();
     } catch (error) {
-      const wrong = error instanceof SyntaxError ? "This is no JSON file; choose one that was exported here." : error.message;
+      const wrong =
+        error instanceof SyntaxError ? "This is no JSON file; choose one that was exported here." : error.message;
       main.querySelector(".wrong").textContent = wrong;
     }
   });
   main.replaceChildren(
     h("h1", null, "Lists and notes"),
-    h("p.soft", null, "They lie in this browser alone. A list's link holds its latents, so you can send it; notes go with the export."),
+    h(
+      "p.soft",
+      null,
+      "They lie in this browser alone. A list's link holds its latents, so you can send it; notes go with the export.",
+    ),
     shelf.refused ? h("p.wrong", { role: "alert" }, shelf.refused) : "",
-    h("div.acts", null,
+    h(
+      "div.acts",
+      null,
       h("button", { type: "button", onclick: exportShelf }, "Export as a file"),
-      h("label.file", null, "Import a file ", file)),
+      h("label.file", null, "Import a file ", file),
+    ),
     h("p.wrong", { role: "alert" }),
     listsTable(),
     notesTable(),
@@ -29,12 +37,23 @@ function showLists() {
 function listsTable() {
   const rows = Array.from(shelf.lists, ([name, latents]) => {
     const to = listAddress(name, Array.from(latents));
-    return h("tr", null,
+    return h(
+      "tr",
+      null,
       h("td", null, h("a", { href: to, dir: "auto" }, visibleText(name))),
       h("td.number", null, count(latents.size, "latent")),
-      h("td", null,
-        h("button", { "type": "button", "aria-label": `Copy the link of ${name}`, "onclick": () => copyLink(to) }, "Copy link"), " ",
-        h("button", { "type": "button", "aria-label": `Remove ${name}`, "onclick": () => removeList(name) }, "Remove")));
+      h(
+        "td",
+        null,
+        h(
+          "button",
+          { "type": "button", "aria-label": `Copy the link of ${name}`, "onclick": () => copyLink(to) },
+          "Copy link",
+        ),
+        " ",
+        h("button", { "type": "button", "aria-label": `Remove ${name}`, "onclick": () => removeList(name) }, "Remove"),
+      ),
+    );
   });
   if (!rows.length)
     return h("p.empty", null, "No lists yet. Press b on a latent's page to bookmark it, or put it on a list there.");
@@ -42,11 +61,17 @@ function listsTable() {
 }
 
 function notesTable() {
-  const rows = Array.from(shelf.notes).sort(([a], [b]) => a - b).map(([latent, note]) =>
-    h("tr", null,
-      h("td.number", null, h("a", { href: `#/latent/${latent}` }, String(latent))),
-      h("td.note", { dir: "auto" }, visibleText(note)),
-      h("td.chips", null, ...(rowOf(latent) === undefined ? [] : chips(idsAt(index.topTokens, rowOf(latent)))))));
+  const rows = Array.from(shelf.notes)
+    .sort(([a], [b]) => a - b)
+    .map(([latent, note]) =>
+      h(
+        "tr",
+        null,
+        h("td.number", null, h("a", { href: `#/latent/${latent}` }, String(latent))),
+        h("td.note", { dir: "auto" }, visibleText(note)),
+        h("td.chips", null, ...(rowOf(latent) === undefined ? [] : chips(idsAt(index.topTokens, rowOf(latent))))),
+      ),
+    );
   if (!rows.length) return "";
   return h("div.scroll", null, h("table.plain", null, h("caption", null, "Notes"), h("tbody", null, ...rows)));
 }
@@ -74,7 +99,10 @@ function removeList(name) {
 
 function exportShelf() {
   const text = JSON.stringify(toFile(), null, 1);
-  const link = h("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "lists.json" });
+  const link = h("a", {
+    href: URL.createObjectURL(new Blob([text], { type: "application/json" })),
+    download: "lists.json",
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
@@ -91,11 +119,22 @@ function listHead(view) {
     render();
   };
   const strange = strangeParts(view.given.get("latents"));
-  return h("div.listhead", null,
+  return h(
+    "div.listhead",
+    null,
     h("h1", { dir: "auto" }, visibleText(name)),
-    same ? h("small", null, "one of your lists") : h("button", { type: "button", onclick: keep }, mine ? "Add to your list of this name" : "Keep in your lists"),
+    same
+      ? h("small", null, "one of your lists")
+      : h("button", { type: "button", onclick: keep }, mine ? "Add to your list of this name" : "Keep in your lists"),
     h("button", { type: "button", onclick: () => copyLink(address(view)) }, "Copy link"),
-    strange ? h("p.wrong", { role: "alert" }, `The link names ${strange.slice(0, 40)}, which is no latent of this dictionary; it is left out.`) : "");
+    strange
+      ? h(
+          "p.wrong",
+          { role: "alert" },
+          `The link names ${strange.slice(0, 40)}, which is no latent of this dictionary; it is left out.`,
+        )
+      : "",
+  );
 }
 
 // The card of a latent: on which lists it is, and the reader's note.
@@ -112,7 +151,12 @@ function shelfCard(latent) {
       });
       return h("label.mark", { dir: "auto" }, mark, " ", visibleText(name));
     });
-    const name = h("input", { "type": "text", "placeholder": "new list", "aria-label": "Name of a new list", "maxlength": LONGEST_NAME });
+    const name = h("input", {
+      "type": "text",
+      "placeholder": "new list",
+      "aria-label": "Name of a new list",
+      "maxlength": LONGEST_NAME,
+    });
     const form = h("form.newlist", null, name, h("button", { type: "submit" }, "Add"));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -125,7 +169,14 @@ function shelfCard(latent) {
     lists.replaceChildren(...marks, form);
   };
   const lists = h("div.marks", null);
-  const note = h("textarea", { id: "note", rows: "3", maxlength: LONGEST_NOTE, placeholder: "your note", spellcheck: "false", dir: "auto" });
+  const note = h("textarea", {
+    id: "note",
+    rows: "3",
+    maxlength: LONGEST_NOTE,
+    placeholder: "your note",
+    spellcheck: "false",
+    dir: "auto",
+  });
   note.value = shelf.notes.get(latent) || "";
   note.addEventListener("change", () => writeNote(latent, note.value.trim()));
   let pause = 0;
@@ -134,7 +185,12 @@ function shelfCard(latent) {
     pause = setTimeout(() => writeNote(latent, note.value.trim()), 400);
   });
   draw();
-  box.append(h("h2", null, "Yours"), lists, h("label", { for: "note" }, "Note"), note,
-    shelf.refused ? h("p.wrong", null, shelf.refused) : "");
+  box.append(
+    h("h2", null, "Yours"),
+    lists,
+    h("label", { for: "note" }, "Note"),
+    note,
+    shelf.refused ? h("p.wrong", null, shelf.refused) : "",
+  );
   return box;
 }

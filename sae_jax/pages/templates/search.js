@@ -11,7 +11,11 @@ let known = null;
 function quantities() {
   if (known) return known;
   known = {
-    density: { title: "Density", meaning: "Share of the sampled tokens on which it is active", column: () => index.density },
+    density: {
+      title: "Density",
+      meaning: "Share of the sampled tokens on which it is active",
+      column: () => index.density,
+    },
     [index.scoreName]: { title: capital(index.scoreName), meaning: scoreMeaning(), column: () => index.score },
     max: { title: "Max", meaning: "Largest activation in the sample", column: () => index.max },
   };
@@ -23,7 +27,11 @@ function quantities() {
     for (const [name, [title, meaning]] of Object.entries(MATCHES)) {
       let column = null;
       const of = (values) => Float32Array.from({ length: index.nShown }, (_, row) => values[latentOf(row)]);
-      known[name] = { title, meaning, column: () => (column ??= matches[name] ? of(matches[name].values) : new Float32Array(index.nShown)) };
+      known[name] = {
+        title,
+        meaning,
+        column: () => (column ??= matches[name] ? of(matches[name].values) : new Float32Array(index.nShown)),
+      };
     }
   return known;
 }
@@ -34,7 +42,16 @@ function capital(word) {
 
 // Rows of the columns, in the order of the view.
 async function list(view) {
-  const key = JSON.stringify([view.q, view.within, view.sort, view.dir, view.silent, view.ranges, view.only, shelf.changes]);
+  const key = JSON.stringify([
+    view.q,
+    view.within,
+    view.sort,
+    view.dir,
+    view.silent,
+    view.ranges,
+    view.only,
+    shelf.changes,
+  ]);
   if (listed.key === key) return listed.rows;
   const by = [view.sort, ...Object.keys(view.ranges)];
   if (by.some((name) => name in MATCHES)) await script("matches.js");
@@ -103,7 +120,7 @@ async function likeness(latent) {
     if (its !== undefined) said.set(its, said.has(its) ? `${said.get(its)}, ${what}` : what);
   };
   for (const [other, cosine] of near || []) say(other, `cosine ${cosine.toFixed(3)}`);
-  for (const [other, both] of coactive || []) say(other, `on ${percent(both / count)} of its tokens`);
+  for (const [other, both] of coactive || []) say(other, `on ${percent(both / count)} of the tokens of ${latent}`);
   return said;
 }
 

@@ -64,7 +64,9 @@ function writeNote(latent, text) {
 // Why a name is none for a list; "" if it is one.
 function wrongName(name) {
   if (!name) return "Give the list a name.";
-  return name.length > LONGEST_NAME ? `A name has at most ${LONGEST_NAME} characters; this one has ${name.length}.` : "";
+  return name.length > LONGEST_NAME
+    ? `A name has at most ${LONGEST_NAME} characters; this one has ${name.length}.`
+    : "";
 }
 
 function toFile() {
@@ -82,18 +84,27 @@ function fromFile(data) {
   if (data?.kind !== KIND || !Array.isArray(data.lists) || !Array.isArray(data.notes))
     throw new Error("This is no file of lists and notes; choose one that was exported here.");
   if (data.dictionary !== index.digest)
-    throw new Error(`This file is of another dictionary (${String(data.title).slice(0, LONGEST_NAME)}); open it on the pages of that one.`);
+    throw new Error(
+      `This file is of another dictionary (${String(data.title).slice(0, LONGEST_NAME)}); open it on the pages of that one.`,
+    );
   const isLatent = (latent) => Number.isInteger(latent) && latent >= 0 && latent < index.nLatents;
   const lists = new Map();
   for (const list of data.lists) {
-    if (typeof list?.name !== "string" || wrongName(list.name) || !Array.isArray(list.latents) || !list.latents.every(isLatent))
+    if (
+      typeof list?.name !== "string" ||
+      wrongName(list.name) ||
+      !Array.isArray(list.latents) ||
+      !list.latents.every(isLatent)
+    )
       throw new Error("A list of this file has no name, or holds what is no latent; nothing was imported.");
     lists.set(list.name, new Set(list.latents));
   }
   const notes = new Map();
   for (const each of data.notes) {
     if (!isLatent(each?.latent) || typeof each.note !== "string" || each.note.length > LONGEST_NOTE)
-      throw new Error(`A note of this file is on no latent, or longer than ${LONGEST_NOTE} characters; nothing was imported.`);
+      throw new Error(
+        `A note of this file is on no latent, or longer than ${LONGEST_NOTE} characters; nothing was imported.`,
+      );
     notes.set(each.latent, each.note);
   }
   return { lists, notes };

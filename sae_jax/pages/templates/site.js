@@ -52,8 +52,7 @@ function bytesOf(base64) {
 // Token ids of so many bytes each, little-endian; all bits set: none.
 function idsOf(bytes, nBytes) {
   const ids = new Uint32Array(bytes.length / nBytes);
-  for (let i = 0, at = 0; i < ids.length; i++)
-    for (let j = 0; j < nBytes; j++) ids[i] |= bytes[at++] << (8 * j);
+  for (let i = 0, at = 0; i < ids.length; i++) for (let j = 0; j < nBytes; j++) ids[i] |= bytes[at++] << (8 * j);
   return ids;
 }
 
@@ -117,10 +116,10 @@ async function fromBlock(blocks, kind, number, perFile) {
 
 const WITHIN = {
   "": "everywhere",
-  fires: "tokens it fires on",
-  promotes: "tokens it promotes",
-  label: "labels",
-  note: "your notes",
+  "fires": "tokens it fires on",
+  "promotes": "tokens it promotes",
+  "label": "labels",
+  "note": "your notes",
 };
 
 function route() {
@@ -163,7 +162,8 @@ function address(view) {
   const like = likeWhat(view.q || "") !== null;
   if (view.q) query.set("q", view.q);
   if (view.within) query.set("within", view.within);
-  if (view.sort !== (like ? "likeness" : index.scoreName) && (view.sort !== "likeness" || like)) query.set("sort", view.sort);
+  if (view.sort !== (like ? "likeness" : index.scoreName) && (view.sort !== "likeness" || like))
+    query.set("sort", view.sort);
   if (view.dir !== natural(view.sort)) query.set("dir", view.dir);
   if (view.silent) query.set("silent", "1");
   for (const [name, range] of Object.entries(view.ranges || {})) query.set(name, writeRange(range));
@@ -209,7 +209,7 @@ function readNumbers(text) {
 
 function writeNumbers(numbers) {
   const parts = [];
-  for (let i = 0; i < numbers.length; ) {
+  for (let i = 0; i < numbers.length;) {
     let end = i;
     while (numbers[end + 1] === numbers[end] + 1) end++;
     parts.push(end > i + 1 ? `${numbers[i]}-${numbers[end]}` : numbers.slice(i, end + 1).join(","));

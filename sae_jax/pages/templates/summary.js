@@ -52,28 +52,36 @@ function summary() {
   const ticks = [];
   for (let power = Math.ceil(edges[0]); power <= 0; power++) ticks.push([power, power ? `1e${power}` : "1"]);
   const config = configRows(index.config, "");
-  return h(
-    "section.summary",
-    { "aria-label": "Summary" },
+  const box = h(
+    "details.summary",
+    null,
+    h("summary", null, "About this dictionary"),
     h(
-      "div",
+      "div.columns",
       null,
-      ...groups.flatMap(([title, facts]) => [h("h2", null, title), factList(facts)]),
-      h("details", null, h("summary", null, "What these numbers mean"), meanings(groups.flatMap(([, facts]) => facts))),
-      config.length
-        ? h(
-            "details",
-            null,
-            h("summary", null, "Configuration"),
-            h("table", null, h("tbody", null, ...config)),
-          )
-        : null,
-    ),
-    h(
-      "figure",
-      null,
-      h("figcaption", null, "How often latents fire (share of tokens)"),
-      histogram(counts, edges, "Histogram of log10 firing rate", 360, ticks),
+      h(
+        "div",
+        null,
+        ...groups.flatMap(([title, facts]) => [h("h2", null, title), factList(facts)]),
+        h(
+          "details",
+          null,
+          h("summary", null, "What these numbers mean"),
+          meanings(groups.flatMap(([, facts]) => facts)),
+        ),
+        config.length
+          ? h("details", null, h("summary", null, "Configuration"), h("table", null, h("tbody", null, ...config)))
+          : null,
+      ),
+      h(
+        "figure",
+        null,
+        h("figcaption", null, "How often latents fire (share of tokens)"),
+        histogram(counts, edges, "Histogram of log10 firing rate", 360, ticks),
+      ),
     ),
   );
+  // On a narrow screen it would push the table out of sight.
+  box.open = matchMedia("(min-width: 721px)").matches;
+  return box;
 }

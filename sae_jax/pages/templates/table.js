@@ -17,10 +17,10 @@ const CELLS = {
   density: (row) => {
     const lowest = index.densityHistogram.edges[0];
     const density = index.density[row];
-    return [density ? number(density) : "silent", bar(density ? Math.log10(density) : lowest, lowest, 0)];
+    return [density ? figures(density) : "silent", bar(density ? Math.log10(density) : lowest, lowest, 0)];
   },
-  score: (row) => [number(index.score[row]), bar(index.score[row], 0, index.mostScore)],
-  max: (row) => [number(index.max[row])],
+  score: (row) => [figures(index.score[row]), bar(index.score[row], 0, index.mostScore)],
+  max: (row) => [figures(index.max[row])],
   share: (value) => [percent(value), bar(value, 0, 1)],
 };
 
@@ -32,21 +32,28 @@ function cellOf(name, row) {
 
 function table(view, shown) {
   const near = likeWhat(view.q) === null ? null : listed.near;
-  const names = Object.keys(quantities()).filter((name) => view.name === "compare" ? name in MATCHES || name === "density" || name === index.scoreName : !(name in MATCHES));
+  const names = Object.keys(quantities()).filter((name) =>
+    view.name === "compare" ? name in MATCHES || name === "density" || name === index.scoreName : !(name in MATCHES),
+  );
   const head = (sort, name, meaning) => {
     const current = view.sort === sort;
     const dir = current ? (view.dir === "asc" ? "desc" : "asc") : natural(sort);
     const arrow = current ? (view.dir === "asc" ? " ↑" : " ↓") : "";
     const sorted = current ? { "aria-sort": view.dir === "asc" ? "ascending" : "descending" } : {};
-    return h("th.number", { scope: "col", ...sorted },
-      h("a", { href: address({ ...view, sort, dir, page: 1 }), title: meaning }, name + arrow));
+    return h(
+      sort === "likeness" ? "th" : sort in MATCHES ? "th.number.match" : "th.number",
+      { scope: "col", ...sorted },
+      h("a", { href: address({ ...view, sort, dir, page: 1 }), title: meaning }, name + arrow),
+    );
   };
   const heads = [
     head("latent", "Latent", "Number of the latent"),
     ...names.map((name) => head(name, quantities()[name].title, quantities()[name].meaning)),
-    near ? head("likeness", "Likeness", "Nearest decoder rows first, then those that are active on the same tokens") : null,
+    near
+      ? head("likeness", "Likeness", "Nearest decoder rows first, then those that are active on the same tokens")
+      : null,
   ];
-  const labelled = labels.size > 0 || shelf.notes.size > 0;
+  const labelled = Array.from(shown).some((row) => labels.has(latentOf(row)) || shelf.notes.has(latentOf(row)));
   const to = (latent) => (view.name === "compare" ? `#/compare?latent=${latent}` : address({ ...view, latent }));
   const rows = Array.from(shown, (row) => {
     const latent = latentOf(row);
@@ -54,16 +61,24 @@ function table(view, shown) {
       index.density[row] ? "tr" : "tr.silent",
       null,
       h("td.number", null, h("a", { href: to(latent) }, String(latent))),
-      ...names.map((name) => h("td.number", { "data-label": quantities()[name].title }, ...cellOf(name, row))),
-      near ? h("td", { "data-label": "likeness" }, near.get(row)) : null,
+      ...names.map((name) =>
+        h(
+          name in MATCHES ? "td.number.match" : "td.number",
+          { "data-label": quantities()[name].title },
+          ...cellOf(name, row),
+        ),
+      ),
+      near ? h("td.said", { "data-label": "likeness" }, near.get(row)) : null,
       labelled ? labelCell(latent) : null,
       h("td.chips", { "data-label": "fires on" }, ...chips(idsAt(index.topTokens, row))),
-      index.scoreName === "effect" ? h("td.chips", { "data-label": "promotes" }, ...chips(idsAt(index.topLogits, row))) : null,
+      index.scoreName === "effect"
+        ? h("td.chips", { "data-label": "promotes" }, ...chips(idsAt(index.topLogits, row)))
+        : null,
     );
   });
   return h(
     "div.scroll",
-    { tabindex: "0", role: "group", "aria-label": "Table of latents" },
+    { "tabindex": "0", "role": "group", "aria-label": "Table of latents" },
     h(
       "table.latents",
       null,
@@ -75,8 +90,14 @@ function table(view, shown) {
           null,
           ...heads,
           labelled ? h("th.words", { scope: "col" }, "Label") : null,
-          h("th.words", { scope: "col", title: "Tokens under the 25 strongest activations, commonest first" }, "Fires on"),
-          index.scoreName === "effect" ? h("th.words", { scope: "col", title: "Tokens whose logits rise most" }, "Promotes") : null,
+          h(
+            "th.words",
+            { scope: "col", title: "Tokens under the 25 strongest activations, commonest first" },
+            "Fires on",
+          ),
+          index.scoreName === "effect"
+            ? h("th.words", { scope: "col", title: "Tokens whose logits rise most" }, "Promotes")
+            : null,
         ),
       ),
       h("tbody", null, ...rows),
@@ -87,8 +108,13 @@ function table(view, shown) {
 function labelCell(latent) {
   const note = shelf.notes.get(latent);
   const label = labels.get(latent);
-  return h("td.said", { "data-label": "label", "dir": "auto" },
-    label ? visibleText(label) : "", label && note ? " " : "", note ? h("small", { title: "Your note" }, "✎ ", visibleText(note)) : "");
+  return h(
+    "td.said",
+    { "data-label": "label", "dir": "auto" },
+    label ? visibleText(label) : "",
+    label && note ? " " : "",
+    note ? h("small", { title: "Your note" }, "✎ ", visibleText(note)) : "",
+  );
 }
 
 function scoreMeaning() {
@@ -99,9 +125,7 @@ function scoreMeaning() {
 
 function pager(view, nPages, where) {
   const to = (page, name) =>
-    page < 1 || page > nPages
-      ? h("span.off", null, name)
-      : h("a", { href: address({ ...view, page }) }, name);
+    page < 1 || page > nPages ? h("span.off", null, name) : h("a", { href: address({ ...view, page }) }, name);
   return h(
     "nav.pager",
     { "aria-label": `Pages, ${where}` },
@@ -114,7 +138,8 @@ function pager(view, nPages, where) {
 function nothingFound(view) {
   const range = `latents have numbers from 0 to ${index.nLatents - 1}`;
   const like = likeWhat(view.q);
-  if (like !== null) return rowOf(like) === undefined ? noPage(like) : `No latent with a page here is like latent ${like}.`;
+  if (like !== null)
+    return rowOf(like) === undefined ? noPage(like) : `No latent with a page here is like latent ${like}.`;
   const [, asNumber] = /^\s*#?(\d+)\s*$/.exec(view.q) || [];
   if (asNumber !== undefined && Number(asNumber) >= index.nLatents) return `There is no latent ${asNumber}: ${range}.`;
   if (asNumber !== undefined && rowOf(Number(asNumber)) === undefined) return noPage(Number(asNumber));
@@ -128,7 +153,11 @@ function nothingFound(view) {
   };
   const among = view.only ? " of this list" : "";
   if (asNumber !== undefined && among) return `Latent ${asNumber} is not on this list.`;
-  return `No latent${among} ${where[view.within] || "fires on, or promotes, such a token"}. To find one by number: ${range}.`;
+  const anywhere = "fires on, or promotes, such a token, and no label or note has it";
+  const three = ["fires", "promotes", ""].includes(view.within)
+    ? " The search is for the three tokens that each fires on, or promotes, most."
+    : "";
+  return `No latent${among} ${where[view.within] || anywhere}.${three} To find one by number: ${range}.`;
 }
 
 function noPage(latent) {
@@ -152,8 +181,10 @@ async function showTable(view, above = null) {
       "div.above",
       null,
       h("p", null, count(rows.length, "latent"), ...saidOfSearch(view)),
-      rows.length ? h("button.link", { type: "button", title: "One of these latents (r)", onclick: goAnywhere }, "Random") : "",
-      pager(current, nPages, "above"),
+      rows.length
+        ? h("button.link", { type: "button", title: "One of these latents (r)", onclick: goAnywhere }, "Random")
+        : "",
+      nPages > 1 ? pager(current, nPages, "above") : "",
     ),
     filters(view),
     rows.length ? table(current, part) : h("p.empty", null, nothingFound(view)),
