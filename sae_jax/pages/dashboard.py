@@ -202,8 +202,8 @@ def refuse_to_overwrite(out: Path, single_file: bool = False) -> None:
     if not out.exists() or (not single_file and out.is_dir() and not any(out.iterdir())):
         return
     if not (page.is_file() and f'content="{_GENERATOR}"' in page.read_text(errors="replace")):
-        kind = "page of a dashboard" if single_file else "dashboard"
-        raise UsageError(f"{out} exists and is not a {kind}; choose another {'name' if single_file else 'folder'} or remove it")
+        what, cure = ("page of a dashboard", "name") if single_file else ("dashboard", "folder")
+        raise UsageError(f"{out} exists and is not a {what}; choose another {cure} or remove it")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from sae_jax.pages.patterns import patterns_of, strongest
 from sae_jax.progress import Progress, say_once
 from sae_jax.types import UsageError, check_indices
 
+# On these pages latents are silent in the sample, too.
+_LABELS = {"dead_fraction": "dead, in training", "silent_fraction": "silent, held-out"}
+
 
 def write_site(
     d: Dictionary,
@@ -134,7 +137,7 @@ def _site(d: Dictionary, title: str, activations: ActivationSet, shown: _Shown, 
         patterns=_patterns(d, models, vocabulary, table, w_dec[-1], numbers, shown.n_patterns),
     )
     metrics = [
-        (description.label, record.metrics[name], description.text)
+        (_LABELS.get(name, description.label), record.metrics[name], description.text)
         for name, description in base.descriptions().items()
         if description.in_table and name in record.metrics
     ]

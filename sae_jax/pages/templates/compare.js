@@ -28,8 +28,8 @@ async function showCompare(given) {
       "p.soft",
       null,
       by
-        ? "Each latent with the most alike of the other dictionary. Those without a counterpart come first; follow a number to see both."
-        : "The two dictionaries have neither decoder rows of one width nor the same sample of text, so nothing can be matched.",
+        ? "Each latent with the most alike of the other. Those without a counterpart come first; follow a number to see both."
+        : "Their decoder rows have other widths, and their samples are of other texts: nothing can be matched.",
     ),
   );
   await showTable(view, head);

@@ -21,7 +21,7 @@ async function showLatent(view) {
     record.label
       ? h("p.label", { dir: "auto" }, visibleText(record.label[0]), " ", h("small", null, visibleText(record.label[1])))
       : "",
-    factList([...latentFacts(record, row), ...shareFacts(record)]),
+    factList(latentFacts(record, row)),
     h("div.cards", null, ...cards(view, record, most), around ? shelfCard(latent) : null),
     record.sources ? sourcesTable(record) : "",
     ...(alive
@@ -39,6 +39,7 @@ function latentHead(view, [previous, next]) {
     "div.above.latent",
     null,
     h("h1", { tabindex: "-1" }, `Latent ${latent}`),
+    h("button.link.narrow", { type: "button", onclick: showContexts }, "Contexts ↓"),
     h(
       "nav",
       { "aria-label": "Latents" },
@@ -51,6 +52,13 @@ function latentHead(view, [previous, next]) {
       step(next, "Next →", "next"),
     ),
   );
+}
+
+// On a narrow screen they are far below.
+function showContexts() {
+  const contexts = main.querySelector(".contexts");
+  contexts?.scrollIntoView({ block: "center" });
+  contexts?.querySelector("button").focus({ preventScroll: true });
 }
 
 function embedHead(latent) {
@@ -85,14 +93,6 @@ function latentFacts(record, row) {
       index.sources.length > 1 ? "Length of its decoder row to the last source" : "Length of its decoder row",
     ],
   ];
-}
-
-function shareFacts(record) {
-  return (record.sources || []).map(({ share }, i) => [
-    `share of ${index.sources[i]}`,
-    percent(share),
-    quantities()[`share${i}`]?.meaning ?? SHARE,
-  ]);
 }
 
 function cards(view, record, most) {

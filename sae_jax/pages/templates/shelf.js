@@ -1,5 +1,5 @@
-// The reader's lists of latents and notes on them. They lie in this browser, under the digest of the dictionary; where it
-// refuses to keep them they last as long as the page. Names and notes come from anywhere too: from files and links.
+// The reader's lists of latents and notes on them. They lie in this browser, under the digest of the dictionary; where
+// it refuses to keep them they last as long as the page. Names and notes come from anywhere too: from files and links.
 "use strict";
 
 const LONGEST_NAME = 80;
@@ -85,7 +85,7 @@ function fromFile(data) {
     throw new Error("This is no file of lists and notes; choose one that was exported here.");
   if (data.dictionary !== index.digest)
     throw new Error(
-      `This file is of another dictionary (${String(data.title).slice(0, LONGEST_NAME)}); open it on the pages of that one.`,
+      `This file is of another dictionary, ${String(data.title).slice(0, LONGEST_NAME)}; open it on the pages of that.`,
     );
   const isLatent = (latent) => Number.isInteger(latent) && latent >= 0 && latent < index.nLatents;
   const lists = new Map();
