@@ -86,7 +86,6 @@ document.addEventListener("DOMContentLoaded", async () => {
   searchable = tokens.map((text) =>
     text === 0 ? "" : `${text}\n${Array.from(text, (c) => glyph(c) ?? c).join("")}`.toLowerCase(),
   );
-  if (index.nLabels) await script("labels.js").catch((error) => say(error.message));
   if (index.other) addView("compare", "Compare", showCompare);
   readShelf();
   let pause = 0;
@@ -133,5 +132,10 @@ document.addEventListener("DOMContentLoaded", async () => {
     },
     { passive: true },
   );
-  render();
+  await render();
+  if (!index.nLabels) return;
+  // Of a million latents they take a second: the table stands there before.
+  await script("labels.js").catch((error) => say(error.message));
+  listed = { key: null, rows: [] };
+  await render();
 });
