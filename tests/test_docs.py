@@ -21,9 +21,9 @@ from tests import runs
 from tests.commands.test_fit import planted
 
 ROOT = runs.ROOT
-PAGES = [
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics", "latents", "dashboard")),
+PAGES = [ROOT / "README.md"]
+PAGES += [
+    ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics", "latents", "dashboard")
 ]
 PAGES += [
     ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling", "explain", "probing", "interchange", "publish")

@@ -51,7 +51,7 @@ def ask(site, route, script):
         const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }}));
         const go = async (to) => {{
             location.hash = to;
-            await wait();
+            await wait(100);
             return document.querySelector("main").innerText;
         }};
         const answer = await (async () => {{ {script} }})();

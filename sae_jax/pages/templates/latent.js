@@ -22,6 +22,7 @@ async function showLatent(view) {
       ? h("p.label", { dir: "auto" }, visibleText(record.label[0]), " ", h("small", null, visibleText(record.label[1])))
       : "",
     factList(latentFacts(record, row)),
+    h("details", null, h("summary", null, "What these numbers mean"), meanings(latentFacts(record, row))),
     h("div.cards", null, ...cards(view, record, most), around ? shelfCard(latent) : null),
     record.sources ? sourcesTable(record) : "",
     ...(alive
