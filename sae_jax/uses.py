@@ -368,6 +368,39 @@ def dashboard(
     return Path(out) / "index.html"
 
 
+def explore(
+    dictionary: Dictionary | StrPath,
+    *,
+    site: StrPath | None = None,
+    port: int = 0,
+    data: str | None = None,
+    model: str | None = None,
+    tokens: int = 400_000,
+    ema: bool = False,
+    split: int = 1,
+    store: StrPath | None = None,
+) -> None:
+    """Serve a dictionary's dashboard on this machine, with the views that need its language model, until Ctrl-C.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        site: a dashboard of it, which is written if it is not there; None: one in a temporary folder.
+        port: to listen on; 0: any that is free.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        tokens: as `dashboard`, of a site that is written.
+        ema: of a run, the averaged weights instead of the live ones.
+        split: devices of this process that the language model is split over.
+        store: as `dashboard`, of a site that is written.
+    """
+    from sae_jax.pages import explore as server  # a web server, which nothing else needs
+
+    d = _load(dictionary, ema)
+    title = d.record.variant if isinstance(dictionary, Dictionary) else Path(dictionary).resolve().name
+    options: dict[str, Any] = {"site": site, "port": port, "data": data, "model": model and lm.resolve(model)}
+    server.explore(d, title, **options, n_tokens=tokens, split=split, store=store)
+
+
 def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:
     """How metrics that `evaluate` measured of a sweep's members go with latents, k and compute (scaling/quality.py).
 

@@ -15,8 +15,10 @@ today's date gets DATE, so that the tokens do not depend on the day.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -98,6 +100,16 @@ class ChatTemplate:
                 spans.append((at, at + len(piece), int(pieces[i - 1])))
             at += len(piece) if i % 3 != 1 else 0
         return tokenizer.encode_with_special(text, spans)
+
+    def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Special tokens that end an answer: the one that this template puts after it, and that which ends a text."""
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ends = {tokenizer.eos_id} - {None}
+        with contextlib.suppress(UserError):  # of a template that changes what was said
+            ids, owners = self.encode(said, tokenizer, by_message=True)
+            after = [i for i, _ in itertools.takewhile(lambda pair: pair[1] != 1, zip(ids[::-1], owners[::-1], strict=True))]
+            ends |= set([i for i in reversed(after) if i in tokenizer.special_ids][:1])
+        return frozenset(ends)
 
     def _render(self, messages: Sequence[Message], answer: bool) -> str:
         try:

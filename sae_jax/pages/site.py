@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
@@ -120,6 +121,23 @@ def _write_site(
             labels={latent: in_words(label) for latent, label in read_labels(store).items()},
             progress=lambda done, _: progress.update(done),
             lease=lease,
+        )
+
+
+def refuse_another(site: Path, record: Record) -> None:
+    """UsageError if what is at `site` is no dashboard, or that of another dictionary, as far as can be told."""
+    refuse_to_overwrite(site)
+    text = (site / "data" / "index.js").read_text("ascii", errors="replace")
+    try:
+        shown = json.loads(text[text.index("(") + 1 : text.rindex(")")])["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{site} cannot be read; remove it, so that it is made anew") from None
+    names = ("variant", "sae", "encodes", "reconstructs", "data", "steps", "weights")
+    expected = _without_folders(record.to_json())
+    if different := [name for name in names if shown.get(name, expected[name]) != expected[name]]:
+        raise UsageError(
+            f"{site} is the dashboard of another dictionary (its {different[0]} differs); choose another folder, or "
+            f"remove it, so that it is made anew"
         )
 
 
