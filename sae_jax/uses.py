@@ -347,6 +347,7 @@ def dashboard(
     ema: bool = False,
     split: int = 1,
     store: StrPath | None = None,
+    beside: Dictionary | StrPath | None = None,
 ) -> Path:
     """Write a static site of a dictionary's latents; returns the page to open.
 
@@ -359,12 +360,11 @@ def dashboard(
         ema: of a run, the averaged weights instead of the live ones.
         split: devices of this process that the language model is split over.
         store: where `collect` keeps the activations of the sample; those that are there are not made again.
+        beside: another dictionary to compare with: which of its latents are like each, in decoder and in firing.
     """
-    is_path = not isinstance(dictionary, Dictionary)
-    d = _load(dictionary, ema)
-    model = model and lm.resolve(model)
-    title = Path(dictionary).resolve().name if is_path else d.record.variant
-    write_site(d, out, title, data, model, tokens, split, store)
+    shown, model = _titled(dictionary, ema), model and lm.resolve(model)
+    other = None if beside is None else _titled(beside, ema)
+    write_site(*shown, out, data, model, tokens, split, store, other)
     return Path(out) / "index.html"
 
 
@@ -395,10 +395,14 @@ def explore(
     """
     from sae_jax.pages import explore as server  # a web server, which nothing else needs
 
-    d = _load(dictionary, ema)
-    title = d.record.variant if isinstance(dictionary, Dictionary) else Path(dictionary).resolve().name
     options: dict[str, Any] = {"site": site, "port": port, "data": data, "model": model and lm.resolve(model)}
-    server.explore(d, title, **options, n_tokens=tokens, split=split, store=store)
+    server.explore(*_titled(dictionary, ema), **options, n_tokens=tokens, split=split, store=store)
+
+
+def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, str]:
+    """A dictionary, and what pages are headed with."""
+    d = _load(dictionary, ema)
+    return d, d.record.variant if isinstance(dictionary, Dictionary) else Path(dictionary).resolve().name
 
 
 def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:

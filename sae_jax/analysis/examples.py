@@ -96,7 +96,7 @@ class Activations:
         """Latents of the dictionary, alive or not."""
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """Activations of each latent, i64[F]."""
         return np.diff(self.offsets)

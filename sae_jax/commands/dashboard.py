@@ -34,6 +34,8 @@ class Dashboard:
     """devices that the language model is split over, as harvest.split"""
     store: str | None = None
     """folder of `sae-jax collect` with the activations to show; what is missing there is made. Default: none is kept"""
+    beside: str | None = None
+    """another dictionary to compare with: pages of both, and which of its latents are like each"""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -44,6 +46,6 @@ def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
     gpu.warn_of_idle_gpu()
-    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split", "store")}
+    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split", "store", "beside")}
     uses.dashboard(command.run, command.out, **settings)
     console.print(f"{Path(command.out) / 'index.html'}")

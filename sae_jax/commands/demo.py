@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
     runs.run_train(TrainJob(data=activations_path, out=run_path, **parts))
     result, d = uses.evaluate(run_path)[run_path], artifact.load(run_path)
     plot_training(metrics := read_metrics(Path(run_path)), out / "training.png", about(d.record))
-    write_site(d, out / "dashboard", title=out.resolve().name, store=out / "latents")
+    write_site(d, out.resolve().name, out / "dashboard", store=out / "latents")
     table = Store(out / "latents").open()
 
     activations = open_activations(activations_path)

@@ -87,7 +87,7 @@ def explore(
         if site.exists():
             refuse_another(site, d.record)
         else:
-            write_site(d, site, title, data, model, n_tokens, split, store)
+            write_site(d, title, site, data, model, n_tokens, split, store)
         explorer, why_not = None, ""
         try:
             explorer = Explorer(_subject(d, data, model, split))

@@ -22,7 +22,8 @@ from sae_jax.artifact import Dictionary
 from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
-from sae_jax.pages.dashboard import refuse_to_overwrite, write_dashboard
+from sae_jax.pages.dashboard import Site, refuse_to_overwrite, write_dashboard
+from sae_jax.pages.latents import Subject
 from sae_jax.progress import Progress, say_once
 from sae_jax.record import Record, SourceRecord
 from sae_jax.types import UsageError, check_indices
@@ -33,26 +34,29 @@ _FOLDERS = re.compile(r"(?<![^\s:=,])/(?!/)(?:[^/\s]+/)+")
 
 def write_site(
     d: Dictionary,
-    out: str | os.PathLike[str],
     title: str,
+    out: str | os.PathLike[str],
     data: str | None = None,
     model: str | None = None,
     n_tokens: int = 400_000,
     split: int = 1,
     store: str | os.PathLike[str] | None = None,
+    beside: tuple[Dictionary, str] | None = None,
 ) -> None:
     """Write the site.
 
     Args:
         d: the dictionary.
-        out: directory of the site; open index.html in it.
         title: what the pages are headed with.
+        out: directory of the site; open index.html in it.
         data: the activation set; default: the one the dictionary was trained on.
         model: another reference for the language model, if it moved.
         n_tokens: tokens of the set's text to show examples from.
         split: devices that the language model is split over.
         store: where the activations of the sample are kept; what is there is not made again. None: nowhere. Labels of
             latents that `explain` left there are shown.
+        beside: another dictionary to compare with, and its title; it is shown on the same set if that has its sources,
+            else on its own.
 
     Raises:
         UsageError: a set without text, another store at `store`, or something at `out` that is not a dashboard.
@@ -60,68 +64,79 @@ def write_site(
     """
     refuse_to_overwrite(Path(out))
     with storage.lease_of_folder(out) as lease, contextlib.ExitStack() as stack:
-        store = stack.enter_context(tempfile.TemporaryDirectory()) if store is None else store
-        _write_site(d, out, title, data, model, n_tokens, split, store, lease)
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        activations = open_set(d.record, data)
+        site = _site(d, title, activations, model, n_tokens, split, store or f"{scratch}/store")
+        other = None
+        if beside is not None:
+            other_d, other_title = beside
+            has_all = all(name in activations.sources for name in other_d.record.sites.x)
+            on = activations if has_all else open_set(other_d.record, None)
+            other = _site(other_d, other_title, on, model, n_tokens, split, f"{scratch}/beside")
+        total = site.subject.table.n_latents + (other.subject.table.n_latents if other else 0)
+        with Progress("dashboard", total, "latents", first="") as progress:
+            write_dashboard(Path(out), site, other, progress=progress.update, lease=lease)
 
 
-def _write_site(
+def _site(
     d: Dictionary,
-    out: str | os.PathLike[str],
     title: str,
-    data: str | None,
+    activations: ActivationSet,
     model: str | None,
     n_tokens: int,
     split: int,
     store: str | os.PathLike[str],
-    lease: storage.Lease,
-) -> None:
-    record, activations = d.record, open_set(d.record, data)
-    tokenizer = model or activations.spec.tokenizer
+) -> Site:
+    """What is shown of a dictionary, in a sample of a set whose activations are kept at `store`."""
+    record = d.record
     target = activations.source(record.sites.y[-1])  # what latents write to, nearest to the logits
-    if tokenizer is None:
+    if (tokenizer := model or activations.spec.tokenizer) is None:
         activations.check_text()
         raise UsageError(f"{activations.path} names no tokenizer; give model=, one that has the tokenizer of the set")
-    vocabulary, reference = lm.tokenizer(tokenizer, recorded=True), target.model and lm.moved(model, target.model)
+    vocabulary = lm.tokenizer(tokenizer, recorded=True)
     if activations.spec.tokenizer_digest not in (None, vocabulary.digest):
         say_or_refuse(f"the tokenizer of {tokenizer} is not that of {activations.path}", model, "model")
-    reads = target.hook is not None and target.hook.rpartition(".")[0] in lm.READ_BY_BLOCK
-    effects = None
-    if reads:
-        say_once(f"{target.hook} does not join the residual stream: its latents have no direct effect on the logits")
-    elif activations.spec.backend == "torch":
-        say_once(f"{activations.path} was made with harvest.backend=torch: pages are without effects on the logits")
-    elif reference and target.hook:
-        try:
-            effects = _logit_effects(reference, target, activations, model, split)
-        except lm.UnsupportedError:
-            say_once(f"{reference} is not supported: pages are without effects on the logits")
+    effects = _effects(target, activations, model, split)
     table = collect_set(d.sae, activations, record.sites.x, n_tokens, store)
     if table is None:
         raise UsageError(f"{store} lacks parts that other workers are to make; run sae-jax collect there to its end")
     cure = f"{tokenizer} is not the tokenizer of {activations.path}; name the one that is with --model"
     check_indices(table.sequences, vocabulary.size, "token id", cure)
     is_padded = activations.spec.sequence == "document"
-    lengths = _lengths(table.sequences, vocabulary.separator_id) if is_padded else None
-    with Progress("dashboard", table.n_latents, "latents", first="") as progress:
-        write_dashboard(
-            Path(out),
-            table=table,
-            token_strings=vocabulary.tokens(range(vocabulary.size)),
-            w_dec=np.asarray(d.w_dec[:, -target.d :]),
-            logit_effects=effects,
-            title=title,
-            about=about(record),
-            metrics=[
-                (description.label, record.metrics[name], description.text)
-                for name, description in base.descriptions().items()
-                if description.in_table and name in record.metrics
-            ],
-            config=_without_folders(record.to_json()),
-            lengths=lengths,
-            labels={latent: in_words(label) for latent, label in read_labels(store).items()},
-            progress=lambda done, _: progress.update(done),
-            lease=lease,
-        )
+    subject = Subject(
+        table=table,
+        w_dec=np.asarray(d.w_dec[:, -target.d :]),
+        n_tokens=vocabulary.size,
+        logit_effects=effects,
+        labels={latent: in_words(label) for latent, label in read_labels(store).items()},
+        lengths=_lengths(table.sequences, vocabulary.separator_id) if is_padded else None,
+    )
+    metrics = [
+        (description.label, record.metrics[name], description.text)
+        for name, description in base.descriptions().items()
+        if description.in_table and name in record.metrics
+    ]
+    tokens = vocabulary.tokens(range(vocabulary.size))
+    return Site(subject, tokens, title, about(record), metrics, config=_without_folders(record.to_json()))
+
+
+def _effects(target: SourceSpec, activations: ActivationSet, model: str | None, split: int) -> Any:
+    """What rows that latents write to a source do to the logits; None, and it is said why, where that is not known."""
+    if target.hook is None:
+        return None
+    if target.hook.rpartition(".")[0] in lm.READ_BY_BLOCK:
+        say_once(f"{target.hook} does not join the residual stream: its latents have no direct effect on the logits")
+        return None
+    if activations.spec.backend == "torch":
+        say_once(f"{activations.path} was made with harvest.backend=torch: pages are without effects on the logits")
+        return None
+    if not (reference := target.model and lm.moved(model, target.model)):
+        return None
+    try:
+        return _logit_effects(reference, target, activations, model, split)
+    except lm.UnsupportedError:
+        say_once(f"{reference} is not supported: pages are without effects on the logits")
+        return None
 
 
 def refuse_another(site: Path, record: Record) -> None:

@@ -156,7 +156,7 @@ def test_a_second_page_is_refused(tmp_path: Path, uninterrupted: Path) -> None:
         storage.lease_of_folder(tmp_path / "page"),
         pytest.raises(HeldError, match=r"page is in use: process .* writes it"),
     ):
-        site.write_site(load(uninterrupted), tmp_path / "page", "title")
+        site.write_site(load(uninterrupted), "title", tmp_path / "page")
     assert list(tmp_path.iterdir()) == []
 
 

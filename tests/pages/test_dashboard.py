@@ -17,7 +17,7 @@ import pytest
 
 import sae_jax
 from sae_jax.analysis import examples
-from sae_jax.pages import dashboard
+from sae_jax.pages import dashboard, latents
 from sae_jax.pages import site as pages
 from sae_jax.types import UsageError, UserError
 
@@ -65,21 +65,35 @@ def inputs():
     return examples.collect([block], F, sequences), sequences, w_dec, unembed
 
 
-def write(out, **changes):
-    table, _, w_dec, unembed = inputs()
+def write(out, progress=None, **changes):
+    dashboard.write_dashboard(out, made(**changes), progress=progress)
+    return out
+
+
+def made(**changes):
     arguments = {
-        "table": table,
         "token_strings": TOKENS,
-        "w_dec": w_dec,
-        "logit_effects": lambda rows: rows @ unembed,
         "title": "<b>run</b> & co",
         "about": "topk, 300 latents, of <i>resid</i>",
         "metrics": [("fvu", np.float32(0.25), "what is left"), ("ce", float("nan"), ""), ("note", "</script>", "")],
         "config": {"sae": {"k": 3, "name": "<i>x</i>"}},
+    }
+    of_subject = {
+        name: changes.pop(name) for name in ("w_dec", "logit_effects", "lengths", "n_tokens") if name in changes
+    }
+    return dashboard.Site(subject(**of_subject), **(arguments | changes))
+
+
+def subject(**changes):
+    table, _, w_dec, unembed = inputs()
+    arguments = {
+        "table": table,
+        "w_dec": w_dec,
+        "n_tokens": len(TOKENS),
+        "logit_effects": lambda rows: rows @ unembed,
         "labels": {FAR: ("<b>cats</b>", "explained by a judge; detection 0.90")},
     }
-    dashboard.write_dashboard(out, **(arguments | changes))
-    return out
+    return latents.Subject(**(arguments | changes))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +106,19 @@ def read(site, name):
     return json.loads("[" + text[text.index("(") + 1 : text.rindex(")")] + "]")
 
 
+def read_index(site):
+    """The index, its columns as arrays; without the places of no token."""
+    (index,) = read(site, "index")
+    for name in ("density", "score", "max"):
+        index[name] = np.frombuffer(base64.b64decode(index[name]), "<f4")
+    for name in ("topTokens", "topLogits"):
+        ids = np.frombuffer(base64.b64decode(index[name]), "<u2").reshape(-1, 3)
+        index[name] = [row[row != 2**16 - 1].tolist() for row in ids]
+    if index["latents"] is not None:
+        index["latents"] = np.frombuffer(base64.b64decode(index["latents"]), "<u4").tolist()
+    return index
+
+
 # ---- data
 
 
@@ -102,7 +129,7 @@ def test_padding_is_not_shown(tmp_path):
     _, records = read(site, "latents-000")
     seq, pos = (np.array(records[0][name]) for name in ("seq", "pos"))
     assert records[0]["length"] == lengths[seq].tolist()
-    shown = np.minimum(lengths[seq], pos + dashboard._AFTER + 1) - np.maximum(pos - dashboard._BEFORE, 0)
+    shown = np.minimum(lengths[seq], pos + latents.AFTER + 1) - np.maximum(pos - latents.BEFORE, 0)
     assert len(base64.b64decode(records[0]["ids"])) == 2 * shown.clip(0).sum()
     _, texts = read(site, "text-000")
     assert {len(base64.b64decode(text)) // 2 for text in texts if text} == {N_POS, N_POS - 8}
@@ -115,7 +142,7 @@ def test_lengths_of_padded_sequences():
 
 def test_index_columns(site):
     table, _, w_dec, unembed = inputs()
-    (index,) = read(site, "index")
+    index = read_index(site)
     np.testing.assert_allclose(index["density"], table.density, rtol=1e-3)
     assert index["nSilent"] == F - len(TOKENS) - 2
     assert index["metrics"] == [["fvu", 0.25, "what is left"], ["ce", None, ""], ["note", "</script>", ""]]
@@ -132,7 +159,7 @@ def test_index_columns(site):
 
 def test_energy_stands_in_for_effect_without_a_language_model(tmp_path):
     table, _, w_dec, _ = inputs()
-    (index,) = read(write(tmp_path / "site", logit_effects=None), "index")
+    index = read_index(write(tmp_path / "site", logit_effects=None))
     assert index["scoreName"] == "energy"
     expected = (table.of_latent(DENSE)[1] ** 2).sum() / table.n_rows * (w_dec[DENSE] ** 2).sum()
     assert index["score"][DENSE] == pytest.approx(expected, rel=1e-3)
@@ -185,11 +212,11 @@ def test_decoder_neighbours_are_the_largest_cosines(n):
     unit = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, -2)
-    latents = np.arange(5, F, 7)
-    near, got = dashboard.decoder_neighbours(w_dec, latents, n)
+    some = np.arange(5, F, 7)
+    near, got = latents.decoder_neighbours(w_dec, some, n)
     n = min(n, F - 1)
-    np.testing.assert_allclose(got, -np.sort(-cosine[latents], axis=1)[:, :n], atol=1e-6)
-    np.testing.assert_allclose(cosine[latents[:, None], near], got, atol=1e-6)
+    np.testing.assert_allclose(got, -np.sort(-cosine[some], axis=1)[:, :n], atol=1e-6)
+    np.testing.assert_allclose(cosine[some[:, None], near], got, atol=1e-6)
 
 
 def test_three_bytes_hold_large_vocabularies():
@@ -220,13 +247,29 @@ def test_a_folder_that_is_no_dashboard_is_left_alone(tmp_path):
 
 
 def test_what_begins_there_while_a_dashboard_is_made_is_left_alone(tmp_path):
-    def begin(done, of):
+    def begin(done):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "config.json").write_text("a run")
 
     with pytest.raises(UsageError, match="is not a dashboard; choose another folder"):
         write(tmp_path / "run", progress=begin)
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.json"]
+
+
+def test_two_dictionaries_side_by_side(tmp_path):
+    """Each has its site, and each latent names the nearest of the other."""
+    _, _, w_dec, _ = inputs()
+    moved = np.roll(w_dec, 5, axis=0)
+    dashboard.write_dashboard(tmp_path / "site", made(), made(w_dec=moved, title="other"))
+    for folder, step, href in (("", 5, "beside/index.html"), ("beside", -5, "../index.html")):
+        part = tmp_path / "site" / folder
+        assert read_index(part)["other"]["href"] == href
+        (columns,) = read(part, "matches")
+        nearest = np.frombuffer(base64.b64decode(columns["cosine"]["latents"]), "<i4")
+        np.testing.assert_array_equal(nearest, (np.arange(F) + step) % F)
+        alike = np.frombuffer(base64.b64decode(columns["firing"]["latents"]), "<i4")
+        assert alike[FAR] in (1, FAR)  # both fire where the token is, and nowhere else
+        assert alike[DEAD] == -1
 
 
 def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
@@ -240,18 +283,18 @@ def test_a_dashboard_is_replaced_whole_and_survives_a_failure(tmp_path):
         write(out, logit_effects=fail)
     assert (out / "old").exists()
     seen = []
-    write(out, latents=np.array([FAR, 3]), progress=lambda done, of: seen.append((done, of)))
+    write(out, latents=np.array([FAR, 3]), progress=seen.append)
     assert not (out / "old").exists()
-    assert seen == [(2, 2)]
+    assert seen == [2]
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
-    assert read(out, "index")[0]["latents"] == [3, FAR]
+    assert read_index(out)["latents"] == [3, FAR]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"w_dec": np.ones((7, D), np.float32)}, "w_dec has 7 rows for 300 latents"),
-        ({"token_strings": TOKENS[:3]}, "has no text; give more than 3 token_strings"),
+        ({"n_tokens": 3}, "has no text; give more than 3 token_strings"),
         ({"latents": np.array([1, 300])}, "latent 300 does not exist; choose from 0 to 299"),
         ({"latents": np.array([], int)}, "no latents to show"),
     ],
@@ -315,7 +358,7 @@ def listed(dom):
 def test_table_shows_living_latents_by_effect_and_the_summary(site):
     dom = browse(site)
     shown = text(dom)
-    (index,) = read(site, "index")
+    index = read_index(site)
     assert listed(dom) == sorted([*range(len(TOKENS)), FAR, DENSE], key=lambda f: -index["score"][f])
     assert "16 latents" in shown
     assert "<b>run</b> & co" in shown
@@ -337,7 +380,7 @@ def test_table_shows_living_latents_by_effect_and_the_summary(site):
 @needs_browser
 def test_address_sorts_filters_and_pages_the_table(site):
     density = inputs()[0].density
-    (index,) = read(site, "index")
+    index = read_index(site)
     order = sorted([*range(len(TOKENS)), FAR, DENSE], key=lambda f: (-density[f], f))
     cat = [f for f in order if 1 in index["topTokens"][f] + index["topLogits"][f]]
     assert FAR in cat
@@ -379,7 +422,7 @@ def test_page_of_a_latent(site):
     peaks = re.findall(r'<span class="token peak" data-id="(\d+)" data-pos="(\d+)" data-value="([\d.]+)"', dom)
     assert {token for token, _, _ in peaks} == {"1"}
     np.testing.assert_allclose([float(v) for _, _, v in peaks[: len(places)]], top.value, rtol=1e-3)
-    (index,) = read(site, "index")
+    index = read_index(site)
     order = sorted([*range(len(TOKENS)), FAR, DENSE], key=lambda f: -index["score"][f])
     around = {"prev": order.index(FAR) - 1, "next": order.index(FAR) + 1}
     for rel, at in around.items():

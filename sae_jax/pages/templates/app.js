@@ -81,7 +81,6 @@ document.addEventListener("DOMContentLoaded", () => {
   searchable = tokens.map((text) =>
     text === 0 ? "" : `${text}\n${Array.from(text, (c) => glyph(c) ?? c).join("")}`.toLowerCase(),
   );
-  rowOf = new Map(index.latents.map((latent, row) => [latent, row]));
   let pause = 0;
   search.addEventListener("input", () => {
     clearTimeout(pause);

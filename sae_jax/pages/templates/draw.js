@@ -119,12 +119,5 @@ function heated(id, pos, value, most) {
 }
 
 function unpack(base64) {
-  const bytes = atob(base64);
-  const ids = [];
-  for (let i = 0; i < bytes.length; i += index.bytesPerToken) {
-    let id = 0;
-    for (let j = index.bytesPerToken - 1; j >= 0; j--) id = id * 256 + bytes.charCodeAt(i + j);
-    ids.push(id);
-  }
-  return ids;
+  return Array.from(idsOf(bytesOf(base64), index.bytesPerToken));
 }

@@ -106,7 +106,7 @@ function othersTable(view, title, others) {
       "tbody",
       null,
       ...others.map(([latent, said]) => {
-        const row = rowOf.get(latent);
+        const row = rowOf(latent);
         const shown = row !== undefined;
         return h(
           shown && index.density[row] ? "tr" : "tr.silent",
@@ -117,7 +117,7 @@ function othersTable(view, title, others) {
             shown ? h("a", { href: address({ ...view, latent }) }, String(latent)) : String(latent),
           ),
           h("td.number", null, said),
-          h("td.chips", null, ...chips(shown ? index.topTokens[row].slice(0, 2) : [])),
+          h("td.chips", null, ...chips(shown ? idsAt(index.topTokens, row).slice(0, 2) : [])),
         );
       }),
     ),
@@ -127,7 +127,7 @@ function othersTable(view, title, others) {
 async function showLatent(view) {
   const { latent } = view;
   document.title = `Latent ${latent} – ${index.title}`;
-  const row = rowOf.get(latent);
+  const row = rowOf(latent);
   if (row === undefined) {
     main.replaceChildren(
       h("p.empty", { role: "alert" }, noPage(latent)),
@@ -195,7 +195,7 @@ async function showLatent(view) {
         : null,
       record.up ? logitTable("Promoted tokens", record.up) : null,
       record.down ? logitTable("Suppressed tokens", record.down) : null,
-      record.near.length
+      record.near && record.near.length
         ? othersTable(
             view,
             "Nearest decoder rows",
@@ -222,8 +222,8 @@ async function showLatent(view) {
 // Previous and next in the table the reader came from, or by number where the latent is not in it.
 function neighbours(view) {
   const rows = list(view);
-  const row = rowOf.get(view.latent);
+  const row = rowOf(view.latent);
   const at = rows.indexOf(row);
   const around = at >= 0 ? [rows[at - 1], rows[at + 1]] : [row - 1, row + 1];
-  return around.map((to) => index.latents[to] ?? null);
+  return around.map((to) => (to >= 0 && to < index.nShown ? latentOf(to) : null));
 }

@@ -9,22 +9,77 @@
 const latentBlocks = new Map();
 const textBlocks = new Map();
 const scripts = new Map();
+const matches = {}; // by cosine and by firing: of each latent, the one of index.other most like it (-1: none)
 let index = null;
 let tokens = null;
 let searchable = []; // of each token, its text and what is shown for it
-let rowOf = new Map(); // from the number of a latent to its place in the columns of the index
 let listed = { key: null, rows: [] };
 
 window.saeDashboard = {
   index: (data) => {
-    index = data;
+    index = withColumns(data);
   },
   tokens: (data) => {
     tokens = data;
   },
+  matches: (data) => {
+    for (const [name, columns] of Object.entries(data))
+      matches[name] = columns && {
+        latents: new Int32Array(bytesOf(columns.latents).buffer),
+        values: new Float32Array(bytesOf(columns.values).buffer),
+      };
+  },
   latents: (block, records) => latentBlocks.set(block, records),
   text: (block, texts) => textBlocks.set(block, texts),
 };
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+// Token ids of so many bytes each, little-endian; all bits set: none.
+function idsOf(bytes, nBytes) {
+  const ids = new Uint32Array(bytes.length / nBytes);
+  for (let i = 0, at = 0; i < ids.length; i++)
+    for (let j = 0; j < nBytes; j++) ids[i] |= bytes[at++] << (8 * j);
+  return ids;
+}
+
+// The index, its columns as arrays with a number a row; topTokens and topLogits have CHIPS a row.
+const CHIPS = 3;
+
+function withColumns(data) {
+  const columns = {};
+  for (const name of ["density", "score", "max"]) columns[name] = new Float32Array(bytesOf(data[name]).buffer);
+  for (const name of ["topTokens", "topLogits"]) columns[name] = idsOf(bytesOf(data[name]), data.bytesPerToken);
+  columns.latents = data.latents && new Uint32Array(bytesOf(data.latents).buffer);
+  return { ...data, ...columns, noToken: 256 ** data.bytesPerToken - 1 };
+}
+
+// The number of the latent of a row of the columns, and back; undefined if it has no row.
+function latentOf(row) {
+  return index.latents ? index.latents[row] : row;
+}
+
+function rowOf(latent) {
+  if (!index.latents) return latent >= 0 && latent < index.nShown ? latent : undefined;
+  let [low, high] = [0, index.nShown];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (index.latents[middle] < latent) low = middle + 1;
+    else high = middle;
+  }
+  return index.latents[low] === latent ? low : undefined;
+}
+
+// The tokens of a row of topTokens or topLogits.
+function idsAt(column, row) {
+  return Array.from(column.subarray(row * CHIPS, row * CHIPS + CHIPS)).filter((id) => id !== index.noToken);
+}
 
 function script(name) {
   if (!scripts.has(name)) {

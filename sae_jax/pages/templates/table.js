@@ -9,19 +9,42 @@ function list(view) {
   const wanted = view.q.toLowerCase();
   const asNumber = /^\s*#?(\d+)\s*$/.exec(view.q);
   const exact = asNumber ? Number(asNumber[1]) : -1;
-  const matches = searchable.map((text) => text.includes(wanted));
-  const found = (ids) => ids.some((id) => matches[id]);
-  const rows = [];
-  index.latents.forEach((latent, row) => {
-    const match = !wanted || found(index.topTokens[row]) || found(index.topLogits[row]);
-    if (latent === exact || (match && (view.silent || index.density[row] > 0))) rows.push(row);
+  const matches = new Uint8Array(searchable.length);
+  searchable.forEach((text, id) => {
+    matches[id] = text.includes(wanted);
   });
+  const found = (ids, row) => {
+    for (let i = row * CHIPS; i < row * CHIPS + CHIPS; i++) if (matches[ids[i]]) return true;
+    return false;
+  };
+  const rows = new Uint32Array(index.nShown);
+  let n = 0;
+  for (let row = 0; row < index.nShown; row++) {
+    const match = !wanted || found(index.topTokens, row) || found(index.topLogits, row);
+    if ((match && (view.silent || index.density[row] > 0)) || latentOf(row) === exact) rows[n++] = row;
+  }
   const column = { density: index.density, max: index.max, [index.scoreName]: index.score }[view.sort];
-  const sign = view.dir === "asc" ? 1 : -1;
-  // The sort is stable: ties stay in order of number.
-  rows.sort((a, b) => sign * (column ? column[a] - column[b] : a - b));
-  listed = { key, rows };
-  return rows;
+  listed = { key, rows: sorted(rows.subarray(0, n), column, view.dir === "asc") };
+  return listed.rows;
+}
+
+// Rows in the order of a column (none: of their number), ties in order of number. A million rows take a tenth of a
+// second this way, since numbers are compared in place of calls: the high half of a key is the value, made an integer
+// that orders alike, the low half is the row.
+function sorted(rows, column, rising) {
+  if (!column) return rising ? rows : rows.reverse();
+  const keys = new BigUint64Array(rows.length);
+  const halves = new Uint32Array(keys.buffer);
+  const value = new Float32Array(1);
+  const bits = new Uint32Array(value.buffer);
+  for (let i = 0; i < rows.length; i++) {
+    value[0] = column[rows[i]];
+    const order = bits[0] >>> 31 ? ~bits[0] : bits[0] | 0x80000000;
+    halves[2 * i] = rows[i];
+    halves[2 * i + 1] = rising ? order : ~order;
+  }
+  keys.sort();
+  return Uint32Array.from(rows, (_, i) => halves[2 * i]);
 }
 
 function configRows(value, name) {
@@ -32,7 +55,7 @@ function configRows(value, name) {
 
 // What these pages are made of: [name, value, what it means], as the metrics.
 function sample() {
-  const nShown = index.latents.length;
+  const nShown = index.nShown;
   const silentShare = ((100 * index.nSilent) / index.nLatents).toFixed(1);
   const all = nShown === index.nLatents;
   return [
@@ -131,8 +154,8 @@ function table(view, shown) {
   });
   const lowest = index.densityHistogram.edges[0];
   const highest = index.score.reduce((a, b) => Math.max(a, b), 0);
-  const rows = shown.map((row) => {
-    const latent = index.latents[row];
+  const rows = Array.from(shown, (row) => {
+    const latent = latentOf(row);
     const density = index.density[row];
     return h(
       density ? "tr" : "tr.silent",
@@ -146,8 +169,8 @@ function table(view, shown) {
       ),
       h("td.number", null, number(index.score[row]), bar(index.score[row], 0, highest)),
       h("td.number", null, number(index.max[row])),
-      h("td.chips", { "data-label": "fires on" }, ...chips(index.topTokens[row])),
-      h("td.chips", { "data-label": "promotes" }, ...chips(index.topLogits[row])),
+      h("td.chips", { "data-label": "fires on" }, ...chips(idsAt(index.topTokens, row))),
+      h("td.chips", { "data-label": "promotes" }, ...chips(idsAt(index.topLogits, row))),
     );
   });
   const hasLogits = index.scoreName === "effect";
@@ -207,7 +230,7 @@ function nothingFound(view) {
 function noPage(latent) {
   if (latent >= index.nLatents)
     return `There is no latent ${latent}: latents have numbers from 0 to ${index.nLatents - 1}.`;
-  return `Latent ${latent} has no page: these are of ${COUNT.format(index.latents.length)} of ${COUNT.format(index.nLatents)} latents.`;
+  return `Latent ${latent} has no page: these are of ${COUNT.format(index.nShown)} of ${COUNT.format(index.nLatents)} latents.`;
 }
 
 function showTable(view) {
