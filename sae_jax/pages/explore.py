@@ -22,7 +22,6 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -206,8 +205,7 @@ def _app(
     handlers: dict[Any, Any] = {UserError: refused, HTTPException: http_error, _Gone: failed, Exception: failed}
     routes = [
         *(Route(path, show) for path in ("/", "/index.html")),
-        # The site may have been written by another version: its scripts are those that go with the views here.
-        *(_file(name) for name in (*dashboard.STYLES, *dashboard.SCRIPTS, *STYLES, *SCRIPTS)),
+        *(_file(name) for name in (*STYLES, *SCRIPTS)),
         Route("/api/about", tell_about),
         Route("/api/latents", latents, methods=["POST"]),
         Route("/api/steer", steer, methods=["POST"]),
@@ -244,7 +242,7 @@ async def _lines(sides: dict[str, Iterator[dict[str, Any]]], model_thread: Threa
 
 def _file(name: str) -> Route:
     """A file that comes with this package."""
-    content = (files("sae_jax.pages") / "templates" / name).read_bytes()
+    content = dashboard.of_package(name)
 
     async def send(request: Request) -> Response:
         return Response(content, media_type=_TYPES[Path(name).suffix])

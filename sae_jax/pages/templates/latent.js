@@ -1,6 +1,8 @@
 // The page of one latent.
 "use strict";
 
+const latentLinks = []; // what other scripts put at the head of a latent's page: functions of its number
+
 function context(seq, pos, ids, first, pairs, most) {
   const values = new Map();
   for (let i = 0; i < pairs.length; i += 2) values.set(pos + pairs[i], pairs[i + 1]);
@@ -160,6 +162,7 @@ async function showLatent(view) {
       h(
         "nav",
         { "aria-label": "Latents" },
+        ...latentLinks.map((link) => link(latent)),
         step(previous, "← Previous", "prev"),
         h("a", { href: address({ ...view, latent: null }) }, view.q ? "Back to the search" : "All latents"),
         step(next, "Next →", "next"),
