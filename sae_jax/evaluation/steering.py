@@ -130,9 +130,8 @@ def write(
     model = subject.model
     assert isinstance(model, lm.LanguageModel)
     generate = partial(lm.generate, model, jnp.asarray(ids_PT), n_new, jax.random.key(seed), temperature=temperature)
-    written: list[tuple[float | None, jax.Array]] = [(None, generate())]
-    for scale in scales:
-        written.append((scale, generate(**_steered(subject, ids_PT, latents, scale, largest_L, how))))
+    steered = [(scale, _steered(subject, ids_PT, latents, scale, largest_L, how)) for scale in scales]
+    written = [(None, generate()), *((scale, generate(**settings)) for scale, settings in steered)]
     return [(scale, _checked(np.asarray(ids)[:, ids_PT.shape[1] :])) for scale, ids in written]
 
 

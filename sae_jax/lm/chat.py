@@ -104,10 +104,12 @@ class ChatTemplate:
     def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Special tokens that end an answer: the one that this template puts after it, and that which ends a text."""
         said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ends = {tokenizer.eos_id} - {None}
+        ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
         with contextlib.suppress(UserError):  # of a template that changes what was said
             ids, owners = self.encode(said, tokenizer, by_message=True)
-            after = [i for i, _ in itertools.takewhile(lambda pair: pair[1] != 1, zip(ids[::-1], owners[::-1], strict=True))]
+            after = [
+                i for i, _ in itertools.takewhile(lambda pair: pair[1] != 1, zip(ids[::-1], owners[::-1], strict=True))
+            ]
             ends |= set([i for i in reversed(after) if i in tokenizer.special_ids][:1])
         return frozenset(ends)
 

@@ -111,6 +111,7 @@ def _begin(model, ids_BT, n_prompt, n_slots, key, fixed_edits, edit_args, sample
     top = Hook(model.spec.n_layers - 1, "resid_post")
     cache = empty_cache(model, ids_BT, n_slots)
     out = run(model, ids_BT, edits=_edits(fixed_edits, edit_args), capture=(top,), logits=False, cache=cache)
+    assert out.cache is not None
     x_B1D = jax.lax.dynamic_slice_in_dim(out.acts[top], n_prompt - 1, 1, axis=1)
     first_B = _choose(unembed(model.params, model.spec, x_B1D), key, sample, temperature, ids_BT.dtype)
     # What fills up the prompts lies in slots that new tokens overwrite before any looks there.

@@ -135,11 +135,12 @@ def serving(
         raise UsageError(f"--port={port} cannot be used ({storage.one_line(error)}); leave it out for any") from None
     token = secrets.token_urlsafe(24)
     model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-    app = guard.Guard(_app(site, dashboard.page_html(title, about, SCRIPTS, STYLES), explorer, why_not, model_thread), token)
-    settings: dict[str, Any] = {"lifespan": "off", "ws": "none", "log_level": "error", "access_log": False}
-    server = uvicorn.Server(
-        uvicorn.Config(app, **settings, server_header=False, timeout_graceful_shutdown=SECONDS_TO_CLOSE)
+    app = guard.Guard(
+        _app(site, dashboard.page_html(title, about, SCRIPTS, STYLES), explorer, why_not, model_thread), token
     )
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
+    plain: dict[str, Any] = {"lifespan": "off", "ws": "none", "proxy_headers": False}
+    server = uvicorn.Server(uvicorn.Config(app, **quiet, **plain, timeout_graceful_shutdown=SECONDS_TO_CLOSE))
     thread = threading.Thread(target=server.run, args=([listening],), name="server")
     thread.start()
     try:
@@ -151,16 +152,14 @@ def serving(
         model_thread.shutdown(cancel_futures=True)
 
 
-def _app(
-    site: Path, page: str, explorer: Explorer | None, why_not: str, model_thread: ThreadPoolExecutor
-) -> Starlette:
+def _app(site: Path, page: str, explorer: Explorer | None, why_not: str, model_thread: ThreadPoolExecutor) -> Starlette:
     async def of_model(request: Request, work: Callable[[], T]) -> T:
         """What `work` returns in the thread of the model, unless nobody waits for it when its turn comes."""
         gone = asyncio.Event()
 
         def begin() -> T:
             if gone.is_set():
-                raise _Gone
+                raise guard.RefusedError(408, "nobody waits for this any more")
             return work()
 
         doing = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(model_thread, begin))
@@ -173,7 +172,7 @@ def _app(
 
     def model() -> Explorer:
         if explorer is None:
-            raise guard.Refused(409, why_not)
+            raise guard.RefusedError(409, why_not)
         return explorer
 
     async def show(request: Request) -> Response:
@@ -192,7 +191,7 @@ def _app(
         return StreamingResponse(_lines(sides, model_thread), media_type="application/x-ndjson")
 
     def refused(request: Request, error: Exception) -> Response:
-        status = error.status if isinstance(error, guard.Refused) else 400
+        status = error.status if isinstance(error, guard.RefusedError) else 400
         return guard.error(status, str(error))
 
     def http_error(request: Request, error: Exception) -> Response:
@@ -202,7 +201,7 @@ def _app(
     def failed(request: Request, error: Exception) -> Response:
         return guard.error(500, f"this failed: {storage.one_line(error)}")
 
-    handlers: dict[Any, Any] = {UserError: refused, HTTPException: http_error, _Gone: failed, Exception: failed}
+    handlers: dict[Any, Any] = {UserError: refused, HTTPException: http_error, Exception: failed}
     routes = [
         *(Route(path, show) for path in ("/", "/index.html")),
         *(_file(name) for name in (*STYLES, *SCRIPTS)),
@@ -212,10 +211,6 @@ def _app(
         Mount("/", StaticFiles(directory=site)),
     ]
     return Starlette(routes=routes, exception_handlers=handlers)
-
-
-class _Gone(Exception):
-    """Whoever asked waits no longer."""
 
 
 async def _wait_until_gone(request: Request) -> None:

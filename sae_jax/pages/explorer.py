@@ -25,7 +25,7 @@ class TextRequest(msgspec.Struct, forbid_unknown_fields=True):
     """A text to look at."""
 
     text: str
-    latent: int | None = None  # told whatever its rank
+    latent: int | None = None  # whose values are told at every token
 
 
 class Turn(msgspec.Struct, forbid_unknown_fields=True):
@@ -85,8 +85,9 @@ class Explorer:
         """The latents of a text.
 
         Returns {"tokens": texts, "nActive": of each token; "atTokens": for each the strongest, [latent, value, latent,
-        value, ...]; "ranked": the strongest over the text: [latent, largest value, sum, number of tokens, [token, value,
-        token, value, ...]]}. UserError for a text that is empty or too long, or a latent that does not exist.
+        value, ...]; "ranked": the strongest over the text, [latent, largest value, sum, number of tokens]; "values": of
+        the latent that is asked for, at each token}. UserError for a text that is empty or too long, or a latent that
+        does not exist.
         """
         subject = self._subject
         if asked.latent is not None:
@@ -97,20 +98,19 @@ class Explorer:
         order_TK = np.argsort(-values_TK, axis=1, kind="stable")
         latents_TK, values_TK = (np.take_along_axis(x, order_TK, 1) for x in (latents_TK, values_TK))
         n_active_T = (values_TK > 0).sum(1)
+        pairs_TK2 = np.empty((*latents_TK[:, :N_AT_TOKEN].shape, 2), object)
+        pairs_TK2[..., 0], pairs_TK2[..., 1] = latents_TK[:, :N_AT_TOKEN], _short(values_TK[:, :N_AT_TOKEN])
+        values_T = np.where(latents_TK == asked.latent, values_TK, 0).sum(1)
         return {
             "tokens": subject.tokenizer.tokens(ids_T),
             "nActive": n_active_T.tolist(),
-            "atTokens": [
-                _flat(latents[:n], values[:n])
-                for latents, values, n in zip(
-                    latents_TK, values_TK, np.minimum(n_active_T, N_AT_TOKEN).tolist(), strict=True
-                )
-            ],
-            "ranked": _ranked(latents_TK, values_TK, asked.latent),
+            "atTokens": [pairs[:n].ravel().tolist() for pairs, n in zip(pairs_TK2, n_active_T, strict=True)],
+            "ranked": _ranked(latents_TK, values_TK),
+            "values": None if asked.latent is None else _short(values_T),
         }
 
     def sides(self, asked: SteerRequest) -> dict[str, Iterator[dict[str, Any]]]:
-        """What is written, side by side: {"unsteered", "steered"}, each {"text": what is new}, and at last {"end": why}.
+        """What is written by "unsteered" and by "steered", token by token: {"text": what is new}, at last {"end": why}.
 
         UserError for what cannot be asked; also later, from the iterators.
         """
@@ -129,7 +129,10 @@ class Explorer:
         ends = self._ends if asked.prompt is None else frozenset()
         written = {
             "unsteered": (unsteered, steering.stream(self._subject, unsteered, **settings)),
-            "steered": (steered, steering.stream(self._subject, steered, latents, values, scale, asked.how, **settings)),
+            "steered": (
+                steered,
+                steering.stream(self._subject, steered, latents, values, scale, asked.how, **settings),
+            ),
         }
         return {name: _texts(self._subject.tokenizer, ids, new, ends) for name, (ids, new) in written.items()}
 
@@ -162,31 +165,24 @@ def _refusal(subject: Subject, how: steering.How) -> str | None:
     return None
 
 
-def _ranked(latents_TK: np.ndarray, values_TK: np.ndarray, wanted: int | None) -> list[list[Any]]:
+def _ranked(latents_TK: np.ndarray, values_TK: np.ndarray) -> list[list[Any]]:
     """See `Explorer.latents`."""
-    token, slot = np.nonzero(values_TK > 0)
-    latents_U, which, count_U = np.unique(latents_TK[token, slot], return_inverse=True, return_counts=True)
-    value = values_TK[token, slot]
+    is_active_TK = values_TK > 0
+    value = values_TK[is_active_TK]
+    latents_U, which, count_U = np.unique(latents_TK[is_active_TK], return_inverse=True, return_counts=True)
     largest_U, sum_U = np.zeros(len(latents_U), np.float32), np.bincount(which, value, len(latents_U))
     np.maximum.at(largest_U, which, value)
-    orders = (np.argsort(-by_U, kind="stable")[:N_RANKED] for by_U in (largest_U, sum_U, count_U))
-    places = np.split(np.argsort(which, kind="stable"), np.cumsum(count_U)[:-1])
-    ranked: list[list[Any]] = []
-    for row in np.unique(np.concatenate([*orders, np.flatnonzero(latents_U == wanted)])).tolist():
-        numbers = [_short(largest_U[row]), _short(sum_U[row]), int(count_U[row])]
-        ranked.append([int(latents_U[row]), *numbers, _flat(token[places[row]], value[places[row]])])
-    if wanted is not None and wanted not in latents_U:
-        ranked.append([wanted, 0, 0, 0, []])
-    return ranked
+    orders = [np.argsort(-by_U, kind="stable")[:N_RANKED] for by_U in (largest_U, sum_U, count_U)]
+    first = np.unique(np.concatenate(orders))
+    columns = (latents_U[first].tolist(), _short(largest_U[first]), _short(sum_U[first]), count_U[first].tolist())
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _flat(numbers: np.ndarray, values: np.ndarray) -> list[Any]:
-    return [each for pair in zip(numbers.tolist(), map(_short, values), strict=True) for each in pair]
-
-
-def _short(value: Any) -> float:
-    """A number of five digits, which is more than a page shows."""
-    return float(f"{value:.5g}")
+def _short(values: np.ndarray) -> list[Any]:
+    """Numbers of five digits, which is more than a page shows."""
+    size = np.floor(np.log10(values, where=values > 0, out=np.zeros(values.shape)))
+    scale = 10.0 ** (4 - size)
+    return (np.round(values * scale) / scale).tolist()
 
 
 def _texts(

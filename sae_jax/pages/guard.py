@@ -42,7 +42,7 @@ HEADERS = {
 T = TypeVar("T")
 
 
-class Refused(UserError):
+class RefusedError(UserError):
     """A request that is answered with `status` and one line."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -68,7 +68,7 @@ class Guard:
 
         try:
             inside = self._checked(scope)
-        except Refused as refusal:
+        except RefusedError as refusal:
             await error(refusal.status, str(refusal))(scope, receive, send_with_headers)
         else:
             await self._app(inside, receive, send_with_headers)
@@ -78,19 +78,21 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if _name(f"//{host}") not in HERE:
-            raise Refused(421, f"{host!r} is not this server; use the address that sae-jax explore printed")
+            raise RefusedError(421, f"{host!r} is not this server; use the address that sae-jax explore printed")
         token, slash, path = scope["path"].removeprefix("/").partition("/")
         if not slash or not hmac.compare_digest(token.encode(errors="replace"), self._token):
-            raise Refused(403, "the token in the address is missing or wrong; use the one that sae-jax explore printed")
+            raise RefusedError(
+                403, "the token in the address is missing or wrong; use the one that sae-jax explore printed"
+            )
         site, is_link = headers.get("sec-fetch-site", "none"), _is_link(scope, headers)
         origin = headers.get("origin")
-        if site not in ("same-origin", "none") and not is_link or origin not in (None, f"http://{host}"):
-            raise Refused(403, "another site asks; open the address itself")
+        if (site not in ("same-origin", "none") and not is_link) or origin not in (None, f"http://{host}"):
+            raise RefusedError(403, "another site asks; open the address itself")
         if scope["method"] == "POST":
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise Refused(415, "what is sent must be application/json")
+                raise RefusedError(415, "what is sent must be application/json")
             if headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", "0")) > MAX_BYTES:
-                raise Refused(413, TOO_LONG)
+                raise RefusedError(413, TOO_LONG)
         return {**scope, "path": f"/{path}", "raw_path": None, "root_path": ""}
 
 
@@ -98,16 +100,16 @@ TOO_LONG = f"what is sent is longer than {MAX_BYTES:,} bytes; give a shorter tex
 
 
 async def body_as(kind: type[T], request: Request) -> T:
-    """The JSON that a request sends. Refused for anything else, or for too much of it, however it is sent."""
+    """The JSON that a request sends. RefusedError for anything else, or for too much of it, however it is sent."""
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > MAX_BYTES:
-            raise Refused(413, TOO_LONG)
+            raise RefusedError(413, TOO_LONG)
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.DecodeError as invalid:  # and ValidationError, which is one
-        raise Refused(400, f"what is sent cannot be read: {invalid}") from None
+        raise RefusedError(400, f"what is sent cannot be read: {invalid}") from None
 
 
 def answer(content: Any) -> Response:

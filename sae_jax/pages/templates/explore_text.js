@@ -41,11 +41,11 @@ function showText(given, about) {
     state.text = typed.value;
     state.token = null;
     clearTimeout(pause);
-    pause = setTimeout(look, PAUSE);
+    pause = setTimeout(() => look(), PAUSE);
   });
   look();
 
-  async function look() {
+  async function look(focus) {
     write();
     asking?.abort();
     const mine = new AbortController();
@@ -56,6 +56,7 @@ function showText(given, about) {
       status.textContent = `${COUNT.format(found.tokens.length)} of at most ${COUNT.format(about.nContext)} tokens`;
       status.classList.remove("wrong");
       draw();
+      if (focus) shown.querySelector(focus)?.focus();
     } catch (error) {
       if (error.name === "AbortError") return;
       status.textContent = error.message;
@@ -77,23 +78,21 @@ function showText(given, about) {
     shown.replaceChildren(tokensOf(at), h("div.two", null, atToken(at), overText()));
   }
 
-  // Changes what is shown of the same answer, and keeps the focus at what was pressed.
+  // Changes what is shown, and keeps the focus at what was pressed.
   function choose(change, focus) {
+    const isSame = !("latent" in change);
     Object.assign(state, change);
-    const known = state.latent === null || found.ranked.some(([latent]) => latent === state.latent);
-    if (!known) return look();
+    if (!isSame) return look(focus);
     write();
     draw();
     shown.querySelector(focus)?.focus();
   }
 
   function tokensOf(at) {
-    const values = new Map();
-    const [, , , , pairs] = found.ranked.find(([latent]) => latent === state.latent) ?? [0, 0, 0, 0, []];
-    for (let i = 0; i < pairs.length; i += 2) values.set(pairs[i], pairs[i + 1]);
-    const most = Math.max(largest(state.latent), ...values.values());
+    const values = found.values ?? [];
+    const most = Math.max(largest(state.latent), ...values);
     const nodes = found.tokens.flatMap((text, i) => {
-      const value = values.get(i) ?? 0;
+      const value = values[i] ?? 0;
       const what = state.latent === null ? "" : `, latent ${state.latent}: ${number(value)}`;
       // No button element: a token that holds the end of a line goes on in the next one.
       const token = h("span.token", {
@@ -160,7 +159,7 @@ function showText(given, about) {
 
   function overText() {
     const [, , , by] = ORDERS.find(([name]) => name === state.sort);
-    const ranked = found.ranked.filter(([, , , n]) => n).sort((a, b) => b[by] - a[by] || a[0] - b[0]);
+    const ranked = [...found.ranked].sort((a, b) => b[by] - a[by] || a[0] - b[0]);
     const heads = ORDERS.map(([sort, name, meaning]) =>
       h("th.number", { scope: "col", ...(sort === state.sort ? { "aria-sort": "descending" } : {}) },
         button(sort === state.sort ? `${name} ↓` : name, { "title": meaning, "data-sort": sort },
