@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -107,10 +106,8 @@ class ChatTemplate:
         ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
         with contextlib.suppress(UserError):  # of a template that changes what was said
             ids, owners = self.encode(said, tokenizer, by_message=True)
-            after = [
-                i for i, _ in itertools.takewhile(lambda pair: pair[1] != 1, zip(ids[::-1], owners[::-1], strict=True))
-            ]
-            ends |= set([i for i in reversed(after) if i in tokenizer.special_ids][:1])
+            last = max((at for at, owner in enumerate(owners) if owner == 1), default=len(ids))
+            ends |= {*[i for i in ids[last + 1 :] if i in tokenizer.special_ids][:1]}
         return frozenset(ends)
 
     def _render(self, messages: Sequence[Message], answer: bool) -> str:
