@@ -16,7 +16,7 @@ Axis key of types.py, and: A activations (one latent at one row), E examples of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -85,6 +85,8 @@ class Activations:
     offsets: np.ndarray  # i64[F + 1]
     places: Any  # u32[A], ascending within a latent
     values: Any  # f32[A], > 0
+    # The latent that was read last: whatever is asked of one is asked of the same one several times.
+    _last: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def n_rows(self) -> int:
@@ -115,8 +117,12 @@ class Activations:
         """Places u32[E] (ascending) and values f32[E] of one latent."""
         if not 0 <= latent < self.n_latents:
             raise UserError(f"latent {latent} does not exist; choose 0 to {self.n_latents - 1}")
-        part = slice(self.offsets[latent], self.offsets[latent + 1])
-        return self.places[part], self.values[part]
+        if (last := self._last.get(latent)) is None:
+            part = slice(self.offsets[latent], self.offsets[latent + 1])
+            last = self.places[part], self.values[part]
+            self._last.clear()
+            self._last[latent] = last
+        return last
 
     def density_histogram(self, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
         """Counts i64[n_bins] and edges f64[n_bins + 1] of log10(density) over the latents that fired.

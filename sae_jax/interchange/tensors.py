@@ -11,12 +11,11 @@ import json
 import mmap
 import os
 import pickle
-import shutil
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -97,12 +96,12 @@ def write_safetensors(path: Path, arrays: Mapping[str, Lazy], metadata: Mapping[
 
 def write_npz(path: Path, arrays: Mapping[str, Lazy]) -> None:
     """What `numpy.load` reads, of float32."""
-    with disk.naming(path), zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
+    with disk.naming(path), open(path, "xb+") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             header = io.BytesIO()
             described = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
             np.lib.format.write_array_header_1_0(header, described)
-            _write_entry(archive, f"{name}.npy", header.getvalue(), array)
+            _write_entry(archive, file, f"{name}.npy", header.getvalue(), array)
 
 
 def write_torch(path: Path, content: Mapping[str, Lazy | np.ndarray]) -> None:
@@ -110,13 +109,13 @@ def write_torch(path: Path, content: Mapping[str, Lazy | np.ndarray]) -> None:
     tensors, parts = list(content.values()), [b"\x80\x02}("]
     for number, (name, tensor) in enumerate(content.items()):
         parts += [_plain(name), _rebuilt(number, tensor)]
-    with disk.naming(path), zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
+    with disk.naming(path), open(path, "xb+") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", b"".join(parts) + b"u.")
         archive.writestr("archive/byteorder", b"little")
         for number, tensor in enumerate(tensors):
             entry = f"archive/data/{number}"
             if isinstance(tensor, Lazy):
-                _write_entry(archive, entry, b"", tensor)
+                _write_entry(archive, file, entry, b"", tensor)
             else:
                 archive.writestr(entry, np.ascontiguousarray(tensor).tobytes())
         archive.writestr("archive/version", b"3\n")
@@ -138,18 +137,34 @@ def _plain(value: Any) -> bytes:
     return pickle.dumps(value, 2)[2:-1]
 
 
-def _write_entry(archive: zipfile.ZipFile, name: str, header: bytes, array: Lazy) -> None:
-    """An array as an entry of a zip, in C order. What is transposed goes through a file: a zip takes bytes in order."""
-    with archive.open(name, "w", force_zip64=_n_bytes(array) >= 1 << 31) as entry:
-        entry.write(header)
-        if not array.shape or np.argmax(array.shape) == 0:
+def _write_entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, header: bytes, array: Lazy) -> None:
+    """An array as an entry of a zip in this file, in C order."""
+    if not array.shape or np.argmax(array.shape) == 0:
+        with archive.open(name, "w", force_zip64=_n_bytes(array) >= 1 << 31) as entry:
+            entry.write(header)
             for _, values in array.slabs():
                 entry.write(np.ascontiguousarray(values).data)
-            return
-        with tempfile.TemporaryFile(dir=Path(str(archive.filename)).parent) as file:
-            os.truncate(file.fileno(), _n_bytes(array))
-            _fill(file.fileno(), 0, array)
-            shutil.copyfileobj(file, entry, SLAB_BYTES)
+        return
+    # A zip takes bytes in order, and slabs of a transposed array go to many places: they are written where they belong,
+    # and the checksum, which stands before them, is that of what was written.
+    entry = zipfile.ZipInfo(name)
+    entry.file_size = entry.compress_size = len(header) + _n_bytes(array)
+    entry.header_offset, entry.CRC = archive.start_dir, zlib.crc32(header)
+    is_large = entry.file_size >= 1 << 31
+    file.seek(entry.header_offset)
+    file.write(entry.FileHeader(is_large) + header)
+    file.flush()
+    start = file.tell()
+    os.truncate(file.fileno(), start + _n_bytes(array))
+    _fill(file.fileno(), start, array)
+    while part := file.read(SLAB_BYTES):
+        entry.CRC = zlib.crc32(part, entry.CRC)
+    archive.start_dir = file.tell()
+    file.seek(entry.header_offset)
+    file.write(entry.FileHeader(is_large))
+    file.seek(archive.start_dir)
+    archive.filelist.append(entry)
+    archive.NameToInfo[name] = entry
 
 
 def _fill(descriptor: int, offset: int, array: Lazy) -> None:

@@ -18,6 +18,8 @@ from sae_jax.types import UserError
 def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
     """The lease of a run's folder, for as long as the block takes. All processes must call it together.
 
+    What is refused before anything was written leaves no empty folders.
+
     Args:
         run: shared by all processes; None: nothing is written, so there is nothing to own.
         is_patient: as of `Lease`.
@@ -27,6 +29,8 @@ def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
     is_first = jax.process_index() == 0
     lease = Lease(run / "owner" if run is not None and is_first else None, run or "", is_patient)
     with contextlib.ExitStack() as stack:
+        if run is not None and is_first:
+            stack.push(lambda kind, *_: _remove_if_empty(run) if kind else None)
         problem: Exception | None = None
         try:
             stack.enter_context(lease)
@@ -38,7 +42,13 @@ def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
             for folder in (run, *run.glob("members/*/")):
                 # What waits for the lease has temporaries of its own.
                 disk.remove_leftovers(folder, lambda name: not name.startswith("owner."), seconds=0)
+            stack.push(lambda kind, *_: _remove_if_empty(run / "checkpoints") if kind else None)
         yield lease
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def as_the_first_says(answer: bool) -> bool:

@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, changed, messa
     with pytest.raises(sae_jax.UserError, match=message) as caught:
         sae_jax.train(ROWS, out=tmp_path / "run", **{n: v for n, v in settings.items() if v is not None})
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_width_and_what_is_computed_otherwise(tmp_path: Path) -> None:
