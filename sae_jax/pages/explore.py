@@ -98,9 +98,14 @@ def explore(
         address, thread = stack.enter_context(serving(site, title, about(d.record), explorer, why_not, port))
         console.print(f"{address}\nopen this address in a browser; Ctrl-C ends it")
         try:
-            thread.join()
+            wait_for(thread)
         except KeyboardInterrupt:
             console.print("ended")
+
+
+def wait_for(server: threading.Thread) -> None:
+    """Until it ends, which it does not by itself, or Ctrl-C."""
+    server.join()
 
 
 def _subject(d: Dictionary, data: str | None, model: str | None, split: int) -> prompts.Subject:

@@ -85,9 +85,9 @@ class Explorer:
         """The latents of a text.
 
         Returns {"tokens": texts, "nActive": of each token; "atTokens": for each the strongest, [latent, value, latent,
-        value, ...]; "ranked": the strongest over the text, [latent, largest value, sum, number of tokens]; "values": of
-        the latent that is asked for, at each token}. UserError for a text that is empty or too long, or a latent that
-        does not exist.
+        value, ...]; "ranked": the strongest over the text, [latent, largest value, sum, number of tokens]; "nRanked":
+        how many are active in it; "values": of the latent that is asked for, at each token}. UserError for a text that
+        is empty or too long, or a latent that does not exist.
         """
         subject = self._subject
         if asked.latent is not None:
@@ -106,6 +106,7 @@ class Explorer:
             "nActive": n_active_T.tolist(),
             "atTokens": [pairs[:n].ravel().tolist() for pairs, n in zip(pairs_TK2, n_active_T, strict=True)],
             "ranked": _ranked(latents_TK, values_TK),
+            "nRanked": len(np.unique(latents_TK[values_TK > 0])),
             "values": None if asked.latent is None else _short(values_T),
         }
 

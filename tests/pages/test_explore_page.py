@@ -35,6 +35,7 @@ class Model:
             "nActive": [2 if at == 1 else 1 for at in range(len(TOKENS))],
             "atTokens": [[FAR, 4.0, DENSE, 0.5] if at == 1 else [DENSE, 0.25] for at in range(len(TOKENS))],
             "ranked": [[FAR, 4.0, 4.0, 1], [DENSE, 0.5, 5.0, 14]],
+            "nRanked": 2000,
             "values": None if asked.latent is None else [4.0 if at == 1 else 0 for at in range(len(TOKENS))],
         }
 
@@ -106,6 +107,7 @@ def test_a_text_with_its_latents_and_one_that_colours_it(view):
     assert "14 of at most 99 tokens" in text(dom)
     assert rows(dom, "At the token") == [FAR, DENSE]
     assert rows(dom, "Over the text") == [DENSE, FAR]  # by sum
+    assert "the first 2 of 2,000 latents" in text(dom)
     tokens = re.findall(r'<span class="token" role="button" data-token="(\d+)".*?--heat-share: ([\d.]+)', dom)
     assert [int(at) for at, _ in tokens] == list(range(len(TOKENS)))
     assert [float(heat) > 0.5 for _, heat in tokens] == [at == 1 for at in range(14)]
@@ -202,7 +204,7 @@ def test_a_chat_in_which_each_side_goes_on_with_its_own_answers(view):
             type(field("Message"), message);
             press(field("Message"), "Enter");
             await until(ended);
-            await until(() => !$("button.main").disabled);
+            await until(() => $("button.main").getAttribute("aria-disabled") === "false");
         }
     """
     dom = view(model, f"#/chat?latent={FAR}&scale=2", drive)

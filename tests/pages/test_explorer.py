@@ -60,6 +60,7 @@ def test_latents_of_a_text_are_those_of_the_library(subject):
         np.testing.assert_allclose(pairs[1::2], of_token[:n], rtol=1e-4)
     ranked = {latent: rest for latent, *rest in found["ranked"]}
     assert set(ranked) == set(np.flatnonzero(dense.any(0)))
+    assert found["nRanked"] == len(ranked)
     for latent, numbers in ranked.items():
         column = dense[:, latent]
         np.testing.assert_allclose(numbers, [column.max(), column.sum(), (column > 0).sum()], rtol=1e-4)

@@ -17,8 +17,7 @@ function showChat(given, about) {
   const settings = steering("chat", given, about, () => ({}));
   const alert = h("p.status.wrong", { role: "alert" });
   const log = h("div.turns", null, ...turns.map((turn) => turn.node));
-  const begin = button("Send", { "class": "main", "aria-keyshortcuts": "Control+Enter" }, send);
-  const stop = button("Stop", { disabled: "" }, () => writing?.abort());
+  const buttons = buttonsOf("Send", "Enter", send);
   const clear = button("Start over", {}, () => {
     writing?.abort();
     turns.length = 0;
@@ -27,9 +26,9 @@ function showChat(given, about) {
   });
   const box = field("Message", message);
   message.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || begin.disabled) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    send();
+    buttons.act();
   });
   main.replaceChildren(
     h("h1", null, "Chat"),
@@ -37,7 +36,7 @@ function showChat(given, about) {
       "conversation, at every token but the special ones of the chat template; what you change counts from the next message."),
     h("div.card", null, ...settings.panel),
     log,
-    h("div.card", null, box, h("div.acts", null, begin, stop, clear, alert)),
+    h("div.card", null, box, h("div.acts", null, buttons.begin, buttons.stop, clear, alert)),
   );
 
   async function send() {
@@ -49,11 +48,12 @@ function showChat(given, about) {
         { role: "user", content: user },
       ];
       const content = { unsteered: told("unsteered"), steered: told("steered"), ...settings.asked() };
-      const written = columns();
+      const written = columns(`, answer ${turns.length + 1}`);
       const node = h("div.turn", null, h("p.user", { dir: "auto" }, h("b", null, "You "), running(user)), written.node);
       log.append(node);
       message.value = "";
-      await writeInto(written, content, { begin, stop }, alert);
+      await writeInto(written, content, buttons, alert);
+      if (!node.isConnected) return; // the reader has started over, or left
       const [unsteered, steered] = Object.keys(SIDES).map((side) => written.of[side].said);
       // What was stopped goes on from where it was; a turn without an answer never was.
       if (unsteered && steered) turns.push({ user, unsteered, steered, node });

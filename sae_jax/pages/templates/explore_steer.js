@@ -12,9 +12,7 @@ const PROMPT = "def read_file(path):\n";
 
 let writing = null; // what is being written, until it is stopped or the reader leaves
 
-window.addEventListener("hashchange", () => {
-  if (!["steer", "chat"].includes(route().name)) writing?.abort();
-});
+window.addEventListener("hashchange", () => writing?.abort());
 
 addView("steer", "Steer", async (given) => {
   document.title = `Steer – ${index.title}`;
@@ -34,7 +32,7 @@ function steering(view, given, about, more) {
   if (!rows.length) rows.push({ latent: "", scale: 5 });
   const way = h("select", null, ...about.hows.map((how) => h("option", { value: how }, WAYS[how][0])));
   if (about.hows.includes(given.get("how"))) way.value = given.get("how");
-  const norm = numberField(given.get("norm") ?? 1, { step: "0.1" });
+  const norm = numberField(given.get("norm") ?? 0.5, { step: "0.1" });
   const settings = Object.entries(SETTINGS).map(([name, [title, usual, min, step]]) => {
     const control = numberField(given.get(name) ?? usual, { min, step });
     control.addEventListener("input", write);
@@ -119,14 +117,29 @@ function numberField(value, attributes) {
   return control;
 }
 
-// Two columns that text is written into.
-function columns(...begin) {
+// Two columns that text is written into, named by their sides and, where there are several pairs, a number.
+function columns(which, ...begin) {
   const parts = Object.entries(SIDES).map(([side, title]) => {
-    const text = h("p.written", { dir: "auto" }, ...begin.map((node) => node.cloneNode(true)));
+    // A long text is scrolled, by keys too.
+    const text = h("p.written", { "dir": "auto", "tabindex": "0" }, ...begin.map((node) => node.cloneNode(true)));
     const end = h("small", { role: "status" });
-    return { side, text, end, said: "", node: h("section", { "aria-label": title }, h("h2", null, title, " ", end), text) };
+    return { side, text, end, said: "", node: h("section", { "aria-label": title + which }, h("h2", null, title, " ", end), text) };
   });
   return { node: h("div.two.sides", null, ...parts.map((part) => part.node)), of: Object.fromEntries(parts.map((p) => [p.side, p])) };
+}
+
+// A button that begins to write, and one that stops it. The first keeps the focus while it can do nothing.
+function buttonsOf(name, keys, write) {
+  const isBusy = () => begin.getAttribute("aria-disabled") === "true";
+  const act = () => isBusy() || write();
+  const begin = button(name, { "class": "main", "aria-disabled": "false", "aria-keyshortcuts": keys }, act);
+  const stop = button("Stop", { disabled: "" }, () => writing?.abort());
+  const busy = (is) => {
+    begin.setAttribute("aria-disabled", String(is));
+    if (!is && document.activeElement === stop) begin.focus();
+    stop.disabled = !is;
+  };
+  return { begin, stop, act, busy };
 }
 
 // Asks, and writes into the columns until both texts end or are stopped. Returns whether they came to their ends.
@@ -136,8 +149,7 @@ async function writeInto(written, content, buttons, alert) {
   writing = mine;
   const parts = Object.values(written.of);
   alert.textContent = "";
-  buttons.begin.disabled = true;
-  buttons.stop.disabled = false;
+  buttons.busy(true);
   for (const part of parts) part.end.textContent = "writing …";
   try {
     await eachLine(await ask("api/steer", content, mine.signal), (event) => {
@@ -158,8 +170,7 @@ async function writeInto(written, content, buttons, alert) {
     }
     return false;
   } finally {
-    buttons.begin.disabled = false;
-    buttons.stop.disabled = true;
+    if (writing === mine) buttons.busy(false);
   }
 }
 
@@ -170,24 +181,23 @@ function showSteer(given, about) {
   const settings = steering("steer", given, about, () => ({ prompt: prompt.value }));
   const alert = h("p.status.wrong", { role: "alert" });
   const result = h("div", null);
-  const begin = button("Write", { "class": "main", "aria-keyshortcuts": "Control+Enter" }, write);
-  const stop = button("Stop", { disabled: "" }, () => writing?.abort());
+  const buttons = buttonsOf("Write", "Control+Enter", write);
   prompt.addEventListener("input", settings.write);
   prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !begin.disabled) write();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) buttons.act();
   });
   main.replaceChildren(
     h("h1", null, "Steering"),
-    h("div.card", null, ...settings.panel, field("Prompt", prompt), h("div.acts", null, begin, stop, alert)),
+    h("div.card", null, ...settings.panel, field("Prompt", prompt), h("div.acts", null, buttons.begin, buttons.stop, alert)),
     result,
   );
 
   async function write() {
     try {
       const content = { prompt: prompt.value, ...settings.asked() };
-      const written = columns(h("span.prompt", null, running(prompt.value)));
+      const written = columns("", h("span.prompt", null, running(prompt.value)));
       result.replaceChildren(written.node);
-      await writeInto(written, content, { begin, stop }, alert);
+      await writeInto(written, content, buttons, alert);
       for (const part of Object.values(written.of)) if (part.said) part.node.append(latentsOf(prompt.value + part.said));
     } catch (error) {
       alert.textContent = error.message;

@@ -53,7 +53,8 @@ function showText(given, about) {
     try {
       const answer = await ask("api/latents", { text: state.text, latent: state.latent }, mine.signal);
       found = await answer.json();
-      status.textContent = `${COUNT.format(found.tokens.length)} of at most ${COUNT.format(about.nContext)} tokens`;
+      const most = about.nContext === null ? "" : ` of at most ${COUNT.format(about.nContext)}`;
+      status.textContent = `${COUNT.format(found.tokens.length)}${most} tokens`;
       status.classList.remove("wrong");
       draw();
       if (focus) shown.querySelector(focus)?.focus();
@@ -167,7 +168,7 @@ function showText(given, about) {
     const rows = ranked.slice(0, MOST_ROWS).map(([latent, max, sum, n]) =>
       rowOf_(latent, "text", ...[max, sum, n].map((value) => h("td.number", null, number(value)))));
     return h("section", { "aria-label": "Over the text" },
-      h("h2", null, "Over the text ", h("small", null, `the first ${rows.length} latents`)),
+      h("h2", null, "Over the text ", h("small", null, `${rows.length < found.nRanked ? `the first ${rows.length} of ` : ""}${COUNT.format(found.nRanked)} latents`)),
       rows.length
         ? tableOf([h("th.number", { scope: "col" }, "Latent"), ...heads, h("th", { scope: "col" }, "Fires on"),
           h("th", { scope: "col" }, h("span.unseen", null, "Actions"))], rows)
