@@ -277,12 +277,7 @@ def page_html(title: str, about: str, scripts: Sequence[str] = (), styles: Seque
 def _write_page(folder: Path, title: str, about: str) -> None:
     (folder / "index.html").write_text(page_html(title, about), encoding="utf-8")
     for name in (*STYLES, *SCRIPTS):
-        (folder / name).write_bytes(of_package(name))
-
-
-def of_package(name: str) -> bytes:
-    """A script or style as this version has it."""
-    return (_TEMPLATES / name).read_bytes()
+        (folder / name).write_text((_TEMPLATES / name).read_text("utf-8"), encoding="utf-8")
 
 
 def _packed(ids: np.ndarray, n_bytes: int) -> str:

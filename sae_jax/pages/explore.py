@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +35,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from sae_jax import storage
-from sae_jax.artifact import Dictionary
+from sae_jax.artifact import Dictionary, digest_of
 from sae_jax.evaluation import prompts
 from sae_jax.evaluation.text import open_set
 from sae_jax.pages import dashboard, guard
 from sae_jax.pages.explorer import Explorer, SteerRequest, TextRequest
-from sae_jax.pages.site import about, refuse_another, write_site
+from sae_jax.pages.site import about, write_site
 from sae_jax.progress import console
 from sae_jax.types import UsageError, UserError
 
@@ -84,7 +85,7 @@ def explore(
             site = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-jax-"))) / "site"
         site = Path(site)
         if site.exists():
-            refuse_another(site, d.record)
+            refuse_another(site, digest_of(d.sae))
         else:
             write_site(d, title, site, data, model, n_tokens, split, store)
         explorer, why_not = None, ""
@@ -101,6 +102,22 @@ def explore(
             wait_for(thread)
         except KeyboardInterrupt:
             console.print("ended")
+
+
+def refuse_another(site: Path, digest: str) -> None:
+    """UsageError if what is at `site` is no dashboard of this version of sae_jax, or not of the dictionary of `digest`."""
+    dashboard.refuse_to_overwrite(site)
+    try:
+        if any((site / name).read_bytes() != _of_package(name) for name in dashboard.SCRIPTS):
+            raise UsageError(f"{site} was written by another version of sae_jax; remove it, so that it is made anew")
+        index = (site / "data" / "index.js").read_text("ascii", errors="replace")
+        shown = json.loads(index[index.index("(") + 1 : index.rindex(")")]).get("digest", digest)
+    except (OSError, ValueError, AttributeError):
+        raise UsageError(f"{site} lacks files, or is damaged; remove it, so that it is made anew") from None
+    if shown != digest:
+        raise UsageError(
+            f"{site} is the dashboard of another dictionary; choose another folder, or remove it, so that it is made anew"
+        )
 
 
 def wait_for(server: threading.Thread) -> None:
@@ -240,9 +257,14 @@ async def _lines(sides: dict[str, Iterator[dict[str, Any]]], model_thread: Threa
                 yield json.dumps({"side": side, **event}) + "\n"
 
 
+def _of_package(name: str) -> bytes:
+    """A script or style as this version has it."""
+    return (files("sae_jax.pages") / "templates" / name).read_bytes()
+
+
 def _file(name: str) -> Route:
     """A file that comes with this package."""
-    content = dashboard.of_package(name)
+    content = _of_package(name)
 
     async def send(request: Request) -> Response:
         return Response(content, media_type=_TYPES[Path(name).suffix])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -22,7 +21,7 @@ from sae_jax.artifact import Dictionary
 from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
-from sae_jax.pages.dashboard import SCRIPTS, Site, of_package, refuse_to_overwrite, write_dashboard
+from sae_jax.pages.dashboard import Site, refuse_to_overwrite, write_dashboard
 from sae_jax.pages.latents import Subject
 from sae_jax.progress import Progress, say_once
 from sae_jax.record import Record, SourceRecord
@@ -137,25 +136,6 @@ def _effects(target: SourceSpec, activations: ActivationSet, model: str | None, 
     except lm.UnsupportedError:
         say_once(f"{reference} is not supported: pages are without effects on the logits")
         return None
-
-
-def refuse_another(site: Path, record: Record) -> None:
-    """UsageError if what is at `site` is no dashboard of this version of sae_jax, or that of another dictionary."""
-    refuse_to_overwrite(site)
-    try:
-        if any((site / name).read_bytes() != of_package(name) for name in SCRIPTS):
-            raise UsageError(f"{site} was written by another version of sae_jax; remove it, so that it is made anew")
-        text = (site / "data" / "index.js").read_text("ascii", errors="replace")
-        shown = json.loads(text[text.index("(") + 1 : text.rindex(")")])["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{site} lacks files, or is damaged; remove it, so that it is made anew") from None
-    names = ("variant", "sae", "encodes", "reconstructs", "data", "steps", "weights")
-    expected = _without_folders(record.to_json())
-    if different := [name for name in names if shown.get(name, expected[name]) != expected[name]]:
-        raise UsageError(
-            f"{site} is the dashboard of another dictionary (its {different[0]} differs); choose another folder, or "
-            f"remove it, so that it is made anew"
-        )
 
 
 def _lengths(sequences: np.ndarray, padding: int) -> np.ndarray:

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from sae_jax.pages import explore, guard
-from sae_jax.pages import site as pages
 from sae_jax.types import UsageError, UserError
 from tests.pages import test_dashboard
 
@@ -361,25 +360,13 @@ def test_it_ends_while_text_is_written(folder, model):
 # ---- which site
 
 
-class Record:
-    """As much of a record as is looked at."""
-
-    def __init__(self, **changes):
-        self.content = {
-            **dict.fromkeys(("variant", "encodes", "reconstructs", "data", "steps", "weights")),
-            "sae": {"k": 3, "name": "<i>x</i>"},
-            **changes,
-        }
-
-    def to_json(self):
-        return self.content
-
-
 def test_the_dashboard_of_another_dictionary_is_refused(tmp_path):
     site = test_dashboard.write(tmp_path / "site")
-    pages.refuse_another(site, Record())
-    with pytest.raises(UsageError, match=r"is the dashboard of another dictionary \(its sae differs\)"):
-        pages.refuse_another(site, Record(sae={"k": 4}))
+    (index,) = test_dashboard.read(site, "index")
+    (site / "data" / "index.js").write_text(f"saeDashboard.index({json.dumps(index | {'digest': 'a'})});")
+    explore.refuse_another(site, "a")
+    with pytest.raises(UsageError, match="is the dashboard of another dictionary; choose another folder"):
+        explore.refuse_another(site, "b")
 
 
 @pytest.mark.parametrize(
@@ -398,6 +385,6 @@ def test_what_cannot_be_served_is_refused_and_left_alone(tmp_path, damage, messa
     site = test_dashboard.write(tmp_path / "site")
     damage(site)
     with pytest.raises(UsageError, match=message):
-        pages.refuse_another(site, Record())
+        explore.refuse_another(site, "a")
     with contextlib.suppress(FileNotFoundError):
         assert (site / "site.js").exists()

@@ -65,7 +65,7 @@ function largest(latent) {
 }
 
 function latentLink(latent) {
-  return h("a", { href: address({ ...route(), q: "", latent }) }, String(latent));
+  return h("a", { href: `#/latent/${latent}` }, String(latent));
 }
 
 function steerLink(latent) {
