@@ -105,7 +105,7 @@ def explore(
 
 
 def refuse_another(site: Path, digest: str) -> None:
-    """UsageError if what is at `site` is no dashboard of this version of sae_jax, or not of the dictionary of `digest`."""
+    """UsageError if what is at `site` is no dashboard of this version, or not that of the dictionary with `digest`."""
     dashboard.refuse_to_overwrite(site)
     try:
         if any((site / name).read_bytes() != _of_package(name) for name in dashboard.SCRIPTS):
@@ -116,7 +116,7 @@ def refuse_another(site: Path, digest: str) -> None:
         raise UsageError(f"{site} lacks files, or is damaged; remove it, so that it is made anew") from None
     if shown != digest:
         raise UsageError(
-            f"{site} is the dashboard of another dictionary; choose another folder, or remove it, so that it is made anew"
+            f"{site} is the dashboard of another dictionary; choose another folder, or remove it to have it made anew"
         )
 
 
