@@ -143,7 +143,7 @@ def test_typing_asks_once_after_a_pause_and_keeps_the_address(view):
 def test_what_a_text_is_refused_for_is_shown_as_text(view):
     dom = view(Model(), "#/text?text=wrong", expected="status of 400")
     assert ATTACK.strip().replace("\u202e", r"\u202e") in text(dom)
-    assert '<p class="status wrong" role="status">' in dom
+    assert '<p class="status failed" role="status">' in dom
 
 
 @needs_browser

@@ -1,11 +1,16 @@
-// What the views that ask the model share. The server is sae_jax/pages/explore.py; its answers hold text of strangers and
-// of the model, which enters the page as text nodes only.
+// What the views that ask the model share. The server is sae_jax/pages/explore.py; its answers hold text of strangers
+// and of the model, which enters the page as text nodes only.
 "use strict";
 
 const PAUSE = 120; // ms without a key, after which the model is asked
 
 async function ask(path, content, signal) {
-  const sent = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content), signal };
+  const sent = {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(content),
+    signal,
+  };
   const answer = await fetch(path, content === undefined ? {} : sent).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer; if it has ended, start sae-jax explore again.");
@@ -38,7 +43,10 @@ async function modelOrWhyNot(title) {
   try {
     const about = await told;
     if (!about.noModel) return about;
-    main.replaceChildren(h("h1", null, title), h("p.empty", { role: "alert" }, `No model is at hand: ${about.noModel}`));
+    main.replaceChildren(
+      h("h1", null, title),
+      h("p.empty", { role: "alert" }, `No model is at hand: ${about.noModel}`),
+    );
     return null;
   } catch (error) {
     told = null;

@@ -1,5 +1,6 @@
 // #/chat?latent=12&scale=5...    a conversation with an instruct model, steered and not. Both sides get the reader's
-// messages; each goes on with its own answers. The conversation ends with the page: only its settings are in the address.
+// messages; each goes on with its own answers. The conversation ends with the page, and only its settings are in the
+// address.
 "use strict";
 
 const turns = []; // {user, unsteered, steered}, of which both sides have an answer
@@ -11,11 +12,12 @@ addView("chat", "Chat", async (given) => {
 });
 
 function showChat(given, about) {
-  if (about.noChat) return cannotSteer("Chat", `${about.noChat}; with a dictionary of an instruct model you can chat here.`);
+  if (about.noChat)
+    return cannotSteer("Chat", `${about.noChat}; with a dictionary of an instruct model you can chat here.`);
   if (about.noSteering) return cannotSteer("Chat", about.noSteering);
   const message = h("textarea", { rows: "3" });
   const settings = steering("chat", given, about, () => ({}));
-  const alert = h("p.status.wrong", { role: "alert" });
+  const alert = h("p.status.failed", { role: "alert" });
   const log = h("div.turns", null, ...turns.map((turn) => turn.node));
   const buttons = buttonsOf("Send", "Enter", send);
   const clear = button("Start over", {}, () => {
@@ -32,11 +34,15 @@ function showChat(given, about) {
   });
   main.replaceChildren(
     h("h1", null, "Chat"),
-    h("p.soft", null, "Both sides get your messages, and each goes on with its own answers. Steering holds for the whole ",
-      "conversation, at every token but the special ones of the chat template; what you change counts from the next message."),
+    h(
+      "p.soft",
+      null,
+      "Both sides get your messages, and each goes on with its own answers. Steering holds for the whole ",
+      "conversation, at every token but the special ones of the chat template; what you change counts from the next message.",
+    ),
     h("div.card", null, ...settings.panel),
     log,
-    h("div.card", null, box, h("div.acts", null, buttons.begin, buttons.stop, clear, alert)),
+    h("div.card", null, box, h("div.tools", null, buttons.begin, buttons.stop, clear, alert)),
   );
 
   async function send() {
@@ -44,7 +50,10 @@ function showChat(given, about) {
     if (!user.trim()) return;
     try {
       const told = (side) => [
-        ...turns.flatMap((turn) => [{ role: "user", content: turn.user }, { role: "assistant", content: turn[side] }]),
+        ...turns.flatMap((turn) => [
+          { role: "user", content: turn.user },
+          { role: "assistant", content: turn[side] },
+        ]),
         { role: "user", content: user },
       ];
       const content = { unsteered: told("unsteered"), steered: told("steered"), ...settings.asked() };

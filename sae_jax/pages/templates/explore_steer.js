@@ -1,4 +1,5 @@
-// #/steer?latent=12&scale=5&how=clamp&prompt=...    what the model writes with latents set, beside what it writes without.
+// #/steer?latent=12&scale=5&how=clamp&prompt=...    what the model writes with latents set, beside what it writes
+// without.
 "use strict";
 
 const WAYS = {
@@ -47,14 +48,22 @@ function steering(view, given, about, more) {
   function row(each) {
     const latent = numberField(each.latent, { min: 0, max: index.nLatents - 1, step: 1 });
     const scale = numberField(each.scale, { step: "any" });
-    const said = h("span.said", null);
+    const said = h("span.setting", null);
     const say = () => {
       const most = each.latent === "" ? 0 : largest(each.latent);
       const value = way.value === "norm" ? "" : ` = ${number(each.scale * most)}, its max is ${number(most)}`;
-      said.replaceChildren(...(each.latent === "" ? [] : most ? [latentLink(each.latent), value, " ", ...saidOf(each.latent)]
-        : ["not active in the sample"]));
+      said.replaceChildren(
+        ...(each.latent === ""
+          ? []
+          : most
+            ? [latentLink(each.latent), value, " ", ...saidOf(each.latent)]
+            : ["not active in the sample"]),
+      );
     };
-    latent.addEventListener("input", () => ((each.latent = latent.value === "" ? "" : Number(latent.value)), say(), write()));
+    latent.addEventListener(
+      "input",
+      () => ((each.latent = latent.value === "" ? "" : Number(latent.value)), say(), write()),
+    );
     scale.addEventListener("input", () => ((each.scale = Number(scale.value)), say(), write()));
     say();
     const remove = button("Remove", { "aria-label": `Remove latent ${each.latent}` }, () => {
@@ -69,34 +78,45 @@ function steering(view, given, about, more) {
   }
 
   function draw() {
-    list.replaceChildren(...rows.map(row), button("Add a latent", {}, () => {
-      rows.push({ latent: "", scale: 5 });
-      draw();
-      [...list.querySelectorAll(".latent-set")].at(-1).querySelector("input").focus();
-    }));
+    list.replaceChildren(
+      ...rows.map(row),
+      button("Add a latent", {}, () => {
+        rows.push({ latent: "", scale: 5 });
+        draw();
+        [...list.querySelectorAll(".latent-set")].at(-1).querySelector("input").focus();
+      }),
+    );
     meaning.textContent = WAYS[way.value][1];
     normField.hidden = way.value !== "norm";
   }
 
   function write() {
     const query = new URLSearchParams();
-    for (const { latent, scale } of rows) if (latent !== "") query.append("latent", latent), query.append("scale", scale);
+    for (const { latent, scale } of rows)
+      if (latent !== "") (query.append("latent", latent), query.append("scale", scale));
     if (way.value !== about.hows[0]) query.set("how", way.value);
     if (way.value === "norm") query.set("norm", norm.value);
-    for (const [name, , control] of settings) if (Number(control.value) !== SETTINGS[name][1]) query.set(name, control.value);
+    for (const [name, , control] of settings)
+      if (Number(control.value) !== SETTINGS[name][1]) query.set(name, control.value);
     for (const [name, value] of Object.entries(more())) query.set(name, value);
     keep(view, query);
   }
 
   function asked() {
-    const latents = rows.filter(({ latent }) => latent !== "").map(({ latent, scale }) => {
-      const most = largest(latent);
-      if (!most) throw new Error(`Latent ${latent} is not active in the sample, so that it has no largest value to be set in; choose another.`);
-      return { latent, value: way.value === "norm" ? most : scale * most };
-    });
+    const latents = rows
+      .filter(({ latent }) => latent !== "")
+      .map(({ latent, scale }) => {
+        const most = largest(latent);
+        if (!most)
+          throw new Error(
+            `Latent ${latent} is not active in the sample, so that it has no largest value to be set in; choose another.`,
+          );
+        return { latent, value: way.value === "norm" ? most : scale * most };
+      });
     if (!latents.length) throw new Error("Name at least one latent by its number.");
     const [n, temperature, seed] = settings.map(([, title, control]) => {
-      if (control.value === "" || !control.checkValidity()) throw new Error(`${title}: ${control.validationMessage || "give a number"}`);
+      if (control.value === "" || !control.checkValidity())
+        throw new Error(`${title}: ${control.validationMessage || "give a number"}`);
       return Number(control.value);
     });
     return { latents, how: way.value, norm: Number(norm.value), n_tokens: n, temperature, seed };
@@ -121,11 +141,20 @@ function numberField(value, attributes) {
 function columns(which, ...begin) {
   const parts = Object.entries(SIDES).map(([side, title]) => {
     // A long text is scrolled, by keys too.
-    const text = h("p.written", { "dir": "auto", "tabindex": "0" }, ...begin.map((node) => node.cloneNode(true)));
+    const text = h("p.written", { dir: "auto", tabindex: "0" }, ...begin.map((node) => node.cloneNode(true)));
     const end = h("small", { role: "status" });
-    return { side, text, end, said: "", node: h("section", { "aria-label": title + which }, h("h2", null, title, " ", end), text) };
+    return {
+      side,
+      text,
+      end,
+      said: "",
+      node: h("section", { "aria-label": title + which }, h("h2", null, title, " ", end), text),
+    };
   });
-  return { node: h("div.two.sides", null, ...parts.map((part) => part.node)), of: Object.fromEntries(parts.map((p) => [p.side, p])) };
+  return {
+    node: h("div.two.sides", null, ...parts.map((part) => part.node)),
+    of: Object.fromEntries(parts.map((p) => [p.side, p])),
+  };
 }
 
 // A button that begins to write, and one that stops it. The first keeps the focus while it can do nothing.
@@ -179,7 +208,7 @@ function showSteer(given, about) {
   const prompt = h("textarea", { rows: "4", spellcheck: "false" });
   prompt.value = given.get("prompt") ?? PROMPT;
   const settings = steering("steer", given, about, () => ({ prompt: prompt.value }));
-  const alert = h("p.status.wrong", { role: "alert" });
+  const alert = h("p.status.failed", { role: "alert" });
   const result = h("div", null);
   const buttons = buttonsOf("Write", "Control+Enter", write);
   prompt.addEventListener("input", settings.write);
@@ -188,7 +217,13 @@ function showSteer(given, about) {
   });
   main.replaceChildren(
     h("h1", null, "Steering"),
-    h("div.card", null, ...settings.panel, field("Prompt", prompt), h("div.acts", null, buttons.begin, buttons.stop, alert)),
+    h(
+      "div.card",
+      null,
+      ...settings.panel,
+      field("Prompt", prompt),
+      h("div.tools", null, buttons.begin, buttons.stop, alert),
+    ),
     result,
   );
 
@@ -198,7 +233,8 @@ function showSteer(given, about) {
       const written = columns("", h("span.prompt", null, running(prompt.value)));
       result.replaceChildren(written.node);
       await writeInto(written, content, buttons, alert);
-      for (const part of Object.values(written.of)) if (part.said) part.node.append(latentsOf(prompt.value + part.said));
+      for (const part of Object.values(written.of))
+        if (part.said) part.node.append(latentsOf(prompt.value + part.said));
     } catch (error) {
       alert.textContent = error.message;
     }
