@@ -20,11 +20,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import jax
 import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from sae_jax import lm
+from sae_jax import lm, mesh
 from sae_jax.activations.forward import Hooks, hook_of, read_hooks
 from sae_jax.activations.store import ActivationSet
 from sae_jax.evaluation.base import NORMAL_QUANTILE
@@ -127,6 +128,8 @@ def subject(
         loaded = load_model(activations, reference, split)
     if next(iter(sources)).model_digest not in (None, loaded.digest):
         say_or_refuse(f"the weights of {reference} are not those that the dictionary was trained on", model, "model")
+    if split > 1 and isinstance(loaded, lm.LanguageModel):  # which is steered with the dictionary on its devices
+        sae = jax.device_put(sae, mesh.everywhere(loaded.params["embed"]))
     tokenizer = lm.tokenizer(reference, loaded.spec.n_vocab, recorded=True)
     first = None if activations is None else activations.spec.first_token
     x, y = (

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import lm
+from sae_jax import lm, mesh
 from sae_jax.activations.store import ActivationSet
 from sae_jax.evaluation.prompts import MIN_ROOM, Subject
 from sae_jax.evaluation.text import spread_chunks
@@ -129,10 +129,11 @@ def write(
     check(subject, latents, how)
     model = subject.model
     assert isinstance(model, lm.LanguageModel)
-    generate = partial(lm.generate, model, jnp.asarray(ids_PT), n_new, jax.random.key(seed), temperature=temperature)
+    ids = jax.device_put(ids_PT, mesh.everywhere(model.params["embed"]))
+    generate = partial(lm.generate, model, ids, n_new, jax.random.key(seed), temperature=temperature)
     steered = [(scale, _steered(subject, ids_PT, latents, scale, largest_L, how)) for scale in scales]
     written = [(None, generate()), *((scale, generate(**settings)) for scale, settings in steered)]
-    return [(scale, _checked(np.asarray(ids)[:, ids_PT.shape[1] :])) for scale, ids in written]
+    return [(scale, _checked(np.asarray(whole)[:, ids_PT.shape[1] :])) for scale, whole in written]
 
 
 def stream(
@@ -163,7 +164,7 @@ def stream(
         steered = _steered(subject, filled_1T, [*latents, *unused], scale, largest, how)
     written = lm.stream(
         model,
-        jnp.asarray(filled_1T),
+        jax.device_put(filled_1T, mesh.everywhere(model.params["embed"])),
         n_new,
         jax.random.key(seed),
         temperature=temperature,
@@ -184,7 +185,7 @@ def _steered(
     """What `lm.stream` is given to steer with. NO_LATENT among the latents changes nothing."""
     sae, model = subject.sae, subject.model
     assert isinstance(model, lm.LanguageModel)
-    keep_PT = jnp.asarray(~np.isin(ids_PT, subject.tokenizer.special_ids))
+    keep_PT = ~np.isin(ids_PT, subject.tokenizer.special_ids)
     indices_L = jnp.asarray(latents, jnp.int32)
     edits, rows, first = {}, [], 0
     for at, hook in enumerate(subject.reconstructed):
@@ -192,11 +193,11 @@ def _steered(
         rows.append(jnp.where(indices_L[:, None] < 0, 0.0, sae.w_dec[indices_L, first : first + width]))
         first += width
         edits[hook] = _edit(how, at)
-    values_L = jnp.asarray(scale * largest_L)
+    values_L = scale * largest_L
     args = {"sae": sae, "latents": indices_L, "values": values_L, "keep": keep_PT, "rows": rows}
     if how == "norm":
-        args = {"multiple": jnp.float32(scale), "largest": jnp.asarray(largest_L), "keep": keep_PT, "rows": rows}
-    return {"edits": edits, "edit_args": args}
+        args = {"multiple": jnp.float32(scale), "largest": largest_L, "keep": keep_PT, "rows": rows}
+    return {"edits": edits, "edit_args": jax.device_put(args, mesh.everywhere(model.params["embed"]))}
 
 
 def _checked(new: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ function showChat(given, about) {
       "p.soft",
       null,
       "Both sides get your messages, and each goes on with its own answers. Steering holds for the whole ",
-      "conversation, at every token but the special ones of the chat template; what you change counts from the next message.",
+      "conversation, at all tokens but the special ones of the template; what you change counts from the next message.",
     ),
     h("div.card", null, ...settings.panel),
     log,

@@ -109,7 +109,7 @@ function steering(view, given, about, more) {
         const most = largest(latent);
         if (!most)
           throw new Error(
-            `Latent ${latent} is not active in the sample, so that it has no largest value to be set in; choose another.`,
+            `Latent ${latent} is not active in the sample, so it has no largest value; choose another.`,
           );
         return { latent, value: way.value === "norm" ? most : scale * most };
       });

@@ -171,7 +171,9 @@ function showText(given, about) {
     const pairs = found.atTokens[at];
     const rows = [];
     for (let i = 0; i < pairs.length; i += 2)
-      rows.push(latentRow(pairs[i], "token", h("td.number", null, number(pairs[i + 1]), bar(pairs[i + 1], 0, pairs[1]))));
+      rows.push(
+        latentRow(pairs[i], "token", h("td.number", null, number(pairs[i + 1]), bar(pairs[i + 1], 0, pairs[1]))),
+      );
     const n = found.nActive[at];
     const note = n > rows.length ? `the ${rows.length} strongest of ${COUNT.format(n)}` : `${n} active`;
     const heads = [
