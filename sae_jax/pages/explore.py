@@ -81,6 +81,7 @@ def explore(
         UsageError: something else at `site`, or the dashboard of another dictionary; a port that is taken.
     """
     with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(port))  # first, since all else takes minutes
         if site is None:
             site = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-jax-"))) / "site"
         site = Path(site)
@@ -96,7 +97,7 @@ def explore(
             console.print(f"pages are without texts, steering and chat: {why_not}")
         for program in explorer.warm_up() if explorer else ():
             console.print(f"warming up: {program} ...")
-        address, thread = stack.enter_context(serving(site, title, about(d.record), explorer, why_not, port))
+        address, thread = stack.enter_context(serving(listening, site, title, about(d.record), explorer, why_not))
         console.print(f"{address}\nopen this address in a browser; Ctrl-C ends it")
         try:
             wait_for(thread)
@@ -135,26 +136,28 @@ def _subject(d: Dictionary, data: str | None, model: str | None, split: int) -> 
     return prompts.subject(d.sae, d.record, activations, model, split)
 
 
+def listen(port: int) -> socket.socket:
+    """A socket at this port of this machine, 0 for any that is free. UsageError if it is taken."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise UsageError(f"--port={port} cannot be used ({storage.one_line(error)}); leave it out for any") from None
+
+
 @contextlib.contextmanager
 def serving(
-    site: Path, title: str, about: str, explorer: Explorer | None, why_not: str = "", port: int = 0
+    listening: socket.socket, site: Path, title: str, about: str, explorer: Explorer | None, why_not: str = ""
 ) -> Iterator[tuple[str, threading.Thread]]:
     """A server on this machine: its address, and the thread that it runs in, to its end.
 
     Args:
+        listening: where readers connect.
         site: folder of the dashboard.
         title: what the pages are headed with.
         about: the dictionary in a line.
         explorer: of its language model; None: there is none, and
         why_not: says why.
-        port: to listen on; 0: any that is free.
-
-    Raises UsageError for a port that is taken.
     """
-    try:
-        listening = socket.create_server(("127.0.0.1", port))
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"--port={port} cannot be used ({storage.one_line(error)}); leave it out for any") from None
     token = secrets.token_urlsafe(24)
     model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
     app = guard.Guard(
@@ -170,7 +173,6 @@ def serving(
     finally:
         server.should_exit = True
         thread.join()
-        listening.close()
         model_thread.shutdown(cancel_futures=True)
 
 

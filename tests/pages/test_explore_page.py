@@ -12,6 +12,7 @@ from sae_jax.pages import dashboard, explore
 from sae_jax.types import UserError
 from tests.pages import test_dashboard
 from tests.pages.test_dashboard import DEAD, DENSE, FAR, PWN, TOKENS, needs_browser, text
+from tests.pages.test_explore import serving
 
 ATTACK = f'</script><img src=x onerror="{PWN}"><b>bold</b>${{1}} \u202e'
 
@@ -86,7 +87,7 @@ def view(folder):
         page = dashboard.page_html("t", "about", [*explore.SCRIPTS, "drive.js"], explore.STYLES)
         (folder / "driven.html").write_text(page)
         why_not = "" if model else ATTACK
-        with explore.serving(folder, "t", "about", model, why_not) as (address, _):
+        with serving(folder, "t", "about", model, why_not) as (address, _):
             return test_dashboard.browse(folder, route, url=f"{address}driven.html", expected=expected)
 
     return show
