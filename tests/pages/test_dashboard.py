@@ -317,7 +317,7 @@ def browse(site, route="", *, drive="", url=None, expected="(?!)"):
     url = url or f"file://{site}/{'driven' if drive else 'index'}.html"
     profile = site.parent / "profile"
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=20000"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", "--dump-dom", url + route]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)
     shutil.rmtree(profile, ignore_errors=True)

@@ -67,7 +67,7 @@ def view(folder):
     def show(model, route, drive="", expected="(?!)"):
         later = f"""addEventListener("load", async () => {{
             const wait = (ms = 250) => new Promise((done) => setTimeout(done, ms));
-            const until = async (isSo) => {{ for (let i = 0; i < 60 && !isSo(); i++) await wait(50); }};
+            const until = async (isSo) => {{ for (let i = 0; i < 300 && !isSo(); i++) await wait(50); }};
             const ended = () => [...document.querySelectorAll(".sides small")]
                 .every((end) => /tokens/.test(end.textContent));
             const type = (to, value) => {{

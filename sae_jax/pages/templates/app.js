@@ -137,5 +137,6 @@ document.addEventListener("DOMContentLoaded", async () => {
   // Of a million latents they take a second: the table stands there before.
   await script("labels.js").catch((error) => say(error.message));
   listed = { key: null, rows: [] };
-  await render();
+  const { latent, name } = route();
+  if (latent !== null || ["", "lists", "compare"].includes(name)) await render(); // in others readers type
 });

@@ -61,6 +61,8 @@ function running(text) {
 
 // What stands for a latent beside its number: its label, or the tokens that it fires on.
 function saidOf(latent) {
+  const label = labels.get(latent);
+  if (label) return [h("span", { dir: "auto" }, visibleText(label))];
   const row = rowOf(latent);
   if (row === undefined) return [];
   return chips(idsAt(index.topTokens, row));
