@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         explain,
         find,
         quality,
+        report,
         steer,
     )
 
@@ -75,6 +76,7 @@ __all__ = [
     "plan",
     "push",
     "quality",
+    "report",
     "save",
     "steer",
     "sweep",
@@ -105,7 +107,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("active", "attribute", "causal_tree", "collect", "dashboard"),
-            *("evaluate", "explain", "find", "quality", "steer"),
+            *("evaluate", "explain", "find", "quality", "report", "steer"),
         ),
         "sae_jax.uses",
     ),

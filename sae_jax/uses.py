@@ -30,6 +30,7 @@ from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
 from sae_jax.interchange import hub, publish
+from sae_jax.pages.reports import write as reports
 from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.scaling import quality as trends
@@ -372,6 +373,24 @@ def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, st
     """A dictionary, and what pages are headed with."""
     d = _load(dictionary, ema)
     return d, d.record.variant if isinstance(dictionary, Dictionary) else Path(dictionary).resolve().name
+
+
+def report(*paths: StrPath, out: StrPath | None = None) -> Path:
+    """Write a page about a run, a sweep or dictionaries: curves, laws, tables and figures in one file; returns it.
+
+    Args:
+        paths: folder of a run, of a sweep or of a saved dictionary; several runs or dictionaries are compared.
+        out: the file; None: report.html in the folder, if it is one.
+    """
+    folders = [*dict.fromkeys(Path(path) for path in paths)]
+    if not folders:
+        raise UsageError("report() was given nothing; name a run, a sweep or a saved dictionary")
+    if len(folders) > 1 and out is None:
+        raise UsageError(f"{len(folders)} folders are compared in one page; say where it goes, with out")
+    file = folders[0] / "report.html" if out is None else Path(out)
+    members = {folder: sweep_run.member_folders(folder) for folder in folders if reports.is_sweep(folder)}
+    reports.write_report(folders, members, file)
+    return file
 
 
 def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:

@@ -22,8 +22,9 @@ from sae_jax.commands.show import print_table
 from sae_jax.evaluation import baselines
 from sae_jax.evaluation.evaluate import on_rows
 from sae_jax.evaluation.text import held_out
+from sae_jax.pages.about import about
 from sae_jax.pages.curves import plot_training
-from sae_jax.pages.site import about, write_site
+from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.run import TrainJob

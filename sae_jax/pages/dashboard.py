@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,18 @@ def refuse_to_overwrite(out_dir: Path) -> None:
     """UsageError if there is something at `out_dir` that is not a dashboard."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
-    page = out_dir / "index.html"
-    if not (page.is_file() and f'content="{_GENERATOR}"' in page.read_text(errors="replace")):
+    if not is_dashboard(out_dir / "index.html"):
         raise UsageError(f"{out_dir} exists and is not a dashboard; choose another folder or remove it")
+
+
+def is_dashboard(page: Path, about: str = "") -> bool:
+    """Whether a file is the page of a dashboard, and of what is told in these words if some are given."""
+    text = page.read_text(errors="replace") if page.is_file() else ""
+    return (
+        f'content="{_GENERATOR}"' in text and f">{escape(about)}</span>" in text
+        if about
+        else f'content="{_GENERATOR}"' in text
+    )
 
 
 @dataclass(frozen=True)

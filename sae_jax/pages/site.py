@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,11 @@ from sae_jax.artifact import Dictionary
 from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
+from sae_jax.pages.about import about, without_folders
 from sae_jax.pages.dashboard import Site, refuse_to_overwrite, write_dashboard
 from sae_jax.pages.latents import Subject
 from sae_jax.progress import Progress, say_once
-from sae_jax.record import Record, SourceRecord
 from sae_jax.types import UsageError, check_indices
-
-# The folders of an absolute path inside other text: "hf:/home/...", "base=/home/...".
-_FOLDERS = re.compile(r"(?<![^\s:=,])/(?!/)(?:[^/\s]+/)+")
 
 
 def write_site(
@@ -116,7 +111,7 @@ def _site(
         if description.in_table and name in record.metrics
     ]
     tokens = vocabulary.tokens(range(vocabulary.size))
-    return Site(subject, tokens, title, about(record), metrics, config=_without_folders(record.to_json()))
+    return Site(subject, tokens, title, about(record), metrics, config=without_folders(record.to_json()))
 
 
 def _effects(target: SourceSpec, activations: ActivationSet, model: str | None, split: int) -> Any:
@@ -141,33 +136,6 @@ def _effects(target: SourceSpec, activations: ActivationSet, model: str | None, 
 def _lengths(sequences: np.ndarray, padding: int) -> np.ndarray:
     """i64[n]: tokens of each sequence i32[n, T] without the padding at its end."""
     return sequences.shape[1] - (sequences[:, ::-1] != padding).argmax(axis=1)
-
-
-def about(record: Record) -> str:
-    """The dictionary in a line: "topk, 1,024 latents, k = 16, of resid_post.2 of bundled"."""
-    n_active = record.sae.get("k")
-    size = f"{record.variant}, {record.sae['n_latents']:,} latents{f', k = {n_active}' if n_active else ''}"
-    x, y = (_named(sources) for sources in (record.encodes, record.reconstructs))
-    return f"{size}, of {x}" if x == y else f"{size}, from {x} to {y}"
-
-
-def _named(sources: Sequence[SourceRecord]) -> str:
-    """Sources, and the language models that they come from."""
-    models = {source.model: None for source in sources}
-    names = " + ".join(source.name for source in sources)
-    known = [_without_folders(model) for model in models if model]
-    return f"{names} of {' and '.join(known)}" if known else names
-
-
-def _without_folders(value: Any) -> Any:
-    """A JSON value in which absolute paths are names alone: where its author keeps files is nobody's business."""
-    if isinstance(value, dict):
-        return {key: _without_folders(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    return Path(value).name if os.path.isabs(value) else _FOLDERS.sub("", value)
 
 
 def _logit_effects(

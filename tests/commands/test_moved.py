@@ -9,7 +9,7 @@ import pytest
 
 import sae_jax
 from sae_jax.commands import main as cli
-from sae_jax.pages.site import _without_folders
+from sae_jax.pages.about import without_folders
 
 pytestmark = pytest.mark.usefixtures("in_process", "one_device")
 
@@ -159,4 +159,4 @@ def test_a_page_names_no_folder_of_its_author(made, tmp_path, monkeypatch):
     assert str(made.parent.parent) not in written
     values = ["/home/x/t.txt", "hf:/home/x/data:train", "base=/home/x/lm, other=/y/z", "https://a.b/c", "1/2", "a / b"]
     shown = ["t.txt", "hf:data:train", "base=lm, other=z", "https://a.b/c", "1/2", "a / b"]
-    assert _without_folders(values) == shown
+    assert without_folders(values) == shown
