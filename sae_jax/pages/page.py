@@ -77,10 +77,11 @@ class Charts:
 
 @dataclass(frozen=True)
 class Lines:
-    """Sentences, one a line."""
+    """Sentences, one a line, under a small heading if there is one."""
 
     kind: ClassVar[str] = "lines"
     lines: Sequence[str]
+    heading: str = ""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def charts(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[Chart]
         if same := _throughout(lines):
             constant.append(f"{quantity.label}: {same} throughout.")
         else:
-            drawn.append(_chart(quantity, lines))
+            drawn.append(_chart(quantity, lines, [*logs]))
     return drawn, constant
 
 
@@ -79,13 +79,15 @@ def _throughout(lines: Mapping[str, np.ndarray]) -> str:
     return units.number(high) if high - low <= 1e-9 * max(abs(high), abs(low)) else ""
 
 
-def _chart(quantity: Quantity, lines: Mapping[str, np.ndarray]) -> Chart:
+def _chart(quantity: Quantity, lines: Mapping[str, np.ndarray], labels: Sequence[str]) -> Chart:
+    """`labels`: of all dictionaries, so that each has its colour in every chart."""
     from matplotlib import ticker
 
     figure = figures.new(*SIZE)
     axes = figure.subplots()
     is_thinned = any(len(line) > MOST for line in lines.values())
-    for i, (label, line) in enumerate(lines.items()):
+    for label, line in lines.items():
+        i = labels.index(label)
         style = {"color": f"C{i % N_LINES}", "linestyle": ("-", "--", ":", "-.")[i // N_LINES % 4]}
         x, y, low, high = _thinned(line / (1e6, 1))
         axes.plot(x, y, linewidth=1.4, label=figures.plain(label), marker="." if len(x) < 30 else "", **style)
@@ -103,10 +105,10 @@ def _chart(quantity: Quantity, lines: Mapping[str, np.ndarray]) -> Chart:
             axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=" "))
     if quantity.axis == "share":
         axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-    if len(lines) > 1:
+    if len(labels) > 1:
         columns = 2 if max(map(len, lines)) < 22 else 1
         figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    note = _ends(quantity, lines)
+    note = _ends(quantity, lines, len(labels) == 1)
     if is_thinned:
         note += f" More than {MOST} steps are logged: the line is the median of each stretch, the band its range."
     said = f"{quantity.label} against training tokens. {note}"
@@ -114,7 +116,7 @@ def _chart(quantity: Quantity, lines: Mapping[str, np.ndarray]) -> Chart:
     return Chart.of(figure, caption, said, note)
 
 
-def _ends(quantity: Quantity, lines: Mapping[str, np.ndarray]) -> str:
+def _ends(quantity: Quantity, lines: Mapping[str, np.ndarray], is_alone: bool) -> str:
     """What is read off at the end of the lines, in words."""
 
     def written(value: float) -> str:
@@ -122,13 +124,16 @@ def _ends(quantity: Quantity, lines: Mapping[str, np.ndarray]) -> str:
             return f"{value:.3g}" if value == 0 else f"{value:.2%}"
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
-    if len(lines) == 1:
+    if is_alone:
         ((_, line),) = lines.items()
         lowest, highest = line[:, 1].min(), line[:, 1].max()
         return (
             f"{written(line[0, 1])} at {line[0, 0]:,.0f} tokens, {written(line[-1, 1])} at {line[-1, 0]:,.0f}; "
             f"between {written(lowest)} and {written(highest)}."
         )
+    if len(lines) == 1:
+        ((label, line),) = lines.items()
+        return f"Of {label} alone: {written(line[-1, 1])} at the end."
     ends = sorted((line[-1, 1], label) for label, line in lines.items())
     return f"At the end from {written(ends[0][0])} ({ends[0][1]}) to {written(ends[-1][0])} ({ends[-1][1]})."
 

@@ -58,7 +58,6 @@ def of_sweep(folder: Path, members: Mapping[str, Path], out: Path) -> Page:
         sections.append(Section("Members", [Table(told, columns, rows, is_sortable=True)]))
     if (study := _study(folder, points, warnings)) is not None:
         sections += _laws(study)
-        warnings += [without_folders(warning) for warning in study.warnings]
     sections += _trends(folder, members, warnings)
     variants = sorted({point.variant for point in points})
     sites = sorted({" + ".join(point.config.get("sites", {}).get("x", [])) for point in points} - {""})
@@ -174,13 +173,12 @@ def _laws(study: Study) -> Iterator[Section]:
     for name, formula in report.FORMULAS.items():
         if name in study.laws:
             fitted = study.laws[name]
-            sentences = [line[0].upper() + line[1:] + "." for line in (formula, *report.remarks(fitted)) if line]
+            remarks = [line[0].upper() + line[1:] + "." for line in report.remarks(fitted) if line]
             rows = [list(row) for row in report.coefficients(fitted.law)]
-            told = f"{NAMES[name][0]} Coefficients, with intervals of 90 %"
-            parts += [
-                Table(told, ("coefficient", "value", "interval"), rows),
-                Lines([_in_words(name, fitted), *sentences]),
-            ]
+            columns = ("coefficient", "value", "interval of 90 %")
+            parts += [Lines([_in_words(name, fitted)], NAMES[name][0]), Table(formula, columns, rows), Lines(remarks)]
+    if study.warnings:
+        parts.append(Lines(study.warnings, "What the fit warns of, and what it leaves out"))
     yield Section("Laws", parts)
     charts = []
     for name, question, figure in plots.drawn(study, SIZE, for_page=True):
@@ -200,7 +198,7 @@ def _laws(study: Study) -> Iterator[Section]:
             ]
             for budget in study.budgets
         ]
-        columns = ("FLOP", "widths", "best width", "FVU there", "")
+        columns = ("FLOP", "widths", "best width", "FVU there", "remark")
         yield Section("Budgets", [Table("The best width of each budget", columns, rows, is_sortable=True)])
 
 
