@@ -349,8 +349,9 @@ def dashboard(
     split: int = 1,
     store: StrPath | None = None,
     beside: Dictionary | StrPath | None = None,
+    format: str = "site",
 ) -> Path:
-    """Write a static site of a dictionary's latents; returns the page to open.
+    """Write a static site of a dictionary's latents; returns the page to open, or the folder of another format.
 
     Args:
         dictionary: as `sae_jax.load` gives it, or its folder.
@@ -362,11 +363,12 @@ def dashboard(
         split: devices of this process that the language model is split over.
         store: where `collect` keeps the activations of the sample; those that are there are not made again.
         beside: another dictionary to compare with: which of its latents are like each, in decoder and in firing.
+        format: site, or what other programs read: neuronpedia, saedashboard or circuit-tracer (pages/exports).
     """
     shown, model = _titled(dictionary, ema), model and lm.resolve(model)
     other = None if beside is None else _titled(beside, ema)
-    write_site(*shown, out, data, model, tokens, split, store, other)
-    return Path(out) / "index.html"
+    write_site(*shown, out, data, model, tokens, split, store, other, format)
+    return Path(out) / "index.html" if format == "site" else Path(out)
 
 
 def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, str]:

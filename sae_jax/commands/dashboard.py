@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -36,6 +36,8 @@ class Dashboard:
     """folder of `sae-jax collect` with the activations to show; what is missing there is made. Default: none is kept"""
     beside: str | None = None
     """another dictionary to compare with: pages of both, and which of its latents are like each"""
+    format: Literal["site", "neuronpedia", "saedashboard", "circuit-tracer"] = "site"
+    """the site, or files of what it shows for another program: docs/reports.md says who reads them"""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -46,6 +48,6 @@ def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
     gpu.warn_of_idle_gpu()
-    settings = {name: getattr(command, name) for name in ("data", "model", "tokens", "ema", "split", "store", "beside")}
-    uses.dashboard(command.run, command.out, **settings)
-    console.print(f"{Path(command.out) / 'index.html'}")
+    names = ("data", "model", "tokens", "ema", "split", "store", "beside", "format")
+    written = uses.dashboard(command.run, command.out, **{name: getattr(command, name) for name in names})
+    console.print(f"{written}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,6 +120,13 @@ class Page:
     warnings: Sequence[str] = ()  # what is unfinished, damaged or missing
     links: Sequence[tuple[str, str]] = ()  # text and address, relative to the page
     sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def filled(table: Table) -> Table:
+    """A table without the columns in which nothing stands."""
+    kept = [i for i in range(len(table.columns)) if any(row[i] != "" for row in table.rows)]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from sae_jax.artifact import Dictionary
 from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
+from sae_jax.pages import export
 from sae_jax.pages.about import about, without_folders
 from sae_jax.pages.dashboard import Site, refuse_to_overwrite, write_dashboard
 from sae_jax.pages.latents import Subject
@@ -36,8 +37,9 @@ def write_site(
     split: int = 1,
     store: str | os.PathLike[str] | None = None,
     beside: tuple[Dictionary, str] | None = None,
+    format: str = export.SITE,
 ) -> None:
-    """Write the site.
+    """Write the site, or files of what it shows for another program.
 
     Args:
         d: the dictionary.
@@ -51,12 +53,19 @@ def write_site(
             latents that `explain` left there are shown.
         beside: another dictionary to compare with, and its title; it is shown on the same set if that has its sources,
             else on its own.
+        format: a name of `export.formats()`.
 
     Raises:
-        UsageError: a set without text, another store at `store`, or something at `out` that is not a dashboard.
+        UsageError: a set without text, another store at `store`, something at `out` that is not a dashboard, a format
+            that does not exist or has no place for the dictionary, or one that shows none beside it.
         HeldError: another process writes a dashboard there.
     """
-    refuse_to_overwrite(Path(out))
+    if format == export.SITE:
+        refuse_to_overwrite(Path(out))
+    else:
+        export.check(format, d.record, Path(out))
+        if beside is not None:
+            raise UsageError(f"format {format} has no place for a dictionary beside; export each by itself")
     with storage.lease_of_folder(out) as lease, contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         activations = open_set(d.record, data)
@@ -69,6 +78,9 @@ def write_site(
             other = _site(other_d, other_title, on, model, n_tokens, split, f"{scratch}/beside")
         total = site.subject.table.n_latents + (other.subject.table.n_latents if other else 0)
         with Progress("dashboard", total, "latents", first="") as progress:
+            if format != export.SITE:
+                export.write(format, Path(out), export.Exported(site, d.record), progress.update, lease)
+                return
             write_dashboard(Path(out), site, other, progress=progress.update, lease=lease)
 
 

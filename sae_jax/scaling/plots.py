@@ -13,6 +13,7 @@ from sae_jax.scaling import fit
 from sae_jax.scaling.laws import Fitted, Study
 
 FVU = "FVU of held-out rows, share of variance"
+LABEL_INCHES = 0.19  # that a line of a legend takes
 N_WIDTHS = 6  # curves of the joint law that are told apart by colour
 
 
@@ -33,7 +34,7 @@ def drawn(
 
     Args:
         study: the fitted table.
-        size: of a figure, in inches.
+        size: of a figure, in inches; legends that stand beneath come on top of it.
         for_page: without the question, which the page asks, and with the legend beneath, where it covers nothing.
     """
     for name, paint in PAINTERS.items():
@@ -51,9 +52,12 @@ def drawn(
         if for_page:
             axis.set_title("")
             axis.set_ylabel(axis.get_ylabel(), fontsize=9)
-        if axis.get_legend_handles_labels()[0] and for_page:
-            figure.legend(loc="outside lower center", fontsize=8, frameon=False)
-        elif axis.get_legend_handles_labels()[0]:
+        n_labels = len(axis.get_legend_handles_labels()[1])
+        if n_labels and for_page:
+            columns = 1 if n_labels < 5 else 2
+            figure.set_size_inches(size[0], size[1] + LABEL_INCHES * -(-n_labels // columns))
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        elif n_labels:
             axis.legend(fontsize=8)
         yield name, question, figure
 

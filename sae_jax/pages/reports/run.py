@@ -17,7 +17,7 @@ from sae_jax.evaluation.evaluate import descriptions
 from sae_jax.pages import evaluation
 from sae_jax.pages.about import about, without_folders
 from sae_jax.pages.dashboard import is_dashboard
-from sae_jax.pages.page import Cell, Charts, Facts, Lines, Page, Part, Section, Settings, Table
+from sae_jax.pages.page import Cell, Charts, Facts, Lines, Page, Part, Section, Settings, Table, filled
 from sae_jax.pages.reports.curves import QUANTITIES, charts
 from sae_jax.record import Record, RunRecord
 from sae_jax.training import checkpoint
@@ -84,7 +84,7 @@ def of_members(folders: Mapping[str, Path], title: str, out: Path) -> Page:
         raise UserError(f"{title}: none of its dictionaries can be read: {'; '.join(warnings)}")
     columns = ("dictionary", "variant", "latents", "k", "tokens", *(QUANTITIES[n].label for n in SHOWN), "measured FVU")
     caption = "Dictionaries; quantities are of the last logged step"
-    sections = [Section("Dictionaries", [Table(caption, columns, rows, is_sortable=True)])]
+    sections = [Section("Dictionaries", [filled(Table(caption, columns, rows, is_sortable=True))])]
     drawn, constant = charts(logs)
     if drawn or constant:
         sections.append(Section("Training", [Charts(drawn), Lines(constant)]))

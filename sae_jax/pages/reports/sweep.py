@@ -11,20 +11,20 @@ from sae_jax import figures, storage
 from sae_jax.errors import UserError
 from sae_jax.evaluation.evaluate import descriptions
 from sae_jax.pages.about import without_folders
-from sae_jax.pages.page import Cell, Chart, Charts, Lines, Page, Part, Reasons, Section, Table
+from sae_jax.pages.page import Cell, Chart, Charts, Lines, Page, Part, Reasons, Section, Table, filled
 from sae_jax.pages.reports.run import evaluation_of, link, number
 from sae_jax.scaling import fit, laws, plots, quality, report, table
 from sae_jax.scaling.laws import Fitted, Study
 from sae_jax.scaling.table import Point
 
-SIZE = 4.6, 4.2  # inches, of a figure with its legend beneath
+SIZE = 4.6, 3.4  # inches, of a figure without its legend
 FURTHER = {"compute": 10.0, "latents": 4.0, "tokens": 4.0, "lr": 4.0, "best_latents": 10.0}  # times the largest point
 NAMES = {
     "compute": ("What does compute buy?", "compute", "FLOP", "FVU"),
-    "best_latents": ("Which width is best for a budget?", "budget", "FLOP", "latents"),
+    "best_latents": ("Which width is best for a budget?", "budget", "FLOP", "the best width"),
     "latents": ("What does width buy?", "width", "latents", "FVU"),
-    "tokens": ("How long does a width train until it converges?", "width", "latents", "tokens"),
-    "lr": ("Which learning rate is best for a width?", "width", "latents", "learning rate"),
+    "tokens": ("How long does a width train until it converges?", "width", "latents", "the number of tokens"),
+    "lr": ("Which learning rate is best for a width?", "width", "latents", "the best rate"),
     "joint": ("What do width and active latents buy together?", "width and k", "", "FVU"),
 }
 NUMBERS = ("exponent", "coefficient", "constant", "beta_k", "beta_n", "gamma")  # of laws in fit.json
@@ -55,7 +55,7 @@ def of_sweep(folder: Path, members: Mapping[str, Path], out: Path) -> Page:
         told = (
             "Members at their last point: FVU of held-out rows; KL and loss recovered where sae-jax evaluate has been"
         )
-        sections.append(Section("Members", [Table(told, columns, rows, is_sortable=True)]))
+        sections.append(Section("Members", [filled(Table(told, columns, rows, is_sortable=True))]))
     if (study := _study(folder, points, warnings)) is not None:
         sections += _laws(study)
     sections += _trends(folder, members, warnings)
@@ -217,14 +217,14 @@ def _in_words(name: str, fitted: Fitted) -> str:
     if name == "joint":
         n, k = (float(each.max()) for each in fitted.x)
         return (
-            f"At the largest width and k of the points, n = {n:,.0f} and k = {k:,.0f}, the law gives an FVU of "
+            f"At the largest width and k of the points, n = {n:,.0f} and k = {k:,.0f}, FVU by the law is "
             f"{_at(law, n, k)}; with twice the latents {_at(law, 2 * n, k)}, with twice the k {_at(law, n, 2 * k)}."
         )
     _, what, unit, quantity = NAMES[name]
     largest, factor = float(fitted.x[0].max()), FURTHER[name]
     at, beyond = (f"{x:,.0f}" if x < 1e7 else f"{x:.3g}" for x in (largest, factor * largest))
     return (
-        f"At the largest {what} of the points, {at} {unit}, the law gives {quantity} {_at(law, largest)}; "
+        f"At the largest {what} of the points, {at} {unit}, {quantity} by the law is {_at(law, largest)}; "
         f"at {beyond} {unit}, {factor:g} times as much, {_at(law, factor * largest)}, if it holds so far."
     )
 
