@@ -68,8 +68,10 @@ def svg(figure: Figure) -> str:
     return f"{first}><style>{_SCHEME}</style>{rest}"
 
 
-def plain(text: str) -> str:
-    """Text in which a dollar is one: between two of them matplotlib would look for a formula."""
+def plain(text: str, most: int = 60) -> str:
+    """A name as a label: cut in the middle where it is long, and a dollar is one, no sign of a formula."""
+    if len(text) > most:
+        text = f"{text[: most // 2]}\u2026{text[-(most // 2) :]}"
     return text.replace("$", r"\$")
 
 

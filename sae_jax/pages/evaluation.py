@@ -13,6 +13,7 @@ from sae_jax.pages.about import without_folders
 from sae_jax.pages.page import Chart, Charts, Page, Reasons, Section, Table
 
 WIDTH = 4.4  # inches, of a figure
+LABEL = 24  # characters beside it
 TOO_FEW = "undefined, or of one alone of what varies: a sequence, a batch, a latent or a task"
 
 
@@ -98,7 +99,7 @@ def _intervals(documents: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
                 low, high = interval or (value, value)
                 axes.errorbar(value, place, xerr=_bars([value], [(low, high)]), fmt="o", markersize=4, capsize=3)
                 said.append(f"{label} {value:.4g}, {low:.4g} to {high:.4g}")
-        names = [figures.plain(label) for label in labels] if len(labels) > 1 else [""] * len(labels)
+        names = [figures.plain(label, LABEL) for label in labels] if len(labels) > 1 else [""] * len(labels)
         axes.set_yticks(range(len(labels)), names, fontsize=9)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=5)

@@ -179,7 +179,7 @@ def _explain_stars(axis: Any, tried: str) -> None:
 def _title(axis: Any, study: Study, question: str, at_k: bool = True) -> None:
     site = f" of {study.site}" if study.site else ""
     k = f", k = {study.k}" if at_k and study.k is not None else ""
-    axis.set_title(figures.plain(f"{question}\n{study.variant}{site}{k}"), fontsize=10)
+    axis.set_title(figures.plain(f"{question}\n{study.variant}{site}{k}", 200), fontsize=10)
 
 
 PAINTERS: dict[str, Callable[[Any, Study], None]] = {
