@@ -26,7 +26,8 @@ PAGES = [
     *(ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics", "latents")),
 ]
 PAGES += [
-    ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling", "explain", "probing", "interchange", "publish")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("devices", "scaling", "explain", "probing", "interchange", "publish", "reports")
 ]
 SMALL = {
     "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],

@@ -171,6 +171,7 @@ def test_a_sweep(sweep, tmp_path, monkeypatch):
     assert {point.fvu for point in points if point.k == 4} & set(keys)
 
 
+@pytest.mark.slow
 def test_a_fit_that_says_something_else_is_said(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "N_DRAWS", 20)
     folder = shutil.copytree(sweep, tmp_path / "fitted")
