@@ -19,6 +19,7 @@ from sae_jax.pages.reports.curves import MOST, charts
 from sae_jax.scaling import fit, table
 from sae_jax.types import UsageError, UserError
 from tests.commands.test_fit import planted
+from tests.pages.test_dashboard import browse, needs_browser
 
 HOSTILE = "<script>document.documentElement.dataset.pwned=1</script>"
 
@@ -247,3 +248,19 @@ def test_only_a_report_is_replaced(run):
     (run / "report.html").unlink()
     sae_jax.report(run)
     sae_jax.report(run)
+
+
+@needs_browser
+def test_a_table_sorts_by_numbers_and_no_name_is_run(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "N_DRAWS", 20)
+    sae_jax.report(sweep, out=tmp_path / "site" / "index.html")
+    click = """
+        const button = [...document.querySelectorAll("button")].find((b) => b.textContent === "latents");
+        button.click(); button.click();
+    """
+    dom = browse(tmp_path / "site", drive=click)  # which fails on errors, and where a script of data has run
+    assert re.search(r'<th[^>]*aria-sort="descending"[^>]*><button type="button">latents', dom)
+    rows = re.findall(r'<th scope="row">(n\d+k\d+[^<]*)</th>', dom)
+    widths = [int(re.match(r"n(\d+)k", row)[1]) for row in rows]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 8
