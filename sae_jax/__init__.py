@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         dashboard,
         evaluate,
         explain,
+        explore,
         find,
         quality,
         report,
@@ -65,6 +66,7 @@ __all__ = [
     "dashboard",
     "evaluate",
     "explain",
+    "explore",
     "export",
     "find",
     "fit",
@@ -107,7 +109,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("active", "attribute", "causal_tree", "collect", "dashboard"),
-            *("evaluate", "explain", "find", "quality", "report", "steer"),
+            *("evaluate", "explain", "explore", "find", "quality", "report", "steer"),
         ),
         "sae_jax.uses",
     ),

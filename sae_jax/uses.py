@@ -350,6 +350,10 @@ def dashboard(
     store: StrPath | None = None,
     beside: Dictionary | StrPath | None = None,
     format: str = "site",
+    labels: StrPath | None = None,
+    latents: Sequence[int] | None = None,
+    patterns: int = 64,
+    single_file: bool = False,
 ) -> Path:
     """Write a static site of a dictionary's latents; returns the page to open, or the folder of another format.
 
@@ -364,11 +368,48 @@ def dashboard(
         store: where `collect` keeps the activations of the sample; those that are there are not made again.
         beside: another dictionary to compare with: which of its latents are like each, in decoder and in firing.
         format: site, or what other programs read: neuronpedia, saedashboard or circuit-tracer (pages/exports).
+        labels: a .csv or .jsonl file with latent and label in each line; it wins over the labels of the store.
+        latents: those that get a page; None: all.
+        patterns: so many latents, of those that write most, get N2G patterns; each takes some hundred short texts
+            through the language model.
+        single_file: write one page that holds all, `out` being its name; for some latents alone.
     """
     shown, model = _titled(dictionary, ema), model and lm.resolve(model)
     other = None if beside is None else _titled(beside, ema)
-    write_site(*shown, out, data, model, tokens, split, store, other, format)
-    return Path(out) / "index.html" if format == "site" else Path(out)
+    more = {"labels": labels, "latents": latents, "n_patterns": patterns, "single_file": single_file, "format": format}
+    write_site(*shown, out, data, model, tokens, split, store, other, **more)
+    return Path(out) if single_file or format != "site" else Path(out) / "index.html"
+
+
+def explore(
+    dictionary: Dictionary | StrPath,
+    *,
+    site: StrPath | None = None,
+    port: int = 0,
+    data: str | None = None,
+    model: str | None = None,
+    tokens: int = 400_000,
+    ema: bool = False,
+    split: int = 1,
+    store: StrPath | None = None,
+) -> None:
+    """Serve a dictionary's dashboard on this machine, with the views that need its language model, until Ctrl-C.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        site: a dashboard of it, which is written if it is not there; None: one in a temporary folder.
+        port: to listen on; 0: any that is free.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        tokens: as `dashboard`, of a site that is written.
+        ema: of a run, the averaged weights instead of the live ones.
+        split: devices of this process that the language model is split over.
+        store: as `dashboard`, of a site that is written.
+    """
+    from sae_jax.pages import explore as server  # a web server, which nothing else needs
+
+    options: dict[str, Any] = {"site": site, "port": port, "data": data, "model": model and lm.resolve(model)}
+    server.explore(*_titled(dictionary, ema), **options, n_tokens=tokens, split=split, store=store)
 
 
 def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, str]:

@@ -54,7 +54,7 @@ const change = async (address, test) => {
 addEventListener("DOMContentLoaded", async () => {
   const rows = () => document.querySelectorAll("table.latents tbody tr").length;
   const result = { interactive: await seen(rows), latents: [] };
-  const shown = list({ ...route(), q: "" });
+  const shown = await list({ ...route(), q: "" });
   const step = shown.length / N_LATENTS;
   for (let i = 0; i < Math.min(N_LATENTS, shown.length); i++) {
     const latent = latentOf(shown[Math.floor(i * step)]);

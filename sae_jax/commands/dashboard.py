@@ -21,7 +21,7 @@ class Dashboard:
     run: tyro.conf.Positional[str]
     """directory of the run or of the saved dictionary"""
     out: str
-    """directory of the site; open index.html in it"""
+    """directory of the site; open index.html in it. With --single-file, the name of that file"""
     data: str | None = None
     """the activation set, if it moved; default: that of the dictionary's training"""
     model: str | None = None
@@ -39,6 +39,15 @@ class Dashboard:
     format: Literal["site", "neuronpedia", "saedashboard", "circuit-tracer"] = "site"
     """the site, or files of what it shows for another program: docs/reports.md says who reads them"""
 
+    labels: str | None = None
+    """.csv or .jsonl file with latent and label in each line; it wins over the labels of the store"""
+    latents: tuple[int, ...] | None = None
+    """numbers of the latents that get a page; default: all"""
+    patterns: int = 64
+    """so many latents, of those that write most, get patterns (N2G); 0: none"""
+    single_file: bool = False
+    """one page that holds everything, for the latents that --latents names"""
+
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UsageError(f"--tokens={self.tokens} must be at least 1")
@@ -48,6 +57,5 @@ def run(argv: Sequence[str]) -> None:
     """Parse, collect, write."""
     command = config.parse(Dashboard, argv, "sae-jax dashboard")
     gpu.warn_of_idle_gpu()
-    names = ("data", "model", "tokens", "ema", "split", "store", "beside", "format")
-    written = uses.dashboard(command.run, command.out, **{name: getattr(command, name) for name in names})
-    console.print(f"{written}")
+    settings = {name: value for name, value in vars(command).items() if name not in ("run", "out")}
+    console.print(f"{uses.dashboard(command.run, command.out, **settings)}")

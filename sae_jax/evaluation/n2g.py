@@ -149,6 +149,8 @@ def _shortest_endings(
                 if endings[e] is None
                 for n in range(shortest, min(until, len(example.text)))
             ]
+            if not tried:
+                break
             values = activation([_begun(text, first) for _, text in tried], [examples[e].latent for e, _ in tried])
             for (e, text), value in zip(tried, values, strict=True):
                 if endings[e] is None and value >= KEPT * examples[e].value:

@@ -4,10 +4,13 @@
     style.css, *.js       copied from templates/
     data/index.js         summary and one column per quantity, for the table of all latents
     data/tokens.js        text of every token that appears somewhere
-    data/latents-NNN.js   histogram, contexts, logits and neighbours of 256 latents
+    data/labels.js        what latents stand for, where somebody has said so
+    data/latents-NNN.js   histogram, contexts, logits and neighbours of 64 latents
     data/text-NNN.js      whole sequences, for contexts that a reader expands
     data/matches.js       where another dictionary stands beside it: which of its latents are like each
     beside/               the site of that one
+
+Or, for a few latents, one page that holds all of these.
 
 The data are scripts and not JSON because a page opened from disk may load scripts but may not fetch files. Columns are
 little-endian numbers in base64: a million rows are read in a fraction of a second, where decimal text takes many.
@@ -20,7 +23,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,18 +32,22 @@ import numpy as np
 
 from sae_jax import storage
 from sae_jax.pages import latents as shown
-from sae_jax.pages.latents import Contexts, Latent, Subject
+from sae_jax.pages.latents import Contexts, Latent, LogitEnds, Subject
 from sae_jax.pages.matches import by_decoder, by_firing
 from sae_jax.types import UsageError
 
 STYLES = ("style.css",)
-SCRIPTS = ("site.js", "draw.js", "table.js", "latent.js", "app.js")
+SCRIPTS = ("site.js", "draw.js", "search.js", "shelf.js", "lists.js", "summary.js", "filters.js", "table.js")
+SCRIPTS += ("contexts.js", "latent.js", "compare.js", "help.js", "app.js")
 
 _TEMPLATES = files("sae_jax.pages") / "templates"
 _GENERATOR = "sae_jax dashboard"
-_LATENTS_PER_FILE = 256
+_LATENTS_PER_FILE = 64
 _TEXT_TOKENS_PER_FILE = 2**16
 _N_CHIPS = 3  # tokens of a latent in the table
+_MAX_SHARES = 4  # sources whose share is a column of the table
+
+Put = Callable[[str, str], None]  # takes the name of a script of the data, and its text
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Site:
     metrics: Sequence[tuple[str, float | int | str | None, str]]
     config: Mapping[str, object]  # how it was made; may be nested. It is published: it should name no private paths
     latents: np.ndarray | None = None  # those that get a page, since a page takes about 6 kB; None: all
+    digest: str | None = None  # of the dictionary: readers' lists and notes are kept under it; None: under the title
 
     @property
     def numbers(self) -> np.ndarray:
@@ -100,21 +108,57 @@ def write_dashboard(
         refuse_to_overwrite(out_dir)  # a run may have begun there
 
 
+def write_page(out: str | Path, site: Site, progress: Callable[[int], None] | None = None) -> None:
+    """Write all of a site into one page, which needs no other file: to be sent, or put into a frame.
+
+    Raises:
+        UsageError: `out` is something that is not a dashboard.
+        UserError: a latent that does not exist.
+    """
+    out = Path(out)
+    refuse_to_overwrite(out, single_file=True)
+    data: list[str] = []
+    _write_data(lambda _, text: data.append(text), site, None, progress, is_whole=True)
+    page = _render(
+        site.title,
+        site.about,
+        inline_styles=[_template(name) for name in STYLES],
+        inline_scripts=[*map(_template, SCRIPTS), *data],
+    )
+    storage.write_text(out, page)
+
+
 def _write_site(
     folder: Path, site: Site, other: Mapping[str, str] | None, progress: Callable[[int], None] | None
 ) -> None:
-    subject, numbers = site.subject, site.numbers
     data = folder / "data"
     data.mkdir()
+    _write_data(lambda name, text: _write_text(data / name, text), site, other, progress)
+    _write_text(folder / "index.html", page_html(site.title, site.about))
+    for name in (*STYLES, *SCRIPTS):
+        _write_text(folder / name, _template(name))
+
+
+def _write_data(
+    put: Put,
+    site: Site,
+    other: Mapping[str, str] | None,
+    progress: Callable[[int], None] | None,
+    is_whole: bool = False,
+) -> None:
+    subject, numbers = site.subject, site.numbers
     used = _Used(np.zeros(len(site.token_strings), bool), np.zeros(len(subject.table.sequences), bool))
-    columns = _write_latents(data, subject, numbers, used, progress)
-    texts_per_file = _write_texts(data, subject, used)
+    columns = _write_latents(put, subject, numbers, used, progress)
+    texts_per_file = _write_texts(put, subject, used)
     text_or_0 = [text if is_used else 0 for text, is_used in zip(site.token_strings, used.tokens, strict=True)]
-    _write_script(data / "tokens.js", "tokens", text_or_0)
+    put("tokens.js", _call("tokens", text_or_0))
+    labels = [[latent, subject.labels[latent][0]] for latent in numbers.tolist() if latent in subject.labels]
+    if labels:
+        put("labels.js", _call("labels", labels))
     said = {"title": site.title, "metrics": _plain(site.metrics), "config": _plain(site.config)}
+    said |= {"digest": site.digest or site.title, "nLabels": len(labels), "isWhole": is_whole, "other": other}
     layout = {"scoreName": subject.score_name, "bytesPerToken": used.bytes_per_token, "textsPerFile": texts_per_file}
-    _write_script(data / "index.js", "index", said | {"other": other} | layout | _index(subject, numbers) | columns)
-    _write_page(folder, site.title, site.about)
+    put("index.js", _call("index", said | layout | _index(subject, numbers) | columns))
 
 
 def _write_matches(data: Path, subject: Subject, other: Subject) -> None:
@@ -125,7 +169,7 @@ def _write_matches(data: Path, subject: Subject, other: Subject) -> None:
         and {"latents": _base64(matches.latents.astype("<i4")), "values": _base64(matches.values.astype("<f4"))}
         for name, matches in found.items()
     }
-    _write_script(data / "matches.js", "matches", columns)
+    _write_text(data / "matches.js", _call("matches", columns))
 
 
 def _index(subject: Subject, latents: np.ndarray) -> dict[str, object]:
@@ -143,25 +187,32 @@ def _index(subject: Subject, latents: np.ndarray) -> dict[str, object]:
         "nShown": len(latents),
         "latents": None if len(latents) == table.n_latents else _base64(latents.astype("<u4")),
         "density": _base64(table.density[latents].astype("<f4")),
+        "sources": [source.name for source in subject.sources],
+        "shares": [_base64(share.astype("<f4")) for share in _shares(subject)[latents].T],
     }
 
 
-def refuse_to_overwrite(out_dir: Path) -> None:
-    """UsageError if there is something at `out_dir` that is not a dashboard."""
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+def _shares(subject: Subject) -> np.ndarray:
+    """f32[F, S] of the table; no columns where sources are one, or many."""
+    return subject.shares if 1 < len(subject.sources) <= _MAX_SHARES else np.zeros((subject.table.n_latents, 0))
+
+
+def refuse_to_overwrite(out: Path, single_file: bool = False) -> None:
+    """UsageError if there is something at `out` that is not a dashboard, or one of the other kind."""
+    page = out if single_file else out / "index.html"
+    if not out.exists() or (not single_file and out.is_dir() and not any(out.iterdir())):
         return
-    if not is_dashboard(out_dir / "index.html"):
-        raise UsageError(f"{out_dir} exists and is not a dashboard; choose another folder or remove it")
+    if not is_dashboard(page):
+        what, cure = ("page of a dashboard", "name") if single_file else ("dashboard", "folder")
+        raise UsageError(f"{out} exists and is not a {what}; choose another {cure} or remove it")
 
 
 def is_dashboard(page: Path, about: str = "") -> bool:
     """Whether a file is the page of a dashboard, and of what is told in these words if some are given."""
     text = page.read_text(errors="replace") if page.is_file() else ""
-    return (
-        f'content="{_GENERATOR}"' in text and f">{escape(about)}</span>" in text
-        if about
-        else f'content="{_GENERATOR}"' in text
-    )
+    if f'content="{_GENERATOR}"' not in text:
+        return False
+    return not about or f">{about}</span>" in unescape(text).replace("\u00a0", " ")
 
 
 @dataclass(frozen=True)
@@ -177,7 +228,7 @@ class _Used:
 
 
 def _write_latents(
-    data: Path, subject: Subject, latents: np.ndarray, used: _Used, progress: Callable[[int], None] | None
+    put: Put, subject: Subject, latents: np.ndarray, used: _Used, progress: Callable[[int], None] | None
 ) -> dict[str, str]:
     """Write the files of latents; return the columns of the table of all latents."""
     n = len(latents)
@@ -194,7 +245,7 @@ def _write_latents(
         records.append(_record(latent, used))
         if len(records) == _LATENTS_PER_FILE or i == n - 1:
             block = i // _LATENTS_PER_FILE
-            _write_script(data / f"latents-{block:03d}.js", "latents", block, records)
+            put(f"latents-{block:03d}.js", _call("latents", block, records))
             records = []
             if progress is not None:
                 progress(i + 1)
@@ -220,14 +271,27 @@ def _record(latent: Latent, used: _Used) -> dict[str, object]:
         record["coactive"] = list(map(list, triples))
     if latent.label is not None:
         record["label"] = latent.label
-    if latent.logits is not None:
-        ends = {"up": latent.logits.up, "down": latent.logits.down}
-        for name, (ids, effects) in ends.items():
-            used.tokens[ids] = True
-            record[name] = _pairs(ids, effects)
+    record |= _logits(latent.logits, used)
+    if latent.sources:
+        record["sources"] = [
+            {"norm": _short(source.norm), "share": _short(source.share), **_logits(source.logits, used)}
+            for source in latent.sources
+        ]
+    if latent.patterns is not None:
+        for ids, _ in latent.patterns:
+            used.tokens[[i for i in ids if i >= 0]] = True
+        record["patterns"] = [[list(ids), times] for ids, times in latent.patterns]
     if latent.histogram is not None and latent.contexts is not None:
         record |= {"histogram": latent.histogram.tolist(), **_contexts(latent.contexts, used)}
     return record
+
+
+def _logits(logits: LogitEnds | None, used: _Used) -> dict[str, list]:
+    if logits is None:
+        return {}
+    for ids, _ in (logits.up, logits.down):
+        used.tokens[ids] = True
+    return {"up": _pairs(*logits.up), "down": _pairs(*logits.down)}
 
 
 def _contexts(contexts: Contexts, used: _Used) -> dict[str, object]:
@@ -252,7 +316,7 @@ def _contexts(contexts: Contexts, used: _Used) -> dict[str, object]:
     }
 
 
-def _write_texts(data: Path, subject: Subject, used: _Used) -> int:
+def _write_texts(put: Put, subject: Subject, used: _Used) -> int:
     """Write the sequences that contexts come from; return how many share a file."""
     sequences, lengths = subject.table.sequences, subject.shown_lengths
     per_file = max(1, _TEXT_TOKENS_PER_FILE // max(1, sequences.shape[1]))
@@ -264,30 +328,36 @@ def _write_texts(data: Path, subject: Subject, used: _Used) -> int:
         for ids, use in zip(part, is_used, strict=True):
             used.tokens[ids] |= use
         texts = [_packed(ids, used.bytes_per_token) if use else 0 for ids, use in zip(part, is_used, strict=True)]
-        _write_script(data / f"text-{low // per_file:03d}.js", "text", low // per_file, texts)
+        put(f"text-{low // per_file:03d}.js", _call("text", low // per_file, texts))
     return per_file
 
 
-def _write_script(path: Path, call: str, *arguments: object) -> None:
+def _call(name: str, *arguments: object) -> str:
     """A script that hands data to the page; ASCII, and no `<`, so that no reader takes a token for a tag."""
     texts = (json.dumps(x, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c") for x in arguments)
-    path.write_text(f"saeDashboard.{call}({','.join(texts)});\n", encoding="ascii")
+    return f"saeDashboard.{name}({','.join(texts)});\n"
 
 
 def page_html(title: str, about: str, scripts: Sequence[str] = (), styles: Sequence[str] = ()) -> str:
     """The page that reads the data; `scripts` and `styles` are loaded after its own."""
+    of_data = ("data/tokens.js", "data/index.js")
+    return _render(title, about, scripts=[*SCRIPTS, *scripts, *of_data], styles=[*STYLES, *styles])
+
+
+def _render(title: str, about: str, **parts: Sequence[str]) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    page = environment.from_string((_TEMPLATES / "index.html").read_text("utf-8"))
-    names = {"scripts": [*SCRIPTS, *scripts], "styles": [*STYLES, *styles]}
-    return page.render(title=title, about=about, generator=_GENERATOR, **names)
+    page = environment.from_string(_template("index.html"))
+    return page.render(title=title, about=about, generator=_GENERATOR, **parts)
 
 
-def _write_page(folder: Path, title: str, about: str) -> None:
-    (folder / "index.html").write_text(page_html(title, about), encoding="utf-8")
-    for name in (*STYLES, *SCRIPTS):
-        (folder / name).write_text((_TEMPLATES / name).read_text("utf-8"), encoding="utf-8")
+def _template(name: str) -> str:
+    return (_TEMPLATES / name).read_text("utf-8")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _packed(ids: np.ndarray, n_bytes: int) -> str:

@@ -9,8 +9,9 @@ row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -29,6 +30,19 @@ _MOST_PAIRS = 2**32  # of activations on one row, that are counted: a minute or 
 _AT_ONCE = 2**16  # latents whose neighbours are looked for at once
 
 
+Pattern = tuple[tuple[int, ...], int]  # token ids, -1 for any; of how many contexts it was made
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What a dictionary of several sources writes to one of them."""
+
+    name: str
+    w_dec: np.ndarray  # f32[F, D of the source]
+    scale: float = 1.0  # by which rows of the source were multiplied in training
+    logit_effects: Callable[[np.ndarray], np.ndarray] | None = None  # as of Subject
+
+
 @dataclass(frozen=True)
 class Subject:
     """A dictionary, a sample of text in which its latents are shown, and what is known of them."""
@@ -41,6 +55,8 @@ class Subject:
     logit_effects: Callable[[np.ndarray], np.ndarray] | None = None
     labels: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # what a latent stands for, and who says so
     lengths: np.ndarray | None = None  # i64[Q], tokens of each sequence that are no padding; None: all
+    sources: Sequence[SourceRows] = ()  # where a dictionary has several
+    patterns: Mapping[int, Sequence[Pattern]] = field(default_factory=dict)  # N2G, of latents it was made for
 
     def __post_init__(self) -> None:
         if len(self.w_dec) != self.table.n_latents:
@@ -49,6 +65,12 @@ class Subject:
         strange = self.table.sequences[(self.table.sequences < 0) | (self.table.sequences >= self.n_tokens)]
         if strange.size:
             raise UserError(f"token id {strange[0]} has no text; give more than {self.n_tokens} token_strings")
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """f32[F, S]: of the lengths of a latent's rows to all sources, as they were trained, the share of each."""
+        norms_FS = np.stack([np.linalg.norm(s.w_dec, axis=1) * s.scale for s in self.sources], axis=1)
+        return (norms_FS / np.maximum(norms_FS.sum(1, keepdims=True), np.finfo(np.float32).tiny)).astype(np.float32)
 
     @property
     def score_name(self) -> str:
@@ -69,6 +91,15 @@ class LogitEnds:
     up: tuple[np.ndarray, np.ndarray]  # ids i64[n] and effects f32[n], largest first
     down: tuple[np.ndarray, np.ndarray]  # the same, smallest first
     spread: float  # root mean square of the centred effect
+
+
+@dataclass(frozen=True)
+class SourceOfLatent:
+    """What a latent is to one of several sources."""
+
+    norm: float  # of its decoder row there
+    share: float  # Subject.shares
+    logits: LogitEnds | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +132,8 @@ class Latent:
     label: tuple[str, str] | None
     histogram: np.ndarray | None  # i64[40], of its values from 0 to max; None for a silent one, as:
     contexts: Contexts | None
+    sources: Sequence[SourceOfLatent]  # where there are several
+    patterns: Sequence[Pattern] | None  # commonest first; None: not made
 
 
 def chosen(subject: Subject, latents: np.ndarray | None) -> np.ndarray:
@@ -137,8 +170,10 @@ def describe(subject: Subject, latents: np.ndarray) -> Iterator[Latent]:
         coactive: dict[int, Coactive] = {}
         if with_coactive:
             coactive = dict(zip(at_once[active].tolist(), table.coactive(at_once[active], N_NEAR), strict=True))
-        for latent, ends in zip(at_once.tolist(), _logit_ends(subject, at_once), strict=True):
-            yield _describe(subject, latent, near.get(latent), coactive.get(latent), ends)
+        ends = _logit_ends(subject.w_dec, subject.logit_effects, subject.n_tokens, at_once)
+        to_sources = zip(*(_of_source(subject, i, at_once) for i in range(len(subject.sources))), strict=True)
+        for latent, logits in zip(at_once.tolist(), ends, strict=True):
+            yield _describe(subject, latent, near.get(latent), coactive.get(latent), logits, next(to_sources, ()))
 
 
 def decoder_neighbours(w_dec: np.ndarray, latents: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,6 +210,7 @@ def _describe(
     near: tuple[np.ndarray, np.ndarray] | None,
     coactive: Coactive | None,
     logits: LogitEnds | None,
+    sources: Sequence[SourceOfLatent],
 ) -> Latent:
     table, norm = subject.table, float(np.linalg.norm(subject.w_dec[latent]))
     values = table.of_latent(latent)[1] if table.counts[latent] else np.zeros(0, np.float32)
@@ -194,7 +230,17 @@ def _describe(
         label=subject.labels.get(latent),
         histogram=table.histogram(latent)[0] if len(values) else None,
         contexts=_contexts(subject, latent) if len(values) else None,
+        sources=sources,
+        patterns=subject.patterns.get(latent),
     )
+
+
+def _of_source(subject: Subject, number: int, latents: np.ndarray) -> Iterator[SourceOfLatent]:
+    source = subject.sources[number]
+    ends = _logit_ends(source.w_dec, source.logit_effects, subject.n_tokens, latents)
+    norms = np.linalg.norm(source.w_dec[latents], axis=1)
+    for norm, share, logits in zip(norms, subject.shares[latents, number], ends, strict=True):
+        yield SourceOfLatent(float(norm), float(share), logits)
 
 
 def _contexts(subject: Subject, latent: int) -> Contexts:
@@ -221,16 +267,16 @@ def _contexts(subject: Subject, latent: int) -> Contexts:
     )
 
 
-def _logit_ends(subject: Subject, latents: np.ndarray) -> Iterator[LogitEnds | None]:
+def _logit_ends(
+    w_dec: np.ndarray, logit_effects: Callable[[np.ndarray], np.ndarray] | None, n_tokens: int, latents: np.ndarray
+) -> Iterator[LogitEnds | None]:
     """Of each latent; None where there is no language model."""
-    if subject.logit_effects is None:
+    if logit_effects is None:
         yield from [None] * len(latents)
         return
-    n_tokens = subject.n_tokens
     step = max(1, min(256, _PRODUCT_ENTRIES // n_tokens))
     for low in range(0, len(latents), step):
-        rows_LD = subject.w_dec[latents[low : low + step]]
-        effect_LV = np.asarray(subject.logit_effects(rows_LD), np.float32)[:, :n_tokens]
+        effect_LV = np.asarray(logit_effects(w_dec[latents[low : low + step]]), np.float32)[:, :n_tokens]
         effect_LV = effect_LV - effect_LV.mean(axis=1, keepdims=True)
         n_ends = min(N_LOGITS, effect_LV.shape[1])
         up, down = _largest_of_rows(effect_LV, n_ends), _largest_of_rows(-effect_LV, n_ends)

@@ -228,6 +228,38 @@ def test_dashboard_is_written(work, tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
+def test_a_few_latents_in_one_labelled_page(work, tmp_path, capsys):
+    (tmp_path / "labels.csv").write_text("latent,label\n2,names </script>\n")
+    flags = ["--tokens=2000", "--patterns=2", "--labels", tmp_path / "labels.csv"]
+    out = tmp_path / "page.html"
+    run(work, "dashboard", work / "run", "--out", out, "--single-file", "--latents", 2, 5, 9, *flags)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".csv"] == ["page.html"]
+    page = out.read_text()
+    data = dict(re.findall(r"^saeDashboard\.(\w+)\((.*)\);$", page, re.M))
+    assert json.loads(f"[{data['labels']}]") == [[[2, "names </script>"]]]
+    _, records = json.loads(f"[{data['latents']}]")
+    assert len(records) == 3
+    assert sum("patterns" in record for record in records) == min(2, sum(record["count"] > 0 for record in records))
+    with_patterns = [record for record in records if record.get("patterns")]
+    assert with_patterns
+    for record in with_patterns:
+        strongest = {token for token, _ in record["tokens"]}
+        assert all(ids[-1] in strongest | {-1} for ids, _ in record["patterns"])
+    head = re.search(r'<span class="about">(.*?)</span>', page)
+    assert head is not None
+    assert re.fullmatch(r"bundled · layer \d · resid_post · [\d,]+ latents · k\s=\s\d+ · topk", head[1])
+    capsys.readouterr()
+    for wrong, message in (
+        (["--single-file"], "a single file is of some latents of one dictionary; name them"),
+        (["--latents", 99999], "latent 99999 does not exist; choose from 0 to"),
+        (["--labels", tmp_path / "labels.txt"], "the name ends in .txt, not in .csv or .jsonl"),
+        (["--patterns=-1"], "patterns=-1 must be at least 0"),
+    ):
+        assert cli.main(["dashboard", str(work / "run"), "--out", str(tmp_path / "x"), *map(str, wrong)]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
 def test_latents_are_collected_found_and_steered(work, tmp_path, capsys):
     run(work, "collect", work / "run", "--out", tmp_path / "store", "--tokens", 500, "--shard", "0/2")
     assert "the shares of other workers are missing" in capsys.readouterr().err
@@ -359,7 +391,13 @@ def test_a_crosscoder_of_two_models_goes_the_same_way(work, tuned, tmp_path):
     assert list(result["fvu_by_source"]) == sites
     assert min(result["fvu_by_source"].values()) < result["fvu"] < max(result["fvu_by_source"].values())
     run(work, "dashboard", tmp_path / "run", "--out", tmp_path / "site", "--tokens", 500)
-    assert (tmp_path / "site" / "index.html").exists()
+    (index,) = re.findall(r"index\((.*)\);", (tmp_path / "site" / "data" / "index.js").read_text())
+    assert json.loads(index)["sources"] == sites
+    block = (tmp_path / "site" / "data" / "latents-000.js").read_text()
+    _, records = json.loads("[" + block[block.index("(") + 1 : block.rindex(")")] + "]")
+    for record in records:
+        assert sum(source["share"] for source in record["sources"]) == pytest.approx(1, abs=1e-3)
+        assert record["sources"][1]["up"] == record["up"]
 
 
 @pytest.mark.slow

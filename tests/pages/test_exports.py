@@ -173,6 +173,15 @@ def test_no_byte_of_a_file_is_one_that_utf8_or_a_database_cannot_hold(format, wr
             assert "/home/someone" not in text
 
 
+def test_latents_that_are_not_shown_leave_others_in_their_places(tmp_path):
+    write(tmp_path / "some", "circuit-tracer", latents=np.array([2, FAR]))
+    part = json.loads(gzip.decompress((tmp_path / "some" / "features" / "index.json.gz").read_bytes()))[str(LAYER)]
+    data, offsets = (tmp_path / "some" / "features" / part["filename"]).read_bytes(), part["offsets"]
+    for n in (2, FAR):
+        assert json.loads(zlib.decompress(data[offsets[n] + 4 : offsets[n + 1]]))["index"] == n
+    assert offsets[5] == offsets[6]
+
+
 def test_what_has_no_place_is_refused(tmp_path):
     for format in ("neuronpedia", "saedashboard"):
         with pytest.raises(UsageError, match="not one layer"):

@@ -64,8 +64,10 @@ def write(folder: Path, exported: Exported, latents: Iterator[Latent], earlier: 
                 index[str(layer)] = {"filename": name, "offsets": [0]}
             text = json_bytes(_latent(exported, latent, number))
             compressed = zlib.compress(text, 6)
+            offsets = index[str(layer)]["offsets"]
+            offsets += [offsets[-1]] * (number + 1 - len(offsets))  # of those that are not shown
             files[layer].write(len(compressed).to_bytes(4, "little") + compressed)
-            index[str(layer)]["offsets"].append(files[layer].tell())
+            offsets.append(files[layer].tell())
             if with_singles:
                 (singles / f"{paired(layer, number)}.json").write_bytes(text)
     if earlier is not None:

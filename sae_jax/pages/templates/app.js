@@ -10,39 +10,59 @@ function addView(name, title, show) {
 }
 
 addView("", "Latents", () => showTable(route()));
+addView("lists", "Lists", showLists);
 
 function showViews(current) {
   const links = Array.from(views, ([name, { title }]) =>
     h("a", { href: `#/${name}`, ...(name === current ? { "aria-current": "page" } : {}) }, title),
   );
-  document.querySelector("header nav").replaceChildren(...(links.length > 1 ? links : []));
+  document.querySelector("header nav").replaceChildren(...links);
 }
 
 const main = document.querySelector("main");
 const search = document.getElementById("search");
 const tip = document.getElementById("tip");
+const said = document.getElementById("said");
+
+// Tells what changed to those who do not see it.
+function say(text) {
+  said.textContent = text;
+}
+
+function showNothing(title, why) {
+  main.replaceChildren(h("h1", { tabindex: "-1" }, title), h("p.empty", { role: "alert" }, why));
+}
 
 async function render() {
   tip.hidden = true;
   const view = route();
   if (document.activeElement !== search) search.value = view.q;
+  document.body.classList.toggle("embed", view.embed);
   try {
     showViews(view.name);
     if (view.latent !== null) await showLatent(view);
     else if (views.has(view.name)) await views.get(view.name).show(view.given);
-    else throw new Error(`There is no page ${view.name}; the pages are ${Array.from(views.values(), (v) => v.title).join(", ")}.`);
+    else
+      throw new Error(
+        `There is no page ${view.name}; the pages are ${Array.from(views.values(), (v) => v.title).join(", ")}.`,
+      );
   } catch (error) {
-    main.replaceChildren(h("p.empty", { role: "alert" }, error.message));
+    showNothing(index.title, error.message);
   }
+  if (view.embed) tellHeight();
 }
 
 function searchFor(q) {
   const view = route();
-  const to = address({ ...view, q, latent: null, page: 1 });
+  const isTable = view.latent === null && ["", "compare"].includes(view.name);
+  const kept = view.sort === "likeness" ? index.scoreName : view.sort;
+  const sort = likeWhat(q) === null ? kept : "likeness";
+  const dir = sort === view.sort ? view.dir : natural(sort);
+  const to = address({ ...view, q, sort, dir, latent: null, name: isTable ? view.name : "", page: 1 });
   // Typing changes the view without filling the history.
-  if (view.latent === null && !view.name) history.replaceState(null, "", to);
+  if (isTable) history.replaceState(null, "", to);
   else history.pushState(null, "", to);
-  render();
+  return render();
 }
 
 function showTip(event) {
@@ -56,22 +76,7 @@ function showTip(event) {
   tip.style.top = `${box.top > 40 ? box.top - tip.offsetHeight - 6 : box.bottom + 6}px`;
 }
 
-function press(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target === search) {
-    if (event.key === "Escape") search.blur();
-    return;
-  }
-  if (event.key === "/") {
-    event.preventDefault();
-    search.focus();
-    search.select();
-  }
-  const rel = { ArrowLeft: "prev", ArrowRight: "next" }[event.key];
-  document.querySelector(`a[rel=${rel}]`)?.click();
-}
-
-document.addEventListener("DOMContentLoaded", () => {
+document.addEventListener("DOMContentLoaded", async () => {
   if (!index || !tokens) {
     main.replaceChildren(
       h("p.empty", { role: "alert" }, "The data folder is missing; copy the whole folder of the dashboard."),
@@ -81,6 +86,8 @@ document.addEventListener("DOMContentLoaded", () => {
   searchable = tokens.map((text) =>
     text === 0 ? "" : `${text}\n${Array.from(text, (c) => glyph(c) ?? c).join("")}`.toLowerCase(),
   );
+  if (index.other) addView("compare", "Compare", showCompare);
+  readShelf();
   let pause = 0;
   search.addEventListener("input", () => {
     clearTimeout(pause);
@@ -89,13 +96,33 @@ document.addEventListener("DOMContentLoaded", () => {
   search.form.addEventListener("submit", (event) => {
     event.preventDefault();
     clearTimeout(pause);
-    searchFor(search.value);
-    main.querySelector("tbody a")?.focus();
+    searchFor(search.value).then(() => main.querySelector("tbody a")?.focus());
   });
-  window.addEventListener("hashchange", () => {
-    render();
-    scrollTo(0, 0);
+  // Back leads to where one was on the page, a link to its top.
+  const places = new Map();
+  let followed = false;
+  history.scrollRestoration = "manual";
+  document.addEventListener("click", ({ target }) => {
+    followed ||= Boolean(target.closest?.("a[href^='#']"));
   });
+  window.addEventListener("hashchange", async ({ oldURL, newURL }) => {
+    places.set(oldURL, scrollY);
+    const to = followed ? 0 : places.get(newURL);
+    followed = false;
+    await render();
+    scrollTo(0, to ?? 0);
+    // Who follows a link with the keyboard goes on at the head of what it led to.
+    (main.querySelector("h1[tabindex]") || main).focus({ preventScroll: true });
+  });
+  window.addEventListener("storage", ({ key }) => {
+    if (key === shelfKey()) readShelf();
+  });
+  window.addEventListener("resize", () => route().embed && tellHeight());
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    main.focus();
+  });
+  document.getElementById("help").addEventListener("click", showHelp);
   document.addEventListener("keydown", press);
   document.addEventListener("mouseover", showTip);
   document.addEventListener(
@@ -105,5 +132,10 @@ document.addEventListener("DOMContentLoaded", () => {
     },
     { passive: true },
   );
-  render();
+  await render();
+  if (!index.nLabels) return;
+  // Of a million latents they take a second: the table stands there before.
+  await script("labels.js").catch((error) => say(error.message));
+  listed = { key: null, rows: [] };
+  await render();
 });

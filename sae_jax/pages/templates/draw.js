@@ -11,6 +11,7 @@ function h(tag, attributes, ...children) {
   if (classes.length) element.className = classes.join(" ");
   for (const [key, value] of Object.entries(attributes || {})) {
     if (key === "onclick") element.addEventListener("click", value);
+    else if (value === null) continue;
     else if (key.startsWith("--")) element.style.setProperty(key, value);
     else element.setAttribute(key, value);
   }
@@ -30,6 +31,20 @@ function number(value) {
   if (Number.isInteger(value)) return COUNT.format(value);
   const size = Math.abs(value);
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+}
+
+// The same in four figures all, to stand in a column.
+function figures(value) {
+  return value >= 1e-3 && value < 1e4 ? value.toPrecision(4) : number(value);
+}
+
+// A share as people say it; one that is not nothing never reads as 0.
+function percent(share) {
+  return `${share && share < 0.1 ? (100 * share).toPrecision(share < 0.01 ? 1 : 2) : (100 * share).toFixed(0)} %`;
+}
+
+function count(n, name) {
+  return `${COUNT.format(n)} ${name}${n === 1 ? "" : "s"}`;
 }
 
 function signed(value) {
@@ -75,8 +90,7 @@ function glyph(character) {
   if (code >= 0xdc80 && code <= 0xdcff) return `\\x${(code - 0xdc00).toString(16)}`;
   if (code < 0x20 || code === 0x7f) return `\\x${code.toString(16).padStart(2, "0")}`;
   // Invisible characters, and those that turn the direction of the text around them.
-  if (/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u.test(character) || code === 0xa0)
-    return `\\u{${code.toString(16)}}`;
+  if (/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u.test(character) || code === 0xa0) return `\\u{${code.toString(16)}}`;
   return null;
 }
 
@@ -89,11 +103,18 @@ function visible(text) {
     else {
       if (plain) nodes.push(plain);
       plain = "";
-      nodes.push(h(`span.${shown.length > 1 ? "escape" : "glyph"}${character === "\n" ? ".newline" : ""}`, null, shown));
+      nodes.push(
+        h(`span.${shown.length > 1 ? "escape" : "glyph"}${character === "\n" ? ".newline" : ""}`, null, shown),
+      );
     }
   }
   if (plain) nodes.push(plain);
   return nodes;
+}
+
+// A text of somebody: names of lists, notes, labels. Spaces and ends of lines are what they are.
+function visibleText(text) {
+  return Array.from(text, (c) => (/[ \n\t]/.test(c) ? c : (glyph(c) ?? c))).join("");
 }
 
 function token(id, attributes) {

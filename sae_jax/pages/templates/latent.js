@@ -1,229 +1,236 @@
 // The page of one latent.
 "use strict";
 
-function context(seq, pos, ids, first, pairs, most) {
-  const values = new Map();
-  for (let i = 0; i < pairs.length; i += 2) values.set(pos + pairs[i], pairs[i + 1]);
-  const value = values.get(pos);
-  const spans = ids.map((id, i) => heated(id, first + i, values.get(first + i), most));
-  spans[pos - first].classList.add("peak");
-  const before = h("span.before", null, ...spans.slice(0, pos - first));
-  const after = h("span.after", null, ...spans.slice(pos - first));
-  const item = h("li.context", { "data-seq": seq, "data-pos": pos });
-  const button = h(
-    "button",
-    {
-      "type": "button",
-      "aria-expanded": "false",
-      "aria-label": `Whole sequence ${seq}`,
-      "title": "Show the whole sequence",
-      "onclick": async () => {
-        const open = button.getAttribute("aria-expanded") === "true";
-        if (!open && !item.querySelector(".whole")) {
-          const failed = (error) => h("p.whole", { role: "alert" }, error.message);
-          item.append(await whole(seq, pos, values, most).catch(failed));
-        }
-        button.setAttribute("aria-expanded", String(!open));
-        item.classList.toggle("open", !open);
-      },
-    },
-    "›",
-  );
-  item.append(
-    button,
-    h("span.value", { title: `sequence ${seq}, position ${pos}` }, number(value)),
-    before,
-    after,
-  );
-  return item;
-}
-
-async function whole(seq, pos, values, most) {
-  const box = h("p.whole", null);
-  const ids = unpack(await fromBlock(textBlocks, "text", seq, index.textsPerFile));
-  ids.forEach((id, at) => {
-    const span = heated(id, at, values.get(at), most);
-    if (at === pos) span.classList.add("peak");
-    if (Math.abs(at - pos) > index.reach) span.classList.add("far");
-    // A token may hold the end of a line and the indentation of the next one.
-    for (const end of span.querySelectorAll(".newline")) end.after(h("br"));
-    box.append(span, h("wbr"));
-  });
-  return box;
-}
-
-function contexts(record, most) {
-  const ids = unpack(record.ids);
-  let at = 0;
-  const items = record.seq.map((seq, i) => {
-    const pos = record.pos[i];
-    const first = Math.max(0, pos - index.before);
-    const length = Math.min(record.length[i], pos + index.after + 1) - first;
-    at += length;
-    return context(seq, pos, ids.slice(at - length, at), first, record.values[i], most);
-  });
-  const group = (title, note, part) =>
-    h("section", null, h("h2", null, title, " ", h("small", null, note)), h("ol.contexts", null, ...part));
-  let from = record.nTop;
-  const strongest = group("Strongest contexts", "one a sequence", items.slice(0, from));
-  const sampled = record.intervals.map(([low, high, count, n], i) => {
-    from += n;
-    const title = `Interval ${record.intervals.length - i} of ${record.intervals.length}`;
-    const size = `${COUNT.format(count)} token${count === 1 ? "" : "s"}`;
-    return group(title, `activation ${number(low)} to ${number(high)}, ${size}`, items.slice(from - n, from));
-  });
-  return [strongest, ...sampled];
-}
-
-function logitTable(title, pairs) {
-  const most = Math.max(...pairs.map(([, value]) => Math.abs(value)));
-  return h(
-    "table.logits",
-    null,
-    h("caption", null, title),
-    h(
-      "tbody",
-      null,
-      ...pairs.map(([id, value]) =>
-        h(
-          "tr",
-          null,
-          h("td", null, chip(id)),
-          h("td.number", null, signed(value), bar(Math.abs(value), 0, most)),
-        ),
-      ),
-    ),
-  );
-}
-
-// Other latents: [number, what is said of it].
-function othersTable(view, title, others) {
-  return h(
-    "table.near",
-    null,
-    h("caption", null, title),
-    h(
-      "tbody",
-      null,
-      ...others.map(([latent, said]) => {
-        const row = rowOf(latent);
-        const shown = row !== undefined;
-        return h(
-          shown && index.density[row] ? "tr" : "tr.silent",
-          null,
-          h(
-            "td",
-            null,
-            shown ? h("a", { href: address({ ...view, latent }) }, String(latent)) : String(latent),
-          ),
-          h("td.number", null, said),
-          h("td.chips", null, ...chips(shown ? idsAt(index.topTokens, row).slice(0, 2) : [])),
-        );
-      }),
-    ),
-  );
-}
+const latentLinks = []; // what other scripts put at the head of a latent's page: functions of its number
 
 async function showLatent(view) {
   const { latent } = view;
   document.title = `Latent ${latent} – ${index.title}`;
   const row = rowOf(latent);
   if (row === undefined) {
-    main.replaceChildren(
-      h("p.empty", { role: "alert" }, noPage(latent)),
-    );
+    showNothing(`Latent ${latent}`, noPage(latent));
     return;
   }
   const record = await fromBlock(latentBlocks, "latents", row, index.latentsPerFile);
+  const around = view.embed ? null : await neighbours(view);
   if (route().latent !== latent) return; // the reader has gone on meanwhile
   const most = index.max[row];
   const alive = record.count > 0;
-  const [previous, next] = neighbours(view);
-  const step = (to, name, rel) =>
-    to === null ? h("span.off", null, name) : h("a", { href: address({ ...view, latent: to }), rel }, name);
-  const facts = [
-    ["density", alive ? index.density[row] : "silent", "share of the sampled tokens on which it is active"],
-    ["activations", alive ? `${COUNT.format(record.count)} of ${COUNT.format(index.nRows)} tokens` : "0", ""],
-    ["mean when active", record.mean, "mean of its values where it is active"],
-    ["max", most, "largest value in the sample"],
-    [index.scoreName, index.score[row], scoreMeaning()],
-    ["decoder norm", record.norm, "length of its decoder row"],
-  ];
-  const edges = alive
-    ? record.histogram.map((_, i) => (i * most) / record.histogram.length).concat(most)
-    : null;
   main.replaceChildren(
-    h(
-      "div.above.latent",
-      null,
-      h("h1", null, `Latent ${latent}`),
-      h(
-        "nav",
-        { "aria-label": "Latents" },
-        step(previous, "← Previous", "prev"),
-        h("a", { href: address({ ...view, latent: null }) }, view.q ? "Back to the search" : "All latents"),
-        step(next, "Next →", "next"),
-      ),
-    ),
-    record.label ? h("p.label", null, record.label[0], " ", h("small", null, record.label[1])) : "",
-    factList(facts),
-    h(
-      "div.cards",
-      null,
-      alive
-        ? h(
-            "figure",
-            null,
-            h("figcaption", null, "Activations"),
-            histogram(record.histogram, edges, `Histogram of the activations of latent ${latent}`, 240, [
-              [0, "0"],
-              [most / 2, number(most / 2)],
-              [most, number(most)],
-            ]),
-            h(
-              "p.fires",
-              null,
-              `Strongest ${record.tokens.reduce((n, [, count]) => n + count, 0)} on `,
-              ...record.tokens
-                .slice(0, 6)
-                .flatMap(([id, count]) => [
-                  chip(id, h("small", null, ` ×${count}`)),
-                  " ",
-                ]),
-            ),
-          )
-        : null,
-      record.up ? logitTable("Promoted tokens", record.up) : null,
-      record.down ? logitTable("Suppressed tokens", record.down) : null,
-      record.near && record.near.length
-        ? othersTable(
-            view,
-            "Nearest decoder rows",
-            record.near.map(([other, cosine]) => [other, cosine.toFixed(3)]),
-          )
-        : null,
-      record.coactive && record.coactive.length
-        ? othersTable(
-            view,
-            "Active on the same tokens (Jaccard)",
-            record.coactive.map(([other, count, jaccard]) => [
-              other,
-              `${COUNT.format(count)} (${jaccard.toFixed(3)})`,
-            ]),
-          )
-        : null,
-    ),
+    around ? latentHead(view, around) : embedHead(latent),
+    record.label
+      ? h("p.label", { dir: "auto" }, visibleText(record.label[0]), " ", h("small", null, visibleText(record.label[1])))
+      : "",
+    factList(latentFacts(record, row)),
+    h("details", null, h("summary", null, "What these numbers mean"), meanings(latentFacts(record, row))),
+    h("div.cards", null, ...cards(view, record, most), around ? shelfCard(latent) : null),
+    record.sources ? sourcesTable(record) : "",
     ...(alive
       ? contexts(record, most)
       : [h("p.empty", null, `Silent on all ${COUNT.format(index.nRows)} tokens of the sample.`)]),
   );
 }
 
-// Previous and next in the table the reader came from, or by number where the latent is not in it.
-function neighbours(view) {
-  const rows = list(view);
-  const row = rowOf(view.latent);
-  const at = rows.indexOf(row);
-  const around = at >= 0 ? [rows[at - 1], rows[at + 1]] : [row - 1, row + 1];
-  return around.map((to) => (to >= 0 && to < index.nShown ? latentOf(to) : null));
+function latentHead(view, [previous, next]) {
+  const { latent } = view;
+  const step = (to, name, rel) =>
+    to === null ? h("span.off", null, name) : h("a", { href: address({ ...view, latent: to }), rel }, name);
+  const listed = view.q || view.only || Object.keys(view.ranges).length;
+  return h(
+    "div.above.latent",
+    null,
+    h("h1", { tabindex: "-1" }, `Latent ${latent}`),
+    h("button.link.narrow", { type: "button", onclick: showContexts }, "Contexts ↓"),
+    h(
+      "nav",
+      { "aria-label": "Latents" },
+      ...latentLinks.map((link) => link(latent)),
+      h("a", { href: address({ latent: null, q: `~${latent}`, sort: "likeness", dir: "asc" }) }, "Similar"),
+      index.other ? h("a", { href: `#/compare?latent=${latent}` }, "Compare") : null,
+      h("button.link", { type: "button", title: "A latent at random (r)", onclick: goAnywhere }, "Random"),
+      step(previous, "← Previous", "prev"),
+      h("a", { href: address({ ...view, latent: null }) }, listed ? "Back to the list" : "All latents"),
+      step(next, "Next →", "next"),
+    ),
+  );
+}
+
+// On a narrow screen they are far below.
+function showContexts() {
+  const contexts = main.querySelector(".contexts");
+  contexts?.scrollIntoView({ block: "center" });
+  contexts?.querySelector("button").focus({ preventScroll: true });
+}
+
+function embedHead(latent) {
+  const whole = `#/latent/${latent}`;
+  return h(
+    "div.above.latent",
+    null,
+    h("h1", { tabindex: "-1" }, `Latent ${latent} `, h("small", null, index.title)),
+    h(
+      "nav",
+      { "aria-label": "Latents" },
+      h("a", { href: whole, target: "_blank", rel: "noopener" }, "Open in the dashboard"),
+    ),
+  );
+}
+
+function latentFacts(record, row) {
+  const alive = record.count > 0;
+  return [
+    [
+      "density",
+      alive ? index.density[row] : "silent",
+      `Share of the sampled tokens on which it is active: ${COUNT.format(record.count)} of ${COUNT.format(index.nRows)}`,
+    ],
+    ["activations", record.count, `Sampled tokens, of ${COUNT.format(index.nRows)}, on which it is active`],
+    ["mean when active", record.mean, "Mean of its values where it is active"],
+    ["max", index.max[row], "Largest value in the sample"],
+    [index.scoreName, index.score[row], scoreMeaning()],
+    [
+      "decoder norm",
+      record.norm,
+      index.sources.length > 1 ? "Length of its decoder row to the last source" : "Length of its decoder row",
+    ],
+  ];
+}
+
+function cards(view, record, most) {
+  const of = `${COUNT.format(record.count)} tokens`;
+  return [
+    record.count ? activationsCard(view.latent, record, most) : null,
+    record.up ? logitTable("Promoted tokens", record.up) : null,
+    record.down ? logitTable("Suppressed tokens", record.down) : null,
+    record.near?.length
+      ? othersTable(
+          view,
+          "Nearest decoder rows (cosine)",
+          record.near.map(([other, cosine]) => [other, cosine.toFixed(3), ""]),
+        )
+      : null,
+    record.coactive?.length
+      ? othersTable(
+          view,
+          `Active on the same ${of}`,
+          record.coactive.map(([other, both, jaccard]) => [
+            other,
+            percent(both / record.count),
+            `On ${COUNT.format(both)} of its ${of}; Jaccard index ${jaccard.toFixed(3)}`,
+          ]),
+        )
+      : null,
+  ];
+}
+
+function activationsCard(latent, record, most) {
+  const edges = record.histogram.map((_, i) => (i * most) / record.histogram.length).concat(most);
+  const ticks = [0, most / 2, most].map((value) => [value, number(value)]);
+  const strongest = record.tokens.reduce((n, [, times]) => n + times, 0);
+  return h(
+    "figure",
+    null,
+    h("figcaption", null, "Activations"),
+    histogram(record.histogram, edges, `Histogram of the activations of latent ${latent}`, 360, ticks),
+    h(
+      "p.fires",
+      null,
+      `Strongest ${strongest} on `,
+      ...record.tokens.slice(0, 6).flatMap(([id, times]) => [chip(id, h("small", null, ` ×${times}`)), " "]),
+    ),
+    record.patterns
+      ? h(
+          "p.fires",
+          null,
+          h("span", { title: PATTERNS }, "Patterns (N2G) "),
+          ...(record.patterns.length
+            ? record.patterns.flatMap(pattern)
+            : ["none: it needs more text than a pattern holds"]),
+        )
+      : null,
+  );
+}
+
+const PATTERNS =
+  "The shortest endings of its strongest contexts on which it keeps half of its value; * stands for any token, and ×n for " +
+  "so many contexts (Neuron to Graph)";
+
+// [tokens, -1 for any; how many contexts have it].
+function pattern([ids, times]) {
+  const parts = ids.map((id) => (id < 0 ? h("span.any", { title: "any token" }, "*") : token(id)));
+  return [h("span.chip", null, ...parts, h("small", null, ` ×${times}`)), " "];
+}
+
+function logitTable(title, pairs) {
+  const most = Math.max(...pairs.map(([, value]) => Math.abs(value)));
+  const row = ([id, value]) =>
+    h("tr", null, h("td", null, chip(id)), h("td.number", null, signed(value), bar(Math.abs(value), 0, most)));
+  return h("table.logits", null, h("caption", null, title), h("tbody", null, ...pairs.map(row)));
+}
+
+// Other latents: [number, what is said of it, and more of it].
+function othersTable(view, title, others) {
+  const line = ([latent, said, more]) => {
+    const row = rowOf(latent);
+    const shown = row !== undefined;
+    const label = labels.get(latent);
+    return h(
+      shown && index.density[row] ? "tr" : "tr.silent",
+      null,
+      h("td", null, shown ? h("a", { href: address({ ...view, latent }) }, String(latent)) : String(latent)),
+      h("td.number", more ? { title: more } : null, said),
+      label
+        ? h("td.said", { dir: "auto", title: visibleText(label) }, visibleText(label))
+        : h("td.chips", null, ...chips(shown ? idsAt(index.topTokens, row).slice(0, 2) : [])),
+    );
+  };
+  return h("table.near", null, h("caption", null, title), h("tbody", null, ...others.map(line)));
+}
+
+// What a latent is to each of several sources, side by side.
+const SHARE = "Of the lengths of its decoder rows to all sources, as the dictionary was trained, the share of this one";
+
+function sourcesTable(record) {
+  const head = (name, meaning, cells) =>
+    h("tr", null, h("th", { scope: "row", ...(meaning ? { title: meaning } : {}) }, name), ...cells);
+  const list = (pairs) => h("td.chips", null, ...(pairs || []).flatMap(([id]) => [chip(id), " "]));
+  const rows = [
+    head(
+      "decoder norm",
+      "Length of its decoder row to this source",
+      record.sources.map(({ norm }) => h("td", null, number(norm))),
+    ),
+    head(
+      "share",
+      SHARE,
+      record.sources.map(({ share }) => h("td", null, percent(share), bar(share, 0, 1))),
+    ),
+  ];
+  if (record.sources.some(({ up }) => up)) {
+    rows.push(
+      head(
+        "promoted",
+        null,
+        record.sources.map(({ up }) => list(up)),
+      ),
+    );
+    rows.push(
+      head(
+        "suppressed",
+        null,
+        record.sources.map(({ down }) => list(down)),
+      ),
+    );
+  }
+  return h(
+    "div.scroll.sources",
+    { "tabindex": "0", "role": "group", "aria-label": "Sources" },
+    h(
+      "table.plain",
+      null,
+      h("caption", null, "Sources"),
+      h("thead", null, h("tr", null, h("td"), ...index.sources.map((name) => h("th", { scope: "col" }, name)))),
+      h("tbody", null, ...rows),
+    ),
+  );
 }

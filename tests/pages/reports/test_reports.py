@@ -68,7 +68,7 @@ def test_a_run(run, capsys):
     assert str(run / "report.html") in "".join(capsys.readouterr())
     page, text = read(run / "report.html")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert "topk, 16 latents, k = 3, of acts" in text
+    assert "acts · 16 latents · k = 3 · topk" in text
     assert f"{rows[-1]['fvu']:.3g} at 384" in text
     assert "0.2500 [0.2400, 0.2600]" in text
     assert "divergence of the predictions" in text  # in the list, not on hover alone
@@ -202,11 +202,13 @@ def test_names_and_labels_stay_text_and_folders_of_the_author_stay_out(run, tmp_
 
 
 def test_a_dashboard_beside_is_led_to(run, tmp_path):
-    about = "topk, 16 latents, k = 3, of acts"
-    for name, line in (("mine", about), ("not mine", "topk, 32 latents")):
+    about = "acts · 16 latents · k = 3 · topk"
+    for name, line in (("mine", about), ("not mine", "acts · 32 latents")):
         (tmp_path / name).mkdir()
         head = '<meta name="generator" content="sae_jax dashboard">'
-        (tmp_path / name / "index.html").write_text(f'{head}<span class="about">{line}</span>')
+        (tmp_path / name / "index.html").write_text(
+            f'{head}<span class="about">{line.replace(" = ", chr(160) + "=" + chr(160))}</span>'
+        )
     page, _ = read(sae_jax.report(run))
     assert 'href="../mine/index.html"' in page
     assert "not%20mine" not in page
