@@ -7,6 +7,7 @@ BENCH := .venv-bench
 REAL := .venv-real
 OLDEST := .venv-oldest
 SAEBENCH := .venv-saebench
+PAGES := .venv-pages
 
 # The first of these versions that runs and can make environments. pyenv's commands exist for versions that are not
 # selected, too, and fail.
@@ -36,7 +37,7 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-saebench test-plan fuzz bench-env clean
+  test-interchange test-pages-peers test-saebench test-plan fuzz bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -111,6 +112,16 @@ test-interchange: $(VENV)/.installed-dev
 	$(call with_library,dictionary_learning,dictionary-learning==0.1.0)
 	$(call with_library,circuit_tracer,circuit-tracer==0.5.0)
 	$(BIN)/python -m pytest tests/interchange/test_golden.py
+
+# What we export of latents, read by the programs whose pages show it. They come without what they need to run models.
+test-pages-peers: $(VENV)/.installed-dev
+	@test -x $(PAGES)/bin/python || "$(PYTHON)" -m venv $(PAGES)
+	$(PAGES)/bin/pip install --quiet --no-deps "sae-dashboard==0.8.0" "neuronpedia==1.2.1" "circuit-tracer==0.5.0"
+	$(PAGES)/bin/pip install --quiet numpy pandas pydantic requests python-dotenv
+	rm -rf $(PAGES)/exported
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.pages.exported $(PAGES)/exported
+	$(PAGES)/bin/python tests/pages/peers/check.py $(PAGES)/exported
+
 # Agreement with SAEBench, whose numpy is older than ours: its code runs in an environment of its own, of 8 GB.
 test-saebench: $(VENV)/.installed-dev
 	test -x $(SAEBENCH)/bin/python || "$(or $(call find,3.12 3.11),python3.12)" -m venv $(SAEBENCH)
@@ -137,4 +148,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) $(PAGES) demo build *.egg-info

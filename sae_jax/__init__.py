@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         explore,
         find,
         quality,
+        report,
         steer,
     )
 
@@ -77,6 +78,7 @@ __all__ = [
     "plan",
     "push",
     "quality",
+    "report",
     "save",
     "steer",
     "sweep",
@@ -107,7 +109,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("active", "attribute", "causal_tree", "collect", "dashboard"),
-            *("evaluate", "explain", "explore", "find", "quality", "steer"),
+            *("evaluate", "explain", "explore", "find", "quality", "report", "steer"),
         ),
         "sae_jax.uses",
     ),

@@ -30,6 +30,7 @@ from sae_jax.evaluation.batches import Candidate
 from sae_jax.evaluation.prompts import Separation
 from sae_jax.evaluation.text import open_set
 from sae_jax.interchange import hub, publish
+from sae_jax.pages.reports import write as reports
 from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.scaling import quality as trends
@@ -348,12 +349,13 @@ def dashboard(
     split: int = 1,
     store: StrPath | None = None,
     beside: Dictionary | StrPath | None = None,
+    format: str = "site",
     labels: StrPath | None = None,
     latents: Sequence[int] | None = None,
     patterns: int = 64,
     single_file: bool = False,
 ) -> Path:
-    """Write a static site of a dictionary's latents; returns the page to open.
+    """Write a static site of a dictionary's latents; returns the page to open, or the folder of another format.
 
     Args:
         dictionary: as `sae_jax.load` gives it, or its folder.
@@ -365,6 +367,7 @@ def dashboard(
         split: devices of this process that the language model is split over.
         store: where `collect` keeps the activations of the sample; those that are there are not made again.
         beside: another dictionary to compare with: which of its latents are like each, in decoder and in firing.
+        format: site, or what other programs read: neuronpedia, saedashboard or circuit-tracer (pages/exports).
         labels: a .csv or .jsonl file with latent and label in each line; it wins over the labels of the store.
         latents: those that get a page; None: all.
         patterns: so many latents, of those that write most, get N2G patterns; each takes some hundred short texts
@@ -373,9 +376,9 @@ def dashboard(
     """
     shown, model = _titled(dictionary, ema), model and lm.resolve(model)
     other = None if beside is None else _titled(beside, ema)
-    more = {"labels": labels, "latents": latents, "n_patterns": patterns, "single_file": single_file}
+    more = {"labels": labels, "latents": latents, "n_patterns": patterns, "single_file": single_file, "format": format}
     write_site(*shown, out, data, model, tokens, split, store, other, **more)
-    return Path(out) if single_file else Path(out) / "index.html"
+    return Path(out) if single_file or format != "site" else Path(out) / "index.html"
 
 
 def explore(
@@ -413,6 +416,24 @@ def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, st
     """A dictionary, and what pages are headed with."""
     d = _load(dictionary, ema)
     return d, d.record.variant if isinstance(dictionary, Dictionary) else Path(dictionary).resolve().name
+
+
+def report(*paths: StrPath, out: StrPath | None = None) -> Path:
+    """Write a page about a run, a sweep or dictionaries: curves, laws, tables and figures in one file; returns it.
+
+    Args:
+        paths: folder of a run, of a sweep or of a saved dictionary; several runs or dictionaries are compared.
+        out: the file; None: report.html in the folder, if it is one.
+    """
+    folders = [*dict.fromkeys(Path(path) for path in paths)]
+    if not folders:
+        raise UsageError("report() was given nothing; name a run, a sweep or a saved dictionary")
+    if len(folders) > 1 and out is None:
+        raise UsageError(f"{len(folders)} folders are compared in one page; say where it goes, with out")
+    file = folders[0] / "report.html" if out is None else Path(out)
+    members = {folder: sweep_run.member_folders(folder) for folder in folders if reports.is_sweep(folder)}
+    reports.write_report(folders, members, file)
+    return file
 
 
 def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:

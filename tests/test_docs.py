@@ -28,7 +28,7 @@ PAGES += [
 ]
 PAGES += [
     ROOT / "docs" / f"{name}.md"
-    for name in ("devices", "scaling", "explain", "probing", "interchange", "publish", "explore")
+    for name in ("devices", "scaling", "explain", "probing", "interchange", "publish", "explore", "reports")
 ]
 SMALL = {
     "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -35,6 +36,8 @@ class Dashboard:
     """folder of `sae-jax collect` with the activations to show; what is missing there is made. Default: none is kept"""
     beside: str | None = None
     """another dictionary to compare with: pages of both, and which of its latents are like each"""
+    format: Literal["site", "neuronpedia", "saedashboard", "circuit-tracer"] = "site"
+    """the site, or files of what it shows for another program: docs/reports.md says who reads them"""
 
     labels: str | None = None
     """.csv or .jsonl file with latent and label in each line; it wins over the labels of the store"""

@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -201,9 +202,17 @@ def refuse_to_overwrite(out: Path, single_file: bool = False) -> None:
     page = out if single_file else out / "index.html"
     if not out.exists() or (not single_file and out.is_dir() and not any(out.iterdir())):
         return
-    if not (page.is_file() and f'content="{_GENERATOR}"' in page.read_text(errors="replace")):
+    if not is_dashboard(page):
         what, cure = ("page of a dashboard", "name") if single_file else ("dashboard", "folder")
         raise UsageError(f"{out} exists and is not a {what}; choose another {cure} or remove it")
+
+
+def is_dashboard(page: Path, about: str = "") -> bool:
+    """Whether a file is the page of a dashboard, and of what is told in these words if some are given."""
+    text = page.read_text(errors="replace") if page.is_file() else ""
+    if f'content="{_GENERATOR}"' not in text:
+        return False
+    return not about or f">{about}</span>" in unescape(text).replace("\u00a0", " ")
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,20 @@
-"""One page with all that was measured of some dictionaries: a table and figures, in a file that needs no other."""
+"""All that was measured of some dictionaries: a table and figures, as a page or as sections of one."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_jax import figures, storage
+from sae_jax import figures
 from sae_jax.evaluation.evaluate import COMPARED, descriptions, table_rows
+from sae_jax.pages import page
+from sae_jax.pages.about import without_folders
+from sae_jax.pages.page import Chart, Charts, Page, Reasons, Section, Table
 
-COLUMNS = 3  # of figures side by side
+WIDTH = 4.4  # inches, of a figure
+LABEL = 24  # characters beside it
 TOO_FEW = "undefined, or of one alone of what varies: a sequence, a batch, a latent or a task"
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-size: 13px; } th, td { padding: 3px 10px 3px 0; text-align: left; }
-td.n { font-variant-numeric: tabular-nums; white-space: nowrap; } tr:nth-child(even) { background: #f5f5f5; }
-td.m { color: #666; } .wide { overflow-x: auto; } img { max-width: 100%; } dt { font-weight: 600; margin-top: .5em; }
-"""
 
 
 def write_report(path: str | Path, documents: Mapping[str, Mapping[str, Any]]) -> None:
@@ -29,113 +24,119 @@ def write_report(path: str | Path, documents: Mapping[str, Mapping[str, Any]]) -
         path: of the file, which is replaced.
         documents: {name: what evaluation.json holds} of dictionaries and baselines.
     """
-    title = f"Evaluation of {', '.join(list(documents)[:3])}{' and others' if len(documents) > 3 else ''}"
-    parts = [f"<h1>{html.escape(title)}</h1>", _sources(documents), "<h2>Numbers</h2>", _table(documents)]
-    for heading, make in (("With intervals of 90 %", _intervals), ("By position, norm, k and scale", _curves)):
-        if (figure := make(documents)) is not None:
-            parts.append(f'<h2>{heading}</h2><img alt="{heading}" src="data:image/png;base64,{_png(figure)}">')
+    names = page.short_names(documents)
+    title = f"Evaluation of {', '.join([*names.values()][:3])}{' and others' if len(documents) > 3 else ''}"
+    page.write(path, Page(title, sections=sections({names[name]: documents[name] for name in documents})))
+
+
+def sections(documents: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """What a page shows of {name: what evaluation.json holds}."""
+    found = [Section("Evaluation", [Reasons(_sources(documents)), _table(documents)])]
+    for heading, charts in (
+        # Of one dictionary the table says as much.
+        ("With intervals of 90 %", _intervals(documents) if len(documents) > 1 else []),
+        ("By position, norm, k and scale", _curves(documents)),
+    ):
+        if charts:
+            found.append(Section(heading, [Charts(charts)]))
     if reasons := _without_interval(documents):
-        parts.append(f"<h2>Without an interval</h2><dl>{reasons}</dl>")
+        found.append(Section("Without an interval", [Reasons(reasons)]))
     if left_out := _left_out(documents):
-        parts.append(f"<h2>Left out</h2><dl>{left_out}</dl>")
-    body = "\n".join(parts)
-    storage.write_text(
-        Path(path),
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n",
-    )
+        found.append(Section("Left out", [Reasons(left_out)]))
+    return found
 
 
-def _sources(documents: Mapping[str, Mapping[str, Any]]) -> str:
+def _sources(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What each was measured on."""
     rows = []
     for name, document in documents.items():
         sites = document.get("sites", {})
         x, y = (" + ".join(sites.get(side, [])) for side in ("x", "y"))
         place = x if x == y else f"{x} to {y}"
-        text = f"held-out text {document['text']}" if document.get("text") else "rows of the set"
-        rows.append(f"<dt>{html.escape(name)}</dt><dd>{html.escape(place)}, on {html.escape(text)}</dd>")
-    return f"<dl>{''.join(rows)}</dl>"
+        text = without_folders(document.get("text"))
+        rows.append((name, f"{place}, on {f'held-out text {text}' if text else 'rows of the set'}"))
+    return rows
 
 
-def _table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("metric", *documents, "meaning"))
-    rows = []
-    for label, *cells, meaning in table_rows(list(documents.values())):
-        numbers = "".join(f'<td class="n">{html.escape(cell)}</td>' for cell in cells)
-        rows.append(f'<tr><td>{html.escape(label)}</td>{numbers}<td class="m">{html.escape(meaning)}</td></tr>')
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _without_interval(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why numbers of the table have none."""
-    reasons = {}
-    for name, description in descriptions().items():
-        has_it = [name in document.get("intervals", {}) for document in documents.values() if name in document]
-        if description.in_table and not all(has_it):
-            reasons[description.label] = description.no_interval or TOO_FEW
-    return "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(reason)}</dd>" for label, reason in reasons.items())
-
-
-def _left_out(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    return "".join(
-        f"<dt>{html.escape(name)}: {html.escape(study)}</dt><dd>{html.escape(reason)}</dd>"
-        for name, document in documents.items()
-        for study, reason in document.get("left_out", {}).items()
+def _table(documents: Mapping[str, Mapping[str, Any]]) -> Table:
+    return Table(
+        "Every number, with its interval of 90 %", ("metric", *documents, "meaning"), table_rows([*documents.values()])
     )
 
 
-def _intervals(documents: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A panel for each metric that has an interval, with a point for each dictionary."""
-    names = [
-        name
-        for name, description in descriptions().items()
-        if description.in_table and any(_is_interval(d.get("intervals", {}).get(name)) for d in documents.values())
+def _without_interval(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Why numbers of the table have none."""
+    reasons = []
+    for name, description in descriptions().items():
+        has_it = [name in document.get("intervals", {}) for document in documents.values() if name in document]
+        if description.in_table and not all(has_it):
+            reasons.append((description.label, description.no_interval or TOO_FEW))
+    return reasons
+
+
+def _left_out(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [
+        (f"{name}: {study}", without_folders(reason))
+        for name, document in documents.items()
+        for study, reason in document.get("left_out", {}).items()
     ]
-    if not names:
-        return None
-    figure, panels = _panels(len(names), 0.9 + 0.22 * len(documents))
-    labels = list(documents)
-    for axes, name in zip(panels, names, strict=True):
-        for place, document in enumerate(documents.values()):
+
+
+def _intervals(documents: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """A figure for each metric that has an interval, with a point for each dictionary."""
+    charts = []
+    labels = [*documents]
+    for name, description in descriptions().items():
+        has_one = any(_is_interval(d.get("intervals", {}).get(name)) for d in documents.values())
+        if not description.in_table or not has_one:
+            continue
+        figure = figures.new(WIDTH, 0.7 + 0.26 * len(documents))
+        axes = figure.subplots()
+        said = []
+        for place, (label, document) in enumerate(documents.items()):
             value, interval = document.get(name), document.get("intervals", {}).get(name)
             if value is not None:
                 low, high = interval or (value, value)
-                axes.errorbar(value, place, xerr=_bars([value], [(low, high)]), fmt="o", markersize=4)
-        axes.set_yticks(range(len(labels)), [Path(label).name for label in labels], fontsize=8)
+                axes.errorbar(value, place, xerr=_bars([value], [(low, high)]), fmt="o", markersize=4, capsize=3)
+                said.append(f"{label} {value:.4g}, {low:.4g} to {high:.4g}")
+        names = [figures.plain(label, LABEL) for label in labels] if len(labels) > 1 else [""] * len(labels)
+        axes.set_yticks(range(len(labels)), names, fontsize=9)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_title(descriptions()[name].label, fontsize=9)
-        axes.grid(axis="x", alpha=0.3)
-        axes.tick_params(axis="x", labelsize=8)
-    return figure
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x", alpha=0.5)
+        charts.append(Chart.of(figure, f"{description.label}: {description.text}", "; ".join(said)))
+    return charts
 
 
-def _curves(documents: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A panel for each metric that is a number for each of several places, with a line for each dictionary."""
-    names = [
-        name
-        for name in descriptions()
-        if name not in COMPARED and any(len(_curve(document, name)) > 1 for document in documents.values())
-    ]
-    if not names:
-        return None
-    figure, panels = _panels(len(names), 3.0)
-    for axes, name in zip(panels, names, strict=True):
+def _curves(documents: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """A figure for each metric that is a number for each of several places, with a line for each dictionary."""
+    charts = []
+    for name, description in descriptions().items():
         curves = {label: _curve(document, name) for label, document in documents.items()}
+        if name in COMPARED or not any(len(curve) > 1 for curve in curves.values()):
+            continue
+        figure = figures.new(WIDTH, 3.0)
+        axes = figure.subplots()
         places = list(dict.fromkeys(place for curve in curves.values() for place in curve))
         places = sorted(places, key=float) if all(_is_number(place) for place in places) else places
+        said = []
         for label, curve in curves.items():
             at, values = [places.index(place) for place in curve], [*curve.values()]
+            if not values:
+                continue
             intervals = documents[label].get("intervals", {}).get(name, {})
             bars = _bars(values, [intervals.get(place, (value, value)) for place, value in curve.items()])
-            style = {"marker": "o", "markersize": 3, "linewidth": 1.2, "capsize": 2, "label": Path(label).name}
+            style = {"marker": "o", "markersize": 3, "linewidth": 1.2, "capsize": 2, "label": figures.plain(label)}
             axes.errorbar(at, values, yerr=bars, **style)
-        axes.set_xticks(range(len(places)), places, rotation=40, ha="right", fontsize=7)
-        axes.tick_params(axis="y", labelsize=8)
-        axes.set_title(f"{descriptions()[name].label}\n{descriptions()[name].text}", fontsize=8)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
-    return figure
+            said.append(f"{label}: " + ", ".join(f"{place} {value:.3g}" for place, value in curve.items()))
+        shown = range(0, len(places), 1 + len(places) // 10)
+        axes.set_xticks(shown, [figures.plain(places[at]) for at in shown], rotation=40, ha="right")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(alpha=0.5)
+        if len(documents) > 1:
+            figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+        charts.append(Chart.of(figure, f"{description.label}: {description.text}", "; ".join(said)))
+    return charts
 
 
 def _curve(document: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -166,18 +167,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _panels(n: int, height: float) -> tuple[Any, Sequence[Any]]:
-    rows = -(-n // COLUMNS)
-    figure = figures.new(4.2 * COLUMNS, height * rows)
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel().tolist()
-    for axes in panels[n:]:
-        axes.set_axis_off()
-    return figure, panels[:n]
-
-
-def _png(figure: Any) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return base64.b64encode(data.getvalue()).decode()

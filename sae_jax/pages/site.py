@@ -23,6 +23,7 @@ from sae_jax.artifact import Dictionary, digest_of
 from sae_jax.autointerp.explain import in_words, read_labels
 from sae_jax.evaluation import base, prompts
 from sae_jax.evaluation.text import load_model, open_set, say_or_refuse
+from sae_jax.pages import export
 from sae_jax.pages.about import about, without_folders
 from sae_jax.pages.dashboard import Site, refuse_to_overwrite, write_dashboard, write_page
 from sae_jax.pages.labels import read_labels_file
@@ -50,8 +51,9 @@ def write_site(
     latents: Sequence[int] | None = None,
     n_patterns: int = 64,
     single_file: bool = False,
+    format: str = export.SITE,
 ) -> None:
-    """Write the site.
+    """Write the site, or files of what it shows for another program.
 
     Args:
         d: the dictionary.
@@ -69,15 +71,25 @@ def write_site(
         latents: those that get a page; None: all.
         n_patterns: latents, of those that write most, whose N2G patterns are made.
         single_file: all in one page; for some latents alone.
+        format: a name of `export.formats()`.
 
     Raises:
-        UsageError: a set without text, another store at `store`, or something at `out` that is not a dashboard.
+        UsageError: a set without text, another store at `store`, something at `out` that is not a dashboard, a format
+            that does not exist or has no place for the dictionary, or one that shows none beside it.
         HeldError: another process writes a dashboard there.
     """
-    shown = _Shown(model, n_tokens, split, labels, latents, n_patterns)
+    is_site = format == export.SITE
+    shown = _Shown(model, n_tokens, split, labels, latents, n_patterns if is_site else 0)
+    if not is_site:
+        export.check(format, d.record, Path(out))
+        if beside is not None or single_file:
+            raise UsageError(
+                f"format {format} has a folder of its own for one dictionary; leave out beside and single_file"
+            )
     if single_file and (latents is None or beside is not None):
         raise UsageError("a single file is of some latents of one dictionary; name them (latents), without beside")
-    refuse_to_overwrite(Path(out), single_file)
+    if is_site:
+        refuse_to_overwrite(Path(out), single_file)
     with storage.lease_of_folder(out) as lease, contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         activations = open_set(d.record, data)
@@ -91,7 +103,9 @@ def write_site(
             other = _site(other_d, other_title, on, all_of_other, f"{scratch}/beside")
         total = len(site.numbers) + (len(other.numbers) if other else 0)
         with Progress("dashboard", total, "latents", first="") as progress:
-            if single_file:
+            if not is_site:
+                export.write(format, Path(out), export.Exported(site, d.record), progress.update, lease)
+            elif single_file:
                 write_page(Path(out), site, progress.update)
             else:
                 write_dashboard(Path(out), site, other, progress=progress.update, lease=lease)

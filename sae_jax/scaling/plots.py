@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,34 @@ from sae_jax.scaling import fit
 from sae_jax.scaling.laws import Fitted, Study
 
 FVU = "FVU of held-out rows, share of variance"
+LABEL_INCHES = 0.19  # that a line of a legend takes
 N_WIDTHS = 6  # curves of the joint law that are told apart by colour
 
 
 def draw(study: Study, folder: Path) -> list[Path]:
     """FOLDER/<what>.png of everything that the study has; those that it no longer has are removed."""
-    painters: dict[str, Callable[[Any, Study], None] | None] = {
-        "compute": _compute if "compute" in study.laws else None,
-        "latents": _latents if "latents" in study.laws else None,
-        "isoflop": _isoflop if study.budgets else None,
-        "joint": _joint if "joint" in study.laws else None,
-        "rates": _rates if study.rates else None,
-        "active": _active if study.active else None,
-        "residuals": _residuals if {"compute", "latents", "joint"} & study.laws.keys() else None,
-    }
-    drawn = []
-    for name, paint in painters.items():
-        path = folder / f"{name}.png"
-        if paint is None:
-            path.unlink(missing_ok=True)
+    figures_of = {name: figure for name, _, figure in drawn(study)}
+    for name in PAINTERS.keys() - figures_of.keys():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    for name, figure in figures_of.items():
+        figures.save(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures_of]
+
+
+def drawn(
+    study: Study, size: tuple[float, float] = (6.4, 4.4), for_page: bool = False
+) -> Iterator[tuple[str, str, Any]]:
+    """(name, the question it answers, figure) of everything that the study has.
+
+    Args:
+        study: the fitted table.
+        size: of a figure, in inches; legends that stand beneath come on top of it.
+        for_page: without the question, which the page asks, and with the legend beneath, where it covers nothing.
+    """
+    for name, paint in PAINTERS.items():
+        if not HAS[name](study):
             continue
-        figure = figures.new(6.4, 4.4)
+        figure = figures.new(*size)
         axis = figure.subplots()
         axis.loglog()
         paint(axis, study)
@@ -41,11 +48,18 @@ def draw(study: Study, folder: Path) -> list[Path]:
             if each.get_scale() == "log":
                 figures.label_logarithmic(each)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        question = axis.get_title().partition("\n")[0]
+        if for_page:
+            axis.set_title("")
+            axis.set_ylabel(axis.get_ylabel(), fontsize=9)
+        n_labels = len(axis.get_legend_handles_labels()[1])
+        if n_labels and for_page:
+            columns = 1 if n_labels < 5 else 2
+            figure.set_size_inches(size[0], size[1] + LABEL_INCHES * -(-n_labels // columns))
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        elif n_labels:
             axis.legend(fontsize=8)
-        figures.save(figure, path)
-        drawn.append(path)
-    return drawn
+        yield name, question, figure
 
 
 def _compute(axis: Any, study: Study) -> None:
@@ -165,4 +179,22 @@ def _explain_stars(axis: Any, tried: str) -> None:
 def _title(axis: Any, study: Study, question: str, at_k: bool = True) -> None:
     site = f" of {study.site}" if study.site else ""
     k = f", k = {study.k}" if at_k and study.k is not None else ""
-    axis.set_title(f"{question}\n{study.variant}{site}{k}", fontsize=10)
+    axis.set_title(figures.plain(f"{question}\n{study.variant}{site}{k}", 200), fontsize=10)
+
+
+PAINTERS: dict[str, Callable[[Any, Study], None]] = {
+    "compute": _compute,
+    "latents": _latents,
+    "isoflop": _isoflop,
+    "joint": _joint,
+    "rates": _rates,
+    "active": _active,
+    "residuals": _residuals,
+}
+HAS: dict[str, Callable[[Study], bool]] = {
+    **{name: lambda study, name=name: name in study.laws for name in ("compute", "latents", "joint")},
+    "isoflop": lambda study: bool(study.budgets),
+    "rates": lambda study: bool(study.rates),
+    "active": lambda study: bool(study.active),
+    "residuals": lambda study: bool({"compute", "latents", "joint"} & study.laws.keys()),
+}

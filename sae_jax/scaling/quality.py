@@ -135,24 +135,29 @@ def draw(measured: Sequence[Measured], found: Sequence[Trend], path: Path) -> No
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in panels[len(found) :]:
         axes.set_axis_off()
-    every_k = sorted({one.point.k or 0 for one in measured})
     for axes, trend in zip(panels, found, strict=False):
-        for place, k in enumerate(every_k):
-            here = [one for one in measured if (one.point.k or 0) == k and trend.metric in one.metrics]
-            widths = sorted({one.point.n_latents for one in here})
-            means = [np.mean([o.metrics[trend.metric] for o in here if o.point.n_latents == n]) for n in widths]
-            points = [(one.point.n_latents, one.metrics[trend.metric]) for one in here]
-            axes.plot(*zip(*points, strict=True), ".", color=f"C{place}", markersize=4) if points else None
-            axes.plot(widths, means, color=f"C{place}", linewidth=1.2, label=f"k={k}" if k else None)
-        axes.set_xscale("log", base=2)
+        paint(axes, measured, trend)
         axes.set_xlabel("latents", fontsize=8)
         axes.set_title(trend.metric, fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    if any(every_k):
+    if any(one.point.k for one in measured):
         panels[0].legend(fontsize=7)
     figure.suptitle("How does each metric go with the width of the dictionary and its active latents?", fontsize=10)
     figures.save(figure, path)
+
+
+def paint(axes: Any, measured: Sequence[Measured], trend: Trend) -> None:
+    """A metric against latents, with a line through the means of each k."""
+    every_k = sorted({one.point.k or 0 for one in measured})
+    for place, k in enumerate(every_k):
+        here = [one for one in measured if (one.point.k or 0) == k and trend.metric in one.metrics]
+        widths = sorted({one.point.n_latents for one in here})
+        means = [np.mean([o.metrics[trend.metric] for o in here if o.point.n_latents == n]) for n in widths]
+        points = [(one.point.n_latents, one.metrics[trend.metric]) for one in here]
+        axes.plot(*zip(*points, strict=True), ".", color=f"C{place}", markersize=4) if points else None
+        axes.plot(widths, means, color=f"C{place}", linewidth=1.2, label=f"k={k}" if k else None)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
 
 
 def rows(found: Sequence[Trend]) -> list[tuple[str, ...]]:

@@ -70,21 +70,25 @@ def _least(curve: Curve) -> str:
     return f"not between the k tried: {ends[0] if ends else 'the same at all'}"
 
 
-def _written(value: float) -> str:
+def written(value: float) -> str:
+    """A coefficient."""
     return "-inf" if value <= -LARGEST else f"{value:.5g}"
 
 
-def _law(console: Console, formula: str, fitted: Fitted) -> None:
-    console.print(formula)
-    table = Table("", "value", "90 % interval")
-    law = fitted.law
-    for name, value in law.coefficients.items():
-        ends = law.interval.get(name)
-        table.add_row(name, _written(value), f"{_written(ends[0])} to {_written(ends[1])}" if ends else "none")
-    console.print(table)
-    console.print(fitted.note)
+def coefficients(law: fit.Law) -> list[tuple[str, str, str]]:
+    """(name, value, interval) of each."""
+    return [
+        (name, written(value), f"{written(ends[0])} to {written(ends[1])}" if ends else "none")
+        for name, value in law.coefficients.items()
+        for ends in (law.interval.get(name),)
+    ]
+
+
+def remarks(fitted: Fitted) -> list[str]:
+    """Which points a law was fitted to, and how well it describes them, a sentence each."""
+    law, lines = fitted.law, [fitted.note]
     if law.chance is not None:
-        console.print(f"that the error does not fall to nought has a probability of {law.chance:.2f}")
+        lines.append(f"that the error does not fall to nought has a probability of {law.chance:.2f}")
     quality = f"R2 of ln {law.r2:.5f}, residuals {law.rmse_log:.2%}"
     if law.noise_growth > NOISIER:
         quality += f", {law.noise_growth:.1f} times as noisy at the largest as at the smallest"
@@ -92,4 +96,16 @@ def _law(console: Console, formula: str, fitted: Fitted) -> None:
         quality += f"; the largest, predicted without it, is off by {law.largest_out:.2%}"
         if law.carried is not None:
             quality += f", the next smaller one by {law.carried:.2%}"
-    console.print(quality + "\n")
+    return [*lines, quality]
+
+
+def _law(console: Console, formula: str, fitted: Fitted) -> None:
+    console.print(formula)
+    table = Table("", "value", "90 % interval")
+    for row in coefficients(fitted.law):
+        table.add_row(*row)
+    console.print(table)
+    *lines, last = remarks(fitted)
+    for line in lines:
+        console.print(line)
+    console.print(last + "\n")

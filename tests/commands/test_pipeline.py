@@ -228,6 +228,18 @@ def test_dashboard_is_written(work, tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
+def test_what_a_dashboard_shows_as_files_of_another_program_and_a_report_of_its_run(work, tmp_path, capsys):
+    run(work, "dashboard", work / "run", "--out", tmp_path / "batches", "--format=saedashboard", "--tokens", 2000)
+    features = json.loads((tmp_path / "batches" / "batch-0.json").read_text())["features"]
+    assert [feature["feature_index"] for feature in features] == list(range(64))
+    assert max(len(feature["activations"]) for feature in features) > 20
+    flags = ["dashboard", work / "run", "--out", tmp_path / "batches", "--tokens", 2000]
+    assert "exists and is not a dashboard" in refused(capsys, work, *flags)
+    assert (tmp_path / "batches" / "batch-0.json").exists()
+    run(work, "report", work / "run", "--out", tmp_path / "report.html")
+    assert "FVU" in (tmp_path / "report.html").read_text()
+
+
 def test_a_few_latents_in_one_labelled_page(work, tmp_path, capsys):
     (tmp_path / "labels.csv").write_text("latent,label\n2,names </script>\n")
     flags = ["--tokens=2000", "--patterns=2", "--labels", tmp_path / "labels.csv"]

@@ -32,7 +32,7 @@ def test_a_page_has_every_number_its_interval_and_what_was_left_out(tmp_path):
     assert reasons["FVU"].startswith("undefined, or of one alone")
     for said in ("0.1250", "0.5000 [0.4000, 0.6000]", "undefined", "0.7500", "other: importance", "it runs in torch"):
         assert said in page
-    assert len(re.findall("data:image/png;base64,", page)) == 2
+    assert len(re.findall("data:image/svg.xml;base64,", page)) == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
