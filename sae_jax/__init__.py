@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         dashboard,
         evaluate,
         explain,
+        explore,
         find,
         quality,
         steer,
@@ -64,6 +65,7 @@ __all__ = [
     "dashboard",
     "evaluate",
     "explain",
+    "explore",
     "export",
     "find",
     "fit",
@@ -105,7 +107,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("active", "attribute", "causal_tree", "collect", "dashboard"),
-            *("evaluate", "explain", "find", "quality", "steer"),
+            *("evaluate", "explain", "explore", "find", "quality", "steer"),
         ),
         "sae_jax.uses",
     ),

@@ -378,6 +378,37 @@ def dashboard(
     return Path(out) if single_file else Path(out) / "index.html"
 
 
+def explore(
+    dictionary: Dictionary | StrPath,
+    *,
+    site: StrPath | None = None,
+    port: int = 0,
+    data: str | None = None,
+    model: str | None = None,
+    tokens: int = 400_000,
+    ema: bool = False,
+    split: int = 1,
+    store: StrPath | None = None,
+) -> None:
+    """Serve a dictionary's dashboard on this machine, with the views that need its language model, until Ctrl-C.
+
+    Args:
+        dictionary: as `sae_jax.load` gives it, or its folder.
+        site: a dashboard of it, which is written if it is not there; None: one in a temporary folder.
+        port: to listen on; 0: any that is free.
+        data: the activation set, if it moved.
+        model: another reference for the language model, if it moved.
+        tokens: as `dashboard`, of a site that is written.
+        ema: of a run, the averaged weights instead of the live ones.
+        split: devices of this process that the language model is split over.
+        store: as `dashboard`, of a site that is written.
+    """
+    from sae_jax.pages import explore as server  # a web server, which nothing else needs
+
+    options: dict[str, Any] = {"site": site, "port": port, "data": data, "model": model and lm.resolve(model)}
+    server.explore(*_titled(dictionary, ema), **options, n_tokens=tokens, split=split, store=store)
+
+
 def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, str]:
     """A dictionary, and what pages are headed with."""
     d = _load(dictionary, ema)

@@ -16,6 +16,7 @@ import yaml
 
 from sae_jax.commands import main as cli
 from sae_jax.commands import runtime
+from sae_jax.pages import explore
 from sae_jax.scaling import fit, table
 from tests import runs
 from tests.commands.test_fit import planted
@@ -26,7 +27,8 @@ PAGES += [
     ROOT / "docs" / f"{name}.md" for name in ("data", "models", "variants", "python", "metrics", "latents", "dashboard")
 ]
 PAGES += [
-    ROOT / "docs" / f"{name}.md" for name in ("devices", "scaling", "explain", "probing", "interchange", "publish")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("devices", "scaling", "explain", "probing", "interchange", "publish", "explore")
 ]
 SMALL = {
     "harvest": ["--harvest.tokens=4096", "--harvest.context=64", "--harvest.heldout=heldout"],
@@ -34,6 +36,7 @@ SMALL = {
     "evaluate": ["--tokens=256"],
     "dashboard": ["--tokens=512"],
     "collect": ["--tokens=512"],
+    "explore": ["--tokens=512"],
     "sweep": shlex.split(
         "--train.batch-size=64 --sweep.held-out=512 --sweep.compute 1e8 2e8 --sweep.tokens=1280 "
         "--sweep.grid sae.n_latents=128 'sae.k=4 8'"
@@ -61,6 +64,7 @@ def test_every_block_of_every_page_runs(pages: list[Path], tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit, "N_DRAWS", 40)
     monkeypatch.setattr(runtime, "start_distributed", lambda: None)  # this process has devices already
+    monkeypatch.setattr(explore, "wait_for", lambda server: None)  # for Ctrl-C
     for name in ("configs", "docs", "sae_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))

@@ -16,6 +16,7 @@ COMMANDS = {
     "steer": "what the language model writes with latents set to chosen values",
     "attribute": "the latents that made the language model say a token after a prompt",
     "dashboard": "a static site to look at the latents of a run",
+    "explore": "that site on this machine, with the model: latents of a text that is typed, steering, chat",
     "import": "a dictionary of another program: SAELens, sparsify, Gemma Scope and others",
     "export": "a dictionary for another program",
     "fit": "scaling laws from the table of a sweep, with intervals and figures",

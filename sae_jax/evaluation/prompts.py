@@ -15,25 +15,28 @@ method 5 of Newcombe 2006 (Statistics in Medicine 25, pages 559 to 573).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import jax
 import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from sae_jax import lm
+from sae_jax import lm, mesh
 from sae_jax.activations.forward import Hooks, hook_of, read_hooks
 from sae_jax.activations.store import ActivationSet
 from sae_jax.evaluation.base import NORMAL_QUANTILE
 from sae_jax.evaluation.text import load_model, say_or_refuse
-from sae_jax.lm.chat import first_template
+from sae_jax.lm.chat import Message, first_template
 from sae_jax.record import Record
 from sae_jax.saes.base import AbstractSae
 from sae_jax.types import UsageError, UserError
 
 MIN_TEXTS = 4  # of each kind
+MIN_ROOM = 32  # positions
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,23 @@ class Subject:
             )
         return ids
 
-    def chat_ids(self, message: str) -> np.ndarray:
-        """The tokens of a user's message in the model's chat template, up to where the answer begins, i32[T]."""
+    def chat_ids(self, messages: str | Sequence[Message]) -> np.ndarray:
+        """The tokens of a conversation, or of a user's message, in the model's chat template, i32[T].
+
+        They end where the assistant's next message begins.
+        """
         template = first_template([self.model.reference])
-        messages = [{"role": "user", "content": message}]
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         return np.array(template.encode(messages, self.tokenizer, by_message=False, answer=True)[0], np.int32)
+
+    def filled(self, ids_T: np.ndarray) -> np.ndarray:
+        """A text i32[T] with room after it, as a batch of one: texts of nearly one length share a program."""
+        return np.pad(ids_T, (0, room(len(ids_T), self.model.spec.n_context) - len(ids_T)))[None]
 
     def codes(self, ids: Sequence[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """(latents i32[T, K], values f32[T, K]) of each of these texts; values of special tokens are 0."""
         for ids_T in ids:
-            # Texts of nearly one length share a program.
-            n_context = self.model.spec.n_context or math.inf
-            filled_1T = np.pad(ids_T, (0, int(min(-(-len(ids_T) // 32) * 32, n_context)) - len(ids_T)))[None]
-            acts, _ = read_hooks(self.model, filled_1T, self.encoded, "float32")
+            acts, _ = read_hooks(self.model, self.filled(ids_T), self.encoded, "float32")
             code = self.sae.encode(np.concatenate([np.asarray(acts[str(hook)][0]) for hook in self.encoded], axis=-1))
             values_TK = np.asarray(code.values)[: len(ids_T)]
             is_special_T = np.isin(ids_T, self.tokenizer.special_ids)
@@ -121,12 +128,20 @@ def subject(
         loaded = load_model(activations, reference, split)
     if next(iter(sources)).model_digest not in (None, loaded.digest):
         say_or_refuse(f"the weights of {reference} are not those that the dictionary was trained on", model, "model")
+    if split > 1 and isinstance(loaded, lm.LanguageModel):  # which is steered with the dictionary on its devices
+        sae = jax.device_put(sae, mesh.everywhere(loaded.params["embed"]))
     tokenizer = lm.tokenizer(reference, loaded.spec.n_vocab, recorded=True)
     first = None if activations is None else activations.spec.first_token
     x, y = (
         tuple(hook_of(source.hook or "", loaded) for source in side) for side in (record.encodes, record.reconstructs)
     )
     return Subject(sae, loaded, tokenizer, x, y, tokenizer.separator_id if first is None else first)
+
+
+def room(n: int, n_context: int | None) -> int:
+    """The length to which a text of n tokens is filled up: at most four of them between n and 2 n, and no shorter."""
+    step = max(MIN_ROOM, 1 << max((n - 1).bit_length() - 3, 0))
+    return min(-(-n // step) * step, n_context or sys.maxsize)
 
 
 def active(subject: Subject, text: str, n: int) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ Source: Templeton et al. 2024, "Scaling Monosemanticity", methodological details
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -23,16 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import lm
+from sae_jax import lm, mesh
 from sae_jax.activations.store import ActivationSet
-from sae_jax.evaluation.prompts import Subject
+from sae_jax.evaluation.prompts import MIN_ROOM, Subject
 from sae_jax.evaluation.text import spread_chunks
 from sae_jax.saes.base import AbstractSae
 from sae_jax.saes.normalise import PER_VECTOR, normalise
-from sae_jax.types import UsageError
+from sae_jax.types import UsageError, UserError
 
 How = Literal["clamp", "add", "norm"]
 N_ROWS = 2**16  # of the set, to look for the largest value on
+NO_LATENT = -1  # no code has it
+MIN_SLOTS = 128  # of the cache of a stream
 
 
 @dataclass(frozen=True)
@@ -122,27 +124,86 @@ def write(
     Raises:
         UsageError: a latent that does not exist or is named twice, a clamp of a dictionary that reads another place
             than it writes, a model that torch runs, or a prompt that leaves no room for `n_new`.
+        UserError: an edit so strong that the model's logits are no numbers.
     """
     check(subject, latents, how)
+    model = subject.model
+    assert isinstance(model, lm.LanguageModel)
+    ids = jax.device_put(ids_PT, mesh.everywhere(model.params["embed"]))
+    generate = partial(lm.generate, model, ids, n_new, jax.random.key(seed), temperature=temperature)
+    steered = [(scale, _steered(subject, ids_PT, latents, scale, largest_L, how)) for scale in scales]
+    written = [(None, generate()), *((scale, generate(**settings)) for scale, settings in steered)]
+    return [(scale, _checked(np.asarray(whole)[:, ids_PT.shape[1] :])) for scale, whole in written]
+
+
+def stream(
+    subject: Subject,
+    ids_T: np.ndarray,
+    latents: Sequence[int] = (),
+    largest_L: Sequence[float] = (),
+    scale: float | None = None,
+    how: How = "clamp",
+    n_new: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens that the model writes after a prompt i32[T], one by one; arguments and errors as `write`.
+
+    With `scale=None` nothing is steered. Few programs serve prompts of all lengths, and up to 8 latents.
+    """
+    model = subject.model
+    assert isinstance(model, lm.LanguageModel)
+    n_slots = _power_of_two(len(ids_T) + n_new, MIN_SLOTS, model.spec.n_context)
+    n_filled = _power_of_two(len(ids_T), MIN_ROOM, model.spec.n_context)
+    filled_1T = np.pad(ids_T, (0, max(n_filled - len(ids_T), 0)))[None]
+    steered = {}
+    if scale is not None:
+        check(subject, latents, how)
+        unused = [NO_LATENT] * (-len(latents) % 8)
+        largest = np.array([*largest_L, *(0.0 for _ in unused)], np.float32)
+        steered = _steered(subject, filled_1T, [*latents, *unused], scale, largest, how)
+    written = lm.stream(
+        model,
+        jax.device_put(filled_1T, mesh.everywhere(model.params["embed"])),
+        n_new,
+        jax.random.key(seed),
+        temperature=temperature,
+        n_prompt=len(ids_T),
+        n_slots=n_slots,
+        **steered,
+    )
+    return (int(_checked(np.asarray(new_11))[0, 0]) for new_11 in written)
+
+
+def _power_of_two(n: int, least: int, most: int) -> int:
+    return min(max(1 << (n - 1).bit_length(), least), most)
+
+
+def _steered(
+    subject: Subject, ids_PT: np.ndarray, latents: Sequence[int], scale: float, largest_L: np.ndarray, how: How
+) -> dict[str, Any]:
+    """What `lm.stream` is given to steer with. NO_LATENT among the latents changes nothing."""
     sae, model = subject.sae, subject.model
     assert isinstance(model, lm.LanguageModel)
-    keep_PT = jnp.asarray(~np.isin(ids_PT, subject.tokenizer.special_ids))
-    indices_L, key = jnp.asarray(latents, jnp.int32), jax.random.key(seed)
-    generate = partial(lm.generate, model, jnp.asarray(ids_PT), n_new, key, temperature=temperature)
+    keep_PT = ~np.isin(ids_PT, subject.tokenizer.special_ids)
+    indices_L = jnp.asarray(latents, jnp.int32)
     edits, rows, first = {}, [], 0
     for at, hook in enumerate(subject.reconstructed):
         width = lm.hook_width(model.spec, hook)
-        rows.append(sae.w_dec[indices_L, first : first + width])
+        rows.append(jnp.where(indices_L[:, None] < 0, 0.0, sae.w_dec[indices_L, first : first + width]))
         first += width
         edits[hook] = _edit(how, at)
-    written: list[tuple[float | None, jax.Array]] = [(None, generate())]
-    for scale in scales:
-        values_L = jnp.asarray(scale * largest_L)
-        args = {"sae": sae, "latents": indices_L, "values": values_L, "keep": keep_PT, "rows": rows}
-        if how == "norm":
-            args = {"multiple": jnp.float32(scale), "largest": jnp.asarray(largest_L), "keep": keep_PT, "rows": rows}
-        written.append((scale, generate(edits=edits, edit_args=args)))
-    return [(scale, np.asarray(ids)[:, ids_PT.shape[1] :]) for scale, ids in written]
+    values_L = scale * largest_L
+    args = {"sae": sae, "latents": indices_L, "values": values_L, "keep": keep_PT, "rows": rows}
+    if how == "norm":
+        args = {"multiple": jnp.float32(scale), "largest": largest_L, "keep": keep_PT, "rows": rows}
+    return {"edits": edits, "edit_args": jax.device_put(args, mesh.everywhere(model.params["embed"]))}
+
+
+def _checked(new: np.ndarray) -> np.ndarray:
+    if (new == lm.NO_TOKEN).any():
+        raise UserError("with an edit of this strength the model's logits are no numbers; use a smaller one")
+    return new
 
 
 @cache

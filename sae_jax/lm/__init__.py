@@ -1,7 +1,7 @@
 """Decoder language models as pure functions: load, read and edit any activation, generate; no torch but where asked."""
 
 from sae_jax.lm import intervene
-from sae_jax.lm.generate import generate
+from sae_jax.lm.generate import NO_TOKEN, generate, stream
 from sae_jax.lm.hooks import POINTS, READ_BY_BLOCK, Hook, check_hook, hook_width, names_elsewhere, parse_hook, points
 from sae_jax.lm.intervene import ReplacedSite, later_hooks, replaced_site
 from sae_jax.lm.logits import logit_effect
@@ -14,6 +14,7 @@ from sae_jax.lm.torch_model import TorchModel, TorchSite, load_torch
 from sae_jax.ops.predictions import cross_entropy, kl_divergence
 
 __all__ = [
+    "NO_TOKEN",
     "POINTS",
     "READ_BY_BLOCK",
     "Cache",
@@ -49,5 +50,6 @@ __all__ = [
     "replaced_site",
     "resolve",
     "run",
+    "stream",
     "tokenizer",
 ]

@@ -15,6 +15,7 @@ today's date gets DATE, so that the tokens do not depend on the day.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -98,6 +99,16 @@ class ChatTemplate:
                 spans.append((at, at + len(piece), int(pieces[i - 1])))
             at += len(piece) if i % 3 != 1 else 0
         return tokenizer.encode_with_special(text, spans)
+
+    def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Special tokens that end an answer: the one that this template puts after it, and that which ends a text."""
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+        with contextlib.suppress(UserError):  # of a template that changes what was said
+            ids, owners = self.encode(said, tokenizer, by_message=True)
+            last = max((at for at, owner in enumerate(owners) if owner == 1), default=len(ids))
+            ends |= {*[i for i in ids[last + 1 :] if i in tokenizer.special_ids][:1]}
+        return frozenset(ends)
 
     def _render(self, messages: Sequence[Message], answer: bool) -> str:
         try:

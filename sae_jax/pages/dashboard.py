@@ -5,7 +5,7 @@
     data/index.js         summary and one column per quantity, for the table of all latents
     data/tokens.js        text of every token that appears somewhere
     data/labels.js        what latents stand for, where somebody has said so
-    data/latents-NNN.js   histogram, contexts, logits and neighbours of 256 latents
+    data/latents-NNN.js   histogram, contexts, logits and neighbours of 64 latents
     data/text-NNN.js      whole sequences, for contexts that a reader expands
     data/matches.js       where another dictionary stands beside it: which of its latents are like each
     beside/               the site of that one
@@ -41,7 +41,7 @@ SCRIPTS += ("contexts.js", "latent.js", "compare.js", "help.js", "app.js")
 
 _TEMPLATES = files("sae_jax.pages") / "templates"
 _GENERATOR = "sae_jax dashboard"
-_LATENTS_PER_FILE = 256
+_LATENTS_PER_FILE = 64
 _TEXT_TOKENS_PER_FILE = 2**16
 _N_CHIPS = 3  # tokens of a latent in the table
 _MAX_SHARES = 4  # sources whose share is a column of the table

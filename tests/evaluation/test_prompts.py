@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sae_jax
 from sae_jax import lm
 from sae_jax.evaluation import prompts, steering
 from sae_jax.saes import gated, init, jumprelu, topk
 from sae_jax.types import UsageError, UserError
+from tests import runs
 
 HOOK = lm.Hook(1, "resid_post")
 TEXT = "def area(width, height):\n    return width"
@@ -233,3 +235,37 @@ def test_what_cannot_be_steered_is_refused(model, rows):
     normed = of(model, rows, topk.Config(n_latents=64, k=4, dtype="float32", input_norm="layer_norm"))
     with pytest.raises(UsageError, match="in units of each vector's layer_norm"):
         steering.check(dataclasses.replace(normed, encoded=(lm.Hook(1, "mlp_in"),)), (1,), "add")
+
+
+def test_few_programs_serve_texts_of_all_lengths():
+    rooms = [prompts.room(n, 5000) for n in range(1, 5000)]
+    assert all(room >= n for n, room in enumerate(rooms, 1))
+    assert all(room <= max(1.25 * n, 32 * -(-n // 32)) for n, room in enumerate(rooms, 1))
+    assert len(set(rooms)) == 4 + 4 * 5 + 1  # up to 128; a power of two each up to 4096; then 5000 itself
+    assert prompts.room(100, 110) == 110
+
+
+def test_a_stream_is_what_is_written_whole(model, rows):
+    """Though its prompt is filled up, and latents that change nothing are added to those that do."""
+    subject = of(model, rows)
+    ids, largest = subject.ids(TEXT), np.array([5.0, 9.0], np.float32)
+    options = {"n_new": 6, "temperature": 0.7, "seed": 3}
+    plain, steered = steering.write(subject, ids[None], [3, 7], largest, [2.0], "clamp", **options)
+    assert list(steering.stream(subject, ids, **options)) == plain[1][0].tolist()
+    assert list(steering.stream(subject, ids, [3, 7], largest, 2.0, "clamp", **options)) == steered[1][0].tolist()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_split_is_steered_as_a_whole_one(tmp_path):
+    text = str(runs.ROOT / "sae_jax" / "lm" / "block.py")
+    sae_jax.harvest(tmp_path / "set", model="bundled", hooks=["resid_post.1"], text=text, tokens=512, context=64)
+    d = sae_jax.train(tmp_path / "set", n_latents=32, k=4, steps=2, batch_size=64)
+    activations = sae_jax.open_activations(tmp_path / "set")
+    found = []
+    for split in (1, 2):
+        subject = prompts.subject(d.sae, d.record, activations, split=split)
+        ids = subject.ids(TEXT)
+        found.append(list(steering.stream(subject, ids, [3], [9.0], 1.0, "clamp", n_new=5)))
+        written = steering.write(subject, ids[None], [3], np.array([9.0], np.float32), [1.0], n_new=5)
+        assert written[1][1][0].tolist() == found[-1]
+    assert found[0] == found[1]

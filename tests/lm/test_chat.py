@@ -200,3 +200,12 @@ def test_the_first_model_that_has_a_template_gives_it(tmp_path):
         first_template(["bundled"])
     path = str(instruct.write(tmp_path / "lm"))
     assert first_template(["bundled", path]).name == path
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [(instruct.CHATML, ["<|im_end|>"]), (GEMMA, ["<|im_end|>"]), (LLAMA2, []), ("{{ raise_exception('no') }}", [])],
+)
+def test_an_answer_ends_where_the_template_ends_it_or_the_text(tmp_path, template, ends):
+    read, tokenizer, _ = made(tmp_path, template)
+    assert read.ends(tokenizer) == {tokenizer.eos_id, *(tokenizer.vocabulary[token] for token in ends)}

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.lm import empty_cache, generate, run
+from sae_jax.lm import NO_TOKEN, empty_cache, generate, run, stream
 from sae_jax.types import UsageError
 from tests.lm.tiny import jit_run
 
@@ -80,3 +80,21 @@ def test_generation_runs_on_an_explicit_mesh(model):
 def test_what_cannot_be_generated_is_refused(model, ids_BT, n_new, options, message):
     with pytest.raises(UsageError, match=message):
         generate(model, ids_BT, n_new, jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_a_stream_of_filled_up_prompts_is_what_generate_writes(model, ids_BT, block):
+    n_prompt, key = 3, jax.random.key(3)
+    expected = generate(model, ids_BT[:, :n_prompt], 5, key, temperature=1.0)[:, n_prompt:]
+    filled_BT = ids_BT[:, :8].at[:, n_prompt:].set(7)  # others after the prompt, which nothing may see
+    options = {"temperature": 1.0, "n_prompt": n_prompt, "n_slots": 12, "block": block}
+    blocks = list(stream(model, filled_BT, 5, key, **options))
+    assert [new.shape[1] for new in blocks] == {1: [1] * 5, 2: [1, 2, 2], 4: [1, 4]}[block]
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), expected)
+
+
+def test_logits_that_are_no_numbers_give_no_token(model, ids_BT):
+    new = {"edits": {(1, "resid_post"): lambda x, _: x.at[1].set(jnp.nan)}}
+    got = np.asarray(generate(model, ids_BT[:3, :4], 3, jax.random.key(0), **new))[:, 4:]
+    assert (got[1] == NO_TOKEN).all()
+    assert (got[[0, 2]] >= 0).all()
