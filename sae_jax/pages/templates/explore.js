@@ -59,11 +59,12 @@ function running(text) {
   return Array.from(text, (c) => (/[\n\t ]/.test(c) ? c : (glyph(c) ?? c))).join("");
 }
 
-// What stands for a latent beside its number: its label, or the tokens that it fires on.
+// What stands for a latent beside its number: its label, if it has one, and the tokens that it fires on.
 function saidOf(latent) {
   const row = rowOf(latent);
-  if (row === undefined) return [];
-  return chips(idsAt(index.topTokens, row));
+  const label = typeof labels === "undefined" ? undefined : labels.get(latent);
+  const said = label === undefined ? [] : [h("span.says", { dir: "auto" }, running(label)), " "];
+  return row === undefined ? said : [...said, ...chips(idsAt(index.topTokens, row))];
 }
 
 // Largest value in the sample; 0 where it is not known.
