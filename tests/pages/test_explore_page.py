@@ -232,3 +232,20 @@ def test_a_latents_page_leads_to_steering_with_it(view):
     assert f'<a href="#/steer?latent={FAR}&amp;scale=5">Steer with it</a>' in dom
     links = re.findall(r'<a href="#/([a-z]*)"[^>]*>(Latents|Text|Steer|Chat)</a>', dom)
     assert links == [("", "Latents"), ("text", "Text"), ("steer", "Steer"), ("chat", "Chat")]
+
+
+@needs_browser
+def test_what_is_typed_stays_when_the_page_is_drawn_anew(view):
+    """As when labels have come, of which a million take a second."""
+    model = Model()
+    drive = """
+        type($("textarea"), "typed later");
+        await wait(400);
+        $("textarea").focus();
+        for (let i = 0; i < 2; i++) await render();
+        document.documentElement.dataset.at = `${document.activeElement.tagName} ${document.activeElement.value}`;
+    """
+    dom = view(model, f"#/text?text=typed&latent={FAR}", drive)
+    assert 'data-at="TEXTAREA typed later"' in dom
+    assert set(model.asked) == {"typed", "typed later"}
+    assert len(model.asked) == 2

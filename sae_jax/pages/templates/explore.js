@@ -44,7 +44,7 @@ async function modelOrWhyNot(title) {
     const about = await told;
     if (!about.noModel) return about;
     main.replaceChildren(
-      h("h1", null, title),
+      h("h1", { tabindex: "-1" }, title),
       h("p.empty", { role: "alert" }, `No model is at hand: ${about.noModel}`),
     );
     return null;
@@ -106,6 +106,22 @@ function kept(view, given) {
   const current = [...given].length ? given : (left.get(view) ?? given);
   left.set(view, current);
   return current;
+}
+
+// What a view has put into the page. If the page is drawn anew at the same address, as when labels have come, what the
+// reader has typed stays: `redraw` shows what else is new.
+let standing = null;
+
+function stand(view, redraw, ...nodes) {
+  main.replaceChildren(...nodes);
+  standing = { view, redraw, node: nodes[0] };
+}
+
+function stands(view, given) {
+  const isSame = ["", String(left.get(view))].includes(String(given));
+  if (standing?.view !== view || !standing.node.isConnected || !isSame) return false;
+  standing.redraw();
+  return true;
 }
 
 function keep(view, given) {

@@ -8,7 +8,7 @@ const turns = []; // {user, unsteered, steered}, of which both sides have an ans
 addView("chat", "Chat", async (given) => {
   document.title = `Chat – ${index.title}`;
   const about = await modelOrWhyNot("Chat");
-  if (about && route().name === "chat") showChat(kept("chat", given), about);
+  if (about && route().name === "chat" && !stands("chat", given)) showChat(kept("chat", given), about);
 });
 
 function showChat(given, about) {
@@ -32,8 +32,10 @@ function showChat(given, about) {
     event.preventDefault();
     buttons.act();
   });
-  main.replaceChildren(
-    h("h1", null, "Chat"),
+  stand(
+    "chat",
+    () => {},
+    h("h1", { tabindex: "-1" }, "Chat"),
     h(
       "p.soft",
       null,

@@ -18,11 +18,11 @@ window.addEventListener("hashchange", () => writing?.abort());
 addView("steer", "Steer", async (given) => {
   document.title = `Steer – ${index.title}`;
   const about = await modelOrWhyNot("Steering");
-  if (about && route().name === "steer") showSteer(kept("steer", given), about);
+  if (about && route().name === "steer" && !stands("steer", given)) showSteer(kept("steer", given), about);
 });
 
 function cannotSteer(title, why) {
-  main.replaceChildren(h("h1", null, title), h("p.empty", { role: "alert" }, why));
+  main.replaceChildren(h("h1", { tabindex: "-1" }, title), h("p.empty", { role: "alert" }, why));
 }
 
 // The latents, how they are set and the settings of what is written: as elements, and as what the server is asked.
@@ -215,8 +215,10 @@ function showSteer(given, about) {
   prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) buttons.act();
   });
-  main.replaceChildren(
-    h("h1", null, "Steering"),
+  stand(
+    "steer",
+    () => {},
+    h("h1", { tabindex: "-1" }, "Steering"),
     h(
       "div.card",
       null,

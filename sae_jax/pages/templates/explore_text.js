@@ -13,7 +13,7 @@ const EXAMPLE = "def area(width, height):\n    return width * height";
 addView("text", "Text", async (given) => {
   document.title = `Text – ${index.title}`;
   const about = await modelOrWhyNot("Latents of a text");
-  if (about && route().name === "text") showText(kept("text", given), about);
+  if (about && route().name === "text" && !stands("text", given)) showText(kept("text", given), about);
 });
 
 function showText(given, about) {
