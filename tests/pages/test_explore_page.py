@@ -67,7 +67,13 @@ def view(folder):
     def show(model, route, drive="", expected="(?!)"):
         later = f"""addEventListener("load", async () => {{
             const wait = (ms = 250) => new Promise((done) => setTimeout(done, ms));
-            const until = async (isSo) => {{ for (let i = 0; i < 60 && !isSo(); i++) await wait(50); }};
+            // Each turn asks the server something, so that this clock waits for the real one.
+            const until = async (isSo) => {{
+                for (let i = 0; i < 150 && !isSo(); i++) {{
+                    await fetch("api/about");
+                    await wait(10);
+                }}
+            }};
             const ended = () => [...document.querySelectorAll(".sides small")]
                 .every((end) => /tokens/.test(end.textContent));
             const type = (to, value) => {{
@@ -114,6 +120,7 @@ def test_a_text_with_its_latents_and_one_that_colours_it(view):
     assert [float(heat) > 0.5 for _, heat in tokens] == [at == 1 for at in range(14)]
     assert re.findall(r'data-token="(\d+)" aria-pressed="true"', dom) == ["1"]
     shown = text(dom)
+    assert "<b>cats</b> ·cat" in shown  # its label and what it fires on
     for token in (f"<script>{PWN}</script>", f'<img·src=x·onerror="{PWN}">', r"\xe2\x80", r"\u{202e}", "&amp;", "<!--"):
         assert token in shown
 

@@ -54,16 +54,11 @@ async function modelOrWhyNot(title) {
   }
 }
 
-// Text that runs on: characters that cannot be seen, or turn the text around them, are written out.
-function running(text) {
-  return Array.from(text, (c) => (/[\n\t ]/.test(c) ? c : (glyph(c) ?? c))).join("");
-}
-
 // What stands for a latent beside its number: its label, if it has one, and the tokens that it fires on.
 function saidOf(latent) {
   const row = rowOf(latent);
-  const label = typeof labels === "undefined" ? undefined : labels.get(latent);
-  const said = label === undefined ? [] : [h("span.says", { dir: "auto" }, running(label)), " "];
+  const label = labels.get(latent);
+  const said = label === undefined ? [] : [h("span.says", { dir: "auto" }, visibleText(label)), " "];
   return row === undefined ? said : [...said, ...chips(idsAt(index.topTokens, row))];
 }
 

@@ -60,7 +60,12 @@ function showChat(given, about) {
       ];
       const content = { unsteered: told("unsteered"), steered: told("steered"), ...settings.asked() };
       const written = columns(`, answer ${turns.length + 1}`);
-      const node = h("div.turn", null, h("p.user", { dir: "auto" }, h("b", null, "You "), running(user)), written.node);
+      const node = h(
+        "div.turn",
+        null,
+        h("p.user", { dir: "auto" }, h("b", null, "You "), visibleText(user)),
+        written.node,
+      );
       log.append(node);
       message.value = "";
       await writeInto(written, content, buttons, alert);

@@ -108,9 +108,7 @@ function steering(view, given, about, more) {
       .map(({ latent, scale }) => {
         const most = largest(latent);
         if (!most)
-          throw new Error(
-            `Latent ${latent} is not active in the sample, so it has no largest value; choose another.`,
-          );
+          throw new Error(`Latent ${latent} is not active in the sample, so it has no largest value; choose another.`);
         return { latent, value: way.value === "norm" ? most : scale * most };
       });
     if (!latents.length) throw new Error("Name at least one latent by its number.");
@@ -185,7 +183,7 @@ async function writeInto(written, content, buttons, alert) {
       const part = written.of[event.side];
       if (event.text) {
         part.said += event.text;
-        part.text.append(running(event.text));
+        part.text.append(visibleText(event.text));
       }
       if (event.end) part.end.textContent = event.end;
       if (event.error) throw new Error(event.error);
@@ -232,7 +230,7 @@ function showSteer(given, about) {
   async function write() {
     try {
       const content = { prompt: prompt.value, ...settings.asked() };
-      const written = columns("", h("span.prompt", null, running(prompt.value)));
+      const written = columns("", h("span.prompt", null, visibleText(prompt.value)));
       result.replaceChildren(written.node);
       await writeInto(written, content, buttons, alert);
       for (const part of Object.values(written.of))

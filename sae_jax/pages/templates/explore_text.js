@@ -32,7 +32,13 @@ function showText(given, about) {
   typed.value = state.text;
   const status = h("p.status", { role: "status" });
   const shown = h("div.found", null);
-  main.replaceChildren(h("h1", null, "Latents of a text"), h("div.card", null, field("Text", typed), status), shown);
+  stand(
+    "text",
+    () => found && draw(),
+    h("h1", { tabindex: "-1" }, "Latents of a text"),
+    h("div.card", null, field("Text", typed), status),
+    shown,
+  );
   typed.addEventListener("input", () => {
     state.text = typed.value;
     state.token = null;
