@@ -67,7 +67,13 @@ def view(folder):
     def show(model, route, drive="", expected="(?!)"):
         later = f"""addEventListener("load", async () => {{
             const wait = (ms = 250) => new Promise((done) => setTimeout(done, ms));
-            const until = async (isSo) => {{ for (let i = 0; i < 300 && !isSo(); i++) await wait(50); }};
+            // Each turn asks the server something, so that this clock waits for the real one.
+            const until = async (isSo) => {{
+                for (let i = 0; i < 150 && !isSo(); i++) {{
+                    await fetch("api/about");
+                    await wait(10);
+                }}
+            }};
             const ended = () => [...document.querySelectorAll(".sides small")]
                 .every((end) => /tokens/.test(end.textContent));
             const type = (to, value) => {{
@@ -114,6 +120,7 @@ def test_a_text_with_its_latents_and_one_that_colours_it(view):
     assert [float(heat) > 0.5 for _, heat in tokens] == [at == 1 for at in range(14)]
     assert re.findall(r'data-token="(\d+)" aria-pressed="true"', dom) == ["1"]
     shown = text(dom)
+    assert "<b>cats</b> ·cat" in shown  # its label and what it fires on
     for token in (f"<script>{PWN}</script>", f'<img·src=x·onerror="{PWN}">', r"\xe2\x80", r"\u{202e}", "&amp;", "<!--"):
         assert token in shown
 
@@ -232,3 +239,20 @@ def test_a_latents_page_leads_to_steering_with_it(view):
     assert f'<a href="#/steer?latent={FAR}&amp;scale=5">Steer with it</a>' in dom
     links = re.findall(r'<a href="#/([a-z]*)"[^>]*>(Latents|Text|Steer|Chat)</a>', dom)
     assert links == [("", "Latents"), ("text", "Text"), ("steer", "Steer"), ("chat", "Chat")]
+
+
+@needs_browser
+def test_what_is_typed_stays_when_the_page_is_drawn_anew(view):
+    """As when labels have come, of which a million take a second."""
+    model = Model()
+    drive = """
+        type($("textarea"), "typed later");
+        await wait(400);
+        $("textarea").focus();
+        for (let i = 0; i < 2; i++) await render();
+        document.documentElement.dataset.at = `${document.activeElement.tagName} ${document.activeElement.value}`;
+    """
+    dom = view(model, f"#/text?text=typed&latent={FAR}", drive)
+    assert 'data-at="TEXTAREA typed later"' in dom
+    assert set(model.asked) == {"typed", "typed later"}
+    assert len(model.asked) == 2

@@ -44,7 +44,7 @@ async function modelOrWhyNot(title) {
     const about = await told;
     if (!about.noModel) return about;
     main.replaceChildren(
-      h("h1", null, title),
+      h("h1", { tabindex: "-1" }, title),
       h("p.empty", { role: "alert" }, `No model is at hand: ${about.noModel}`),
     );
     return null;
@@ -54,18 +54,14 @@ async function modelOrWhyNot(title) {
   }
 }
 
-// Text that runs on: characters that cannot be seen, or turn the text around them, are written out.
-function running(text) {
-  return Array.from(text, (c) => (/[\n\t ]/.test(c) ? c : (glyph(c) ?? c))).join("");
-}
-
-// What stands for a latent beside its number: its label, or the tokens that it fires on.
+// What stands for a latent beside its number: its label, if it has one, and the tokens that it fires on.
 function saidOf(latent) {
   const label = labels.get(latent);
   if (label) return [h("span", { dir: "auto" }, visibleText(label))];
   const row = rowOf(latent);
-  if (row === undefined) return [];
-  return chips(idsAt(index.topTokens, row));
+  const label = labels.get(latent);
+  const said = label === undefined ? [] : [h("span.says", { dir: "auto" }, visibleText(label)), " "];
+  return row === undefined ? said : [...said, ...chips(idsAt(index.topTokens, row))];
 }
 
 // Largest value in the sample; 0 where it is not known.
@@ -107,6 +103,22 @@ function kept(view, given) {
   const current = [...given].length ? given : (left.get(view) ?? given);
   left.set(view, current);
   return current;
+}
+
+// What a view has put into the page. If the page is drawn anew at the same address, as when labels have come, what the
+// reader has typed stays: `redraw` shows what else is new.
+let standing = null;
+
+function stand(view, redraw, ...nodes) {
+  main.replaceChildren(...nodes);
+  standing = { view, redraw, node: nodes[0] };
+}
+
+function stands(view, given) {
+  const isSame = ["", String(left.get(view))].includes(String(given));
+  if (standing?.view !== view || !standing.node.isConnected || !isSame) return false;
+  standing.redraw();
+  return true;
 }
 
 function keep(view, given) {

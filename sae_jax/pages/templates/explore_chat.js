@@ -8,7 +8,7 @@ const turns = []; // {user, unsteered, steered}, of which both sides have an ans
 addView("chat", "Chat", async (given) => {
   document.title = `Chat – ${index.title}`;
   const about = await modelOrWhyNot("Chat");
-  if (about && route().name === "chat") showChat(kept("chat", given), about);
+  if (about && route().name === "chat" && !stands("chat", given)) showChat(kept("chat", given), about);
 });
 
 function showChat(given, about) {
@@ -32,8 +32,10 @@ function showChat(given, about) {
     event.preventDefault();
     buttons.act();
   });
-  main.replaceChildren(
-    h("h1", null, "Chat"),
+  stand(
+    "chat",
+    () => {},
+    h("h1", { tabindex: "-1" }, "Chat"),
     h(
       "p.soft",
       null,
@@ -58,7 +60,12 @@ function showChat(given, about) {
       ];
       const content = { unsteered: told("unsteered"), steered: told("steered"), ...settings.asked() };
       const written = columns(`, answer ${turns.length + 1}`);
-      const node = h("div.turn", null, h("p.user", { dir: "auto" }, h("b", null, "You "), running(user)), written.node);
+      const node = h(
+        "div.turn",
+        null,
+        h("p.user", { dir: "auto" }, h("b", null, "You "), visibleText(user)),
+        written.node,
+      );
       log.append(node);
       message.value = "";
       await writeInto(written, content, buttons, alert);

@@ -18,11 +18,11 @@ window.addEventListener("hashchange", () => writing?.abort());
 addView("steer", "Steer", async (given) => {
   document.title = `Steer – ${index.title}`;
   const about = await modelOrWhyNot("Steering");
-  if (about && route().name === "steer") showSteer(kept("steer", given), about);
+  if (about && route().name === "steer" && !stands("steer", given)) showSteer(kept("steer", given), about);
 });
 
 function cannotSteer(title, why) {
-  main.replaceChildren(h("h1", null, title), h("p.empty", { role: "alert" }, why));
+  main.replaceChildren(h("h1", { tabindex: "-1" }, title), h("p.empty", { role: "alert" }, why));
 }
 
 // The latents, how they are set and the settings of what is written: as elements, and as what the server is asked.
@@ -108,9 +108,7 @@ function steering(view, given, about, more) {
       .map(({ latent, scale }) => {
         const most = largest(latent);
         if (!most)
-          throw new Error(
-            `Latent ${latent} is not active in the sample, so it has no largest value; choose another.`,
-          );
+          throw new Error(`Latent ${latent} is not active in the sample, so it has no largest value; choose another.`);
         return { latent, value: way.value === "norm" ? most : scale * most };
       });
     if (!latents.length) throw new Error("Name at least one latent by its number.");
@@ -185,7 +183,7 @@ async function writeInto(written, content, buttons, alert) {
       const part = written.of[event.side];
       if (event.text) {
         part.said += event.text;
-        part.text.append(running(event.text));
+        part.text.append(visibleText(event.text));
       }
       if (event.end) part.end.textContent = event.end;
       if (event.error) throw new Error(event.error);
@@ -215,8 +213,10 @@ function showSteer(given, about) {
   prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) buttons.act();
   });
-  main.replaceChildren(
-    h("h1", null, "Steering"),
+  stand(
+    "steer",
+    () => {},
+    h("h1", { tabindex: "-1" }, "Steering"),
     h(
       "div.card",
       null,
@@ -230,7 +230,7 @@ function showSteer(given, about) {
   async function write() {
     try {
       const content = { prompt: prompt.value, ...settings.asked() };
-      const written = columns("", h("span.prompt", null, running(prompt.value)));
+      const written = columns("", h("span.prompt", null, visibleText(prompt.value)));
       result.replaceChildren(written.node);
       await writeInto(written, content, buttons, alert);
       for (const part of Object.values(written.of))

@@ -13,7 +13,7 @@ const EXAMPLE = "def area(width, height):\n    return width * height";
 addView("text", "Text", async (given) => {
   document.title = `Text – ${index.title}`;
   const about = await modelOrWhyNot("Latents of a text");
-  if (about && route().name === "text") showText(kept("text", given), about);
+  if (about && route().name === "text" && !stands("text", given)) showText(kept("text", given), about);
 });
 
 function showText(given, about) {
@@ -32,7 +32,13 @@ function showText(given, about) {
   typed.value = state.text;
   const status = h("p.status", { role: "status" });
   const shown = h("div.found", null);
-  main.replaceChildren(h("h1", null, "Latents of a text"), h("div.card", null, field("Text", typed), status), shown);
+  stand(
+    "text",
+    () => found && draw(),
+    h("h1", { tabindex: "-1" }, "Latents of a text"),
+    h("div.card", null, field("Text", typed), status),
+    shown,
+  );
   typed.addEventListener("input", () => {
     state.text = typed.value;
     state.token = null;
