@@ -56,8 +56,6 @@ async function modelOrWhyNot(title) {
 
 // What stands for a latent beside its number: its label, if it has one, and the tokens that it fires on.
 function saidOf(latent) {
-  const label = labels.get(latent);
-  if (label) return [h("span", { dir: "auto" }, visibleText(label))];
   const row = rowOf(latent);
   const label = labels.get(latent);
   const said = label === undefined ? [] : [h("span.says", { dir: "auto" }, visibleText(label)), " "];
