@@ -63,7 +63,12 @@ function contexts(record, most) {
     return context(seq, pos, ids.slice(at - length, at), first, record.values[i], most);
   });
   const group = (title, note, part) =>
-    h("section", null, h("h2", null, title, " ", h("small", null, note)), h("ol.contexts", null, ...part));
+    h(
+      "section",
+      null,
+      h("h2", null, title, " ", h("small", null, note)),
+      part.length ? h("ol.contexts", null, ...part) : null,
+    );
   let from = record.nTop;
   const strongest = group("Strongest contexts", "one a sequence", items.slice(0, from));
   const sampled = record.intervals.map(([low, high, count, n], i) => {
