@@ -1,8 +1,8 @@
 """How soon can a reader use a dashboard, how long does a latent take, and how much memory does the page need?
 
 Opens sites that `sae-jax dashboard` wrote from the file system, in headless browsers that are installed, and measures
-inside the page: from the start of navigation until the table of latents stands there; from a change of the address
-until the page of a latent does, for latents spread over the whole dictionary, none of which was loaded before; the same
+inside the page: from the start of navigation until the table of latents is painted; from a change of the address until
+the page of a latent is, for latents spread over the whole dictionary, none of which was loaded before; the same
 for sorting and searching the table. The memory is that of the process that holds the page.
 
     python experiments/benchmarks/pages.py SITE... --out pages.json
@@ -43,7 +43,8 @@ MEASURE = """
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message || String(event.target.src)));
 const seen = (test) => new Promise((resolve) => {
-  const look = () => (test() ? resolve(performance.now()) : setTimeout(look, 1));
+  const painted = () => requestAnimationFrame(() => setTimeout(() => resolve(performance.now())));
+  const look = () => (test() ? painted() : setTimeout(look, 1));
   look();
 });
 const change = async (address, test) => {
@@ -58,7 +59,7 @@ addEventListener("DOMContentLoaded", async () => {
   const step = shown.length / N_LATENTS;
   for (let i = 0; i < Math.min(N_LATENTS, shown.length); i++) {
     const latent = latentOf(shown[Math.floor(i * step)]);
-    const heading = () => document.querySelector("main h1")?.textContent.includes(String(latent));
+    const heading = () => document.querySelector("main h1")?.textContent === `Latent ${latent}`;
     result.latents.push(await change(`#/latent/${latent}`, heading));
   }
   result.sorted = await change("#/?sort=max", rows);
