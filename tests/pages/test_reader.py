@@ -466,3 +466,10 @@ def test_patterns_are_those_of_the_strongest_contexts(monkeypatch):
     monkeypatch.setattr(patterns, "in_model", values)
     made = patterns.patterns_of(Subject(), table, [FAR])
     assert made == {FAR: [((1,), patterns.N_EXAMPLES)]}
+
+
+@needs_browser
+def test_what_was_too_much_work_is_said_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "_MOST_COSINES", 1)
+    (dom,) = visit(pages.write(tmp_path / "site"), f"#/latent/{FAR}")
+    assert "Nearest decoder rows (cosine)Left out: too many to compare." in text(dom)

@@ -102,6 +102,7 @@ function cards(view, record, most) {
     record.count ? activationsCard(view.latent, record, most) : null,
     record.up ? logitTable("Promoted tokens", record.up) : null,
     record.down ? logitTable("Suppressed tokens", record.down) : null,
+    record.near === undefined ? notMade("Nearest decoder rows (cosine)") : null,
     record.near?.length
       ? othersTable(
           view,
@@ -109,6 +110,7 @@ function cards(view, record, most) {
           record.near.map(([other, cosine]) => [other, cosine.toFixed(3), ""]),
         )
       : null,
+    record.coactive === undefined && record.count ? notMade(`Active on the same ${of}`) : null,
     record.coactive?.length
       ? othersTable(
           view,
@@ -121,6 +123,11 @@ function cards(view, record, most) {
         )
       : null,
   ];
+}
+
+// A card of what was too much work for a dictionary or a sample of this size.
+function notMade(title) {
+  return h("figure", null, h("figcaption", null, title), h("p.soft", null, "Left out: too many to compare."));
 }
 
 function activationsCard(latent, record, most) {
