@@ -186,6 +186,22 @@ def saelens_topk_rescaled(folder: Path) -> Sample:
     return Sample(folder, "saelens", autoencoder(scaled, lambda h: foreign.topk(h * norms, K), False))
 
 
+def saelens_abstopk(folder: Path) -> Sample:
+    """Values of both signs: each latent is two, one for each."""
+    w = numbers(8)
+    norms = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
+    cfg = {"k": K, "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": True}
+    _saelens(folder, "abstopk", _of(w, *PLAIN), **cfg)
+
+    def forward(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        h = ((x - w["b_dec"]) @ w["W_enc"].astype(np.float64) + w["b_enc"]) * norms
+        ranks = np.argsort(np.argsort(-np.abs(h), axis=1), axis=1)
+        z = np.where(ranks < K, h, 0)
+        return np.concatenate([np.maximum(z, 0), np.maximum(-z, 0)], 1), z @ (w["W_dec"] / norms[:, None]) + w["b_dec"]
+
+    return Sample(folder, "saelens", forward)
+
+
 def saelens_topk_layer_norm(folder: Path) -> Sample:
     w = numbers(2)
     _saelens(folder, "topk", _of(w, *PLAIN), k=K, apply_b_dec_to_input=True, normalize_activations="layer_norm")
@@ -645,6 +661,7 @@ SAMPLES: dict[str, Callable[[Path], Sample]] = {
     for make in (
         saelens_topk,
         saelens_topk_rescaled,
+        saelens_abstopk,
         saelens_topk_layer_norm,
         saelens_standard_rescaled_rows,
         saelens_standard_not_subtracted,

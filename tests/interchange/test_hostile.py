@@ -301,8 +301,11 @@ def test_a_tensor_that_claims_more_than_there_is_is_refused(tmp_path: Path) -> N
         (lambda cfg: cfg.update(k=99), "sae.k=99 must be between 1 and sae.n_latents=24"),
         (lambda cfg: cfg.update(d_sae=25), "W_enc has shape .8, 24., and cfg.json says d_sae 25"),
         (lambda cfg: cfg.update(d_in=9), r"makes w_enc .24, 8., and its settings make it .24, 9."),
-        (lambda cfg: cfg.update(architecture="abstopk"), "architecture 'abstopk' is none that a variant here computes"),
-        (lambda cfg: cfg.update(architecture="temporal"), "those are topk, standard, jumprelu, gated"),
+        (
+            lambda cfg: cfg.update(architecture="matching_pursuit"),
+            "architecture 'matching_pursuit' is none that a variant here computes",
+        ),
+        (lambda cfg: cfg.update(architecture="temporal"), "those are topk, abstopk, standard, jumprelu"),
         (lambda cfg: cfg.update(architecture="jumprelu"), "lacks threshold; it has W_dec, W_enc, b_dec, b_enc"),
         (lambda cfg: cfg.update(architecture="gated"), "lacks b_gate"),
         (lambda cfg: cfg.update(normalize_activations="x"), "normalize_activations 'x' is none that a variant here"),

@@ -8,6 +8,9 @@ constant_norm_rescale, of each vector and undone on outputs; expected_average_on
 `rescale_acts_by_decoder_norm` ranks latents of a topk by value times norm of the decoder row. The library needs `k`,
 `dtype` and `metadata.sae_lens_version`, and refuses arrays that it does not expect.
 
+abstopk selects by absolute values and keeps the sign: a latent f of it is two here, f for positive values and n + f for
+the others.
+
 Folders from before version 6 have a flat config under older names, such as `hook_point` and `activation_fn_str`.
 """
 
@@ -35,7 +38,7 @@ from sae_jax.interchange.foreign import (
     shifted,
     take,
 )
-from sae_jax.interchange.lazy import Lazy
+from sae_jax.interchange.lazy import Lazy, side_by_side
 from sae_jax.interchange.tensors import write_safetensors
 from sae_jax.lm import hooks
 from sae_jax.record import SourceRecord, program
@@ -56,7 +59,7 @@ NORMS = {
 }
 TRAINED_AS = {"batch_topk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-ARCHITECTURES = ("topk", "standard", "jumprelu", "gated", *TRANSCODERS)
+ARCHITECTURES = ("topk", "abstopk", "standard", "jumprelu", "gated", *TRANSCODERS)
 
 
 def is_here(files: Files) -> bool:
@@ -108,16 +111,29 @@ def read(files: Files, k: int | None = None) -> Foreign:
         changes += said
     else:
         ours["b_enc"] = arrays["b_enc"]
-        if architecture == "topk" and cfg.get("rescale_acts_by_decoder_norm", bool, False):
+        selects = architecture in ("topk", "abstopk")
+        if selects and cfg.get("rescale_acts_by_decoder_norm", bool, False):
             changes += fold_norms(ours, "latents rank by that")
-        activation: Any = "relu" if architecture == "standard" else architecture
-        k = cfg.require("k", int) if architecture == "topk" else None
+        activation: Any = {"standard": "relu", "abstopk": "topk"}.get(architecture, architecture)
+        k = cfg.require("k", int) if selects else None
+        if architecture == "abstopk":
+            changes += _split_signs(ours, n_latents)
         config, ours, said = autoencoder(activation, ours, is_subtracted, k, threshold, norm)
         changes += said
-    if config.n_latents != n_latents:
+    if shape_of(arrays["W_enc"])[1] != n_latents:
         raise UserError(f"{path}: W_enc has shape {list(arrays['W_enc'].shape)}, and {CONFIG} says d_sae {n_latents}")
     encodes, reconstructs, said = _sources(cfg, d_in, d_out, is_transcoder)
     return Foreign(config, ours, encodes, reconstructs, changes + said)
+
+
+def _split_signs(arrays: dict[str, Lazy], n_latents: int) -> tuple[str, ...]:
+    """Latents of both signs as twice as many of positive values; what was changed.
+
+    At most one of the two is positive, so the k largest are those of the k largest absolute values.
+    """
+    for name in ("w_enc", "b_enc", "w_dec"):
+        arrays[name] = side_by_side([arrays[name], arrays[name].scaled(-1.0)], 0)
+    return (f"latents of both signs became two: f where it is positive, {n_latents} + f where it is negative",)
 
 
 def write(ours: Ours, folder: Path) -> None:

@@ -20,6 +20,7 @@ SETTINGS = {
     "skip_transcoder": {"d_out": D},
     "jumprelu_transcoder": {"d_out": D},
     "jumprelu_skip_transcoder": {"d_out": D},
+    "abstopk": {"k": K, "rescale_acts_by_decoder_norm": True},
 }
 
 
