@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -57,10 +57,11 @@ def test_pages(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(of_split, whole, rtol=2e-3)
 
 
-def scores(page: Path) -> Any:
+def scores(page: Path) -> np.ndarray:
     """Of every latent: how much it does to the logits."""
     script = (page.parent / "data" / "index.js").read_text()
-    return json.loads(script[script.index("(") + 1 : script.rindex(")")])["score"]
+    column = json.loads(script[script.index("(") + 1 : script.rindex(")")])["score"]
+    return np.frombuffer(base64.b64decode(column), "<f4")
 
 
 @pytest.mark.parametrize("split", [0, 9])

@@ -48,6 +48,7 @@ def ask(site, route, script):
     """What a script answers in the open page, as JSON."""
     drive = f"""
         const wait = (ms) => new Promise((done) => setTimeout(done, ms ?? 200));
+        const until = async (isSo) => {{ for (let i = 0; i < 100 && !isSo(); i++) await wait(20); }};
         const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }}));
         const go = async (to) => {{
             location.hash = to;
@@ -298,7 +299,7 @@ def test_keys_focus_and_what_is_told(site):
         press("?");
         const help = document.querySelector("dialog").innerText;
         document.querySelector("dialog button").click();
-        await wait();
+        await until(() => document.querySelector("dialog") === null);
         const closed = document.querySelector("dialog") === null;
         await go("#/latent/3");
         const focus = document.activeElement.textContent;
