@@ -217,6 +217,10 @@ def fold_norms(arrays: dict[str, Lazy], what: str) -> tuple[str, ...]:
     Returns what was changed, () if all norms are 1.
     """
     norms = row_norms(arrays["w_dec"])
+    for name in ("b_enc", "w_enc"):
+        if (array := arrays[name]).shape[:1] != norms.shape:
+            rows = f"{arrays['w_dec'].name} has {len(norms)} rows"
+            raise UserError(f"{rows}, and {array.name} the shape {list(array.shape)}; they are not of one dictionary")
     if (np.abs(norms - 1) <= UNIT).all():
         return ()
     arrays["b_enc"] = Lazy.of((arrays["b_enc"].array() * norms).astype(np.float32), arrays["b_enc"].name)

@@ -278,6 +278,17 @@ def test_any_part_of_an_array_of_any_strides_is_read(tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(array.array(), whole)
 
 
+@pytest.mark.parametrize("name", ["saelens_topk_rescaled", "saelens_abstopk"])
+def test_a_decoder_that_is_transposed_is_refused_before_its_norms_count(name: str, tmp_path: Path) -> None:
+    path = samples.SAMPLES[name](tmp_path / "theirs").path / "sae_weights.safetensors"
+    arrays = load_file(path)
+    save_file(arrays | {"W_dec": np.ascontiguousarray(arrays["W_dec"].T)}, path)
+    with pytest.raises(UserError, match=r"W_dec has 8 rows, and .*: b_enc the shape .* not of one dictionary") as caught:
+        sae_jax.import_dictionary(path.parent, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tensor_that_claims_more_than_there_is_is_refused(tmp_path: Path) -> None:
     """One number that stands for a terabyte."""
     path = samples.crosscoder(tmp_path / "theirs").path / "cc_weights.pt"
