@@ -283,7 +283,7 @@ def test_a_decoder_that_is_transposed_is_refused_before_its_norms_count(name: st
     path = samples.SAMPLES[name](tmp_path / "theirs").path / "sae_weights.safetensors"
     arrays = load_file(path)
     save_file(arrays | {"W_dec": np.ascontiguousarray(arrays["W_dec"].T)}, path)
-    with pytest.raises(UserError, match=r"W_dec has 8 rows, and .*: b_enc the shape .* not of one dictionary") as caught:
+    with pytest.raises(UserError, match=r"W_dec has 8 rows, and .*: b_enc the shape .* of one dictionary") as caught:
         sae_jax.import_dictionary(path.parent, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
