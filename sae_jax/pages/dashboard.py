@@ -69,7 +69,7 @@ class Site:
     @property
     def numbers(self) -> np.ndarray:
         """Those that get a page, i64[L]. UserError for one that does not exist."""
-        return shown.chosen(self.subject, self.latents)
+        return shown.chosen(self.subject.table.n_latents, self.latents)
 
 
 def write_dashboard(

@@ -17,7 +17,7 @@ import numpy as np
 
 from sae_jax.analysis.examples import Activations, Coactive, Interval
 from sae_jax.progress import say_once
-from sae_jax.types import UserError
+from sae_jax.types import UsageError, UserError
 
 BEFORE, AFTER = 20, 10  # tokens of a context around its strongest
 REACH = 128  # tokens to either side of it whose values are known
@@ -136,18 +136,17 @@ class Latent:
     patterns: Sequence[Pattern] | None  # commonest first; None: not made
 
 
-def chosen(subject: Subject, latents: np.ndarray | None) -> np.ndarray:
-    """Numbers i64[L] of the latents that are shown, ascending. UserError for one that does not exist, or none."""
-    n_latents = subject.table.n_latents
+def chosen(n_latents: int, latents: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    """Numbers i64[L] of the latents that are shown, ascending. UsageError for one that does not exist, or none."""
     if latents is None:
         return np.arange(n_latents)
-    latents = np.unique(latents)
+    latents = np.unique(np.asarray(latents, np.int64))
     strange = latents[(latents < 0) | (latents >= n_latents)]
     if strange.size:
-        raise UserError(f"latent {strange[0]} does not exist; choose from 0 to {n_latents - 1}")
+        raise UsageError(f"latent {strange[0]} does not exist; choose from 0 to {n_latents - 1}")
     if not latents.size:
-        raise UserError("no latents to show; name at least one")
-    return latents.astype(np.int64)
+        raise UsageError("no latents to show; name at least one")
+    return latents
 
 
 def describe(subject: Subject, latents: np.ndarray) -> Iterator[Latent]:

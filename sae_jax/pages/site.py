@@ -27,7 +27,7 @@ from sae_jax.pages import export
 from sae_jax.pages.about import about, without_folders
 from sae_jax.pages.dashboard import Site, refuse_to_overwrite, write_dashboard, write_page
 from sae_jax.pages.labels import read_labels_file
-from sae_jax.pages.latents import Pattern, SourceRows, Subject
+from sae_jax.pages.latents import Pattern, SourceRows, Subject, chosen
 from sae_jax.pages.patterns import patterns_of, strongest
 from sae_jax.progress import Progress, say_once
 from sae_jax.types import UsageError, check_indices
@@ -123,9 +123,7 @@ def _site(d: Dictionary, title: str, activations: ActivationSet, shown: _Shown, 
         say_or_refuse(f"the tokenizer of {tokenizer} is not that of {activations.path}", model, "model")
     n_latents = len(d.w_dec)
     labels = read_labels_file(shown.labels, n_latents) if shown.labels is not None else {}
-    numbers = np.arange(n_latents) if shown.latents is None else np.unique(np.asarray(shown.latents, np.int64))
-    if strange := [latent for latent in numbers.tolist() if not 0 <= latent < n_latents]:
-        raise UsageError(f"latent {strange[0]} does not exist; choose from 0 to {n_latents - 1}")
+    numbers = chosen(n_latents, shown.latents)
     models = _Models(activations, shown)
     effects = [_effects(target, activations, models) for target in targets]
     table = collect_set(d.sae, activations, record.sites.x, shown.n_tokens, store)
@@ -176,13 +174,13 @@ def _patterns(
     ((reference, model),) = models.loaded.items()
     if any(source.model is None or lm.moved(models.shown.model, source.model) != reference for source in encodes):
         return {}
-    chosen = strongest(table, w_dec, latents, n)
-    if len(chosen) < np.count_nonzero(table.counts[latents]):
-        say_once(f"patterns (N2G) are made of the {len(chosen):,} latents that write most; --patterns N makes more")
+    shown = strongest(table, w_dec, latents, n)
+    if len(shown) < np.count_nonzero(table.counts[latents]):
+        say_once(f"patterns (N2G) are made of the {len(shown):,} latents that write most; --patterns N makes more")
     hooks = [tuple(hook_of(source.hook or "", model) for source in side) for side in (encodes, d.record.reconstructs)]
     first = models.activations.spec.first_token
     begins_with = tokenizer.separator_id if first is None else first
-    return patterns_of(prompts.Subject(d.sae, model, tokenizer, hooks[0], hooks[1], begins_with), table, chosen)
+    return patterns_of(prompts.Subject(d.sae, model, tokenizer, hooks[0], hooks[1], begins_with), table, shown)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_too_many_cosines_are_left_out_and_said(monkeypatch, capsys, most, silen
 
 def test_only_those_that_are_named(capsys):
     some = np.array([DEAD, 3])
-    assert [latent.number for latent in latents.describe(subject(), latents.chosen(subject(), some))] == [3, DEAD]
+    assert [latent.number for latent in latents.describe(subject(), latents.chosen(F, some))] == [3, DEAD]
     silent = next(latents.describe(subject(), np.array([DEAD])))
     assert (silent.count, silent.mean, silent.max, silent.histogram, silent.contexts) == (0, 0, 0, None, None)
     assert len(silent.near[0]) == latents.N_NEAR
