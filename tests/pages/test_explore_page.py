@@ -62,10 +62,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def view(folder):
-    """Shows a view with a model, after `drive` (JavaScript) has run: the markup of the page."""
+    """Shows a view with a model, after `before` and, on the page, `drive` (JavaScript) have run: its markup."""
 
-    def show(model, route, drive="", expected="(?!)"):
-        later = f"""addEventListener("load", async () => {{
+    def show(model, route, drive="", expected="(?!)", before=""):
+        later = f"""{before}
+        addEventListener("load", async () => {{
             const wait = (ms = 250) => new Promise((done) => setTimeout(done, ms));
             // Each turn asks the server something, so that this clock waits for the real one.
             const until = async (isSo) => {{
@@ -123,6 +124,31 @@ def test_a_text_with_its_latents_and_one_that_colours_it(view):
     assert "<b>cats</b> ·cat" in shown  # its label and what it fires on
     for token in (f"<script>{PWN}</script>", f'<img·src=x·onerror="{PWN}">', r"\xe2\x80", r"\u{202e}", "&amp;", "<!--"):
         assert token in shown
+
+
+@needs_browser
+def test_labels_that_come_late_are_shown_and_what_is_typed_stays(view):
+    """Those of a million latents take a second."""
+    model = Model()
+    before = """
+        const load = script;
+        const allowed = new Promise((done) => (window.allow = done));
+        script = (name) => (name === "labels.js" ? allowed.then(() => load(name)) : load(name));
+    """
+    drive = """
+        await until(() => $(".found"));
+        type($("textarea"), "typed later");
+        await wait(400);
+        await until(() => $(".found section"));
+        const early = $("main").textContent.includes("<b>cats</b>");
+        allow();
+        await until(() => $("main").textContent.includes("<b>cats</b>"));
+        document.documentElement.dataset.at = `${early} ${$("textarea").value}`;
+    """
+    dom = view(model, f"#/text?text=typed&latent={FAR}", drive, before=before)
+    assert 'data-at="false typed later"' in dom
+    assert "<b>cats</b> ·cat" in text(dom)
+    assert set(model.asked) == {"typed", "typed later"}
 
 
 @needs_browser

@@ -137,5 +137,5 @@ document.addEventListener("DOMContentLoaded", async () => {
   // Of a million latents they take a second: the table stands there before.
   await script("labels.js").catch((error) => say(error.message));
   listed = { key: null, rows: [] };
-  if (["", "compare", null].includes(route().name)) await render(); // others may hold what the reader has begun
+  if (route().name !== "lists") await render(); // those may hold what the reader has begun
 });
