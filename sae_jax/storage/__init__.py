@@ -24,7 +24,6 @@ from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
 from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
-from sae_jax.storage.url import Url, path
 from sae_jax.storage.whole import (
     create,
     delete,
@@ -46,7 +45,6 @@ __all__ = [
     "Lines",
     "LostError",
     "StrPath",
-    "Url",
     "absolute",
     "as_type",
     "context",
@@ -62,7 +60,6 @@ __all__ = [
     "parse_json",
     "parse_npz",
     "parse_yaml",
-    "path",
     "read_bytes",
     "read_json",
     "read_limited",

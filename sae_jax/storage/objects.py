@@ -16,36 +16,18 @@ if TYPE_CHECKING:  # importing it takes a third of a second, which `sae-jax --he
 # tensorstore reports a failed request as ValueError, KeyError or OSError with the status in the text.
 STORAGE_ERRORS = (ValueError, KeyError, OSError, RuntimeError)
 
-# Of a request that fails for the moment. Left alone, tensorstore tries for a quarter of an hour and says nothing.
-RETRIES = {"max_retries": 10, "initial_delay": "250ms", "max_delay": "8s"}
-
 
 @functools.cache
 def context() -> ts.Context:
     """What all of tensorstore's stores share here: no cache, and reads that leave the CPU to others."""
     import tensorstore as ts
 
-    return ts.Context(
-        {
-            "cache_pool": {"total_bytes_limit": 0},
-            "file_io_concurrency": {"limit": 16},
-            "s3_request_retries": RETRIES,
-            "gcs_request_retries": RETRIES,
-        }
-    )
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}})
 
 
 def spec(path: StrPath, suffix: str = "") -> str | dict[str, str]:
-    """What tensorstore opens a key-value store by.
-
-    Buckets of others than Amazon are at AWS_ENDPOINT_URL, as for all clients of S3; tensorstore does not look there.
-    """
+    """What tensorstore opens a key-value store by."""
     name = f"{os.fspath(path)}{suffix}"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if name.startswith("s3://") and endpoint:
-        bucket, _, key = name.removeprefix("s3://").partition("/")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        return {"driver": "s3", "bucket": bucket, "path": key, "endpoint": endpoint, "aws_region": region}
     return name if is_url(name) else {"driver": "file", "path": name}
 
 
