@@ -20,6 +20,7 @@ import msgspec
 
 import sae_jax
 from sae_jax.storage.digests import SEAL, sealed, unsealed
+from sae_jax.storage.disk import StrPath
 from sae_jax.types import Sites, UserError, Widths
 
 SCHEMA = 1
@@ -37,7 +38,7 @@ class Versioned:
         return sealed({"kind": self.KIND, "schema": SCHEMA, **_plain(self)})
 
     @classmethod
-    def from_json(cls, content: Any, path: str | Path) -> Self:
+    def from_json(cls, content: Any, path: StrPath) -> Self:
         """The record in the JSON of a file. Raises UserError, in one line, for anything else."""
         if not isinstance(content, dict) or content.get("kind") != cls.KIND:
             raise UserError(f"{path}: not a {cls.KIND} record of sae_jax; give what sae_jax wrote")

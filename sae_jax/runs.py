@@ -84,7 +84,8 @@ def train(
     Args:
         data: rows [..., d_model] (numpy, JAX or torch) or {source: rows}; the path of an activation set, or the set;
             or any RowSource.
-        out: directory of the run, with checkpoints, logs and resume as of `sae-jax train`; None: nothing is written.
+        out: directory of the run, or its URL, with checkpoints, logs and resume as of `sae-jax train`; None: nothing is
+            written.
         variant: a file of sae_jax/saes/, if `sae_config` is not given.
         site: the source that is encoded, or several side by side; may be left out if there is one.
         reconstruct: the source that is reconstructed, if not what is encoded.
@@ -243,7 +244,7 @@ def _dictionaries(jobs: dict[str, TrainJob], source: RowSource) -> dict[str, Dic
     trained = run.run(jobs, source, read=_read)
     out = next(iter(jobs.values())).out
     if out:
-        return {name: artifact.load(Path(out) / "members" / name if name else out) for name in jobs}
+        return {name: artifact.load(storage.path(out) / "members" / name if name else out) for name in jobs}
     if missing := jobs.keys() - trained.states.keys():
         what = f" ({', '.join(sorted(missing))})" if "" not in missing else ""
         raise UserError(f"stopped by SIGTERM at step {trained.step}{what}, and nothing is kept without out=; give out=")

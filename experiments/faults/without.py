@@ -15,7 +15,7 @@ from sae_jax import record, storage
 from sae_jax.activations import commits
 from sae_jax.commands import failures, main
 from sae_jax.storage import digests, disk, lease
-from sae_jax.training import checkpoint
+from sae_jax.training import on_disk
 from sae_jax.types import UserError
 
 
@@ -27,7 +27,7 @@ def no_digests() -> None:
 
     for module in (storage, digests, record, commits):
         module.unsealed = unchecked
-    for module in (digests, checkpoint):
+    for module in (digests, on_disk):
         module.check_file = lambda path, expected: None
 
 
@@ -59,14 +59,14 @@ def no_whole_files() -> None:
 
 def no_ended_saves() -> None:
     """The end of a save is seen on the disk, and Orbax is not asked for it: its thread goes on."""
-    finish = checkpoint.finish_save
+    finish = on_disk.finish_save
 
     def seen(response: object, path: Path, lease: object) -> None:
         while not path.exists():
             time.sleep(0.01)
         finish(types.SimpleNamespace(result=lambda: None), path, lease)
 
-    checkpoint.finish_save = seen
+    on_disk.finish_save = seen
 
 
 MECHANISMS = {"": lambda: None, "digests": no_digests, "leases": no_leases, "whole files": no_whole_files}

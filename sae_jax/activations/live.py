@@ -18,6 +18,7 @@ set that has the first shard alone, in which evaluation and pages find model, te
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from sae_jax.activations.stats import Stats
 from sae_jax.progress import Progress
 from sae_jax.record import DataRecord, SourceRecord
 from sae_jax.saes.base import Batch
-from sae_jax.storage import absolute
+from sae_jax.storage import Url, absolute, is_url
 from sae_jax.types import Sites, UsageError, UserError
 
 LIVE_ORDER = 6  # Philox domain; order.py lists the others
@@ -74,7 +75,9 @@ class LiveConfig:
 class LiveRows(RowSource):
     """The rows of a set that is made as training needs it."""
 
-    def __init__(self, maker: ShardMaker, config: LiveConfig, name: str = "live data", folder: Path | None = None):
+    def __init__(
+        self, maker: ShardMaker, config: LiveConfig, name: str = "live data", folder: Path | Url | None = None
+    ):
         """`folder`: of the run; None: nothing is written.
 
         Raises UsageError for a budget that has no room for segments, and for devices that are not there.
@@ -100,7 +103,8 @@ class LiveRows(RowSource):
     def data(self) -> DataRecord:
         """See RowSource. The content is known before there is a row: it is that of the spec, and how it is cut."""
         content = f"{self.spec.sha256}/{self._cut.per_segment}"
-        path = None if self._folder is None else str(absolute(self._folder / "set"))
+        path = None if self._folder is None else os.fspath(self._folder / "set")
+        path = path if path is None or is_url(path) else str(absolute(path))
         return DataRecord(content, path, self.spec.tokenizer, self.spec.text)
 
     def describe(self, source: str) -> SourceRecord:
@@ -120,10 +124,15 @@ class LiveRows(RowSource):
         """See RowSource."""
         return LiveBatches(self._segments, self.spec, sites, batch_size, seed)
 
-    def of_run(self, folder: Path | None) -> RowSource:
+    def of_run(self, folder: Path | Url | None) -> RowSource:
         """See RowSource."""
         if folder is None and self._config.disk_gib:
             raise UsageError(f"live.disk_gib={self._config.disk_gib:g} needs the folder of a run; give out=")
+        if isinstance(folder, Url) and self._config.disk_gib:
+            raise UsageError(
+                f"live.disk_gib={self._config.disk_gib:g} needs a run on a disk, and {folder} is a URL; keep rows in "
+                f"memory (live.memory_gib)"
+            )
         if folder is not None and (folder / "config.json").exists():
             rows, _, before = noted(folder / "live").partition("/")
             if rows == self.spec.sha256 and before != str(self._cut.per_segment):
@@ -300,9 +309,9 @@ class ModelShards(ShardMaker):
         self._shards: Iterator[tuple[int, np.ndarray, np.ndarray]] = iter(())
         self._next = -1  # shard that the text is at
         self._on_rows: Callable[[int], None] = lambda n: None
-        self._folder: Path | None = None
+        self._folder: Path | Url | None = None
 
-    def of_run(self, folder: Path | None) -> ShardMaker:
+    def of_run(self, folder: Path | Url | None) -> ShardMaker:
         """See ShardMaker: the first shard is stored in FOLDER/set."""
         self._folder = folder
         return self

@@ -39,7 +39,7 @@ from sae_jax.activations.shards import empty_rows
 from sae_jax.activations.shares import exchange
 from sae_jax.activations.spec import SetSpec, array_specs, as_bits
 from sae_jax.activations.store import refuse_not_finite
-from sae_jax.storage import disk
+from sae_jax.storage import Url, disk
 from sae_jax.types import UsageError, UserError
 from sae_jax.units import memory, size
 
@@ -71,7 +71,7 @@ class ShardMaker(abc.ABC):
             Which rows of `out` are the shard's, in its order: i64[n].
         """
 
-    def of_run(self, folder: Path | None) -> ShardMaker:
+    def of_run(self, folder: Path | Url | None) -> ShardMaker:
         """The same for a run whose folder this is; it may leave something there. None: nothing is written."""
         return self
 
@@ -163,7 +163,7 @@ class _Notes(msgspec.Struct, forbid_unknown_fields=True):
 class Segments:
     """The segments of one run. `use`, `n_rows` are called by one thread, `saved` and `awaited` by another."""
 
-    def __init__(self, maker: ShardMaker, cut: Cut, content: str, folder: Path | None) -> None:
+    def __init__(self, maker: ShardMaker, cut: Cut, content: str, folder: Path | Url | None) -> None:
         """`content`: identifies the rows; `folder`: for the notes, and for slots on the disk.
 
         All processes make theirs alike. Raises UserError where they would not make rows of the same set.
@@ -172,7 +172,7 @@ class Segments:
         self.n_made = 0  # rows of the segment that is being made, before any is left out
         if folder is not None and cut.process:
             folder = folder / f"process-{cut.process}"
-        elif folder is not None:
+        elif isinstance(folder, Path):
             for path in folder.glob("process-*"):  # of an attempt that had more processes
                 if int(path.name.removeprefix("process-")) >= cut.n_processes:
                     shutil.rmtree(path)
@@ -280,7 +280,10 @@ class Segments:
         for path in self._slot_files():
             path.unlink()
         if self._folder is not None and self.cut.process:
-            shutil.rmtree(self._folder, ignore_errors=True)  # what the first process has noted is left
+            if isinstance(self._folder, Path):
+                shutil.rmtree(self._folder, ignore_errors=True)  # what the first process has noted is left
+            else:
+                storage.delete(_notes_path(self._folder))
 
     def _request(self, segment: int, must: bool) -> Future[dict[str, np.ndarray]] | None:
         """The segment, or its making; None if it has to wait for a slot, which it never has if it `must`."""
@@ -306,7 +309,7 @@ class Segments:
 
     def _make(self, segment: int, slot: int) -> dict[str, np.ndarray]:
         """In the thread of the maker."""
-        if not self._buffers and self._folder is not None and self._folder.is_dir():
+        if not self._buffers and isinstance(self._folder, Path) and self._folder.is_dir():
             disk.remove_leftovers(self._folder, lambda name: True, seconds=0)  # of this run, which has one owner
         rows = self._buffer(slot)
         kept = self._notes.slots[slot]
@@ -374,13 +377,13 @@ class Segments:
             storage.write_json(_notes_path(self._folder), storage.sealed(msgspec.to_builtins(self._notes)))
 
     def _slot_files(self) -> list[Path]:
-        return [] if self._folder is None else list(self._folder.glob(_slot_name("*", "*")))
+        return list(self._folder.glob(_slot_name("*", "*"))) if isinstance(self._folder, Path) else []
 
     def _buffer(self, slot: int) -> dict[str, np.ndarray]:
         """Room for the rows of a segment, {source: [n, width]}: the same each time."""
         spec, n = self._maker.spec, self.cut.slot_shards * shard_rows(self._maker.spec)
         if slot not in self._buffers and self.cut.on_disk:
-            assert self._folder is not None
+            assert isinstance(self._folder, Path)
             known = {_slot_name(i, source.name) for i in range(self.cut.n_slots) for source in spec.sources}
             for path in self._slot_files():
                 if path.name not in known:  # of other rows
@@ -412,11 +415,11 @@ def _row_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
     return np.asarray(np.memmap(path, np.uint8, "r+", shape=(n_bytes,))).view(dtype).reshape(shape)
 
 
-def _notes_path(folder: Path) -> Path:
+def _notes_path(folder: Path | Url) -> Path | Url:
     return folder / "segments.json"
 
 
-def _read_notes(folder: Path | None, content: str, cut: Cut) -> _Notes | None:
+def _read_notes(folder: Path | Url | None, content: str, cut: Cut) -> _Notes | None:
     """What was noted of the same rows. UserError where the file is damaged."""
     path = None if folder is None else _notes_path(folder)
     found: dict[str, Any] | None = None if path is None else storage.read_json(path)
@@ -431,7 +434,7 @@ def _read_notes(folder: Path | None, content: str, cut: Cut) -> _Notes | None:
     return notes
 
 
-def noted(folder: Path) -> str:
+def noted(folder: Path | Url) -> str:
     """What the rows are that the notes in a folder are of; "" where there are none."""
     return str((storage.read_json(_notes_path(folder)) or {}).get("content", ""))
 

@@ -18,7 +18,6 @@ from sae_jax.activations.live import LiveConfig
 from sae_jax.activations.settings import HarvestConfig
 from sae_jax.commands import gpu, runtime
 from sae_jax.progress import console
-from sae_jax.storage import is_url
 from sae_jax.training.run import S, TrainJob
 from sae_jax.types import UsageError
 
@@ -47,8 +46,6 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError(
             "--data=live: nothing says what language model to run on what text; give a recipe with a harvest: section"
         )
-    if is_url(job.out):
-        raise UsageError(f"--out={job.out}: a run needs a directory that all processes share; URLs are for sets")
     jobs = runs.expand_members(job)
     runtime.start_distributed()
     gpu.warn_of_idle_gpu()

@@ -25,7 +25,7 @@ import numpy as np
 from sae_jax import storage
 from sae_jax.selftest import saves
 from sae_jax.selftest.checks import Figures, MismatchError, Where
-from sae_jax.training import checkpoint as saving
+from sae_jax.training import on_disk as saving
 from sae_jax.training import run
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.state import abstract

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from sae_jax.storage.whole import read_json, write_json
 
 SEAL = "xxh3_64_of_all_else"
 THREADS = 8  # most of the time is a disk's
+LIST = re.compile(r"digests-(?P<process>\d+)-of-(?P<n>\d+)\.json")  # of the files that one of n processes wrote
 BLOCK_BYTES = 1 << 20  # stays in the cache of a core between the read and the digest
 
 
@@ -44,6 +46,17 @@ def unsealed(content: Mapping[str, Any], path: StrPath) -> dict[str, Any]:
     if content.get(SEAL) != _seal(rest):
         raise UserError(f"{path}: not what was written, its digest differs; {DAMAGED}")
     return rest
+
+
+def list_name(process: int, n: int) -> str:
+    """The name of the list of what one of n processes has written."""
+    return f"digests-{process}-of-{n}.json"
+
+
+def are_all_there(names: Iterable[str]) -> bool:
+    """Whether among these names are the lists of all processes that took part."""
+    lists = [match for name in names if (match := LIST.fullmatch(name))]
+    return any(len(lists) == int(match["n"]) for match in lists)
 
 
 def write_digests(path: Path, folder: Path, names: Iterable[str]) -> None:

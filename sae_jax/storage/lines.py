@@ -1,4 +1,14 @@
-"""JSON lines: logs that grow by a line at a time."""
+"""JSON lines: logs that grow by a line at a time.
+
+An object at a URL cannot be appended to. There a log is a prefix with segments:
+
+    <number>.jsonl              lines of one writer
+    <number>-whole.jsonl        all lines until then: what has a lower number is replaced by it
+    <first>-to-<last>.jsonl     the lines of these segments, which are replaced by it
+
+What is replaced is deleted, so that a log of many days is some hundreds of objects; a reader that finds one gone which
+was there a moment ago looks again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,18 +32,25 @@ from sae_jax.storage.many import Files
 from sae_jax.storage.whole import create, read_bytes, write_text
 
 ROWS_PER_SEGMENT, SECONDS_PER_SEGMENT = 64, 30.0  # of lines at a URL
+GATHERED = 64  # segments that are put into one
+
+_SEGMENT = re.compile(r"(?P<first>\d+)(?P<whole>-whole)?(-to-(?P<last>\d+))?\.jsonl")
 
 
 class Lines:
     """Appends JSON objects, one a line, to a file; each is out of this process when `write` returns.
 
-    A URL cannot be appended to. There the lines go into numbered objects under it, ROWS_PER_SEGMENT lines or
-    SECONDS_PER_SEGMENT at a time, and `read_lines` puts them together. A number that is not finite becomes null, since
-    a log line must not end a run.
+    At a URL the lines go into segments of ROWS_PER_SEGMENT lines, or SECONDS_PER_SEGMENT, which `read_lines` puts
+    together. A number that is not finite becomes null, since a log line must not end a run.
     """
 
-    def __init__(self, path: StrPath) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: StrPath, check: Callable[[], None] = lambda: None) -> None:
+        """`check` raises where lines must not be put at a URL any more: a file on a disk that another has replaced
+        takes the lines with it, an object does not.
+        """
+        self.path, self._check = os.fspath(path), check
+        self._next: int | None = None  # number of the next segment; None: it is not known yet
+        self._own: list[tuple[int, str]] = []  # the last segments, of consecutive numbers, that this writer has put
         self._waiting: list[str] = []
         self._last_segment = time.monotonic()
         self._file = None
@@ -56,24 +73,45 @@ class Lines:
         if len(self._waiting) == ROWS_PER_SEGMENT or now - self._last_segment > SECONDS_PER_SEGMENT:
             self._put(now)
 
+    def flush(self) -> None:
+        """Put down the lines that wait, at a URL."""
+        if self._waiting:
+            self._put(time.monotonic())
+
     def close(self) -> None:
         """Make all lines durable. Must be called at a URL, where the last lines wait for it."""
         if self._file is not None and not self._file.closed:
             with disk.naming(self.path), self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        elif self._waiting:
-            self._put(time.monotonic())
+        else:
+            self.flush()
 
     def _put(self, now: float) -> None:
-        _put_segment(self.path, "".join(self._waiting), "")
-        self._waiting, self._last_segment = [], now
+        self._check()
+        text = "".join(self._waiting)
+        if self._next is None:
+            self._next = _next_number(Files(self.path).keys(""))
+        number = _put_segment(self.path, self._next, text)
+        if number != self._next:
+            self._own = []  # another writer's are between
+        self._own.append((number, text))
+        self._waiting, self._last_segment, self._next = [], now, number + 1
+        if len(self._own) == GATHERED:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Put the last segments into one object."""
+        numbers, texts = zip(*self._own, strict=True)
+        write_text(f"{self.path.rstrip('/')}/{numbers[0]:08d}-to-{numbers[-1]:08d}.jsonl", "".join(texts))
+        Files(self.path).delete_many(f"{number:08d}.jsonl" for number in numbers)
+        self._own = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+        with contextlib.suppress(OSError, UserError) if error else contextlib.nullcontext():
             self.close()
 
 
@@ -83,7 +121,7 @@ def read_lines(path: StrPath) -> list[dict[str, Any]]:
     Says so on stderr when it drops the last line because a kill cut it short, and when it passes over a line that is
     not a JSON object.
     """
-    data = b"".join(_segments(os.fspath(path))) if is_url(path) else read_bytes(path) or b""
+    data = _at_url(os.fspath(path)) if is_url(path) else read_bytes(path) or b""
     rows, lines = [], data.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -100,10 +138,13 @@ def read_lines(path: StrPath) -> list[dict[str, Any]]:
 def write_lines(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace all lines of a file."""
     text = "".join(map(_line, rows))
-    if is_url(path):
-        _put_segment(os.fspath(path), text, "-whole")
-    else:
+    if not is_url(path):
         write_text(path, text)
+        return
+    files = Files(path)
+    replaced = files.keys("")
+    _put_segment(files.path, _next_number(replaced), text, "-whole")
+    files.delete_many(key for key in replaced if _SEGMENT.fullmatch(key))
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
@@ -142,20 +183,35 @@ def _cut_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
-def _segment_numbers(path: str) -> list[tuple[int, str]]:
-    """(number, key) of the objects that hold the lines at a URL. All before one called whole are replaced by it."""
-    matches = (re.fullmatch(r"(\d+)(-whole)?\.jsonl", key) for key in Files(path).keys(""))
-    found = sorted((int(match[1]), match[0]) for match in matches if match)
-    first = max((i for i, (_, key) in enumerate(found) if "whole" in key), default=0)
-    return found[first:]
+def _at_url(path: str) -> bytes:
+    """What all segments hold, in order."""
+    files = Files(path)
+    while True:
+        found = [*files.read_many(_that_count(files.keys("")))]
+        if None not in found:
+            return b"".join(filter(None, found))
 
 
-def _segments(path: str) -> Iterator[bytes]:
-    keys = [key for _, key in _segment_numbers(path)]
-    return (data for data in Files(path).read_many(keys) if data is not None)
+def _that_count(keys: Iterable[str]) -> list[str]:
+    """The segments that none replaces, in order."""
+    found = [(int(match["first"]), match) for key in keys if (match := _SEGMENT.fullmatch(key))]
+    begin = max((number for number, match in found if match["whole"]), default=0)
+    counted, end = [], begin - 1
+    # Of those that begin alike, one that replaces others comes first.
+    for first, match in sorted(found, key=lambda each: (each[0], not (each[1]["whole"] or each[1]["last"]))):
+        if first > end and first >= begin:
+            counted.append(match[0])
+            end = int(match["last"] or first)
+    return counted
 
 
-def _put_segment(path: str, text: str, suffix: str) -> None:
-    number = max((number for number, _ in _segment_numbers(path)), default=-1) + 1
+def _next_number(keys: Iterable[str]) -> int:
+    matches = [match for key in keys if (match := _SEGMENT.fullmatch(key))]
+    return max((int(match["last"] or match["first"]) for match in matches), default=-1) + 1
+
+
+def _put_segment(path: str, number: int, text: str, suffix: str = "") -> int:
+    """Write a segment of the first number from this one on that is free; which that is."""
     while not create(f"{path.rstrip('/')}/{number:08d}{suffix}.jsonl", text.encode()):
         number += 1  # another writer took it
+    return number

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from sae_jax.errors import UserError
 from sae_jax.storage.disk import StrPath, absolute, is_url
-from sae_jax.storage.objects import STORAGE_ERRORS, open_store, reason
+from sae_jax.storage.objects import STORAGE_ERRORS, open_store, reason, write_error
 from sae_jax.storage.whole import create, delete, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     import tensorstore as ts
+
+T = TypeVar("T")
 
 REQUESTS_IN_FLIGHT = 64  # of small files, when many are read at once
 
@@ -75,33 +78,41 @@ class Files:
         """`delete`."""
         delete(self.at(key))
 
-    def read_many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
+    def read_many(self, keys: Iterable[str], n_at_once: int = REQUESTS_IN_FLIGHT) -> Iterator[bytes | None]:
         """The files in the order of keys, many requests at a time; None for one that does not exist."""
-        for key, answer in self._ask(keys, None):
+        for key, answer in _in_order(keys, self.store.read, n_at_once):
             try:
                 found = answer.result()
             except STORAGE_ERRORS as error:
                 raise UserError(f"cannot read {self.name(key)}: {reason(error)}") from error
             yield found.value if found.state == "value" else None
 
+    def write_many(self, files: Iterable[tuple[str, bytes]], n_at_once: int = REQUESTS_IN_FLIGHT) -> None:
+        """Write or replace objects at a URL, {key: content}, many requests at a time."""
+        for (key, _), answer in _in_order(files, lambda file: self.store.write(*file), n_at_once):
+            try:
+                answer.result()
+            except STORAGE_ERRORS as error:
+                raise write_error(self.name(key), error) from error
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Delete objects at a URL, many requests at a time; nothing happens to those that are not there."""
+        for key, answer in _in_order(keys, lambda key: self.store.write(key, None), REQUESTS_IN_FLIGHT):
+            try:
+                answer.result()
+            except STORAGE_ERRORS as error:
+                raise write_error(self.name(key), error) from error
+
     def tails_equal(self, keys: Iterable[str], offset: int, tail: bytes) -> Iterator[bool | None]:
         """For each file, whether its bytes from offset on are exactly tail; None where there is no file."""
-        for _, answer in self._ask(keys, slice(offset, None)):
+        ask = functools.partial(self.store.read, byte_range=slice(offset, None))
+        for _, answer in _in_order(keys, ask, REQUESTS_IN_FLIGHT):
             try:
                 found = answer.result()
             except STORAGE_ERRORS:  # OUT_OF_RANGE: the file is shorter than offset
                 yield False
             else:
                 yield found.value == tail if found.state == "value" else None
-
-    def _ask(self, keys: Iterable[str], byte_range: slice | None) -> Iterator[tuple[str, ts.Future]]:
-        """Reads of many files in order, REQUESTS_IN_FLIGHT under way at a time."""
-        pending: deque[tuple[str, ts.Future]] = deque()
-        for key in keys:
-            pending.append((key, self.store.read(key, byte_range=byte_range)))
-            if len(pending) == REQUESTS_IN_FLIGHT:
-                yield pending.popleft()
-        yield from pending
 
     def announce(self, key: str, offset: int, n_bytes: int) -> None:
         """Asks the disk to fetch a range that will be read soon, without waiting; does nothing at a URL."""
@@ -136,6 +147,19 @@ class Files:
         if len(found.value) != len(target):
             raise UserError(f"{self.name(key)} is missing or cut short")
         target[:] = found.value
+
+
+def _in_order(
+    items: Iterable[T], ask: Callable[[T], ts.Future], n_at_once: int = REQUESTS_IN_FLIGHT
+) -> Iterator[tuple[T, ts.Future]]:
+    """Requests for many things in order, so many under way at a time."""
+    pending: deque[tuple[T, ts.Future]] = deque()
+    for item in items:
+        pending.append((item, ask(item)))
+        if len(pending) == n_at_once:
+            yield pending.popleft()
+    while pending:
+        yield pending.popleft()
 
 
 def _of_user(path: str) -> Path:

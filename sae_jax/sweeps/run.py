@@ -26,7 +26,6 @@ from sae_jax.sweeps import points
 from sae_jax.sweeps.plan import Planned, SweepJob, in_passes
 from sae_jax.sweeps.points import SweepMeasurements
 from sae_jax.training import checkpoint, run
-from sae_jax.training.members import has_remains
 from sae_jax.training.ownership import as_the_first_says, owned
 from sae_jax.training.preemption import is_preempted
 from sae_jax.training.run import TrainJob
@@ -166,7 +165,7 @@ def _to_train(out: Path, path: Path, names: list[str], planned: dict[str, Planne
     """The members to train in a pass: none if it is done, all if it has begun and was not ended."""
     begun = checkpoint.members(path)
     undone = [name for name in begun or names if not _is_done(out, path, name, planned)]
-    return begun if begun and (undone or has_remains(path)) else undone
+    return begun if begun and (undone or checkpoint.has_remains(path)) else undone
 
 
 def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> bool:

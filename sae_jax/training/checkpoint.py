@@ -1,47 +1,41 @@
 """Saving a run and taking it up again, on the same mesh or another; reading an SAE back.
 
-A checkpoint is one Orbax step directory, RUN/checkpoints/<step>/. Once Orbax has put it there, each process lists the
-files that it wrote with their digests, in digests-<process>-of-<n>.json; without all of these lists a save is not done,
-and as long as checkpoints/.saving-<step> is there, it is under way or was cut off. Before anything of a checkpoint is
-read, its files are compared with the lists. One that is damaged is set aside as checkpoints/damaged-<step> and the run
-goes on from the one before.
+A checkpoint holds the parts of the state of each member at one step. On a disk Orbax writes it (on_disk.py), at a URL
+tensorstore does (at_url.py); both count it only once every process has listed what it wrote with digests, and compare
+with these before anything of it is used. One that is damaged is set aside and the run goes on from the one before.
 
     sae          weights in training       average      running average of the weights (train.ema above 0)
     optimiser    its moments               counters     dead counters and the like
     run          step, constants
 
-RUN/config.json beside them holds the record of the run. A set of members is one such directory, the parts of each under
-its name (`k16.sae`, ...); RUN/config.json then lists the members, and RUN/members/<name>/ is a run in all but this: it
-has checkpoints of its own only once the member has left the set. Only this file knows Orbax.
+RUN/config.json beside RUN/checkpoints holds the record of the run. A set of members has one such folder, the parts of
+each under its name (`k16.sae`, ...); RUN/config.json then lists the members, and RUN/members/<name>/ is a run in all
+but this: it has checkpoints of its own only once the member has left the set.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import itertools
-import re
-import shutil
-import sys
-import time
-import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
 from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.progress import console
 from sae_jax.record import MembersRecord, RunRecord
-from sae_jax.storage.digests import SEAL, check_file, read_digests, write_digests
+from sae_jax.storage import Url
+from sae_jax.storage.digests import SEAL
+from sae_jax.training.at_url import AtUrl
+from sae_jax.training.on_disk import OnDisk, nothing_to_read, reason
 from sae_jax.training.settings import MAY_CHANGE, SHARES, TrainConfig
 from sae_jax.training.state import TrainState
 from sae_jax.types import UsageError, UserError
@@ -50,8 +44,58 @@ MEMBERS = "members"  # folder of a set's members
 SECONDS_BETWEEN_CHECKS = 5.0  # of the lease, while a save is under way
 KEPT = 2  # a save that is cut off must leave the one before it
 
-_LIST = re.compile(r"digests-\d+-of-(?P<n>\d+)\.json")
-_WRITER = re.compile(r"[^/]+/ocdbt\.process_(?P<process>\d+)/")  # process 0 writes all else
+
+class Store(Protocol):
+    """Where the checkpoints of a run are kept. A tree is {part: arrays}; a target says shapes, dtypes and shardings."""
+
+    @property
+    def folder(self) -> Path | Url:
+        """RUN/checkpoints."""
+        ...
+
+    def begin(self, lease: storage.Lease, n_kept: int) -> None:
+        """Become the one that writes: remove what was cut off. All processes together."""
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that count, newest first. Who writes counts the save that is under way, too."""
+        ...
+
+    def holds(self, step: int, part: str) -> bool:
+        """Whether a checkpoint has a part."""
+        ...
+
+    def save(self, step: int, tree: dict[str, Any]) -> Callable[[], None]:
+        """Copy the arrays, so that they may be donated. Returns the rest of the save, which is for a thread."""
+        ...
+
+    def problem(self, step: int, parts: Iterable[str] | None = None) -> str:
+        """What is wrong with what holds these parts, or all, of which each process reads its share; "" if nothing."""
+        ...
+
+    def load(self, step: int, target: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """The parts in `target`, and what is wrong with them if this process found something. All together."""
+        ...
+
+    def set_aside(self, steps: Sequence[int]) -> None:
+        """Count these no longer, since they cannot be read. All processes together."""
+
+    def tidy(self) -> None:
+        """The saves of all processes have ended."""
+
+    def close(self) -> None:
+        """End what runs in the background."""
+
+    def is_there(self) -> bool:
+        """Whether anything is there, or the rest of it."""
+        ...
+
+    def remove(self) -> None:
+        """Remove all of it, such that nothing counts of which a part is gone. One process."""
+
+
+def store_of(run: Path | Url) -> Store:
+    """Where the checkpoints of a run are."""
+    return AtUrl(run / "checkpoints") if isinstance(run, Url) else OnDisk(run / "checkpoints")
 
 
 class Checkpoints:
@@ -61,36 +105,21 @@ class Checkpoints:
     without a folder has none: saving does nothing.
     """
 
-    def __init__(self, run: Path | None, writes: bool = True, lease: storage.Lease | None = None) -> None:
+    def __init__(self, run: Path | Url | None, writes: bool = True, lease: storage.Lease | None = None) -> None:
         """`lease`: of the run; a save that ends without it does not count."""
-        self._orbax: Any = None
         self._saving: Future[None] | None = None
-        self._writes, self._lease = writes, lease or storage.Lease(None, "")
-        if run is None:
-            return
-        self._folder = storage.absolute(run / "checkpoints")
-        if not writes:
+        self._store, self._writes = None if run is None else store_of(run), writes and run is not None
+        self._lease = lease or storage.Lease(None, "")
+        if self._store is None or not writes:
             return
         self._lease.check()  # what looks like the rest of a save may be one that another owner has under way
-        self._forget_what_was_cut()
-        self._set_unreadable_aside()
-        _keep_no_counters()
-        _time_by_a_clock_that_nobody_sets()
-        self._lease.check()  # Orbax removes what it has not put in place
+        self._store.begin(self._lease, KEPT)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        policy: Any = ocp.training.preservation_policies.LatestN(KEPT)
-        self._orbax = ocp.training.Checkpointer(
-            str(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
-        )
-        # When a save is done, Orbax's thread asks JAX about preemption at the step of that save, and JAX takes the last
-        # step it was asked about for the step this process is at: a SIGTERM then was agreed upon for a step that had
-        # passed, and never seen.
-        self._orbax._manager.reached_preemption = lambda step: False
 
     @property
     def latest(self) -> int | None:
         """The step of the newest checkpoint, which may still be on its way to the disk; None if there is none."""
-        return next(iter(self._steps()), None)
+        return None if self._store is None else next(iter(self._store.steps()), None)
 
     def save(self, step: int, states: dict[str, TrainState]) -> None:
         """Queue a save of {member: state}; returns once the arrays are copied, so that the states may be donated.
@@ -98,12 +127,10 @@ class Checkpoints:
         The only state of a run without members has the name "". Raises UserError if this save or the one before it
         cannot be written.
         """
-        if self._orbax is not None and self.latest != step:
+        if self._store is not None and self.latest != step:
             with self._reported():
                 self._end_save()
-                self._mark(step)
-                response = self._orbax.save_checkpointables_async(step, _to_tree(states), force=True)
-                self._saving = self._thread.submit(finish_save, response, self._folder / str(step), self._lease)
+                self._saving = self._thread.submit(self._store.save(step, _to_tree(states)))
 
     def wait(self) -> None:
         """Return when all saves, of all processes, are on the disk. Raises UserError if one cannot be written."""
@@ -116,40 +143,26 @@ class Checkpoints:
 
         Checkpoints that cannot be read are set aside once an older one has been. UserError if none can be.
         """
+        assert self._store is not None
         step, tree = self.read(_to_tree(targets))
-        if damaged := [newer for newer in self._steps() if newer > step]:
-            _set_aside(self._folder, damaged)
-            self._orbax.reload()
+        if self._writes and (damaged := [newer for newer in self._store.steps() if newer > step]):
+            self._store.set_aside(damaged)
         return {name: _from_tree(tree, name) for name in targets}
 
     def read(self, target: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """(step, the parts in `target`) of the newest checkpoint that all processes can read."""
-        steps = self._steps()
+        assert self._store is not None
+        steps = self._store.steps()
         problem = "there is none"
         for step, before in itertools.zip_longest(steps, steps[1:]):
-            tree, problem = self._read_step(step, target)
+            tree, problem = self._store.load(step, target)
             if not multihost_utils.process_allgather(np.array(bool(problem))).any():
                 return step, tree
             problem = problem or "another process says why"
             if before is not None and jax.process_index() == 0:
-                console.print(f"{self._folder / str(step)} cannot be read: {problem}; taking step {before} instead")
-        raise self._nothing_to_read(problem)
-
-    def _steps(self) -> list[int]:
-        """Newest first. To a reader, the save that another process has under way is not there yet."""
-        if self._writes:
-            return [] if self._orbax is None else [each.step for each in reversed(self._orbax.checkpoints)]
-        return sorted(_steps_in(self._folder), reverse=True)
-
-    def _read_step(self, step: int, target: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """The parts in `target`, and what is wrong with them if this process found something."""
-        problem = _problem(self._folder / str(step), target)
-        if multihost_utils.process_allgather(np.array(bool(problem))).any():
-            return {}, problem
-        try:
-            return ocp.load_checkpointables(str(self._folder / str(step)), target), ""
-        except Exception as error:  # Orbax passes on whatever the layers below it raise
-            return {}, _reason(error)
+                where = self._store.folder / str(step)
+                console.print(f"{where} cannot be read: {problem}; taking step {before} instead")
+        raise nothing_to_read(self._store.folder, problem)
 
     def _end_save(self) -> None:
         """Wait for the save that is under way, of this process."""
@@ -162,70 +175,26 @@ class Checkpoints:
                     return saving.result()
                 self._lease.check()
 
-    def _mark(self, step: int | None = None) -> None:
-        """Say that this save is under way, and no longer that those are which all processes have ended."""
-        if jax.process_index() == 0:
-            for mark in self._folder.glob(mark_name("*")):
-                checkpoint = self._folder / mark.name.removeprefix(mark_name(""))
-                if is_complete(checkpoint) or not checkpoint.exists():
-                    mark.unlink()
-            if step is not None:
-                (self._folder / mark_name(step)).touch()
-
-    def _forget_what_was_cut(self) -> None:
-        """Remove the rest of a checkpoint whose removal was cut off, and then the one whose save was."""
-        if jax.process_index() == 0:
-            there = [path for path in self._folder.glob("*") if path.name.isdecimal()]
-            there.sort(key=lambda checkpoint: int(checkpoint.name))
-            # Orbax removes the oldest once the newest is in its place, which is before the end of that save.
-            cut = [checkpoint for checkpoint in there[:-KEPT] if _lacks_files(checkpoint)]
-            for checkpoint in [*cut, *filter(_is_under_way, there)]:
-                shutil.rmtree(checkpoint)
-            self._mark()
-        multihost_utils.sync_global_devices("only whole checkpoints are left")
-
-    def _set_unreadable_aside(self) -> None:
-        """Orbax reads what each checkpoint says of itself, and does not begin where that is damaged."""
-        steps = sorted(_steps_in(self._folder))
-        problems = [_problem(self._folder / str(step), ()) for step in steps]
-        seen = multihost_utils.process_allgather(np.array([bool(problem) for problem in problems]))
-        damaged = [
-            step for step, of_any in zip(steps, seen.reshape(jax.process_count(), -1).any(0), strict=True) if of_any
-        ]
-        if not damaged:
-            return
-        problem = next((problem for problem in problems if problem), "another process says why")
-        if len(damaged) == len(steps):
-            raise self._nothing_to_read(problem)
-        if jax.process_index() == 0:
-            which = ", ".join(map(str, damaged))
-            console.print(f"{self._folder}: {which} cannot be read ({problem}) and is set aside as damaged-*")
-        _set_aside(self._folder, damaged)
-
-    def _nothing_to_read(self, problem: str) -> UserError:
-        return UserError(f"{self._folder}: no checkpoint can be read ({problem}); restore one, or give another --out")
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._orbax is None:
+        if self._store is None or not self._writes:
             return
         if isinstance(error, storage.LostError):
             self._thread.shutdown(wait=False)
             return
         with self._reported():
             try:
-                if self._writes and error is None:
+                if error is None:
                     self.wait()
                 else:
                     self._end_save()
-                if self._writes:
-                    self._lease.check()
-                    self._mark()
+                self._lease.check()
+                self._store.tidy()
             finally:
                 self._thread.shutdown()
-                self._orbax.close()
+                self._store.close()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -235,45 +204,50 @@ class Checkpoints:
         except storage.LostError:
             raise
         except Exception as error:
+            assert self._store is not None
+            folder, place = self._store.folder, "bucket" if isinstance(self._store.folder, Url) else "disk"
             raise UserError(
-                f"cannot write to {self._folder}: {_reason(error)}; see to the disk and repeat the command, which "
-                f"resumes from the last checkpoint"
+                f"cannot write to {folder}: {reason(error)}; see to the {place} and repeat the command, which resumes "
+                f"from the last checkpoint"
             ) from error
 
 
-def latest_step(run: Path, name: str = "") -> int | None:
+def latest_step(run: Path | Url, name: str = "") -> int | None:
     """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
-    folder = run / "checkpoints"
-    steps = (step for step in _steps_in(folder) if not name or (folder / str(step) / part_name(name, "sae")).exists())
-    return max(steps, default=None)
+    store, part = store_of(run), part_name(name, "sae")
+    return next((step for step in store.steps() if not name or store.holds(step, part)), None)
 
 
-def problem(run: Path) -> str:
+def problem(run: Path | Url) -> str:
     """What is wrong with the newest checkpoint of a run, of which this process reads its share; "" if nothing."""
-    if (step := latest_step(run)) is None:
-        return "there is none"
-    checkpoint = run / "checkpoints" / str(step)
-    return _problem(checkpoint, [path.name for path in checkpoint.iterdir()])
+    step = latest_step(run)
+    return "there is none" if step is None else store_of(run).problem(step)
 
 
-def set_aside_damaged(run: Path) -> None:
-    """Of a run that stands at its end, and would not be read: rename its newest checkpoints until one is whole."""
+def set_aside_damaged(run: Path | Url) -> None:
+    """Of a run that stands at its end, and would not be read: set its newest checkpoints aside until one is whole."""
     while (step := latest_step(run)) is not None:
         what = problem(run)
         if not multihost_utils.process_allgather(np.array(bool(what))).any():
             return
         if jax.process_index() == 0:
             console.print(f"{run / 'checkpoints' / str(step)} cannot be read: {what or 'another process says why'}")
-        _set_aside(run / "checkpoints", [step])
+        store_of(run).set_aside([step])
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every process has listed the digests of what it wrote, which is the end of a save."""
-    lists = [match for path in checkpoint.glob("digests-*") if (match := _LIST.fullmatch(path.name))]
-    return any(len(lists) == int(match["n"]) for match in lists)
+def has_remains(run: Path | Url) -> bool:
+    """Whether a run still has checkpoints, or the rest of them. Those of a set go when its last member has left."""
+    return store_of(run).is_there()
 
 
-def read_record(run: Path) -> RunRecord:
+def remove(run: Path | Url) -> None:
+    """Remove the checkpoints of a set. All processes must call it together."""
+    multihost_utils.sync_global_devices("all members have left")
+    if jax.process_index() == 0:
+        store_of(run).remove()
+
+
+def read_record(run: Path | Url) -> RunRecord:
     """RUN/config.json. Raises UserError where there is none, or it does not describe a run."""
     content = storage.read_json(run / "config.json")
     if content is None:
@@ -285,14 +259,14 @@ def read_record(run: Path) -> RunRecord:
     return dataclasses.replace(record, train=configs.to_dict(train))  # with the settings that are newer than the run
 
 
-def begun(run: Path) -> RunRecord | None:
+def begun(run: Path | Url) -> RunRecord | None:
     """The record of a run that has begun; None of another folder."""
     content = storage.read_json(run / "config.json") or {}
     is_run = content.get("kind") == RunRecord.KIND
     return RunRecord.from_json(content, run / "config.json") if is_run else None
 
 
-def members(run: Path) -> list[str]:
+def members(run: Path | Url) -> list[str]:
     """Names of the members that a set was started with; none for a run of one SAE, or no run."""
     content = storage.read_json(run / "config.json") or {}
     if content.get("kind") != MembersRecord.KIND:
@@ -300,7 +274,7 @@ def members(run: Path) -> list[str]:
     return list(MembersRecord.from_json(content, run / "config.json").members)
 
 
-def check_resumable(run: Path, record: RunRecord) -> None:
+def check_resumable(run: Path | Url, record: RunRecord) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, after = (_settings(each) for each in (read_record(run), record))
     of_length = [key for key in sorted(after) if key in SHARES and after[key]]
@@ -322,7 +296,7 @@ def check_resumable(run: Path, record: RunRecord) -> None:
         )
 
 
-def check_members(run: Path, names: list[str]) -> None:
+def check_members(run: Path | Url, names: list[str]) -> None:
     """Refuse to continue a run with other members than it was started with."""
     before = members(run)
     for name in sorted(set(before) ^ set(names)):
@@ -332,103 +306,19 @@ def check_members(run: Path, names: list[str]) -> None:
         )
 
 
-def newest(run: Path) -> tuple[Path, str]:
+def newest(run: Path | Url) -> tuple[Path | Url, str]:
     """Which run has the newest checkpoint of this one, and under which name: itself, or the set of which it is one."""
-    path = run.absolute()
+    path = run if isinstance(run, Url) else run.absolute()
     if path.parent.name == MEMBERS:
-        of_set = latest_step(path.parents[1], path.name)
+        of_set = latest_step(path.parent.parent, path.name)
         if of_set is not None and of_set > (latest_step(run) or 0):
-            return path.parents[1], path.name
+            return path.parent.parent, path.name
     return run, ""
 
 
 def part_name(name: str, part: str) -> str:
     """Under which name a part of a member's state is in a checkpoint."""
     return f"{name}.{part}" if name else part
-
-
-def _steps_in(folder: Path) -> list[int]:
-    """Of the checkpoints that are not under way."""
-    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal() and not _is_under_way(path)]
-
-
-def mark_name(step: object) -> str:
-    """The file beside a checkpoint that says its save is under way, or was cut off."""
-    return f".saving-{step}"
-
-
-def _is_under_way(checkpoint: Path) -> bool:
-    return checkpoint.with_name(mark_name(checkpoint.name)).exists() and not is_complete(checkpoint)
-
-
-def _lacks_files(checkpoint: Path) -> bool:
-    """Whether files are gone, which is how a removal that was cut off looks. What else may be wrong is not asked."""
-    try:
-        listed = [name for path in checkpoint.glob("digests-*") for name in read_digests(path)]
-    except UserError:
-        return False
-    return not is_complete(checkpoint) or not all((checkpoint / name).exists() for name in listed)
-
-
-def _set_aside(folder: Path, steps: Sequence[int]) -> None:
-    """Rename checkpoints that cannot be used, on all processes alike."""
-    if jax.process_index() == 0:
-        for step in steps:
-            shutil.rmtree(folder / f"damaged-{step}", ignore_errors=True)
-            (folder / str(step)).rename(folder / f"damaged-{step}")
-    multihost_utils.sync_global_devices("checkpoints set aside")
-
-
-def _keep_no_counters() -> None:
-    """Orbax asks tensorstore for its counters at every save, to log them, and each time tensorstore loses 0.1 MiB."""
-    with contextlib.suppress(ImportError):
-        from orbax.checkpoint._src.serialization import tensorstore_utils
-
-        # Orbax logs nothing of 0.
-        tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0  # pyrefly: ignore[bad-assignment]
-
-
-def _time_by_a_clock_that_nobody_sets() -> None:
-    """Orbax gives a save up that takes too long by the time of day, which also jumps when a computer wakes up."""
-    clock = types.SimpleNamespace(**{**vars(time), "time": time.monotonic})
-    for name, module in list(sys.modules.items()):
-        if name.startswith("orbax.checkpoint.") and getattr(module, "time", None) is time:
-            module.time = clock  # pyrefly: ignore[missing-attribute]
-
-
-def finish_save(response: Any, checkpoint: Path, lease: storage.Lease) -> None:
-    """The end of a save, in the thread of this process: wait for Orbax, then list the digests of what was written."""
-    response.result()  # its thread and event loop end here, and nowhere else
-    lease.check()
-    process, n = jax.process_index(), jax.process_count()
-    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
-    writers = ((name, match) for name in names if not _LIST.fullmatch(name) for match in [_WRITER.match(name)])
-    written = [name for name, match in writers if (int(match["process"]) if match else 0) == process]
-    write_digests(checkpoint / f"digests-{process}-of-{n}.json", checkpoint, written)
-    _give_memory_back()
-
-
-def _give_memory_back() -> None:
-    """What the threads of a save have freed would stay with this process in pieces, more after every save."""
-    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _problem(checkpoint: Path, parts: Iterable[str]) -> str:
-    """What is wrong with the files that hold these parts, of which each process looks at its share; "" if nothing."""
-    try:
-        if not is_complete(checkpoint):
-            return "its lists of digests (digests-*.json) are not complete"
-        files = {}
-        for path in checkpoint.glob("digests-*"):
-            files |= read_digests(path)
-        needed = [name for name in files if "/" not in name or name.partition("/")[0] in parts]
-        needed.sort(key=lambda name: (-files[name].size, name))
-        for name in needed[jax.process_index() :: jax.process_count()]:
-            check_file(checkpoint / name, files[name])
-    except (UserError, OSError) as error:
-        return str(error).replace(f"{checkpoint}/", "")
-    return ""
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
@@ -439,17 +329,6 @@ def _settings(record: RunRecord) -> dict[str, Any]:
     sites = {"site": record.dictionary.sites.x, "reconstruct": record.dictionary.sites.y}
     content |= {name: dictionary[name] for name in ("variant", "sae", "data")} | sites
     return dict(configs.flatten(content))
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom, in one line."""
-    seen = [error]  # it may go in a circle, where an error was raised again by who had handled it
-    while (before := error.__cause__ or error.__context__) is not None and before not in seen:
-        if isinstance(before, UserError):  # ours, of the save before
-            break
-        seen.append(error := before)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 
 
 def _to_tree(states: dict[str, TrainState]) -> dict[str, Any]:

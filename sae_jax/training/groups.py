@@ -30,6 +30,7 @@ from sae_jax.record import RunRecord
 from sae_jax.saes.base import Batch, Hyperparameters, SaeConfig
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
+from sae_jax.storage import Url
 from sae_jax.training.settings import TrainConfig, hyperparameters, program
 from sae_jax.training.start import Start, started
 from sae_jax.training.state import TrainState, abstract, initial, with_config
@@ -46,7 +47,7 @@ class Member:
     name: str  # "" if it is the only one
     sae: SaeConfig
     train: TrainConfig
-    folder: Path | None  # of config.json and metrics.jsonl; the run's if it is the only one; None: nothing is written
+    folder: Path | Url | None  # of config.json and metrics.jsonl; the run's if it is the only one; None: nowhere
     record: RunRecord  # what config.json says
     start: Start | None = None  # the dictionary whose weights it begins with; None: random ones
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from sae_jax import storage
 from sae_jax.progress import console
+from sae_jax.storage import Url
 
 WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that differ between two runs of the same steps
 
@@ -22,7 +23,7 @@ class Metrics:
 
     def __init__(
         self,
-        run: Path | None,
+        run: Path | Url | None,
         lease: storage.Lease,
         start_step: int,
         is_logged: Callable[[int], bool],
@@ -37,14 +38,14 @@ class Metrics:
         rows = [row for row in read_metrics(run) if row["step"] <= last]
         lease.check()
         storage.write_lines(run / "metrics.jsonl", rows)
-        self._lines = storage.Lines(run / "metrics.jsonl")
+        self._lines = storage.Lines(run / "metrics.jsonl", lease.check)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One logged step; flushed at once, so that a killed run loses nothing it said."""
+        """One logged step; on a disk flushed at once, so that a killed run loses nothing it said."""
         if self._lines is None:
             return
         self._lines.write(row)
@@ -52,6 +53,11 @@ class Metrics:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Put down what waits, at a URL: before a checkpoint that covers it, from which a killed run resumes."""
+        if self._lines is not None:
+            self._lines.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +72,7 @@ class Metrics:
 class Attempts:
     """Keeps the last line of RUN/attempts.jsonl true: where this attempt started and how far it is known to be."""
 
-    def __init__(self, run: Path | None, lease: storage.Lease, start_step: int, **machine: Any) -> None:
+    def __init__(self, run: Path | Url | None, lease: storage.Lease, start_step: int, **machine: Any) -> None:
         """Args:
         run: None: nothing is written.
         lease: of the run; without it nothing is written, either.
@@ -87,7 +93,7 @@ class Attempts:
             storage.write_lines(self._path, [*self._earlier, self._row])
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path | Url) -> list[dict[str, Any]]:
     """All logged steps of a run, in order. Says so where it passes over a line that is none."""
     rows = storage.read_lines(run / "metrics.jsonl")
     steps = [row for row in rows if type(row.get("step")) is int]

@@ -24,7 +24,7 @@ from sae_jax.progress import Progress, console
 from sae_jax.saes import penalty
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.storage import Lease
+from sae_jax.storage import Lease, Url
 from sae_jax.training import logs
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.groups import Member, check_groups
@@ -46,7 +46,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    run: Path | None,
+    run: Path | Url | None,
     members: Sequence[Member],
     mesh: Mesh,
     source: Batches,
@@ -78,7 +78,7 @@ def train(
 
 
 def _train(
-    run: Path | None,
+    run: Path | Url | None,
     members: Sequence[Member],
     mesh: Mesh,
     source: Batches,
@@ -118,6 +118,7 @@ def _train(
                     checkpoints.wait()
                     source.saved(saved, is_over=False)
                     log.write(done, active.fetch(done, pending))
+                    log.flush()
                     pending = []
                     active.save(done, ended)
                     saved = done
@@ -186,6 +187,11 @@ class _Log:
             self._files[member].write({"step": step, "tokens": step * batch_size, **metrics[member], **wall_clock})
         wait = f"input wait {wall_clock['input_wait']:.0%}"
         self._progress.update(step, f"{rate:,.0f} tokens/s  {_figures(metrics)}  {wait}")
+
+    def flush(self) -> None:
+        """All rows are where a resumed run finds them."""
+        for file in self._files.values():
+            file.flush()
 
     def _warn(self, member: Member, step: int, values: dict[str, float]) -> None:
         """Say once, past the beginning, that a member has too many active latents, or too many dead ones."""

@@ -7,14 +7,12 @@ is in training/groups.py.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sae_jax import storage
@@ -23,14 +21,13 @@ from sae_jax.record import MembersRecord
 from sae_jax.saes.base import Batch
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
+from sae_jax.storage import Url
+from sae_jax.training import checkpoint
 from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step, set_aside_damaged
 from sae_jax.training.groups import Member, MemberGroup, group_members, initial_states
 from sae_jax.training.state import TrainState
 from sae_jax.training.step import Metrics
 from sae_jax.types import PartialError, UsageError, UserError
-
-# A removal that is cut off must not leave checkpoints that lack files under their name.
-REMOVED = ".checkpoints.removed"
 
 Queued = list[tuple[MemberGroup, Metrics]]
 
@@ -59,7 +56,7 @@ class MemberSet:
 
     def __init__(
         self,
-        run: Path | None,
+        run: Path | Url | None,
         members: Sequence[Member],
         mesh: Mesh,
         checkpoints: Checkpoints,
@@ -142,7 +139,7 @@ class MemberSet:
         """Every member has left. Raises UserError, in one line, if some failed; PartialError if not all did."""
         self._lease.check()
         if self._run is not None and self._members[0].name:
-            _remove_checkpoints(self._run)  # of the set: every member has its own
+            checkpoint.remove(self._run)  # of the set: every member has its own
         if self.failed:
             texts = [f"{m.name}: {what}" if m.name else what for m, what in self.failed.items()]
             summary = f"{len(self.failed)} of {len(self._members)} members failed: " if self._members[0].name else ""
@@ -181,7 +178,7 @@ def is_save_due(step: int, members: Sequence[Member]) -> bool:
     return any(step % n in (0, n // 2) for n in every) or any(step == member.train.steps for member in members)
 
 
-def check_settings(run: Path | None, members: Sequence[Member]) -> bool:
+def check_settings(run: Path | Url | None, members: Sequence[Member]) -> bool:
     """Whether there is a run already; refuses, with UsageError, to continue one with other members or settings."""
     if run is None:
         return False
@@ -203,7 +200,7 @@ def check_settings(run: Path | None, members: Sequence[Member]) -> bool:
     return True
 
 
-def write_records(run: Path | None, members: Sequence[Member], lease: storage.Lease) -> None:
+def write_records(run: Path | Url | None, members: Sequence[Member], lease: storage.Lease) -> None:
     """config.json of the run and of each member."""
     records = {member.folder: member.record.to_json() for member in members if member.folder is not None}
     if run is not None and members[0].name:
@@ -214,7 +211,7 @@ def write_records(run: Path | None, members: Sequence[Member], lease: storage.Le
 
 
 def _take_up(
-    run: Path | None,
+    run: Path | Url | None,
     members: Sequence[Member],
     checkpoints: Checkpoints,
     mesh: Mesh,
@@ -262,24 +259,11 @@ def _common_step(steps: dict[Member, int]) -> int:
     return low
 
 
-def _folder(member: Member) -> Path:
+def _folder(member: Member) -> Path | Url:
     assert member.folder is not None
     return member.folder
 
 
-def _failure(member: Member, process: int = 0) -> Path:
+def _failure(member: Member, process: int = 0) -> Path | Url:
     """Where it is written that a member failed. A set continues without it; a run without members is tried again."""
     return _folder(member) / f"failure-{process}.json"
-
-
-def has_remains(run: Path) -> bool:
-    """Whether a set still has checkpoints of its own, which go when its last member has left."""
-    return (run / "checkpoints").exists() or (run / REMOVED).exists()
-
-
-def _remove_checkpoints(run: Path) -> None:
-    multihost_utils.sync_global_devices("all members have left")
-    if jax.process_index() == 0:
-        shutil.rmtree(run / REMOVED, ignore_errors=True)
-        (run / "checkpoints").rename(run / REMOVED)
-        shutil.rmtree(run / REMOVED)

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sae_jax.storage import HeldError, Lease, disk
+from sae_jax.storage import HeldError, Lease, Url, disk
 from sae_jax.types import UserError
 
 
 @contextlib.contextmanager
-def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
+def owned(run: Path | Url | None, is_patient: bool = True) -> Iterator[Lease]:
     """The lease of a run's folder, for as long as the block takes. All processes must call it together.
 
     What is refused before anything was written leaves no empty folders.
@@ -29,7 +29,7 @@ def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
     is_first = jax.process_index() == 0
     lease = Lease(run / "owner" if run is not None and is_first else None, run or "", is_patient)
     with contextlib.ExitStack() as stack:
-        if run is not None and is_first:
+        if isinstance(run, Path) and is_first:  # at a URL there are no folders, and nothing is put in place
             stack.push(lambda kind, *_: _remove_if_empty(run) if kind else None)
         problem: Exception | None = None
         try:
@@ -38,7 +38,7 @@ def owned(run: Path | None, is_patient: bool = True) -> Iterator[Lease]:
             problem = error  # the others wait to hear of it
         if as_the_first_says(problem is not None):
             raise problem or HeldError(f"{run} cannot be used; the first process says why")
-        if run is not None and is_first:
+        if isinstance(run, Path) and is_first:
             for folder in (run, *run.glob("members/*/")):
                 # What waits for the lease has temporaries of its own.
                 disk.remove_leftovers(folder, lambda name: not name.startswith("owner."), seconds=0)

@@ -10,11 +10,12 @@ from typing import Any, Generic, TypeVar, get_args
 
 from sae_jax import config as configs
 from sae_jax import mesh as meshes
+from sae_jax import storage
 from sae_jax.activations.source import RowSource, choose_sites, sampler
 from sae_jax.ops import tuning
 from sae_jax.record import Normalisation, Record, RunRecord, program
 from sae_jax.saes.base import AbstractSae, Learns
-from sae_jax.storage import Lease
+from sae_jax.storage import Lease, Url
 from sae_jax.training import checkpoint, loop
 from sae_jax.training.groups import Member
 from sae_jax.training.loop import Trained
@@ -34,7 +35,7 @@ class TrainJob(Generic[S]):
     data: str
     """activation set to train on"""
     out: str
-    """directory of the run"""
+    """directory of the run, or its URL (s3://, gs://)"""
     sae: S
     site: tuple[str, ...] = ()
     """source of the set that is encoded; may be left out if there is only one. Several stand side by side"""
@@ -74,7 +75,7 @@ def run(
         read: a dictionary from what `init_from` says; called for runs without a checkpoint.
     """
     job = next(iter(jobs.values()))
-    folder = Path(job.out) if job.out else None
+    folder = storage.path(job.out) if job.out else None
     mesh, source = meshes.make_mesh(job.mesh, source.devices()), source.of_run(folder)
     sites, widths = choose_sites(source, job.site, job.reconstruct, job.d_model)
     for member in jobs.values():
@@ -125,7 +126,7 @@ def record_of(job: TrainJob, source: RowSource) -> RunRecord:
 
 
 def _member(
-    name: str, job: TrainJob, folder: Path | None, source: RowSource, platform: str, start: Start | None
+    name: str, job: TrainJob, folder: Path | Url | None, source: RowSource, platform: str, start: Start | None
 ) -> Member:
     if folder is not None and name:
         folder = folder / checkpoint.MEMBERS / name
@@ -134,7 +135,7 @@ def _member(
     return Member(name, job.sae, job.train, folder, record_of(job, source), start)
 
 
-def _as_begun(job: TrainJob, folder: Path | None, platform: str) -> TrainJob:
+def _as_begun(job: TrainJob, folder: Path | Url | None, platform: str) -> TrainJob:
     """What is left out stays as it was, whatever the number of steps and the machine are now."""
     begun = None if folder is None else checkpoint.begun(folder)
     train = begun.train if begun else {}

@@ -16,7 +16,7 @@ from sae_jax.commands import main as cli
 from sae_jax.pages import site
 from sae_jax.scaling import table
 from sae_jax.storage import HeldError, Lease, LostError, lease, sealed
-from sae_jax.training import checkpoint, loop, preemption
+from sae_jax.training import checkpoint, loop, on_disk, preemption
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.members import MemberSet
 from tests import runs
@@ -37,7 +37,7 @@ def sweep(data: Path, out: Path, *flags: str) -> int:
 
 def content(folder: Path) -> dict[str, bytes]:
     """All that counts: a save that has not been ended is none, whatever a library's thread still writes of it."""
-    ended = [path for path in folder.glob("checkpoints/*") if checkpoint.is_complete(path)]
+    ended = [path for path in folder.glob("checkpoints/*") if on_disk.is_complete(path)]
     paths = [path for path in folder.rglob("*") if "checkpoints" not in path.parts or {*ended} & {*path.parents}]
     return {str(path): path.read_bytes() for path in paths if path.is_file()}
 

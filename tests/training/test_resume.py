@@ -31,7 +31,7 @@ from sae_jax.commands import main, runtime
 from sae_jax.progress import console
 from sae_jax.saes import topk
 from sae_jax.storage import Lease
-from sae_jax.training import checkpoint, logs, loop
+from sae_jax.training import logs, loop, on_disk
 from sae_jax.training.checkpoint import Checkpoints, check_resumable, read_record
 from sae_jax.training.groups import Member
 from sae_jax.training.members import is_save_due
@@ -245,14 +245,14 @@ def test_any_flipped_bit_of_a_checkpoint_is_refused_by_name(copied: Path, monkey
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     parts = [path.name for path in newest.iterdir() if path.is_dir()]
     assert len(files) > 30
-    assert checkpoint._problem(newest, parts) == ""
+    assert on_disk.problem_of(newest, parts) == ""
     for path in files:
         kept = path.read_bytes()
         for bit in rng.sample(range(8 * len(kept)), 3):
             changed = bytearray(kept)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
-            assert str(path.relative_to(newest)) in checkpoint._problem(newest, parts)
+            assert str(path.relative_to(newest)) in on_disk.problem_of(newest, parts)
         path.write_bytes(kept)
     arrays = max((path for path in files if "sae" in path.parts), key=lambda path: path.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:-1] + b"\x00")
@@ -308,9 +308,9 @@ def test_an_error_that_was_raised_again_by_who_handled_it_is_told_in_the_end() -
     """Orbax leaves such circles when a save fails on the disk, and training went around in one for ever."""
     first, second = OSError("the disk is gone"), ValueError("a save failed")
     first.__context__, second.__context__ = second, first
-    assert checkpoint._reason(second) == "the disk is gone"
+    assert on_disk.reason(second) == "the disk is gone"
     first.__context__ = UserError("cannot write to run: the disk is gone; see to the disk")
-    assert checkpoint._reason(second) == "the disk is gone"
+    assert on_disk.reason(second) == "the disk is gone"
 
 
 def test_remains_of_a_cut_save(copied: Path) -> None:
@@ -358,11 +358,11 @@ def test_a_save_that_others_have_not_ended_stays_marked(copied: Path) -> None:
     folder = copied / "checkpoints"
     (folder / "200/digests-0-of-1.json").rename(folder / "200/digests-0-of-2.json")
     (folder / ".saving-200").touch()
-    checkpoints = Checkpoints(copied, writes=False)
-    checkpoints._mark(250)
+    checkpoints = on_disk.OnDisk(folder)
+    checkpoints.mark(250)
     assert {path.name for path in folder.glob(".saving-*")} == {".saving-200", ".saving-250"}
     (folder / "200/digests-1-of-2.json").write_bytes((folder / "200/digests-0-of-2.json").read_bytes())
-    checkpoints._mark()
+    checkpoints.mark()
     assert [path.name for path in folder.glob(".saving-*")] == []
 
 
