@@ -43,7 +43,7 @@ from sae_jax.activations.order import WRITE_ORDER, shuffled
 from sae_jax.activations.rows import decode, encode
 from sae_jax.activations.spec import INDEX_NAMES, ArraySpec, SetSpec, SourceSpec, array_specs, as_bits
 from sae_jax.activations.stats import Stats
-from sae_jax.storage import STORAGE_ERRORS, Files, Lease, context, reason, write_error
+from sae_jax.storage import STORAGE_ERRORS, Files, Lease, context, kvstore, reason, write_error
 from sae_jax.types import UsageError, UserError
 
 
@@ -372,7 +372,7 @@ def open_array(files: Files, array: ArraySpec, mode: Literal["create", "check", 
     """Opens a zarr array to create or check its metadata, or to write shards without reading it."""
     spec = {
         "driver": "zarr3",
-        "kvstore": (files.store / f"{array.path}/").spec().to_json(),
+        "kvstore": kvstore(files.at(array.path), "/"),
         "metadata": array.metadata(),
         # A missing chunk reads as zeros, and a chunk of zeros is not written, unless told otherwise.
         "fill_missing_data_reads": False,

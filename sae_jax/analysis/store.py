@@ -267,5 +267,5 @@ def _create(path: AnyPath, dtype: np.dtype, shape: tuple[int, ...]) -> ts.Tensor
 
 def _spec(path: AnyPath) -> dict[str, Any]:
     """How tensorstore opens an array; a chunk that is missing is an error, not zeros."""
-    kvstore = storage.open_store(path if storage.is_url(path) else storage.absolute(path), "/").spec().to_json()
+    kvstore = storage.kvstore(path if storage.is_url(path) else storage.absolute(path), "/")
     return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}

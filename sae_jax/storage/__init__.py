@@ -23,7 +23,7 @@ from sae_jax.storage.guarded import (
 from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
-from sae_jax.storage.objects import STORAGE_ERRORS, context, open_store, reason, write_error
+from sae_jax.storage.objects import STORAGE_ERRORS, context, kvstore, reason, write_error
 from sae_jax.storage.url import AnyPath, Url, path
 from sae_jax.storage.whole import (
     create,
@@ -56,13 +56,13 @@ __all__ = [
     "is_url",
     "is_whole",
     "json_text",
+    "kvstore",
     "lease_of_folder",
     "make_folder",
     "new_folder",
     "on_disk",
     "one_line",
     "open_safetensors",
-    "open_store",
     "parse_json",
     "parse_npz",
     "parse_yaml",

@@ -29,35 +29,36 @@ def context() -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}, **settings})
 
 
+def kvstore(path: StrPath, suffix: str = "") -> str | dict[str, Any]:
+    """How tensorstore opens a key-value store, also that of an array."""
+    name = f"{os.fspath(path)}{suffix}"
+    if not name.startswith("s3://"):
+        return name if is_url(name) else {"driver": "file", "path": name}
+    bucket, _, key = name.removeprefix("s3://").partition("/")
+    return {**_bucket(bucket), "path": key}
+
+
 def open_store(path: StrPath, suffix: str = "") -> ts.KvStore:
     """A key-value store whose keys begin after `path` and `suffix`; key "" is the file of that name."""
     import tensorstore as ts
 
-    name = f"{os.fspath(path)}{suffix}"
-    if name.startswith("s3://"):
-        bucket, _, key = name.removeprefix("s3://").partition("/")
-        return _bucket(bucket, *map(os.environ.get, _S3)) + key
-    spec = name if is_url(name) else {"driver": "file", "path": name}
-    return ts.KvStore.open(spec, context=context()).result()
+    return ts.KvStore.open(kvstore(path, suffix), context=context()).result()
 
 
-# Variables of the AWS tools that tensorstore does not read, or not by itself.
-_S3 = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
-
-
-@functools.cache
-def _bucket(name: str, *variables: str | None) -> ts.KvStore:
-    import tensorstore as ts
-
-    of_s3, of_all, region, usual_region, key_id = variables
-    spec: dict[str, Any] = {"driver": "s3", "bucket": name}
+def _bucket(name: str) -> dict[str, Any]:
+    """A bucket by variables of the AWS tools, which tensorstore does not all read by itself."""
+    of_s3, of_all, region, usual_region, key_id = map(
+        os.environ.get,
+        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"),
+    )
+    found: dict[str, Any] = {"driver": "s3", "bucket": name}
     if endpoint := of_s3 or of_all:
-        spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or usual_region or "us-east-1"}
+        found |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or usual_region or "us-east-1"}
     elif region or usual_region:
-        spec["aws_region"] = region or usual_region
+        found["aws_region"] = region or usual_region
     if key_id:  # else each look for a credentials file that is not there is told on stderr
-        spec["aws_credentials"] = {"type": "environment"}
-    return ts.KvStore.open(spec, context=context()).result()
+        found["aws_credentials"] = {"type": "environment"}
+    return found
 
 
 def create_object(path: StrPath, data: bytes) -> bool:
