@@ -1,6 +1,7 @@
 """Test set-up: eight CPU devices, JAX as strict as it can be, and one run that several tests compare theirs with."""
 
 import os
+import secrets
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ import hypothesis
 import jax
 import pytest
 
-from tests import runs
+from tests import runs, s3
 
 # What a shell starts in the background has Ctrl-C ignored, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,6 +45,29 @@ hypothesis.settings.load_profile("unhurried")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Of an S3 on this machine."""
+    with s3.emulator() as port:
+        yield port
+
+
+@pytest.fixture
+def door(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Door]:
+    """What stands before it; this process and those that it starts ask there."""
+    door = s3.Door(s3_port)
+    for name, value in door.env.items():
+        monkeypatch.setenv(name, value)
+    yield door
+    door.close()
+
+
+@pytest.fixture
+def bucket(door: s3.Door) -> str:
+    """URL of an empty place at it."""
+    return f"s3://{s3.BUCKET}/{secrets.token_hex(4)}"
 
 
 @pytest.fixture(scope="module")

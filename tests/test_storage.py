@@ -20,9 +20,11 @@ from sae_jax.storage.lines import ROWS_PER_SEGMENT
 from sae_jax.types import UsageError, UserError
 
 
-@pytest.fixture(params=["disk", "url"])
+@pytest.fixture(params=["disk", "url", "s3"])
 def place(request, tmp_path) -> str:
     """A folder by its path, and by a URL."""
+    if request.param == "s3":
+        return request.getfixturevalue("bucket")
     return f"{'file://' * (request.param == 'url')}{tmp_path}"
 
 
@@ -37,7 +39,7 @@ def test_what_is_written_is_read(place):
     storage.delete(f"{place}/a/b")
     storage.delete(f"{place}/a/b")
     assert storage.read_bytes(f"{place}/a/b") is None
-    assert os.listdir(f"{place.removeprefix('file://')}/a") == ["c.json"]
+    assert storage.Files(f"{place}/a").keys("") == ["c.json"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe"])

@@ -57,6 +57,7 @@ addEventListener("DOMContentLoaded", async () => {
   const result = { interactive: await seen(rows), latents: [] };
   const shown = await list({ ...route(), q: "" });
   const step = shown.length / N_LATENTS;
+  await new Promise((resolve) => setTimeout(resolve, PAUSE));
   for (let i = 0; i < Math.min(N_LATENTS, shown.length); i++) {
     const latent = latentOf(shown[Math.floor(i * step)]);
     const heading = () => document.querySelector("main h1")?.textContent === `Latent ${latent}`;
@@ -81,6 +82,8 @@ class Benchmark:
     """of chromium and firefox; those that are not installed are left out"""
     smoke: bool = False
     """a made-up site of 300 latents"""
+    pause: float = 0.0
+    """seconds between the table and the first latent: a browser that has just started is busy for one more"""
     out: Path | None = None
     """write the numbers as JSON"""
 
@@ -90,7 +93,8 @@ def main(settings: Benchmark) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sites = settings.sites or ((smoke_site(Path(folder) / "site"),) if settings.smoke else ())
         browsers = [name for name in settings.browsers if shutil.which(name)]
-        measured = [(site, browser, measure(site.resolve(), browser)) for site in sites for browser in browsers]
+        pairs = [(site, browser) for site in sites for browser in browsers]
+        measured = [(site, browser, measure(site.resolve(), browser, settings.pause)) for site, browser in pairs]
     rows = [[site.name, browser, *told(result)] for site, browser, result in measured]
     columns = ["site", "browser", "table after s", "a latent s", "slowest", "sorting s", "searching s", "MB", "errors"]
     record = {"rows": [{"site": site.name, "browser": name, **result} for site, name, result in measured]}
@@ -107,7 +111,7 @@ def told(result: dict[str, Any]) -> list[str]:
 TABLE = ("sorted", "searched")
 
 
-def measure(site: Path, browser: str) -> dict[str, Any]:
+def measure(site: Path, browser: str, pause: float) -> dict[str, Any]:
     """What a browser reports of a site."""
     reports: queue.Queue[dict[str, Any]] = queue.Queue()
 
@@ -123,6 +127,7 @@ def measure(site: Path, browser: str) -> dict[str, Any]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = MEASURE.replace("REPORT", f"http://127.0.0.1:{server.server_port}/").replace("N_LATENTS", str(N_LATENTS))
+    script = script.replace("PAUSE", str(1000 * pause))
     page = site / "measured.html"
     html = (site / "index.html").read_text("utf-8")
     page.write_text(html.replace("</head>", f"<script>{script}</script></head>"), "utf-8")

@@ -24,6 +24,7 @@ from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
 from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
+from sae_jax.storage.url import AnyPath, Url, path
 from sae_jax.storage.whole import (
     create,
     delete,
@@ -39,12 +40,14 @@ from sae_jax.storage.whole import (
 __all__ = [
     "DAMAGED",
     "STORAGE_ERRORS",
+    "AnyPath",
     "Files",
     "HeldError",
     "Lease",
     "Lines",
     "LostError",
     "StrPath",
+    "Url",
     "absolute",
     "as_type",
     "context",
@@ -60,6 +63,7 @@ __all__ = [
     "parse_json",
     "parse_npz",
     "parse_yaml",
+    "path",
     "read_bytes",
     "read_json",
     "read_limited",

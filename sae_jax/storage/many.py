@@ -14,7 +14,7 @@ import numpy as np
 
 from sae_jax.errors import UserError
 from sae_jax.storage.disk import StrPath, absolute, is_url
-from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, spec, write_error
+from sae_jax.storage.objects import STORAGE_ERRORS, open_store, reason, write_error
 from sae_jax.storage.whole import create, delete, read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -33,14 +33,12 @@ class Files:
     """
 
     def __init__(self, path: StrPath):
-        import tensorstore as ts
-
         self.path = os.fspath(path)
         self.local = None if is_url(path) else _of_user(self.path)
         if self.local is not None and self.local.is_file():
             raise UserError(f"{self.path} is a file; give a folder")
         try:
-            self.store = ts.KvStore.open(spec(self.local or self.path.rstrip("/"), "/"), context=context()).result()
+            self.store = open_store(self.local or self.path.rstrip("/"), "/")
         except STORAGE_ERRORS as error:
             raise UserError(f"cannot open {self.path}: {reason(error)}") from error
 
@@ -59,6 +57,8 @@ class Files:
         try:
             found = self.store.list(ts.KvStore.KeyRange(prefix, _prefix_end(prefix))).result()
         except STORAGE_ERRORS as error:
+            if "Cannot list non-directory" in str(error):
+                return []
             raise UserError(f"cannot list {self.name(prefix)}: {reason(error)}") from error
         return [key.decode() for key in found]
 

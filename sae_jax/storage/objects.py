@@ -16,38 +16,62 @@ if TYPE_CHECKING:  # importing it takes a third of a second, which `sae-jax --he
 # tensorstore reports a failed request as ValueError, KeyError or OSError with the status in the text.
 STORAGE_ERRORS = (ValueError, KeyError, OSError, RuntimeError)
 
+RETRIES = 10  # of a request that fails, in the course of a minute and a half
+
 
 @functools.cache
 def context() -> ts.Context:
     """What all of tensorstore's stores share here: no cache, and reads that leave the CPU to others."""
     import tensorstore as ts
 
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}})
+    retries = {"max_retries": RETRIES, "initial_delay": "100ms", "max_delay": "32s"}
+    settings = {"s3_request_retries": retries, "gcs_request_retries": retries}
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_concurrency": {"limit": 16}, **settings})
 
 
-def spec(path: StrPath, suffix: str = "") -> str | dict[str, str]:
-    """What tensorstore opens a key-value store by."""
-    name = f"{os.fspath(path)}{suffix}"
-    return name if is_url(name) else {"driver": "file", "path": name}
-
-
-def open_object(path: StrPath) -> ts.KvStore:
-    """A key-value store whose key "" is the file."""
+def open_store(path: StrPath, suffix: str = "") -> ts.KvStore:
+    """A key-value store whose keys begin after `path` and `suffix`; key "" is the file of that name."""
     import tensorstore as ts
 
-    return ts.KvStore.open(spec(path), context=context()).result()
+    name = f"{os.fspath(path)}{suffix}"
+    if name.startswith("s3://"):
+        bucket, _, key = name.removeprefix("s3://").partition("/")
+        return _bucket(bucket, *map(os.environ.get, _S3)) + key
+    spec = name if is_url(name) else {"driver": "file", "path": name}
+    return ts.KvStore.open(spec, context=context()).result()
+
+
+# Variables of the AWS tools that tensorstore does not read, or not by itself.
+_S3 = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
+
+
+@functools.cache
+def _bucket(name: str, *variables: str | None) -> ts.KvStore:
+    import tensorstore as ts
+
+    of_s3, of_all, region, usual_region, key_id = variables
+    spec = {"driver": "s3", "bucket": name}
+    if endpoint := of_s3 or of_all:
+        spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or usual_region or "us-east-1"}
+    elif region or usual_region:
+        spec["aws_region"] = region or usual_region
+    if key_id:  # else each look for a credentials file that is not there is told on stderr
+        spec["aws_credentials"] = {"type": "environment"}
+    return ts.KvStore.open(spec, context=context()).result()
 
 
 def create_object(path: StrPath, data: bytes) -> bool:
-    """Write an object, or a file on a disk, unless there is one; whether it was written."""
+    """Write an object, or a file on a disk, unless there is one; whether it was written, or by then held the same."""
     path = path if is_url(path) else absolute(path)
     try:
-        store = open_object(path)
+        store = open_store(path)
         found = store.read("").result()
         if found.state == "value":
             return False
-        # The loser of a race gets no exception but an empty generation.
-        return bool(store.write("", data, if_equal=found.stamp.generation).result().generation)
+        # The loser of a race gets no exception but an empty generation. So does who wrote it, if the answer was lost
+        # and the request made again.
+        is_done = bool(store.write("", data, if_equal=found.stamp.generation).result().generation)
+        return is_done or store.read("").result().value == data
     except STORAGE_ERRORS as error:
         raise write_error(os.fspath(path), error) from error
 

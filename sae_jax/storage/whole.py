@@ -16,7 +16,7 @@ import numpy as np
 from sae_jax.errors import UserError
 from sae_jax.storage import disk, guarded
 from sae_jax.storage.disk import StrPath, is_url
-from sae_jax.storage.objects import STORAGE_ERRORS, create_object, open_object, reason, write_error
+from sae_jax.storage.objects import STORAGE_ERRORS, create_object, open_store, reason, write_error
 
 
 def read_bytes(path: StrPath) -> bytes | None:
@@ -26,7 +26,7 @@ def read_bytes(path: StrPath) -> bytes | None:
             return file.read()
         return None
     try:
-        found = open_object(path).read("").result()
+        found = open_store(path).read("").result()
     except STORAGE_ERRORS as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
     return found.value if found.state == "value" else None
@@ -49,7 +49,7 @@ def write_bytes(path: StrPath, data: bytes) -> None:
         disk.write(Path(path), data, os.replace)
         return
     try:
-        open_object(path).write("", data).result()
+        open_store(path).write("", data).result()
     except STORAGE_ERRORS as error:
         raise write_error(os.fspath(path), error) from error
 
@@ -119,7 +119,7 @@ def delete(path: StrPath) -> None:
             disk.sync(Path(path).parent)
         return
     try:
-        open_object(path).write("", None).result()
+        open_store(path).write("", None).result()
     except STORAGE_ERRORS as error:
         raise write_error(os.fspath(path), error) from error
 
