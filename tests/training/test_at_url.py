@@ -300,7 +300,6 @@ def test_a_removal_takes_away_first_what_makes_a_checkpoint_count(saved: tuple[U
                 raise KeyboardInterrupt
             n -= 1
             delete(self, [key])
-            assert checkpoint.latest_step(run) == 8
             for step in checkpoint.store_of(run).steps():
                 assert checkpoint.store_of(run).problem(step) == ""
 
