@@ -134,6 +134,7 @@ def test_requests_that_fail(small_set: Path, uninterrupted: Path, bucket: str, d
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_then_one(small_set: Path, uninterrupted: Path, bucket: str, door: s3.Door) -> None:
     """Each writes its own part; the other number of them reads all."""
     run = Url(bucket) / "run"
@@ -167,7 +168,7 @@ def test_any_mesh_reads_any_other(small_set: Path, saved: tuple[Url, TrainState]
     monkeypatch.setattr(at_url, "PIECE_BYTES", 100)  # three rows of a matrix
     with Checkpoints(run) as checkpoints:
         checkpoints.save(10, {"": held})
-    assert len(Files(run / "checkpoints/10/sae/w_enc").keys("")) == 24  # of four shards of 16 rows
+    assert len(Files(run / "checkpoints/10/sae/w_enc").keys("")) == 24  # of eight shards of 8 rows
     expected = runs.bits(held)
     for config in (meshes.MeshConfig(data=1), meshes.MeshConfig(data=2), meshes.MeshConfig(data=8)):
         mesh = meshes.make_mesh(config)
@@ -228,7 +229,7 @@ def test_any_change_of_an_object_is_refused_by_name(saved: tuple[Url, TrainState
         assert ("not complete" if is_list else "is missing") in checkpoint.store_of(run).problem(8)
         files.write(key, kept)
     assert checkpoint.problem(run) == ""
-    files.delete("8/sae/w_enc/0-16_0-8")
+    files.delete("8/sae/w_enc/0-8_0-8")
     with Checkpoints(run, writes=False) as checkpoints:  # who only reads changes nothing
         assert runs.bits(checkpoints.restore(target(HERE))[""]) == runs.bits(held)
     assert checkpoint.latest_step(run) == 8
@@ -239,7 +240,7 @@ def test_any_change_of_an_object_is_refused_by_name(saved: tuple[Url, TrainState
         checkpoints.save(8, {"": held})
     assert checkpoint.latest_step(run) == 8
     assert checkpoint.problem(run) == ""
-    line = f"{run}/checkpoints/8 cannot be read: sae/w_enc/0-16_0-8 is missing; taking step 4 instead"
+    line = f"{run}/checkpoints/8 cannot be read: sae/w_enc/0-8_0-8 is missing; taking step 4 instead"
     assert said == [line] * 2
 
 
@@ -278,7 +279,7 @@ def test_remains_of_a_cut_save_or_removal(saved: tuple[Url, TrainState], gone: s
         files.delete_many(files.keys("lists/8/"))
     else:
         files.delete_many(files.keys("8/") + files.keys("lists/8/"))
-        files.write("8/sae/w_enc/0-16_0-8", b"")
+        files.write("8/sae/w_enc/0-8_0-8", b"")
     assert checkpoint.latest_step(run) == 4
     with Checkpoints(run, writes=False) as checkpoints:
         checkpoints.restore(target(HERE))
@@ -334,6 +335,7 @@ def test_a_save_without_the_lease_does_not_count(saved: tuple[Url, TrainState]) 
     assert checkpoint.latest_step(run) == 8
 
 
+@pytest.mark.long
 def test_members_of_which_one_fails(small_set: Path, tmp_path: Path) -> None:
     """As on a disk: the others go on to their ends, the checkpoints of the set go, and what shows the rows stays."""
     on = meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1])
@@ -376,6 +378,6 @@ def test_lists_are_small_and_plain(saved: tuple[Url, TrainState]) -> None:
     files = Files(run / "checkpoints")
     listed = json.loads(files.read("lists/8/digests-0-of-1.json") or b"")
     array = listed["arrays"]["sae/w_enc"]
-    pieces = [files.read(f"8/sae/w_enc/{16 * i}-{16 * i + 16}_0-8") or b"" for i in range(4)]
+    pieces = [files.read(f"8/sae/w_enc/{8 * i}-{8 * i + 8}_0-8") or b"" for i in range(8)]
     values = np.frombuffer(b"".join(pieces), array["dtype"]).reshape(array["shape"])
     np.testing.assert_array_equal(values, held.sae.w_enc)
