@@ -109,14 +109,13 @@ def load(path: str | os.PathLike[str], ema: bool = False) -> Dictionary:
     if described is None:
         return _from_run(folder, ema)
     record, expected = described
-    if isinstance(folder, Url):
-        raise UsageError(f"{folder}: a saved dictionary is read from a disk; copy the folder and give its path")
     if ema and record.weights != "average":
         raise UsageError(f"{folder}: holds the live weights, no average; load it without ema")
     sae_config = config_of(record, folder / RECORD)
-    with storage.open_safetensors(folder / ARRAYS) as file:
-        sae = _read_arrays(file, folder / ARRAYS, _abstract(sae_config, record.widths))
-    digests.check_file(folder / ARRAYS, expected)
+    with storage.on_disk(folder / ARRAYS, expected.size) as path:
+        with storage.open_safetensors(path) as file:
+            sae = _read_arrays(file, folder / ARRAYS, _abstract(sae_config, record.widths))
+        digests.check_file(path, expected)
     return Dictionary(sae, record)
 
 
@@ -162,7 +161,7 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
             though the variant says so.
     """
     record = record_of(sae) if record is None else record
-    if record.variant != sae.config.variant or config_of(record, Path(path) / RECORD) != sae.config:
+    if record.variant != sae.config.variant or config_of(record, storage.path(path) / RECORD) != sae.config:
         raise UsageError(f"the record is of a {record.variant} with other settings than this dictionary; leave it out")
     if sae.config.UNIT_DECODER and (record.origin is None or record.origin.unit_rows):
         norms_F = np.linalg.norm(np.asarray(sae.w_dec, np.float64), axis=1)
@@ -306,7 +305,7 @@ def arrays_of(sae: AbstractSae) -> dict[str, jax.Array]:
     return {name: array for name in names if (array := getattr(sae, name)) is not None}
 
 
-def _read_arrays(file: Any, path: Path, target: AbstractSae) -> AbstractSae:
+def _read_arrays(file: Any, path: object, target: AbstractSae) -> AbstractSae:
     """A dictionary of the shapes of `target`. Raises UserError, naming the file, for anything else."""
     expected, names = arrays_of(target), set(file.keys())
     if difference := names ^ expected.keys():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_jax import storage
@@ -45,7 +44,7 @@ def new(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: storage.StrPath) -> None:
     """Write a figure as a PNG."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)

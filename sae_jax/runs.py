@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sae_jax import artifact, config, planning, storage
@@ -31,7 +30,7 @@ from sae_jax.saes.base import SaeConfig
 from sae_jax.scaling import flops, laws, plots, report, table
 from sae_jax.scaling.advise import Advice
 from sae_jax.scaling.advise import advise as advise_by
-from sae_jax.storage import Files, StrPath
+from sae_jax.storage import AnyPath, Files, StrPath
 from sae_jax.sweeps import plan as sweep_plan
 from sae_jax.sweeps import run as sweep_run
 from sae_jax.sweeps.grid import SweepConfig
@@ -190,7 +189,7 @@ def sweep(
     job = dataclasses.replace(_with_members(job, members or {}), sweep=plan, shard="{}/{}".format(*shard), claim=claim)
     if problems := run_sweep(job, source):
         raise sweep_run.failure(os.fspath(out), problems)
-    return table.read(Path(out))
+    return table.read(storage.path(out))
 
 
 def run_sweep(job: SweepJob, source: RowSource | None = None) -> list[str]:
@@ -299,7 +298,7 @@ def fit(
     k: int | None = None,
     tokens_per_latent: float | None = None,
     leave_out: int | None = None,
-) -> tuple[laws.Study, list[Path]]:
+) -> tuple[laws.Study, list[AnyPath]]:
     """Fit every scaling law that the points of a sweep can identify; writes fit.json, fit.txt and figures beside them.
 
     Args:
@@ -315,14 +314,14 @@ def fit(
     Returns:
         The laws, and the files that were written.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     with storage.Lease(folder / "fit.owner", f"the fit of {folder}") as lease:
         study = laws.study(table.read(folder), variant, site, k, tokens_per_latent, leave_out)
         lease.check()
         return study, _write_fit(folder, study)
 
 
-def _write_fit(folder: Path, study: laws.Study) -> list[Path]:
+def _write_fit(folder: AnyPath, study: laws.Study) -> list[AnyPath]:
     path, content = folder / "fit.json", storage.sealed({**study.to_json(), "draws": study.draws()})
     # The draws on a line of their own: nobody reads them, and a line for each number would bury the rest.
     draws = storage.json_text(content.pop("draws"), path, indent=None).rstrip()

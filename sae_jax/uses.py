@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from sae_jax.pages.reports import write as reports
 from sae_jax.pages.site import write_site
 from sae_jax.progress import console
 from sae_jax.scaling import quality as trends
-from sae_jax.storage import StrPath
+from sae_jax.storage import AnyPath, StrPath
 from sae_jax.sweeps import run as sweep_run
 from sae_jax.types import UsageError, UserError
 
@@ -96,7 +95,7 @@ def evaluate(
     model, heldout = model and lm.resolve(model), heldout and texts.resolve(heldout)
     settings = evaluation.Settings(tokens, batch_tokens, model, heldout, split)
     measured = evaluation.evaluate(candidates, settings, shard, beside)
-    folders = {name: None if isinstance(d, Dictionary) else Path(name) for name, d in given.items()}
+    folders = {name: None if isinstance(d, Dictionary) else storage.path(name) for name, d in given.items()}
     if folders and (first := next(iter(folders.values()))) is not None:
         folders |= {name: first / suites.FOLDER / name for name in beside}
     measured, missing = suites.run(measured, folders, kinds, shard, seed, tasks)
@@ -173,7 +172,7 @@ def explain(
         JudgeError, a UserError: nothing answers there, the key is refused, or the endpoint has no such model.
     """
     judge = config.replaced(JudgeConfig(endpoint, model), settings, "explain")
-    return autointerp.explain(Path(store), judge, latents, n, score, batch, seed, tokenizer and lm.resolve(tokenizer))
+    return autointerp.explain(store, judge, latents, n, score, batch, seed, tokenizer and lm.resolve(tokenizer))
 
 
 def active(
@@ -354,7 +353,7 @@ def dashboard(
     latents: Sequence[int] | None = None,
     patterns: int = 64,
     single_file: bool = False,
-) -> Path:
+) -> AnyPath:
     """Write a static site of a dictionary's latents; returns the page to open, or the folder of another format.
 
     Args:
@@ -378,7 +377,7 @@ def dashboard(
     other = None if beside is None else _titled(beside, ema)
     more = {"labels": labels, "latents": latents, "n_patterns": patterns, "single_file": single_file, "format": format}
     write_site(*shown, out, data, model, tokens, split, store, other, **more)
-    return Path(out) if single_file or format != "site" else Path(out) / "index.html"
+    return storage.path(out) if single_file or format != "site" else storage.path(out) / "index.html"
 
 
 def explore(
@@ -415,28 +414,28 @@ def explore(
 def _titled(dictionary: Dictionary | StrPath, ema: bool) -> tuple[Dictionary, str]:
     """A dictionary, and what pages are headed with."""
     d = _load(dictionary, ema)
-    return d, d.record.variant if isinstance(dictionary, Dictionary) else Path(dictionary).resolve().name
+    return d, d.record.variant if isinstance(dictionary, Dictionary) else storage.path(dictionary).resolve().name
 
 
-def report(*paths: StrPath, out: StrPath | None = None) -> Path:
+def report(*paths: StrPath, out: StrPath | None = None) -> AnyPath:
     """Write a page about a run, a sweep or dictionaries: curves, laws, tables and figures in one file; returns it.
 
     Args:
         paths: folder of a run, of a sweep or of a saved dictionary; several runs or dictionaries are compared.
         out: the file; None: report.html in the folder, if it is one.
     """
-    folders = [*dict.fromkeys(Path(path) for path in paths)]
+    folders = [*dict.fromkeys(storage.path(path) for path in paths)]
     if not folders:
         raise UsageError("report() was given nothing; name a run, a sweep or a saved dictionary")
     if len(folders) > 1 and out is None:
         raise UsageError(f"{len(folders)} folders are compared in one page; say where it goes, with out")
-    file = folders[0] / "report.html" if out is None else Path(out)
+    file = folders[0] / "report.html" if out is None else storage.path(out)
     members = {folder: sweep_run.member_folders(folder) for folder in folders if reports.is_sweep(folder)}
     reports.write_report(folders, members, file)
     return file
 
 
-def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[Path]]:
+def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend], list[AnyPath]]:
     """How metrics that `evaluate` measured of a sweep's members go with latents, k and compute (scaling/quality.py).
 
     Args:
@@ -446,7 +445,7 @@ def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend]
     Returns:
         A trend for each, and the files that were written: quality.json, quality.png.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     measured, missing = trends.read(folder, sweep_run.member_folders(folder))
     if missing:
         names = ", ".join(missing[:4]) + (" and others" if len(missing) > 4 else "")
@@ -460,9 +459,9 @@ def quality(folder: StrPath, metrics: Sequence[str]) -> tuple[list[trends.Trend]
 
 def _members_of_sweep(given: Dictionary | StrPath) -> list[Dictionary | StrPath]:
     """The members of a sweep that are trained, if its folder is given."""
-    if isinstance(given, Dictionary) or not (Path(given) / "sweep.json").is_file():
+    if isinstance(given, Dictionary) or not (storage.path(given) / "sweep.json").is_file():
         return [given]
-    folders = sweep_run.member_folders(Path(given))
+    folders = sweep_run.member_folders(storage.path(given))
     if not folders:
         raise UserError(f"{os.fspath(given)}: no member of this sweep has a checkpoint yet; let sae-jax sweep go on")
     return [str(folder) for folder in folders.values()]

@@ -20,10 +20,7 @@ parts are joined.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -33,6 +30,7 @@ import tensorstore as ts
 from sae_jax import storage
 from sae_jax.analysis import examples
 from sae_jax.analysis.examples import MAX_PLACES, Activations, SparseBlock
+from sae_jax.storage import AnyPath, StrPath
 from sae_jax.types import UsageError, UserError
 
 VERSION = 2
@@ -64,9 +62,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Store:
     """A store at a path, finished or not."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: StrPath):
         """UserError if there is no store, or if its record is not what was written."""
-        self.path = Path(path)
+        self.path = storage.path(path)
         content = storage.read_json(self.path / "store.json")
         if content is None:
             raise UserError(f"{path} is no store of latents; make one with sae-jax collect")
@@ -78,11 +76,11 @@ class Store:
         self.plan: Plan = storage.as_type(storage.unsealed(content, where), Plan, where)
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], plan: Plan) -> Store:
+    def create(cls, path: StrPath, plan: Plan) -> Store:
         """The store of a plan: a new one, or one that was begun. UsageError if another stands there."""
         if plan.first_sequence[-1] * plan.context >= MAX_PLACES:
             raise UsageError(f"a store holds at most {MAX_PLACES:,} tokens; use fewer --tokens")
-        folder = Path(path)
+        folder = storage.path(path)
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "store.json").exists()):
             raise UsageError(f"{path} exists and is no store of latents; choose another folder")
         storage.make_folder(folder)
@@ -99,11 +97,13 @@ class Store:
     @property
     def is_finished(self) -> bool:
         """Whether all parts are joined."""
-        return (self.path / "latents").exists()
+        return storage.is_whole(self.path / "latents")
 
     def missing(self) -> list[int]:
         """Numbers of the parts that nobody has made yet."""
-        return [] if self.is_finished else [p for p in range(len(self.plan.shards)) if not self._part(p).exists()]
+        if self.is_finished:
+            return []
+        return [part for part in range(len(self.plan.shards)) if not storage.is_whole(self._part(part))]
 
     def write_part(self, part: int, sequences: np.ndarray, blocks: Iterable[SparseBlock]) -> None:
         """Make one part: its sequences i32[q, T], and the codes of its rows with their places in these.
@@ -136,7 +136,7 @@ class Store:
             for name, dtype in (("sequences", np.int32), ("has_row", np.bool_)):
                 parts = (Column(self._part(part) / name)[:] for part in range(len(self.plan.shards)))
                 _write(folder / name, dtype, shape, parts)
-        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        storage.remove_folder(self.path / "parts")
 
     def open(self) -> Activations:
         """What it holds. UserError if it is not finished, or damaged."""
@@ -155,11 +155,11 @@ class Store:
         whole = {name: columns[name][:] for name in ("sequences", "has_row", "offsets")}
         return Activations(places=columns["places"], values=columns["values"], **whole)
 
-    def _part(self, part: int) -> Path:
+    def _part(self, part: int) -> AnyPath:
         return self.path / "parts" / f"{part:05d}"
 
 
-def _join_codes(folder: Path, runs: Mapping[Path, int], offsets: np.ndarray) -> None:
+def _join_codes(folder: AnyPath, runs: Mapping[AnyPath, int], offsets: np.ndarray) -> None:
     """Write `places` and `values` of all runs {folder: place at which it begins}, some latents at a time."""
     shape = (int(offsets[-1]),)
     places, values = (_Appender(folder / name, t, shape) for name, t in (("places", np.uint32), ("values", np.float32)))
@@ -184,7 +184,7 @@ def _join_codes(folder: Path, runs: Mapping[Path, int], offsets: np.ndarray) -> 
 class Column:
     """An array on disk, of which slices along its first dimension are read: `column[a:b]`."""
 
-    def __init__(self, path: Path, context: ts.Context | None = None):
+    def __init__(self, path: AnyPath, context: ts.Context | None = None):
         self.path = path
         try:
             self._array = ts.open(_spec(path), context=context or storage.context(), open=True, read=True).result()
@@ -204,7 +204,7 @@ class Column:
 class _Appender:
     """Writes an array of known shape from front to back, in pieces that fill whole files."""
 
-    def __init__(self, path: Path, dtype: Any, shape: tuple[int, ...]):
+    def __init__(self, path: AnyPath, dtype: Any, shape: tuple[int, ...]):
         self._array, self._path = _create(path, np.dtype(dtype), shape), path
         self._per_file = _rows_per_file(shape)
         self._held: list[np.ndarray] = []
@@ -230,7 +230,7 @@ class _Appender:
         self._written += n
 
 
-def _write(path: Path, dtype: Any, shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> None:
+def _write(path: AnyPath, dtype: Any, shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> None:
     """An array from pieces along its first dimension."""
     array = _Appender(path, dtype, shape)
     for piece in pieces:
@@ -247,7 +247,7 @@ def _rows_per_file(shape: tuple[int, ...]) -> int:
     return max(chunk, SHARD // math.prod(shape[1:]) // chunk * chunk)
 
 
-def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> ts.TensorStore:
+def _create(path: AnyPath, dtype: np.dtype, shape: tuple[int, ...]) -> ts.TensorStore:
     """A new zarr array. Checksums cost little here: what is read once is shown, not learned from."""
     raw = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [raw, {"name": "crc32c"}]
@@ -265,7 +265,7 @@ def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> ts.TensorSto
         raise storage.write_error(str(path), error) from error
 
 
-def _spec(path: Path) -> dict[str, Any]:
+def _spec(path: AnyPath) -> dict[str, Any]:
     """How tensorstore opens an array; a chunk that is missing is an error, not zeros."""
-    kvstore = {"driver": "file", "path": f"{storage.absolute(path)}/"}
+    kvstore = storage.open_store(path if storage.is_url(path) else storage.absolute(path), "/").spec().to_json()
     return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}

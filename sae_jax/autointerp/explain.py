@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -57,7 +56,7 @@ class Explained:
 
 
 def explain(
-    path: Path | str,
+    path: storage.StrPath,
     config: JudgeConfig,
     latents: Sequence[int] = (),
     n: int | None = None,
@@ -115,7 +114,7 @@ def explain(
 
 def read_labels(path: storage.StrPath) -> dict[int, Label]:
     """The latest label of each latent of a store."""
-    return {label["latent"]: label for label in _read(Path(path))}
+    return {label["latent"]: label for label in _read(storage.path(path))}
 
 
 def in_words(label: Label) -> tuple[str, str]:
@@ -236,13 +235,13 @@ def _in_batches(items: Any, size: int) -> list[Any]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
-def _read(path: Path) -> list[Label]:
+def _read(path: storage.AnyPath) -> list[Label]:
     """The labels in the file of a store, later ones last."""
     rows = storage.read_lines(path / "labels.jsonl")
     return [row for row in rows if {"latent", "explanation", "model"} <= row.keys()]
 
 
-def _compact(path: Path) -> None:
+def _compact(path: storage.AnyPath) -> None:
     """Keep the latest label of each latent by each model."""
     latest: dict[tuple[int, str], Label] = {}
     for label in _read(path):

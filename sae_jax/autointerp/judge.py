@@ -27,7 +27,6 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -127,7 +126,7 @@ class Usage:
 class Judge:
     """Asks, from several threads. A context manager; leaving it ends requests under way."""
 
-    def __init__(self, config: JudgeConfig, path: Path) -> None:
+    def __init__(self, config: JudgeConfig, path: storage.StrPath) -> None:
         """Answers are kept in the file `path`. UsageError for a key that cannot be one."""
         self.config, self.usage = config, Usage()
         self._key = os.environ.get(config.key_env, "").strip()

@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
         found = uses.attribute(command.dictionaries[0], command.prompt, command.token, **settings)
         content = [dataclasses.asdict(each) for each in found]
     if command.out:
-        storage.write_json(Path(command.out), content)
+        storage.write_json(command.out, content)
     if command.json:
         sys.stdout.write(storage.json_text(content, "--json"))
     elif isinstance(found, Tree):

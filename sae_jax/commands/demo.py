@@ -49,7 +49,10 @@ def run(argv: Sequence[str]) -> None:
     if not argv or argv[0].startswith("-"):
         argv = [str(RECIPE), *argv]
     began = time.monotonic()
-    out = Path(recipe.parse(Demo, argv, "sae-jax demo").out)
+    given = recipe.parse(Demo, argv, "sae-jax demo").out
+    if storage.is_url(given):
+        raise UsageError(f"--out={given}: the demo writes on a disk; give a folder")
+    out = Path(given)
     gpu.warn_of_idle_gpu()
     activations_path, run_path = str(out / "activations"), str(out / "run")
     files = itertools.takewhile(lambda token: not token.startswith("-"), argv)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from sae_jax import config, interchange
+from sae_jax import config, interchange, storage
 from sae_jax.interchange import hub
 from sae_jax.progress import console
 from sae_jax.types import UsageError
@@ -42,6 +42,8 @@ class Export:
             raise UsageError("--private, --revision and --licence say how to publish; give --push, too")
         if self.push is not None:
             hub.destination(self.push)
+            if storage.is_url(self.out):
+                raise UsageError(f"--out={self.out}: what is pushed is written on a disk first; give a folder")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -9,19 +9,15 @@ import jax
 from sae_jax import config, recipe, runs
 from sae_jax.commands import gpu, runtime
 from sae_jax.progress import console, plain_console
-from sae_jax.storage import is_url
 from sae_jax.sweeps.plan import SweepJob, in_passes, plan
 from sae_jax.sweeps.preview import preview
 from sae_jax.sweeps.run import failure, sweep
-from sae_jax.types import UsageError
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, join the other processes, sweep; or say what would be trained."""
     job = recipe.parse(SweepJob, argv, "sae-jax sweep")
     shard = config.share(job.shard)
-    if is_url(job.out):
-        raise UsageError(f"--out={job.out}: a sweep needs a directory that all workers share; URLs are for sets")
     if not job.dry_run:
         runtime.start_distributed()
     gpu.warn_of_idle_gpu()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from sae_jax.evaluation.study import Case
 from sae_jax.evaluation.text import HeldOut, held_out
 from sae_jax.progress import Progress, console
 from sae_jax.saes.base import AbstractSae
+from sae_jax.storage import AnyPath
 from sae_jax.types import Sites, UsageError, UserError
 
 NO_ROWS = "there is no row to measure on; give more tokens, or text that is not all special tokens"
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def finish(
-    folder: Path,
+    folder: AnyPath,
     measured: Measured,
     settings: Settings,
     shard: tuple[int, int] = (0, 1),

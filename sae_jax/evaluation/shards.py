@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from sae_jax import storage
 from sae_jax.evaluation import base
 from sae_jax.evaluation.base import Sums
 from sae_jax.progress import console
+from sae_jax.storage import AnyPath
 from sae_jax.types import UserError
 
 FOLDER = "evaluation"
@@ -40,12 +40,12 @@ def over_processes(sums: dict[str, Sums]) -> dict[str, Sums]:
     )
 
 
-def write(folder: Path, shard: tuple[int, int], sums: dict[str, Sums], about: dict[str, Any]) -> None:
+def write(folder: AnyPath, shard: tuple[int, int], sums: dict[str, Sums], about: dict[str, Any]) -> None:
     """Keep the sums of the share (i, n) beside a dictionary. `about` says all that they depend on."""
     storage.write_bytes(_path(folder, shard), _pack(sums, about))
 
 
-def merge(folder: Path, n: int, about: dict[str, Any]) -> tuple[dict[str, Sums] | None, list[int]]:
+def merge(folder: AnyPath, n: int, about: dict[str, Any]) -> tuple[dict[str, Sums] | None, list[int]]:
     """(the sums of all n shares, the shares that are not there yet); no sums while any is missing.
 
     A share of another evaluation counts as missing, and is named. Raises UserError for one that is damaged.
@@ -80,7 +80,7 @@ def _added(parts: Any) -> dict[str, Sums]:
     return functools.reduce(add, parts, {})
 
 
-def _path(folder: Path, shard: tuple[int, int]) -> Path:
+def _path(folder: AnyPath, shard: tuple[int, int]) -> AnyPath:
     return folder / FOLDER / f"shard-{shard[0]}-of-{shard[1]}.npz"
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -31,7 +30,7 @@ from sae_jax.evaluation.base import Metric
 from sae_jax.evaluation.evaluate import Measured, finite
 from sae_jax.evaluation.study import Case, Study, studies
 from sae_jax.progress import console
-from sae_jax.storage import digests
+from sae_jax.storage import AnyPath, digests
 from sae_jax.types import UsageError
 
 Suite = Literal["core", "openai", "probing", "causal", "all"]
@@ -73,7 +72,7 @@ def compared(measured: Mapping[str, Measured]) -> dict[str, Measured]:
 
 def run(
     measured: Mapping[str, Measured],
-    folders: Mapping[str, Path | None],
+    folders: Mapping[str, AnyPath | None],
     kinds: Sequence[type[Study]],
     shard: tuple[int, int] = (0, 1),
     seed: int = 0,
@@ -158,7 +157,7 @@ def _about(case: Case, label: str, study: Study) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(about))  # tuples as the record will have them
 
 
-def _read(path: Path | None, about: Mapping[str, Any]) -> Found | None:
+def _read(path: AnyPath | None, about: Mapping[str, Any]) -> Found | None:
     content = None if path is None else storage.read_json(path)
     if content is None:
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_jax import artifact, config
+from sae_jax import artifact, config, storage
 from sae_jax.artifact import ARRAYS, RECORD, Dictionary
 from sae_jax.interchange import formats as package
 from sae_jax.interchange import hub
@@ -74,6 +74,8 @@ def import_dictionary(
         fetched = hub.fetch(os.fspath(path))
         place = (str(fetched.place._replace(revision=None)), fetched.place.revision, fetched.licence)
         path = fetched.path
+    if storage.is_url(path):
+        raise UsageError(f"{path}: files of another program are read from a disk or the hub; copy the folder")
     files = Files.at(Path(path), place[0] if is_published else None)
     if RECORD in files.names and format in ("auto", OURS):
         return _copied(files.folder, out, place)
@@ -254,9 +256,9 @@ def _record(foreign: Foreign, origin: Origin) -> Record:
 def _ours(dictionary: Any) -> tuple[Ours, tuple[Path, digests.FileDigest] | None]:
     """A dictionary to write; and of one that is read from its file while it is written, that file and its digest."""
     if isinstance(dictionary, str | os.PathLike):
-        folder = Path(dictionary)
+        folder = storage.path(dictionary)
         described = artifact.read_record(folder)
-        if described is not None:
+        if described is not None and isinstance(folder, Path):
             record, digest = described
             sae_config, path = artifact.config_of(record, folder / RECORD), folder / ARRAYS
             places = tensor_files.safetensors_places(path)

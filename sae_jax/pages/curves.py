@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sae_jax import figures
+from sae_jax.storage import StrPath
 
 PANELS = {"fvu": "FVU, share of variance left", "l0": "L0, active latents a row", "dead_fraction": "dead latents"}
 
 
-def plot_training(metrics: list[dict[str, Any]], path: Path, about: str) -> None:
+def plot_training(metrics: list[dict[str, Any]], path: StrPath, about: str) -> None:
     """FVU, L0 and dead latents against tokens, as a PNG. What does not change is told in the title and not drawn.
 
     Args:

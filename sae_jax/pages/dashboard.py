@@ -34,6 +34,7 @@ from sae_jax import storage
 from sae_jax.pages import latents as shown
 from sae_jax.pages.latents import Contexts, Latent, LogitEnds, Subject
 from sae_jax.pages.matches import by_decoder, by_firing
+from sae_jax.storage import AnyPath, StrPath
 from sae_jax.types import UsageError
 
 STYLES = ("style.css",)
@@ -73,7 +74,7 @@ class Site:
 
 
 def write_dashboard(
-    out_dir: str | Path,
+    out_dir: StrPath,
     site: Site,
     beside: Site | None = None,
     progress: Callable[[int], None] | None = None,
@@ -94,9 +95,9 @@ def write_dashboard(
         UserError: a latent that does not exist.
     """
     done = len(site.numbers)
-    out_dir = Path(out_dir).absolute()
-    refuse_to_overwrite(out_dir)
-    with storage.new_folder(out_dir, replace=True, lease=lease) as building:
+    out = storage.path(out_dir).resolve()
+    refuse_to_overwrite(out)
+    with storage.new_folder(out, replace=True, lease=lease) as building:
         _write_site(building, site, {"href": "beside/index.html", "title": beside.title} if beside else None, progress)
         if beside is not None:
             (building / "beside").mkdir()
@@ -105,17 +106,17 @@ def write_dashboard(
             _write_site(building / "beside", beside, back, of_beside)
             _write_matches(building / "data", site.subject, beside.subject)
             _write_matches(building / "beside" / "data", beside.subject, site.subject)
-        refuse_to_overwrite(out_dir)  # a run may have begun there
+        refuse_to_overwrite(out)  # a run may have begun there
 
 
-def write_page(out: str | Path, site: Site, progress: Callable[[int], None] | None = None) -> None:
+def write_page(out: StrPath, site: Site, progress: Callable[[int], None] | None = None) -> None:
     """Write all of a site into one page, which needs no other file: to be sent, or put into a frame.
 
     Raises:
         UsageError: `out` is something that is not a dashboard.
         UserError: a latent that does not exist.
     """
-    out = Path(out)
+    out = storage.path(out)
     refuse_to_overwrite(out, single_file=True)
     data: list[str] = []
     _write_data(lambda _, text: data.append(text), site, None, progress, is_whole=True)
@@ -197,7 +198,7 @@ def _shares(subject: Subject) -> np.ndarray:
     return subject.shares if 1 < len(subject.sources) <= _MAX_SHARES else np.zeros((subject.table.n_latents, 0))
 
 
-def refuse_to_overwrite(out: Path, single_file: bool = False) -> None:
+def refuse_to_overwrite(out: AnyPath, single_file: bool = False) -> None:
     """UsageError if there is something at `out` that is not a dashboard, or one of the other kind."""
     page = out if single_file else out / "index.html"
     if not out.exists() or (not single_file and out.is_dir() and not any(out.iterdir())):
@@ -207,7 +208,7 @@ def refuse_to_overwrite(out: Path, single_file: bool = False) -> None:
         raise UsageError(f"{out} exists and is not a {what}; choose another {cure} or remove it")
 
 
-def is_dashboard(page: Path, about: str = "") -> bool:
+def is_dashboard(page: AnyPath, about: str = "") -> bool:
     """Whether a file is the page of a dashboard, and of what is told in these words if some are given."""
     text = page.read_text(errors="replace") if page.is_file() else ""
     if f'content="{_GENERATOR}"' not in text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sae_jax import figures
@@ -11,13 +10,14 @@ from sae_jax.evaluation.evaluate import COMPARED, descriptions, table_rows
 from sae_jax.pages import page
 from sae_jax.pages.about import without_folders
 from sae_jax.pages.page import Chart, Charts, Page, Reasons, Section, Table
+from sae_jax.storage import StrPath
 
 WIDTH = 4.4  # inches, of a figure
 LABEL = 24  # characters beside it
 TOO_FEW = "undefined, or of one alone of what varies: a sequence, a batch, a latent or a task"
 
 
-def write_report(path: str | Path, documents: Mapping[str, Mapping[str, Any]]) -> None:
+def write_report(path: StrPath, documents: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the page.
 
     Args:

@@ -84,6 +84,8 @@ def explore(
         listening = stack.enter_context(listen(port))  # first, since all else takes minutes
         if site is None:
             site = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sae-jax-"))) / "site"
+        if storage.is_url(site):
+            raise UsageError(f"{site}: what is served lies on a disk; copy the dashboard, and name its folder")
         site = Path(site)
         if site.exists():
             refuse_another(site, digest_of(d.sae))

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from sae_jax.pages.about import without_folders
 from sae_jax.pages.dashboard import Site
 from sae_jax.pages.latents import BEFORE, Latent, describe
 from sae_jax.record import Record
+from sae_jax.storage import AnyPath
 from sae_jax.types import UsageError
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def formats() -> list[str]:
 
 def write(
     format: str,
-    out: Path,
+    out: AnyPath,
     exported: Exported,
     progress: Callable[[int], None] | None = None,
     lease: storage.Lease | None = None,
@@ -110,7 +110,7 @@ def write(
         refuse_to_overwrite(out)
 
 
-def check(format: str, record: Record, out: Path) -> None:
+def check(format: str, record: Record, out: AnyPath) -> None:
     """Refuse with UsageError what `write` would refuse: before there is something to show, which takes long."""
     if format not in (modules := _modules()):
         raise UsageError(f"there is no format {format!r}; choose {', '.join(formats())}")
@@ -118,7 +118,7 @@ def check(format: str, record: Record, out: Path) -> None:
     refuse_to_overwrite(out)
 
 
-def refuse_to_overwrite(out: Path) -> None:
+def refuse_to_overwrite(out: AnyPath) -> None:
     """UsageError if there is something at `out` that is not an export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

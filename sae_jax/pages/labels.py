@@ -10,11 +10,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sae_jax import storage
 from sae_jax.errors import printable
+from sae_jax.storage import AnyPath
 from sae_jax.types import UsageError
 
 LONGEST = 500  # characters of a label
@@ -27,7 +27,7 @@ def read_labels_file(path: storage.StrPath, n_latents: int) -> dict[int, tuple[s
 
     Raises UsageError for a file that is none of labels, naming the line, and for a latent that does not exist.
     """
-    path = Path(path)
+    path = storage.path(path)
     rows = {".csv": _csv, ".jsonl": _json_lines}.get(path.suffix.lower())
     if rows is None:
         raise UsageError(f"{path}: the name ends in {path.suffix or 'nothing'}, not in .csv or .jsonl; {_CURE}")
@@ -46,7 +46,7 @@ def read_labels_file(path: storage.StrPath, n_latents: int) -> dict[int, tuple[s
     return labels
 
 
-def _csv(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: AnyPath, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(data, newline=""))
     try:
         for row in reader:
@@ -55,7 +55,7 @@ def _csv(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UsageError(f"{path}, line {reader.line_num}: {error}; {_CURE}") from None
 
 
-def _json_lines(path: Path, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: AnyPath, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(data.split("\n"), 1):
         if text.strip():
             yield line, storage.parse_json(text.encode(), f"{path}, line {line}", dict[str, Any])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sae_jax import figures, storage
+from sae_jax.storage import StrPath
 
 GENERATOR = "sae_jax report"
 _TEMPLATES = files("sae_jax.pages") / "templates"
@@ -139,7 +140,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: name for name in parts}
 
 
-def write(path: str | Path, page: Page) -> None:
+def write(path: StrPath, page: Page) -> None:
     """Write a page to a file, which is replaced."""
     storage.write_text(path, render(page))
 

@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,7 +80,7 @@ def write_site(
     is_site = format == export.SITE
     shown = _Shown(model, n_tokens, split, labels, latents, n_patterns if is_site else 0)
     if not is_site:
-        export.check(format, d.record, Path(out))
+        export.check(format, d.record, storage.path(out))
         if beside is not None or single_file:
             raise UsageError(
                 f"format {format} has a folder of its own for one dictionary; leave out beside and single_file"
@@ -89,7 +88,7 @@ def write_site(
     if single_file and (latents is None or beside is not None):
         raise UsageError("a single file is of some latents of one dictionary; name them (latents), without beside")
     if is_site:
-        refuse_to_overwrite(Path(out), single_file)
+        refuse_to_overwrite(storage.path(out), single_file)
     with storage.lease_of_folder(out) as lease, contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         activations = open_set(d.record, data)
@@ -104,11 +103,11 @@ def write_site(
         total = len(site.numbers) + (len(other.numbers) if other else 0)
         with Progress("dashboard", total, "latents", first="") as progress:
             if not is_site:
-                export.write(format, Path(out), export.Exported(site, d.record), progress.update, lease)
+                export.write(format, storage.path(out), export.Exported(site, d.record), progress.update, lease)
             elif single_file:
-                write_page(Path(out), site, progress.update)
+                write_page(storage.path(out), site, progress.update)
             else:
-                write_dashboard(Path(out), site, other, progress=progress.update, lease=lease)
+                write_dashboard(storage.path(out), site, other, progress=progress.update, lease=lease)
 
 
 def _site(d: Dictionary, title: str, activations: ActivationSet, shown: _Shown, store: str | os.PathLike[str]) -> Site:

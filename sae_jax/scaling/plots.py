@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,14 @@ import numpy as np
 from sae_jax import figures
 from sae_jax.scaling import fit
 from sae_jax.scaling.laws import Fitted, Study
+from sae_jax.storage import AnyPath
 
 FVU = "FVU of held-out rows, share of variance"
 LABEL_INCHES = 0.19  # that a line of a legend takes
 N_WIDTHS = 6  # curves of the joint law that are told apart by colour
 
 
-def draw(study: Study, folder: Path) -> list[Path]:
+def draw(study: Study, folder: AnyPath) -> list[AnyPath]:
     """FOLDER/<what>.png of everything that the study has; those that it no longer has are removed."""
     figures_of = {name: figure for name, _, figure in drawn(study)}
     for name in PAINTERS.keys() - figures_of.keys():

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from sae_jax.errors import UsageError
 from sae_jax.scaling import table
 from sae_jax.scaling.fit import LEVEL
 from sae_jax.scaling.table import Point
+from sae_jax.storage import AnyPath, StrPath
 
 COLUMNS = 3  # of panels side by side
 MIN_DICTIONARIES = 4
@@ -58,7 +58,7 @@ class Trend:
     r2: float | None  # of the plane over latents and k
 
 
-def read(folder: str | Path, members: Mapping[str, Path]) -> tuple[list[Measured], list[str]]:
+def read(folder: StrPath, members: Mapping[str, AnyPath]) -> tuple[list[Measured], list[str]]:
     """(members at their last point with all their numbers, members that are not measured yet).
 
     Args:
@@ -128,7 +128,7 @@ def _least_squares(columns: Mapping[str, np.ndarray], y_N: np.ndarray) -> tuple[
     return slopes, 1 - float(residual_N @ residual_N) / spread if varies else None
 
 
-def draw(measured: Sequence[Measured], found: Sequence[Trend], path: Path) -> None:
+def draw(measured: Sequence[Measured], found: Sequence[Trend], path: AnyPath) -> None:
     """A panel for each metric against latents, a line for each k; as a PNG."""
     rows = -(-len(found) // COLUMNS)
     figure = figures.new(4.0 * COLUMNS, 3.0 * rows)

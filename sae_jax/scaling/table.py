@@ -7,16 +7,18 @@ it replaces the one before at once. Each line holds the digest of all else in it
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
+from sae_jax.storage import AnyPath, StrPath, Url
 from sae_jax.storage.digests import SEAL
 
 FILE = "results.jsonl"
@@ -117,15 +119,15 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def read(folder: str | Path) -> list[Point]:
+def read(folder: StrPath) -> list[Point]:
     """The points of a sweep, sorted by member and tokens.
 
     Raises UsageError if there is no table, UserError, naming file, line and point, if a line is not a point or one
     stands twice.
     """
-    path = Path(folder) / FILE
+    path = storage.path(folder) / FILE
     try:
-        lines = storage.read_limited(path).decode("utf-8").splitlines()
+        lines = _text(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}), so it is damaged; repeat the sweep") from None
     except OSError as error:
@@ -150,8 +152,17 @@ def read(folder: str | Path) -> list[Point]:
     return sorted(points, key=lambda point: point.key)
 
 
-def write(folder: str | Path, points: Iterable[Point]) -> None:
+def _text(path: AnyPath) -> bytes:
+    if not isinstance(path, Url):
+        return storage.read_limited(path)
+    data = storage.read_bytes(path)
+    if data is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return data
+
+
+def write(folder: StrPath, points: Iterable[Point]) -> None:
     """Replace the table with these points, sorted; a reader sees the old one or the new one."""
     rows = sorted(points, key=lambda point: point.key)
     text = "".join(storage.json_text(storage.sealed(point.to_json()), FILE, indent=None) for point in rows)
-    storage.write_text(Path(folder) / FILE, text)
+    storage.write_text(storage.path(folder) / FILE, text)

@@ -73,7 +73,7 @@ def selftest(
     where another process does not answer.
     """
     if storage.is_url(out):
-        raise UsageError(f"--out={out}: runs need a directory that all processes share; URLs are for sets")
+        raise UsageError(f"--out={out}: the self-test tries a disk; give a directory that all processes share")
     if mesh.member > 1:
         raise UsageError(f"mesh.member={mesh.member}: the self-test is of one dictionary; leave it out")
     began, devices = time.monotonic(), meshes.make_mesh(mesh)

@@ -9,7 +9,7 @@ On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
 
 from sae_jax.storage.digests import sealed, unsealed
 from sae_jax.storage.disk import StrPath, absolute, is_url, make_folder
-from sae_jax.storage.folder import lease_of_folder, new_folder
+from sae_jax.storage.folder import is_whole, lease_of_folder, new_folder, on_disk, remove_folder
 from sae_jax.storage.guarded import (
     DAMAGED,
     as_type,
@@ -23,7 +23,7 @@ from sae_jax.storage.guarded import (
 from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
 from sae_jax.storage.many import Files
-from sae_jax.storage.objects import STORAGE_ERRORS, context, reason, write_error
+from sae_jax.storage.objects import STORAGE_ERRORS, context, open_store, reason, write_error
 from sae_jax.storage.url import AnyPath, Url, path
 from sae_jax.storage.whole import (
     create,
@@ -54,12 +54,15 @@ __all__ = [
     "create",
     "delete",
     "is_url",
+    "is_whole",
     "json_text",
     "lease_of_folder",
     "make_folder",
     "new_folder",
+    "on_disk",
     "one_line",
     "open_safetensors",
+    "open_store",
     "parse_json",
     "parse_npz",
     "parse_yaml",
@@ -69,6 +72,7 @@ __all__ = [
     "read_limited",
     "read_lines",
     "reason",
+    "remove_folder",
     "sealed",
     "unsealed",
     "write_bytes",

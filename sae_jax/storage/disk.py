@@ -31,7 +31,9 @@ def absolute(path: StrPath) -> Path:
 
 
 def make_folder(path: StrPath) -> None:
-    """A folder and those above it, durable."""
+    """A folder and those above it, durable. At a URL there are none, and nothing happens."""
+    if is_url(path):
+        return
     path = Path(path)
     if path.is_dir():
         return

@@ -1,39 +1,101 @@
-"""A folder that appears whole."""
+"""A folder that appears whole.
+
+At a URL it is made on the disk of this machine and then put there, an object a file. UNFINISHED, an object that is put
+first and deleted last, says that not all of it is there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from sae_jax.errors import UsageError
 from sae_jax.storage import disk
-from sae_jax.storage.disk import StrPath, is_url
+from sae_jax.storage.disk import StrPath
 from sae_jax.storage.lease import Lease
+from sae_jax.storage.many import Files
+from sae_jax.storage.url import Url
+from sae_jax.storage.url import path as as_path
+from sae_jax.storage.whole import delete, write_bytes
+
+UNFINISHED = ".unfinished"
+AT_ONCE = 8  # files of a folder that are in memory on their way to a URL
+COPIED_AT_ONCE = 64 << 20  # bytes of a file on their way from one
+
+
+def is_whole(path: StrPath) -> bool:
+    """Whether a folder is there, and not on its way to a URL."""
+    folder = as_path(path)
+    if not isinstance(folder, Url):
+        return folder.is_dir()
+    keys = Files(folder).keys("")
+    return bool(keys) and UNFINISHED not in keys
 
 
 def lease_of_folder(path: StrPath) -> Lease:
     """The lease of a folder that `new_folder` writes; it lies beside it."""
-    if is_url(path):
-        raise UsageError(f"{path}: a URL cannot take a folder that appears whole; give a path on a disk")
-    final = Path(path).resolve()
+    final = as_path(path)
+    final = final if isinstance(final, Url) else final.resolve()
     return Lease(final.with_name(f".{final.name[:200]}.owner"), path)
+
+
+def remove_folder(path: StrPath) -> None:
+    """Remove a folder and all that is in it; nothing happens if there is none."""
+    folder = as_path(path)
+    if not isinstance(folder, Url):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    if folder.is_dir():
+        write_bytes(folder / UNFINISHED, b"")
+        files = Files(folder)
+        files.delete_many(key for key in files.keys("") if key != UNFINISHED)
+        delete(folder / UNFINISHED)
+
+
+@contextlib.contextmanager
+def on_disk(path: StrPath, n_bytes: int) -> Iterator[Path]:
+    """A file on a disk: itself, or while the block lasts a copy of one of so many bytes at a URL.
+
+    Raises UserError if the object is missing or shorter.
+    """
+    given = as_path(path)
+    if not isinstance(given, Url):
+        yield given
+        return
+    files = Files(given.parent)
+    with tempfile.TemporaryDirectory(prefix="sae-jax-") as folder:
+        copy = Path(folder) / given.name
+        with open(copy, "wb") as file:
+            for first in range(0, n_bytes, COPIED_AT_ONCE):
+                piece = np.empty(min(COPIED_AT_ONCE, n_bytes - first), np.uint8)
+                files.read_into(given.name, first, piece)
+                file.write(piece.data)
+        yield copy
 
 
 @contextlib.contextmanager
 def new_folder(path: StrPath, replace: bool = False, lease: Lease | None = None) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path`, durable, when the block ends; on an error nothing is left.
+    """A temporary folder that becomes `path`, durable, when the block ends; on an error nothing is left.
 
     Args:
-      path: on a disk.
+      path: on a disk, where the temporary lies beside it; or at a URL.
       replace: an existing folder stays until the new one is complete, and then makes way for it. Without this, raises
         UsageError if `path` exists and is not empty.
       lease: `lease_of_folder`, if the caller holds it already.
     """
     mine = lease_of_folder(path) if lease is None else contextlib.nullcontext(lease)
-    final = Path(path).resolve()
+    given = as_path(path)
+    if isinstance(given, Url):
+        with _new_at_url(given, replace, mine) as building:
+            yield building
+        return
+    final = given.resolve()
     _refuse_occupied(final, path, replace)  # before anything is written
     with mine as held:
         disk.make_folder(final.parent)
@@ -58,6 +120,28 @@ def new_folder(path: StrPath, replace: bool = False, lease: Lease | None = None)
             raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _new_at_url(final: Url, replace: bool, lease: contextlib.AbstractContextManager[Lease]) -> Iterator[Path]:
+    def refuse_occupied() -> None:
+        if is_whole(final) and not replace:
+            raise UsageError(f"{final} exists and is not empty; delete it or choose another URL")
+
+    refuse_occupied()  # before anything is written
+    with lease as held, tempfile.TemporaryDirectory(prefix="sae-jax-") as folder:
+        building = Path(folder)
+        yield building
+        names = [str(file.relative_to(building)) for file in building.rglob("*") if file.is_file()]
+        refuse_occupied()
+        held.check()
+        write_bytes(final / UNFINISHED, b"")
+        files = Files(final)
+        files.write_many(((name, (building / name).read_bytes()) for name in names), AT_ONCE)
+        # Of a folder that it replaces, or of a process that was killed.
+        files.delete_many(key for key in files.keys("") if key not in {*names, UNFINISHED})
+        held.check()
+        delete(final / UNFINISHED)
 
 
 def _put_in_place(building: Path, final: Path, replace: bool) -> None:

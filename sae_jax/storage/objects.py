@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_jax.errors import UserError
 from sae_jax.storage.disk import StrPath, absolute, is_url
@@ -50,7 +50,7 @@ def _bucket(name: str, *variables: str | None) -> ts.KvStore:
     import tensorstore as ts
 
     of_s3, of_all, region, usual_region, key_id = variables
-    spec = {"driver": "s3", "bucket": name}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": name}
     if endpoint := of_s3 or of_all:
         spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or usual_region or "us-east-1"}
     elif region or usual_region:

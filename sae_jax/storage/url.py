@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sae_jax.errors import UserError
 from sae_jax.storage.disk import StrPath, is_url
@@ -52,6 +52,11 @@ class Url:
         return self._parts[-1] if self._parts else ""
 
     @property
+    def suffix(self) -> str:
+        """As of `Path.suffix`."""
+        return PurePosixPath(self.name).suffix
+
+    @property
     def parent(self) -> Url:
         """What it is in."""
         return Url(self._root + "/".join(self._parts[:-1]))
@@ -59,6 +64,10 @@ class Url:
     def with_name(self, name: str) -> Url:
         """Beside it."""
         return self.parent / name
+
+    def resolve(self) -> Url:
+        """Itself: a URL is from the root, and has no links."""
+        return self
 
     def exists(self) -> bool:
         """Whether it is an object, or something is below it."""
@@ -93,9 +102,9 @@ class Url:
         """What is in it."""
         return self.glob("*")
 
-    def read_bytes(self) -> bytes | None:
-        """As `storage.read_bytes`."""
-        return read_bytes(self)
+    def read_text(self, errors: str = "strict") -> str:
+        """Its content as UTF-8; "" if there is none."""
+        return (read_bytes(self) or b"").decode(errors=errors)
 
     def unlink(self, missing_ok: bool = True) -> None:
         """As `storage.delete`; a missing object is no error, whatever `missing_ok` says."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from sae_jax.activations.source import place_rows
 from sae_jax.saes.base import Batch
 from sae_jax.scaling import table
 from sae_jax.scaling.table import Point
+from sae_jax.storage import AnyPath
 from sae_jax.training.groups import Member
 from sae_jax.types import Sites, UserError
 
@@ -41,7 +41,7 @@ class SweepMeasurements:
 
     def __init__(
         self,
-        out: Path,
+        out: AnyPath,
         rows: dict[str, np.ndarray],
         sites: Sites,
         batch_size: int,
@@ -113,7 +113,7 @@ class SweepMeasurements:
         return not converged
 
 
-def read(out: Path, name: str) -> list[Point]:
+def read(out: AnyPath, name: str) -> list[Point]:
     """The points of a member so far. Raises UserError if the file is damaged."""
     path = _path(out, name)
     content = storage.read_json(path)
@@ -126,16 +126,18 @@ def read(out: Path, name: str) -> list[Point]:
         raise UserError(f"{path}: {error}; {storage.DAMAGED}") from None
 
 
-def collect(out: Path) -> int:
+def collect(out: AnyPath) -> int:
     """Write DIR/results.jsonl from the points of all members, whoever trained them; their number."""
-    files = sorted((out / POINTS).glob("*.json"))
-    stamps = [path.stat().st_mtime_ns for path in files]
-    points = [point for path in files for point in read(out, path.stem)]
+    before = _files(out)
+    points = [point for path in before for point in read(out, path.name.removesuffix(".json"))]
     table.write(out, points)
     # Another worker may have written one in between, and its table before this one.
-    again = sorted((out / POINTS).glob("*.json"))
-    return len(points) if [path.stat().st_mtime_ns for path in again] == stamps else collect(out)
+    return len(points) if _files(out) == before else collect(out)
 
 
-def _path(out: Path, name: str) -> Path:
+def _files(out: AnyPath) -> dict[AnyPath, bytes | None]:
+    return {path: storage.read_bytes(path) for path in sorted((out / POINTS).glob("*.json"))}
+
+
+def _path(out: AnyPath, name: str) -> AnyPath:
     return out / POINTS / f"{name}.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from sae_jax.activations.source import RowSource
 from sae_jax.activations.stored import StoredRows
 from sae_jax.evaluation.text import unseen_rows
 from sae_jax.progress import console
-from sae_jax.storage import HeldError, Lease, LostError
+from sae_jax.storage import AnyPath, HeldError, Lease, LostError
 from sae_jax.sweeps import points
 from sae_jax.sweeps.plan import Planned, SweepJob, in_passes
 from sae_jax.sweeps.points import SweepMeasurements
@@ -42,7 +41,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
         HeldError: another worker is at a pass, and the job does not say to go by such passes (`claim`).
         PartialError: so it does, and other workers are at all that is left.
     """
-    out, is_first, worker = Path(job.out), jax.process_index() == 0, config.share(job.shard)
+    out, is_first, worker = storage.path(job.out), jax.process_index() == 0, config.share(job.shard)
     _keep_plan(out, _plan(job, planned), job.data, is_first)
     passes = _kept_passes(out, in_passes(job, planned, worker), worker, is_first)
     problems: dict[str, str] = {}
@@ -92,7 +91,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
     return list(problems.values())
 
 
-def member_folders(out: Path) -> dict[str, Path]:
+def member_folders(out: AnyPath) -> dict[str, AnyPath]:
     """{member: its run} of all members that have a checkpoint, by name."""
     found = {path.parent.name: path.parent for path in out.glob("passes/*/members/*/checkpoints")}
     return dict(sorted(found.items()))
@@ -100,14 +99,14 @@ def member_folders(out: Path) -> dict[str, Path]:
 
 def failure(out: str, problems: list[str]) -> UserError:
     """What to raise for a sweep with problems."""
-    has_points = any((Path(out) / points.POINTS).glob("*.json"))
+    has_points = any((storage.path(out) / points.POINTS).glob("*.json"))
     return (PartialError if has_points else UserError)(f"{out}: {'; '.join(problems)}")
 
 
 def _train_pass(
     job: SweepJob,
-    out: Path,
-    path: Path,
+    out: AnyPath,
+    path: AnyPath,
     names: list[str],
     planned: dict[str, Planned],
     source: RowSource,
@@ -151,7 +150,7 @@ def _rows_to_measure(source: RowSource, sites: Sites, n_rows: int, split: int) -
     return {name: source.sample(name)[:n_rows] for name in sites.all}
 
 
-def _as_run(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> SweepJob:
+def _as_run(out: AnyPath, path: AnyPath, name: str, planned: dict[str, Planned]) -> SweepJob:
     """A member's part of a pass: as long as its last mark, or as it took to converge."""
     measured, member = points.read(out, name), planned[name]
     steps = max(member.requested.marks)
@@ -161,14 +160,14 @@ def _as_run(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> Sw
     return dataclasses.replace(member.job, out=str(path), train=train, members=())
 
 
-def _to_train(out: Path, path: Path, names: list[str], planned: dict[str, Planned]) -> list[str]:
+def _to_train(out: AnyPath, path: AnyPath, names: list[str], planned: dict[str, Planned]) -> list[str]:
     """The members to train in a pass: none if it is done, all if it has begun and was not ended."""
     begun = checkpoint.members(path)
     undone = [name for name in begun or names if not _is_done(out, path, name, planned)]
     return begun if begun and (undone or checkpoint.has_remains(path)) else undone
 
 
-def _is_done(out: Path, path: Path, name: str, planned: dict[str, Planned]) -> bool:
+def _is_done(out: AnyPath, path: AnyPath, name: str, planned: dict[str, Planned]) -> bool:
     """Whether a member has its last point, and the weights that the point is of."""
     measured = points.read(out, name)
     if not measured or not (measured[-1].converged or measured[-1].steps == max(planned[name].requested.marks)):
@@ -192,7 +191,7 @@ def _plan(job: SweepJob, planned: dict[str, Planned]) -> dict[str, Any]:
     }
 
 
-def _keep_plan(out: Path, plan: dict[str, Any], data: str, is_first: bool) -> None:
+def _keep_plan(out: AnyPath, plan: dict[str, Any], data: str, is_first: bool) -> None:
     """Write DIR/sweep.json; refuse to resume with another plan."""
     path = out / "sweep.json"
     before = storage.read_json(path)
@@ -217,7 +216,7 @@ def _keep_plan(out: Path, plan: dict[str, Any], data: str, is_first: bool) -> No
 
 
 def _kept_passes(
-    out: Path, passes: dict[str, list[str]], worker: tuple[int, int], is_first: bool
+    out: AnyPath, passes: dict[str, list[str]], worker: tuple[int, int], is_first: bool
 ) -> dict[str, list[str]]:
     """The passes as this worker's first attempt made them: another machine's memory may suggest others."""
     path = out / "passes" / f"{worker[0]}of{worker[1]}.json"

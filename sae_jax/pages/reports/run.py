@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +19,7 @@ from sae_jax.pages.dashboard import is_dashboard
 from sae_jax.pages.page import Cell, Charts, Facts, Lines, Page, Part, Section, Settings, Table, filled
 from sae_jax.pages.reports.curves import QUANTITIES, charts
 from sae_jax.record import Record, RunRecord
+from sae_jax.storage import AnyPath
 from sae_jax.training import checkpoint
 from sae_jax.training.logs import read_metrics
 from sae_jax.training.optim import share_of_rate
@@ -29,7 +29,7 @@ N_DASHBOARDS = 5  # to which a page leads
 SHOWN = ("fvu", "l0", "dead_fraction", "loss", "tokens_per_second")  # of the last logged step
 
 
-def of_run(run: Path, out: Path) -> Page:
+def of_run(run: AnyPath, out: AnyPath) -> Page:
     """The page of one dictionary: a run, or a saved one. `out` is where the page goes, which links are relative to.
 
     Raises UserError where there is none, or its record is damaged.
@@ -59,7 +59,7 @@ def of_run(run: Path, out: Path) -> Page:
     )
 
 
-def of_members(folders: Mapping[str, Path], title: str, out: Path) -> Page:
+def of_members(folders: Mapping[str, AnyPath], title: str, out: AnyPath) -> Page:
     """The page that compares dictionaries, whose folders are given by name; those that cannot be read are said."""
     warnings: list[str] = []
     records: dict[str, Record] = {}
@@ -97,7 +97,7 @@ def of_members(folders: Mapping[str, Path], title: str, out: Path) -> Page:
     return Page(title, line, warnings, (), sections)
 
 
-def _read(folder: Path) -> tuple[Record, list[dict[str, Any]], list[str]]:
+def _read(folder: AnyPath) -> tuple[Record, list[dict[str, Any]], list[str]]:
     """The record of a dictionary, its log if it is a run, and what is wrong with that."""
     if (described := artifact.read_record(folder)) is not None:
         return described[0], [], []
@@ -106,7 +106,7 @@ def _read(folder: Path) -> tuple[Record, list[dict[str, Any]], list[str]]:
     return record.dictionary, _with_rate(log, record), [*_state(folder, record), *warnings]
 
 
-def _of_dictionary(folder: Path, record: Record, out: Path) -> Page:
+def _of_dictionary(folder: AnyPath, record: Record, out: AnyPath) -> Page:
     warnings: list[str] = []
     document = evaluation_of(folder, warnings)
     facts = _facts({**record.metrics, **(document or {})})
@@ -120,7 +120,7 @@ def _of_dictionary(folder: Path, record: Record, out: Path) -> Page:
     return Page(folder.resolve().name, about(record), warnings, _dashboards(folder, about(record), out), sections)
 
 
-def _log(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _log(run: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
     """The logged steps, and what is wrong with the file."""
     path = run / "metrics.jsonl"
     data = storage.read_bytes(path)
@@ -136,7 +136,7 @@ def _log(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, warnings
 
 
-def _state(run: Path, record: RunRecord) -> list[str]:
+def _state(run: AnyPath, record: RunRecord) -> list[str]:
     """A sentence for whatever keeps the run from being finished and whole."""
     n_steps, where = record.train["steps"], checkpoint.newest(run)
     latest = checkpoint.latest_step(*where)
@@ -160,7 +160,7 @@ def _state(run: Path, record: RunRecord) -> list[str]:
     return said
 
 
-def evaluation_of(folder: Path, warnings: list[str]) -> Mapping[str, Any] | None:
+def evaluation_of(folder: AnyPath, warnings: list[str]) -> Mapping[str, Any] | None:
     """What `sae-jax evaluate` found; a damaged file, and one of earlier weights, is among the warnings."""
     path = folder / "evaluation.json"
     try:
@@ -205,7 +205,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _row(
-    name: str, folder: Path, record: Record, log: Sequence[Mapping[str, Any]], document: Any, out: Path
+    name: str, folder: AnyPath, record: Record, log: Sequence[Mapping[str, Any]], document: Any, out: AnyPath
 ) -> list[Cell | str]:
     last = log[-1] if log else {}
     k, tokens = record.sae.get("k"), last.get("tokens", record.tokens)
@@ -225,7 +225,7 @@ def number(value: Any) -> Cell | str:
     return Cell(units.number(value), float(value)) if isinstance(value, int | float) else ""
 
 
-def link(folder: Path | None, out: Path) -> str | None:
+def link(folder: AnyPath | None, out: AnyPath) -> str | None:
     """To the report of a dictionary, from `out`; None where it has none."""
     report = folder / "report.html" if folder else None
     return _relative(report, out) if report and report.is_file() and report.resolve() != out.resolve() else None
@@ -268,12 +268,12 @@ def _with_rate(log: Sequence[Mapping[str, Any]], record: RunRecord) -> list[dict
     return [{**row, "lr": float(settings.lr * part)} for row, part in zip(log, share, strict=True)]
 
 
-def _dashboards(run: Path, about_it: str, out: Path) -> list[tuple[str, str]]:
+def _dashboards(run: AnyPath, about_it: str, out: AnyPath) -> list[tuple[str, str]]:
     """Dashboards in the folder, or beside it of what is told in the same words."""
     found = [path for path in sorted(run.glob("*/index.html")) if is_dashboard(path)]
     found += [path for path in sorted(run.resolve().parent.glob("*/index.html")) if is_dashboard(path, about_it)]
     return [(f"dashboard: {path.parent.name}", _relative(path, out)) for path in found[:N_DASHBOARDS]]
 
 
-def _relative(path: Path, out: Path) -> str:
+def _relative(path: AnyPath, out: AnyPath) -> str:
     return quote(os.path.relpath(path.resolve(), out.resolve().parent))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sae_jax import figures, storage
@@ -16,6 +15,7 @@ from sae_jax.pages.reports.run import evaluation_of, link, number
 from sae_jax.scaling import fit, laws, plots, quality, report, table
 from sae_jax.scaling.laws import Fitted, Study
 from sae_jax.scaling.table import Point
+from sae_jax.storage import AnyPath
 
 SIZE = 4.6, 3.4  # inches, of a figure without its legend
 FURTHER = {"compute": 10.0, "latents": 4.0, "tokens": 4.0, "lr": 4.0, "best_latents": 10.0}  # times the largest point
@@ -31,7 +31,7 @@ NUMBERS = ("exponent", "coefficient", "constant", "beta_k", "beta_n", "gamma")  
 AGREES = 1e-3  # relative, of coefficients that are fitted again
 
 
-def of_sweep(folder: Path, members: Mapping[str, Path], out: Path) -> Page:
+def of_sweep(folder: AnyPath, members: Mapping[str, AnyPath], out: AnyPath) -> Page:
     """The page of a sweep.
 
     Args:
@@ -66,7 +66,7 @@ def of_sweep(folder: Path, members: Mapping[str, Path], out: Path) -> Page:
     return Page(folder.resolve().name, line, warnings, (), sections)
 
 
-def _marks(folder: Path, warnings: list[str]) -> dict[str, list[int]]:
+def _marks(folder: AnyPath, warnings: list[str]) -> dict[str, list[int]]:
     """{member: steps at which it is to be measured} of the plan; nothing where there is none."""
     path = folder / "sweep.json"
     try:
@@ -108,7 +108,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _row(
-    point: Point, folder: Path | None, marks: Sequence[int] | None, points: Sequence[Point], out: Path
+    point: Point, folder: AnyPath | None, marks: Sequence[int] | None, points: Sequence[Point], out: AnyPath
 ) -> list[Cell | str]:
     document = evaluation_of(folder, []) if folder else None
     at = f"{_n_done(points, point.name)} points" + (f" of {len(marks)}" if marks else "")
@@ -124,7 +124,7 @@ def _row(
     ]
 
 
-def _study(folder: Path, points: Sequence[Point], warnings: list[str]) -> Study | None:
+def _study(folder: AnyPath, points: Sequence[Point], warnings: list[str]) -> Study | None:
     """The laws, for what fit.json was fitted to if it is there; None, and it is said why, where nothing can be."""
     if not points:
         return None
@@ -239,7 +239,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
-def _trends(folder: Path, members: Mapping[str, Path], warnings: list[str]) -> Iterator[Section]:
+def _trends(folder: AnyPath, members: Mapping[str, AnyPath], warnings: list[str]) -> Iterator[Section]:
     """How metrics go with the sizes, of those that `sae-jax fit --metric` was asked for."""
     path = folder / "quality.json"
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from sae_jax import artifact, storage
 from sae_jax.errors import UsageError
@@ -12,10 +11,13 @@ from sae_jax.pages.reports.run import of_members, of_run
 from sae_jax.pages.reports.sweep import of_sweep
 from sae_jax.record import RunRecord
 from sae_jax.scaling import table
+from sae_jax.storage import AnyPath
 from sae_jax.training import checkpoint
 
 
-def write_report(folders: Sequence[Path], members_of_sweeps: Mapping[Path, Mapping[str, Path]], out: Path) -> None:
+def write_report(
+    folders: Sequence[AnyPath], members_of_sweeps: Mapping[AnyPath, Mapping[str, AnyPath]], out: AnyPath
+) -> None:
     """Write the report of a run, of a run of several members, of a sweep, or of several dictionaries side by side.
 
     Args:
@@ -39,12 +41,12 @@ def write_report(folders: Sequence[Path], members_of_sweeps: Mapping[Path, Mappi
     page.write(out, made)
 
 
-def is_sweep(folder: Path) -> bool:
+def is_sweep(folder: AnyPath) -> bool:
     """Whether a folder is that of a sweep, or holds the table of one."""
     return (folder / "sweep.json").is_file() or (folder / table.FILE).is_file()
 
 
-def _dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
+def _dictionaries(folders: Sequence[AnyPath]) -> dict[str, AnyPath]:
     """{name: folder} of dictionaries, and of the members of sets."""
     found = {}
     for folder in folders:
@@ -60,7 +62,7 @@ def _dictionaries(folders: Sequence[Path]) -> dict[str, Path]:
     return {short[name]: folder for name, folder in found.items()}
 
 
-def _check(folder: Path) -> None:
+def _check(folder: AnyPath) -> None:
     kind = (storage.read_json(folder / "config.json") or {}).get("kind")
     if (folder / artifact.RECORD).is_file() or kind == RunRecord.KIND:
         return
@@ -72,7 +74,7 @@ def _check(folder: Path) -> None:
     )
 
 
-def _refuse_to_overwrite(out: Path) -> None:
+def _refuse_to_overwrite(out: AnyPath) -> None:
     if out.is_dir():
         raise UsageError(f"{out} is a folder; name a file, such as {out / 'report.html'}")
     if out.exists() and f'content="{page.GENERATOR}"' not in out.read_text(errors="replace"):
