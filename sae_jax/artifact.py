@@ -30,7 +30,7 @@ from sae_jax.record import Normalisation, Origin, Record, RunRecord, SourceRecor
 from sae_jax.saes import base, init
 from sae_jax.saes.base import AbstractSae, Constants, Counters, SaeConfig
 from sae_jax.saes.normalise import PER_VECTOR, Scale
-from sae_jax.storage import AnyPath, Url, digests
+from sae_jax.storage import AnyPath, digests
 from sae_jax.storage.digests import FileDigest
 from sae_jax.training import checkpoint
 from sae_jax.training.quantise import WEIGHT, dequantise, zeros_like_moments
