@@ -30,7 +30,7 @@ from sae_jax.record import Normalisation, Origin, Record, RunRecord, SourceRecor
 from sae_jax.saes import base, init
 from sae_jax.saes.base import AbstractSae, Constants, Counters, SaeConfig
 from sae_jax.saes.normalise import PER_VECTOR, Scale
-from sae_jax.storage import Url, digests
+from sae_jax.storage import AnyPath, digests
 from sae_jax.storage.digests import FileDigest
 from sae_jax.training import checkpoint
 from sae_jax.training.quantise import WEIGHT, dequantise, zeros_like_moments
@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str], ema: bool = False) -> Dictionary:
     return Dictionary(sae, record)
 
 
-def read_record(folder: Path | Url) -> tuple[Record, FileDigest] | None:
+def read_record(folder: AnyPath) -> tuple[Record, FileDigest] | None:
     """The record of a saved dictionary and the digest of its arrays; None if there is none in the folder."""
     content = storage.read_json(folder / RECORD)
     if content is None:
@@ -211,7 +211,7 @@ def from_state(state: TrainState, record: RunRecord, ema: bool = False) -> Dicti
     return _folded(weights, scale, record, int(state.step), dead, ema)
 
 
-def _from_run(run: Path | Url, ema: bool) -> Dictionary:
+def _from_run(run: AnyPath, ema: bool) -> Dictionary:
     record = checkpoint.read_record(run)
     if ema and not record.train["ema"]:
         raise UsageError(f"{run}: train.ema was 0, so the run kept no averaged weights; load it without ema")
@@ -262,7 +262,7 @@ def _folded(
     )
 
 
-def _evaluation(run: Path | Url, step: int, ema: bool) -> dict[str, float]:
+def _evaluation(run: AnyPath, step: int, ema: bool) -> dict[str, float]:
     """What `sae-jax evaluate` found of these weights, if it has been there."""
     path = run / "evaluation.json"
     content = storage.read_json(path)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from sae_jax import storage
 from sae_jax.storage import disk
+from sae_jax.storage import lines as lines_module
 from sae_jax.storage.lines import ROWS_PER_SEGMENT
 from sae_jax.types import UsageError, UserError
 
@@ -242,6 +244,63 @@ def test_segments_at_a_url_are_put_as_they_fill(tmp_path):
     assert len(storage.read_lines(f"file://{tmp_path}/x.jsonl")) == 2 * ROWS_PER_SEGMENT
     lines.close()
     assert len(storage.read_lines(f"file://{tmp_path}/x.jsonl")) == 2 * ROWS_PER_SEGMENT + 1
+
+
+def test_a_log_at_a_url_stays_few_objects(monkeypatch):
+    """However long it grows and wherever its writer is killed, each line is read once, and in order."""
+    monkeypatch.setattr(lines_module, "ROWS_PER_SEGMENT", 1)
+    monkeypatch.setattr(lines_module, "GATHERED", 4)
+    url = f"memory://logs/{secrets.token_hex(4)}"
+    deleted, delete = [], storage.Files.delete_many
+
+    def killed_before_it_deletes(self, keys):
+        deleted.extend(keys)
+        if len(deleted) != 8:
+            delete(self, deleted[-4:])
+
+    monkeypatch.setattr(storage.Files, "delete_many", killed_before_it_deletes)
+    log = storage.Lines(url)
+    for i in range(18):
+        log.write({"i": i})
+        assert [row["i"] for row in storage.read_lines(url)] == [*range(i + 1)]
+    assert len(storage.Files(url).keys("")) == 4 + 2 + 4  # the objects of four, the rest, and what was not deleted
+    monkeypatch.setattr(storage.Files, "delete_many", delete)
+    with storage.Lines(url) as other:  # its numbers are between those of the first
+        other.write({"i": 18})
+        log.write({"i": 19})
+    assert [row["i"] for row in storage.read_lines(url)] == [*range(20)]
+    storage.write_lines(url, [{"i": "all"}])
+    assert storage.Files(url).keys("") == ["00000020-whole.jsonl"]
+    log.write({"i": "after"})
+    assert [row["i"] for row in storage.read_lines(url)] == ["all", "after"]
+
+
+def test_a_reader_looks_again_for_segments_that_were_replaced_meanwhile(monkeypatch):
+    url = f"memory://logs/{secrets.token_hex(4)}"
+    storage.write_lines(url, [{"i": 0}])
+    keys = storage.Files.keys
+
+    def then_replaced(self, prefix):
+        found = keys(self, prefix)
+        if storage.Files(url).read("00000000-whole.jsonl") is not None:
+            monkeypatch.setattr(storage.Files, "keys", keys)
+            storage.write_lines(url, [{"i": 0}, {"i": 1}])
+        return found
+
+    monkeypatch.setattr(storage.Files, "keys", then_replaced)
+    assert [row["i"] for row in storage.read_lines(url)] == [0, 1]
+
+
+def test_lines_are_not_put_where_another_writes(monkeypatch):
+    def check():
+        raise storage.LostError("another has it")
+
+    url = f"memory://logs/{secrets.token_hex(4)}"
+    log = storage.Lines(url, check)
+    log.write({"i": 0})
+    with pytest.raises(storage.LostError):
+        log.close()
+    assert storage.read_lines(url) == []
 
 
 def test_torn_and_bad_lines_are_said(tmp_path, capsys):

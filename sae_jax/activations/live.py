@@ -23,7 +23,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -44,7 +43,7 @@ from sae_jax.activations.stats import Stats
 from sae_jax.progress import Progress
 from sae_jax.record import DataRecord, SourceRecord
 from sae_jax.saes.base import Batch
-from sae_jax.storage import Url, absolute, is_url
+from sae_jax.storage import AnyPath, Url, absolute, is_url
 from sae_jax.types import Sites, UsageError, UserError
 
 LIVE_ORDER = 6  # Philox domain; order.py lists the others
@@ -75,9 +74,7 @@ class LiveConfig:
 class LiveRows(RowSource):
     """The rows of a set that is made as training needs it."""
 
-    def __init__(
-        self, maker: ShardMaker, config: LiveConfig, name: str = "live data", folder: Path | Url | None = None
-    ):
+    def __init__(self, maker: ShardMaker, config: LiveConfig, name: str = "live data", folder: AnyPath | None = None):
         """`folder`: of the run; None: nothing is written.
 
         Raises UsageError for a budget that has no room for segments, and for devices that are not there.
@@ -124,7 +121,7 @@ class LiveRows(RowSource):
         """See RowSource."""
         return LiveBatches(self._segments, self.spec, sites, batch_size, seed)
 
-    def of_run(self, folder: Path | Url | None) -> RowSource:
+    def of_run(self, folder: AnyPath | None) -> RowSource:
         """See RowSource."""
         if folder is None and self._config.disk_gib:
             raise UsageError(f"live.disk_gib={self._config.disk_gib:g} needs the folder of a run; give out=")
@@ -309,9 +306,9 @@ class ModelShards(ShardMaker):
         self._shards: Iterator[tuple[int, np.ndarray, np.ndarray]] = iter(())
         self._next = -1  # shard that the text is at
         self._on_rows: Callable[[int], None] = lambda n: None
-        self._folder: Path | Url | None = None
+        self._folder: AnyPath | None = None
 
-    def of_run(self, folder: Path | Url | None) -> ShardMaker:
+    def of_run(self, folder: AnyPath | None) -> ShardMaker:
         """See ShardMaker: the first shard is stored in FOLDER/set."""
         self._folder = folder
         return self

@@ -39,7 +39,7 @@ from sae_jax.activations.shards import empty_rows
 from sae_jax.activations.shares import exchange
 from sae_jax.activations.spec import SetSpec, array_specs, as_bits
 from sae_jax.activations.store import refuse_not_finite
-from sae_jax.storage import Url, disk
+from sae_jax.storage import AnyPath, disk
 from sae_jax.types import UsageError, UserError
 from sae_jax.units import memory, size
 
@@ -71,7 +71,7 @@ class ShardMaker(abc.ABC):
             Which rows of `out` are the shard's, in its order: i64[n].
         """
 
-    def of_run(self, folder: Path | Url | None) -> ShardMaker:
+    def of_run(self, folder: AnyPath | None) -> ShardMaker:
         """The same for a run whose folder this is; it may leave something there. None: nothing is written."""
         return self
 
@@ -163,7 +163,7 @@ class _Notes(msgspec.Struct, forbid_unknown_fields=True):
 class Segments:
     """The segments of one run. `use`, `n_rows` are called by one thread, `saved` and `awaited` by another."""
 
-    def __init__(self, maker: ShardMaker, cut: Cut, content: str, folder: Path | Url | None) -> None:
+    def __init__(self, maker: ShardMaker, cut: Cut, content: str, folder: AnyPath | None) -> None:
         """`content`: identifies the rows; `folder`: for the notes, and for slots on the disk.
 
         All processes make theirs alike. Raises UserError where they would not make rows of the same set.
@@ -415,11 +415,11 @@ def _row_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
     return np.asarray(np.memmap(path, np.uint8, "r+", shape=(n_bytes,))).view(dtype).reshape(shape)
 
 
-def _notes_path(folder: Path | Url) -> Path | Url:
+def _notes_path(folder: AnyPath) -> AnyPath:
     return folder / "segments.json"
 
 
-def _read_notes(folder: Path | Url | None, content: str, cut: Cut) -> _Notes | None:
+def _read_notes(folder: AnyPath | None, content: str, cut: Cut) -> _Notes | None:
     """What was noted of the same rows. UserError where the file is damaged."""
     path = None if folder is None else _notes_path(folder)
     found: dict[str, Any] | None = None if path is None else storage.read_json(path)
@@ -434,7 +434,7 @@ def _read_notes(folder: Path | Url | None, content: str, cut: Cut) -> _Notes | N
     return notes
 
 
-def noted(folder: Path | Url) -> str:
+def noted(folder: AnyPath) -> str:
     """What the rows are that the notes in a folder are of; "" where there are none."""
     return str((storage.read_json(_notes_path(folder)) or {}).get("content", ""))
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +31,7 @@ from sae_jax.record import DataRecord, SourceRecord
 from sae_jax.saes.base import Batch, Learns
 from sae_jax.saes.init import Sample, sample_statistics
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.storage import Url
+from sae_jax.storage import AnyPath
 from sae_jax.types import Sites, UsageError, Widths
 
 MAX_SAMPLE_ROWS = 32_768
@@ -137,7 +136,7 @@ class RowSource(abc.ABC):
     def open(self, sites: Sites, batch_size: int, seed: int, mesh: Mesh) -> Batches:
         """Batches of `batch_size` rows of these sites for this process, one of jax.process_count()."""
 
-    def of_run(self, folder: Path | Url | None) -> RowSource:
+    def of_run(self, folder: AnyPath | None) -> RowSource:
         """This source for a run whose folder this is, where it may keep what a resumed run needs; None: nowhere."""
         return self
 

@@ -8,7 +8,7 @@ import warnings
 
 
 def leave_errors_to_us() -> None:
-    """training/checkpoint.py says what is wrong in one line; Orbax and tensorstore would add pages from threads."""
+    """training/on_disk.py says what is wrong in one line; Orbax and tensorstore would add pages from threads."""
     for talker in ("absl", "asyncio"):
         logging.getLogger(talker).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

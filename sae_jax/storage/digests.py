@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,8 +56,8 @@ def list_name(process: int, n: int) -> str:
 
 def are_all_there(names: Iterable[str]) -> bool:
     """Whether among these names are the lists of all processes that took part."""
-    lists = [match for name in names if (match := LIST.fullmatch(name))]
-    return any(len(lists) == int(match["n"]) for match in lists)
+    n_lists = Counter(int(match["n"]) for name in names if (match := LIST.fullmatch(name)))
+    return any(found == n for n, found in n_lists.items())
 
 
 def write_digests(path: Path, folder: Path, names: Iterable[str]) -> None:

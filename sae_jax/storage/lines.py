@@ -196,12 +196,12 @@ def _that_count(keys: Iterable[str]) -> list[str]:
     """The segments that none replaces, in order."""
     found = [(int(match["first"]), match) for key in keys if (match := _SEGMENT.fullmatch(key))]
     begin = max((number for number, match in found if match["whole"]), default=0)
-    counted, end = [], begin - 1
+    counted, end = [], -1
     # Of those that begin alike, one that replaces others comes first.
     for first, match in sorted(found, key=lambda each: (each[0], not (each[1]["whole"] or each[1]["last"]))):
         if first > end and first >= begin:
             counted.append(match[0])
-            end = int(match["last"] or first)
+            end = int(match["last"] or end)
     return counted
 
 

@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -32,7 +31,7 @@ from sae_jax import config as configs
 from sae_jax import storage
 from sae_jax.progress import console
 from sae_jax.record import MembersRecord, RunRecord
-from sae_jax.storage import Url
+from sae_jax.storage import AnyPath, Url
 from sae_jax.storage.digests import SEAL
 from sae_jax.training.at_url import AtUrl
 from sae_jax.training.on_disk import OnDisk, nothing_to_read, reason
@@ -49,7 +48,7 @@ class Store(Protocol):
     """Where the checkpoints of a run are kept. A tree is {part: arrays}; a target says shapes, dtypes and shardings."""
 
     @property
-    def folder(self) -> Path | Url:
+    def folder(self) -> AnyPath:
         """RUN/checkpoints."""
         ...
 
@@ -93,7 +92,7 @@ class Store(Protocol):
         """Remove all of it, such that nothing counts of which a part is gone. One process."""
 
 
-def store_of(run: Path | Url) -> Store:
+def store_of(run: AnyPath) -> Store:
     """Where the checkpoints of a run are."""
     return AtUrl(run / "checkpoints") if isinstance(run, Url) else OnDisk(run / "checkpoints")
 
@@ -105,7 +104,7 @@ class Checkpoints:
     without a folder has none: saving does nothing.
     """
 
-    def __init__(self, run: Path | Url | None, writes: bool = True, lease: storage.Lease | None = None) -> None:
+    def __init__(self, run: AnyPath | None, writes: bool = True, lease: storage.Lease | None = None) -> None:
         """`lease`: of the run; a save that ends without it does not count."""
         self._saving: Future[None] | None = None
         self._store, self._writes = None if run is None else store_of(run), writes and run is not None
@@ -212,19 +211,19 @@ class Checkpoints:
             ) from error
 
 
-def latest_step(run: Path | Url, name: str = "") -> int | None:
+def latest_step(run: AnyPath, name: str = "") -> int | None:
     """The step of the newest checkpoint in RUN/checkpoints, and of those that hold the member `name`; None without."""
     store, part = store_of(run), part_name(name, "sae")
     return next((step for step in store.steps() if not name or store.holds(step, part)), None)
 
 
-def problem(run: Path | Url) -> str:
+def problem(run: AnyPath) -> str:
     """What is wrong with the newest checkpoint of a run, of which this process reads its share; "" if nothing."""
     step = latest_step(run)
     return "there is none" if step is None else store_of(run).problem(step)
 
 
-def set_aside_damaged(run: Path | Url) -> None:
+def set_aside_damaged(run: AnyPath) -> None:
     """Of a run that stands at its end, and would not be read: set its newest checkpoints aside until one is whole."""
     while (step := latest_step(run)) is not None:
         what = problem(run)
@@ -235,19 +234,19 @@ def set_aside_damaged(run: Path | Url) -> None:
         store_of(run).set_aside([step])
 
 
-def has_remains(run: Path | Url) -> bool:
+def has_remains(run: AnyPath) -> bool:
     """Whether a run still has checkpoints, or the rest of them. Those of a set go when its last member has left."""
     return store_of(run).is_there()
 
 
-def remove(run: Path | Url) -> None:
+def remove(run: AnyPath) -> None:
     """Remove the checkpoints of a set. All processes must call it together."""
     multihost_utils.sync_global_devices("all members have left")
     if jax.process_index() == 0:
         store_of(run).remove()
 
 
-def read_record(run: Path | Url) -> RunRecord:
+def read_record(run: AnyPath) -> RunRecord:
     """RUN/config.json. Raises UserError where there is none, or it does not describe a run."""
     content = storage.read_json(run / "config.json")
     if content is None:
@@ -259,14 +258,14 @@ def read_record(run: Path | Url) -> RunRecord:
     return dataclasses.replace(record, train=configs.to_dict(train))  # with the settings that are newer than the run
 
 
-def begun(run: Path | Url) -> RunRecord | None:
+def begun(run: AnyPath) -> RunRecord | None:
     """The record of a run that has begun; None of another folder."""
     content = storage.read_json(run / "config.json") or {}
     is_run = content.get("kind") == RunRecord.KIND
     return RunRecord.from_json(content, run / "config.json") if is_run else None
 
 
-def members(run: Path | Url) -> list[str]:
+def members(run: AnyPath) -> list[str]:
     """Names of the members that a set was started with; none for a run of one SAE, or no run."""
     content = storage.read_json(run / "config.json") or {}
     if content.get("kind") != MembersRecord.KIND:
@@ -274,7 +273,7 @@ def members(run: Path | Url) -> list[str]:
     return list(MembersRecord.from_json(content, run / "config.json").members)
 
 
-def check_resumable(run: Path | Url, record: RunRecord) -> None:
+def check_resumable(run: AnyPath, record: RunRecord) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, after = (_settings(each) for each in (read_record(run), record))
     of_length = [key for key in sorted(after) if key in SHARES and after[key]]
@@ -296,7 +295,7 @@ def check_resumable(run: Path | Url, record: RunRecord) -> None:
         )
 
 
-def check_members(run: Path | Url, names: list[str]) -> None:
+def check_members(run: AnyPath, names: list[str]) -> None:
     """Refuse to continue a run with other members than it was started with."""
     before = members(run)
     for name in sorted(set(before) ^ set(names)):
@@ -306,7 +305,7 @@ def check_members(run: Path | Url, names: list[str]) -> None:
         )
 
 
-def newest(run: Path | Url) -> tuple[Path | Url, str]:
+def newest(run: AnyPath) -> tuple[AnyPath, str]:
     """Which run has the newest checkpoint of this one, and under which name: itself, or the set of which it is one."""
     path = run if isinstance(run, Url) else run.absolute()
     if path.parent.name == MEMBERS:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ from sae_jax.record import RunRecord
 from sae_jax.saes.base import Batch, Hyperparameters, SaeConfig
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.storage import Url
+from sae_jax.storage import AnyPath
 from sae_jax.training.settings import TrainConfig, hyperparameters, program
 from sae_jax.training.start import Start, started
 from sae_jax.training.state import TrainState, abstract, initial, with_config
@@ -47,7 +46,7 @@ class Member:
     name: str  # "" if it is the only one
     sae: SaeConfig
     train: TrainConfig
-    folder: Path | Url | None  # of config.json and metrics.jsonl; the run's if it is the only one; None: nowhere
+    folder: AnyPath | None  # of config.json and metrics.jsonl; the run's if it is the only one; None: nowhere
     record: RunRecord  # what config.json says
     start: Start | None = None  # the dictionary whose weights it begins with; None: random ones
 

@@ -7,13 +7,12 @@ the file reads as if the run had never stopped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from sae_jax import storage
 from sae_jax.progress import console
-from sae_jax.storage import Url
+from sae_jax.storage import AnyPath
 
 WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that differ between two runs of the same steps
 
@@ -23,7 +22,7 @@ class Metrics:
 
     def __init__(
         self,
-        run: Path | Url | None,
+        run: AnyPath | None,
         lease: storage.Lease,
         start_step: int,
         is_logged: Callable[[int], bool],
@@ -72,7 +71,7 @@ class Metrics:
 class Attempts:
     """Keeps the last line of RUN/attempts.jsonl true: where this attempt started and how far it is known to be."""
 
-    def __init__(self, run: Path | Url | None, lease: storage.Lease, start_step: int, **machine: Any) -> None:
+    def __init__(self, run: AnyPath | None, lease: storage.Lease, start_step: int, **machine: Any) -> None:
         """Args:
         run: None: nothing is written.
         lease: of the run; without it nothing is written, either.
@@ -93,7 +92,7 @@ class Attempts:
             storage.write_lines(self._path, [*self._earlier, self._row])
 
 
-def read_metrics(run: Path | Url) -> list[dict[str, Any]]:
+def read_metrics(run: AnyPath) -> list[dict[str, Any]]:
     """All logged steps of a run, in order. Says so where it passes over a line that is none."""
     rows = storage.read_lines(run / "metrics.jsonl")
     steps = [row for row in rows if type(row.get("step")) is int]

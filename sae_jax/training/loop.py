@@ -11,7 +11,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -24,7 +23,7 @@ from sae_jax.progress import Progress, console
 from sae_jax.saes import penalty
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.storage import Lease, Url
+from sae_jax.storage import AnyPath, Lease
 from sae_jax.training import logs
 from sae_jax.training.checkpoint import Checkpoints
 from sae_jax.training.groups import Member, check_groups
@@ -46,7 +45,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    run: Path | Url | None,
+    run: AnyPath | None,
     members: Sequence[Member],
     mesh: Mesh,
     source: Batches,
@@ -78,7 +77,7 @@ def train(
 
 
 def _train(
-    run: Path | Url | None,
+    run: AnyPath | None,
     members: Sequence[Member],
     mesh: Mesh,
     source: Batches,

@@ -8,7 +8,6 @@ is in training/groups.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -21,7 +20,7 @@ from sae_jax.record import MembersRecord
 from sae_jax.saes.base import Batch
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
-from sae_jax.storage import Url
+from sae_jax.storage import AnyPath
 from sae_jax.training import checkpoint
 from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step, set_aside_damaged
 from sae_jax.training.groups import Member, MemberGroup, group_members, initial_states
@@ -56,7 +55,7 @@ class MemberSet:
 
     def __init__(
         self,
-        run: Path | Url | None,
+        run: AnyPath | None,
         members: Sequence[Member],
         mesh: Mesh,
         checkpoints: Checkpoints,
@@ -178,7 +177,7 @@ def is_save_due(step: int, members: Sequence[Member]) -> bool:
     return any(step % n in (0, n // 2) for n in every) or any(step == member.train.steps for member in members)
 
 
-def check_settings(run: Path | Url | None, members: Sequence[Member]) -> bool:
+def check_settings(run: AnyPath | None, members: Sequence[Member]) -> bool:
     """Whether there is a run already; refuses, with UsageError, to continue one with other members or settings."""
     if run is None:
         return False
@@ -200,7 +199,7 @@ def check_settings(run: Path | Url | None, members: Sequence[Member]) -> bool:
     return True
 
 
-def write_records(run: Path | Url | None, members: Sequence[Member], lease: storage.Lease) -> None:
+def write_records(run: AnyPath | None, members: Sequence[Member], lease: storage.Lease) -> None:
     """config.json of the run and of each member."""
     records = {member.folder: member.record.to_json() for member in members if member.folder is not None}
     if run is not None and members[0].name:
@@ -211,7 +210,7 @@ def write_records(run: Path | Url | None, members: Sequence[Member], lease: stor
 
 
 def _take_up(
-    run: Path | Url | None,
+    run: AnyPath | None,
     members: Sequence[Member],
     checkpoints: Checkpoints,
     mesh: Mesh,
@@ -259,11 +258,11 @@ def _common_step(steps: dict[Member, int]) -> int:
     return low
 
 
-def _folder(member: Member) -> Path | Url:
+def _folder(member: Member) -> AnyPath:
     assert member.folder is not None
     return member.folder
 
 
-def _failure(member: Member, process: int = 0) -> Path | Url:
+def _failure(member: Member, process: int = 0) -> AnyPath:
     """Where it is written that a member failed. A set continues without it; a run without members is tried again."""
     return _folder(member) / f"failure-{process}.json"

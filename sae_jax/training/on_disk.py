@@ -215,7 +215,7 @@ def reason(error: BaseException) -> str:
         if isinstance(before, UserError):  # ours, of the save before
             break
         seen.append(error := before)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = storage.reason(error)
     return "no space left on the disk" if "No space left" in text or "RESOURCE_EXHAUSTED" in text else text[:200]
 
 

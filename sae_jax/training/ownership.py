@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sae_jax.storage import HeldError, Lease, Url, disk
+from sae_jax.storage import AnyPath, HeldError, Lease, disk
 from sae_jax.types import UserError
 
 
 @contextlib.contextmanager
-def owned(run: Path | Url | None, is_patient: bool = True) -> Iterator[Lease]:
+def owned(run: AnyPath | None, is_patient: bool = True) -> Iterator[Lease]:
     """The lease of a run's folder, for as long as the block takes. All processes must call it together.
 
     What is refused before anything was written leaves no empty folders.

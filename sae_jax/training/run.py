@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
 from sae_jax import config as configs
@@ -15,7 +14,7 @@ from sae_jax.activations.source import RowSource, choose_sites, sampler
 from sae_jax.ops import tuning
 from sae_jax.record import Normalisation, Record, RunRecord, program
 from sae_jax.saes.base import AbstractSae, Learns
-from sae_jax.storage import Lease, Url
+from sae_jax.storage import AnyPath, Lease, Url
 from sae_jax.training import checkpoint, loop
 from sae_jax.training.groups import Member
 from sae_jax.training.loop import Trained
@@ -76,6 +75,8 @@ def run(
     """
     job = next(iter(jobs.values()))
     folder = storage.path(job.out) if job.out else None
+    if isinstance(folder, Url) and job.train.tensorboard:
+        raise UsageError(f"train.tensorboard writes to a disk, and {folder} is a URL; leave it out")
     mesh, source = meshes.make_mesh(job.mesh, source.devices()), source.of_run(folder)
     sites, widths = choose_sites(source, job.site, job.reconstruct, job.d_model)
     for member in jobs.values():
@@ -126,7 +127,7 @@ def record_of(job: TrainJob, source: RowSource) -> RunRecord:
 
 
 def _member(
-    name: str, job: TrainJob, folder: Path | Url | None, source: RowSource, platform: str, start: Start | None
+    name: str, job: TrainJob, folder: AnyPath | None, source: RowSource, platform: str, start: Start | None
 ) -> Member:
     if folder is not None and name:
         folder = folder / checkpoint.MEMBERS / name
@@ -135,7 +136,7 @@ def _member(
     return Member(name, job.sae, job.train, folder, record_of(job, source), start)
 
 
-def _as_begun(job: TrainJob, folder: Path | Url | None, platform: str) -> TrainJob:
+def _as_begun(job: TrainJob, folder: AnyPath | None, platform: str) -> TrainJob:
     """What is left out stays as it was, whatever the number of steps and the machine are now."""
     begun = None if folder is None else checkpoint.begun(folder)
     train = begun.train if begun else {}
