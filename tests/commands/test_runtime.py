@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_jax.commands import gpu, runtime, signals
+from sae_jax.commands import gpu, joining, runtime, signals
 from sae_jax.commands import main as cli
 from sae_jax.types import UsageError
 from tests import runs
@@ -47,11 +47,11 @@ def test_commands_mend_atomic_sums_on_gpus_before_jax_starts(monkeypatch, jaxlib
 
 
 def test_half_told_of_other_processes_is_refused(monkeypatch):
-    for name in runtime._TOLD:
+    for name in joining.TOLD:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(UsageError, match="JAX_COORDINATOR_ADDRESS"):
-        runtime.start_distributed()
+        joining.find_job()
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["nothing"], 2)])
