@@ -15,9 +15,8 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from jax._src import clusters
+from jax._src import clusters, hardware_utils
 
 from sae_jax.types import UsageError, UserError
 
@@ -193,4 +192,7 @@ def _told(address: str, n: str, process: str) -> Job:
 
 
 def _has_tpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
+    # By PCI: newer TPUs are no /dev/accel*.
+    return (
+        importlib.util.find_spec("libtpu") is not None and hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0
+    )
