@@ -164,7 +164,7 @@ class _Process:
     def _give_up(self, why: str) -> None:
         if not self._is_over:
             self._is_over = True
-            console.print(f"{self.kind}: {why}; the run goes on without it")
+            console.print(f"{self.kind}: {why.rstrip('.')}; the run goes on without it")
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 

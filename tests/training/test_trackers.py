@@ -110,6 +110,14 @@ def test_killed_members_are_one_run_each_with_every_step_once(small_set: Path, t
     assert len(ids) == 2
 
 
+@pytest.mark.slow
+def test_a_run_computes_the_same_with_a_tracker(small_set: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    runs.complete(
+        runs.train_command(small_set, tmp_path / "run", "--train.checkpoint-every=100", "--train.log=tensorboard")
+    )
+    runs.assert_same_run(tmp_path / "run", uninterrupted)
+
+
 FAKE = {
     "fails": ("raise OSError('no space left')", "pass", "pass", "wandb: no space left; the run goes on without it"),
     "dies": ("pass", "import os; os.kill(os.getpid(), 9)", "pass", "wandb: its process ended with -9; the run goes"),
