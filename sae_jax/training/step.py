@@ -144,7 +144,7 @@ def make_measure(sae_config: SaeConfig) -> tuning.Jitted:
 def densities(state: TrainState, batch: Batch) -> Metrics | None:
     """How many latents are active in what share of a batch; None where the codes would be too large.
 
-    The batch is encoded once more, in about a third of the time of a step.
+    The batch is encoded once more; twice, where it has to be looked up how many latents are active in a row.
 
     Returns:
         counts: i32[DENSITY_BINS], latents by the log10 of the share of rows, from a tenth of a row in the batch to all.
