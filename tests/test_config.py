@@ -114,7 +114,7 @@ def test_members_are_the_command_with_flags_of_their_own(write):
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        (("x", "x"), [], "member b.2: train.log=['wandb'], but members share one pass"),
+        (("x", "x"), [], r"member b.2: train.log=\['wandb'\], but members share one pass"),
         (("seed: 1", "batch_size: 5"), [], "member b.2: train.batch_size=5, but members share"),
         (("k: 2", "k: 300"), [], "member narrow: sae.k=300 must be between"),
         (("k: 2", "kk: 2"), [], r"member narrow: unknown key 'sae.kk'; did you mean"),
