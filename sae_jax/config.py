@@ -30,6 +30,7 @@ from sae_jax.errors import UsageError, UserError
 C = TypeVar("C")
 
 MAX_RECIPE_BYTES = 1 << 20
+RETIRED = {"train.tensorboard": "train.log=tensorboard"}  # keys of recipes that earlier versions read
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def check_keys(values: dict[str, Any], known: set[str], source: str) -> None:
 
 def nearest(key: str, known: Collection[str]) -> str:
     """What to say of a key that is none of these."""
+    if key in RETIRED:
+        return f"use {RETIRED[key]}"
     # Most often the section was left out: `lr` for `train.lr`.
     near = sorted(name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2])
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -19,7 +19,7 @@ sae: {variant: topk, n_latents: 256, k: 8}
 train:
   steps: 7
   lr: 4e-4
-  tensorboard: true
+  log: tensorboard
 harvest:
   hooks: [resid_post.1, resid_post.2]
 """
@@ -39,10 +39,10 @@ def parse(*argv: str) -> TrainJob:
 
 
 def test_file_then_flags(write):
-    command = parse(write(YAML), "--sae.k=16", "--train.no-tensorboard")
+    command = parse(write(YAML), "--sae.k=16", "--train.log", "wandb", "tensorboard")
     assert (command.sae.k, command.sae.n_latents, command.train.steps) == (16, 256, 7)
     assert command.train.lr == 4e-4  # YAML 1.1 calls this a string
-    assert command.train.tensorboard is False
+    assert command.train.log == ("wandb", "tensorboard")
     assert command.site == ("resid_post.2",)
 
 
@@ -90,7 +90,7 @@ MEMBERS = (
     + """\
 members:
 - {name: narrow, sae: {k: 2}}
-- {name: b.2, train: {lr: 5e-4, seed: 1, tensorboard: false}}
+- {name: b.2, train: {lr: 5e-4, seed: 1, log: wandb}}
 """
 )
 
@@ -100,7 +100,7 @@ def parse_members(*argv: str) -> dict[str, TrainJob]:
 
 
 def test_members_are_the_command_with_flags_of_their_own(write):
-    members = parse_members(write(MEMBERS.replace(", tensorboard: false", "")), "--sae.k=4", "--train.seed=7")
+    members = parse_members(write(MEMBERS.replace(", log: wandb", "")), "--sae.k=4", "--train.seed=7")
     assert {name: (m.sae.k, m.train.lr, m.train.seed) for name, m in members.items()} == {
         "narrow": (2, 4e-4, 7),
         "b.2": (4, 5e-4, 1),
@@ -114,7 +114,7 @@ def test_members_are_the_command_with_flags_of_their_own(write):
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        (("x", "x"), [], "member b.2: train.tensorboard=False, but members share one pass"),
+        (("x", "x"), [], r"member b.2: train.log=\['wandb'\], but members share one pass"),
         (("seed: 1", "batch_size: 5"), [], "member b.2: train.batch_size=5, but members share"),
         (("k: 2", "k: 300"), [], "member narrow: sae.k=300 must be between"),
         (("k: 2", "kk: 2"), [], r"member narrow: unknown key 'sae.kk'; did you mean"),
@@ -162,7 +162,7 @@ def test_missing_file_is_named():
         batch_size=st.integers(1, 2**20),
         lr=st.none() | st.floats(1e-9, 1.0),
         ema=st.floats(0, 0.999),
-        tensorboard=st.booleans(),
+        log=st.sampled_from([(), ("wandb",), ("wandb", "tensorboard")]),
     )
 )
 def test_json_round_trip(value):

@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             restart_with_huge_pages(argv)
         code = _run(argv)
         sys.stdout.flush()
+        if code == 0 and is_process and (stopped := sys.modules.get("sae_jax.training.preemption")):
+            # All processes leave alike, by the usual way out.
+            return signals.stopped_code() if stopped.was_preempted() else 0
     except (KeyboardInterrupt, signals.Terminated) as error:
         code = _say(*signals.outcome(error, bool(argv) and argv[0] in RESUMING))
     except BrokenPipeError:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 INTERRUPTED, TERMINATED = 130, 143  # what shells give a command that Ctrl-C ended, and SIGTERM
 AT_ONCE = (INTERRUPTED, TERMINATED, 4)  # 4: LostError
 SECONDS_UNTIL_AGAIN = 0.1
+STOPPED_CODE = "SAE_JAX_STOPPED_CODE"
 
 _heard: list[int] = []  # signals
 _is_deferred = False
@@ -39,6 +40,18 @@ def defer_sigterm() -> bool:
     global _is_deferred
     _is_deferred = True
     return signal.SIGTERM in _heard
+
+
+def stopped_code() -> int:
+    """The exit code of `train` and `sweep` after SIGTERM, when they have saved: 0, or what the environment asks for.
+
+    To some launchers 0 says that there is nothing left to do.
+    """
+    text = os.environ.get(STOPPED_CODE, "0")
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
+    sys.stderr.write(f"sae-jax: {STOPPED_CODE}={text!r} must be a number from 0 to 255; leaving with 1\n")
+    return 1
 
 
 def outcome(error: BaseException, resumes: bool) -> tuple[str, int]:

@@ -24,13 +24,13 @@ from sae_jax.storage import AnyPath, HeldError, Lease, LostError
 from sae_jax.sweeps import points
 from sae_jax.sweeps.plan import Planned, SweepJob, in_passes
 from sae_jax.sweeps.points import SweepMeasurements
-from sae_jax.training import checkpoint, run
+from sae_jax.training import checkpoint, run, trackers
 from sae_jax.training.ownership import as_the_first_says, owned
 from sae_jax.training.preemption import is_preempted
 from sae_jax.training.run import TrainJob
 from sae_jax.types import PartialError, Sites, UsageError, UserError
 
-MAY_CHANGE = ("memory_gib", "per_pass", "split", "log_every", "checkpoint_every", "tensorboard")  # of the plan
+MAY_CHANGE = ("memory_gib", "per_pass", "split", "log_every", "checkpoint_every", ".log", "tensorboard")  # of the plan
 
 
 def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list[str]:
@@ -42,6 +42,7 @@ def sweep(job: SweepJob, planned: dict[str, Planned], source: RowSource) -> list
         PartialError: so it does, and other workers are at all that is left.
     """
     out, is_first, worker = storage.path(job.out), jax.process_index() == 0, config.share(job.shard)
+    trackers.check(job.train.log, job.out)  # before sweep.json is there
     _keep_plan(out, _plan(job, planned), job.data, is_first)
     passes = _kept_passes(out, in_passes(job, planned, worker), worker, is_first)
     problems: dict[str, str] = {}

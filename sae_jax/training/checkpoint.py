@@ -35,7 +35,7 @@ from sae_jax.storage import AnyPath, Url
 from sae_jax.storage.digests import SEAL
 from sae_jax.training.at_url import AtUrl
 from sae_jax.training.on_disk import OnDisk, nothing_to_read, reason
-from sae_jax.training.settings import MAY_CHANGE, SHARES, TrainConfig
+from sae_jax.training.settings import MAY_CHANGE, SHARES, TrainConfig, as_now
 from sae_jax.training.state import TrainState
 from sae_jax.types import UsageError, UserError
 
@@ -254,7 +254,7 @@ def read_record(run: AnyPath) -> RunRecord:
     if names := members(run):
         raise UserError(f"{run}: a set of members; name one: {', '.join(str(run / MEMBERS / name) for name in names)}")
     record = RunRecord.from_json(content, run / "config.json")
-    train = configs.from_dict(TrainConfig, record.train, f"{run / 'config.json'}: train")
+    train = configs.from_dict(TrainConfig, as_now(record.train), f"{run / 'config.json'}: train")
     return dataclasses.replace(record, train=configs.to_dict(train))  # with the settings that are newer than the run
 
 

@@ -18,7 +18,7 @@ WALL_CLOCK = ("tokens_per_second", "input_wait", "seconds")  # fields that diffe
 
 
 class Metrics:
-    """Appends to RUN/metrics.jsonl and, if asked, to TensorBoard. A context manager."""
+    """Appends to RUN/metrics.jsonl. A context manager."""
 
     def __init__(
         self,
@@ -26,32 +26,26 @@ class Metrics:
         lease: storage.Lease,
         start_step: int,
         is_logged: Callable[[int], bool],
-        tensorboard: bool,
     ) -> None:
         """`run` None: nothing is written. `lease`: of the run; who has lost it must not cut another's log."""
-        self._lines = self._board = None
+        self._lines = None
+        self.past: list[dict[str, Any]] = []  # logged before this attempt
+        self.last = 0  # step that was logged last, and may have been cut
         if run is None:
             return
         # The row of start_step may be there only because an earlier attempt was to end at that step.
         last = start_step if is_logged(start_step) else start_step - 1
-        rows = [row for row in read_metrics(run) if row["step"] <= last]
+        rows = read_metrics(run)
+        self.last = max((row["step"] for row in rows), default=0)
+        self.past = [row for row in rows if row["step"] <= last]
         lease.check()
-        storage.write_lines(run / "metrics.jsonl", rows)
+        storage.write_lines(run / "metrics.jsonl", self.past)
         self._lines = storage.Lines(run / "metrics.jsonl", lease.check)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """One logged step; on a disk flushed at once, so that a killed run loses nothing it said."""
-        if self._lines is None:
-            return
-        self._lines.write(row)
-        if self._board:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+        if self._lines is not None:
+            self._lines.write(row)
 
     def flush(self) -> None:
         """Put down what waits, at a URL: before a checkpoint that covers it, from which a killed run resumes."""
@@ -64,8 +58,6 @@ class Metrics:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lines:
             self._lines.__exit__(kind, error, trace)
-        if self._board:
-            self._board.close()
 
 
 class Attempts:

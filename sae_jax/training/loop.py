@@ -21,6 +21,7 @@ from sae_jax import mesh as meshes
 from sae_jax.activations.source import Batches
 from sae_jax.progress import Progress, console
 from sae_jax.saes import penalty
+from sae_jax.saes.base import Batch
 from sae_jax.saes.init import Sample
 from sae_jax.saes.normalise import InputNorm
 from sae_jax.storage import AnyPath, Lease
@@ -31,6 +32,7 @@ from sae_jax.training.members import Measurements, MemberSet, check_settings, is
 from sae_jax.training.ownership import owned
 from sae_jax.training.preemption import is_preempted
 from sae_jax.training.state import TrainState
+from sae_jax.training.trackers import Trackers
 
 BEGINNING = 0.2  # share of a run in which many latents may be active
 MANY_DEAD = 0.3
@@ -92,18 +94,24 @@ def _train(
         for member in members:
             sample(member.sae.input_norm)
 
-    with jax.set_mesh(mesh), Checkpoints(run, lease=lease) as checkpoints:
+    # Trackers are the outermost: the last save does not wait for their ends.
+    with (
+        Trackers(members[0].train.log if is_first else ()) as trackers,
+        jax.set_mesh(mesh),
+        Checkpoints(run, lease=lease) as checkpoints,
+    ):
         active = MemberSet(run, members, mesh, checkpoints, sample, source, lease)
         if is_first:
             write_records(run, members, lease)
         machine = {"mesh": meshes.sizes(mesh), "n_processes": jax.process_count()}
         attempt = logs.Attempts(run if is_first else None, lease, active.start, **machine)
-        with _Log(active, source, is_first, lease) as log:
+        with _Log(active, source, is_first, lease, trackers) as log:
             done, saved, pending = active.start, active.start, []
             for step, rows in source.batches(active.start):
                 if not active.active:
                     break
-                queued = active.step(source.place(rows, mesh))
+                batch = source.place(rows, mesh)
+                queued = active.step(batch)
                 log.write(done, active.fetch(done, pending))  # of the step before, while this one runs
                 done, pending = step + 1, queued
                 ended: list[Member] = []
@@ -119,6 +127,8 @@ def _train(
                     log.write(done, active.fetch(done, pending))
                     log.flush()
                     pending = []
+                    if members[0].train.log:
+                        log.densities(done, active, batch)
                     active.save(done, ended)
                     saved = done
                     attempt.record(log.done, "running")
@@ -140,9 +150,9 @@ def _train(
 class _Log:
     """What the steps leave behind: a row of each member's log where it is due, and the progress line."""
 
-    def __init__(self, members: MemberSet, source: Batches, is_first: bool, lease: Lease) -> None:
+    def __init__(self, members: MemberSet, source: Batches, is_first: bool, lease: Lease, trackers: Trackers) -> None:
         self.done = members.start  # steps that were finite for some member
-        self._source, self._is_first = source, is_first
+        self._source, self._is_first, self._trackers = source, is_first, trackers
         self._warned: set[tuple[Member, int]] = set()
         self._began = self._last_time = time.monotonic()
         self._last_step, self._last_waited = members.start, source.wait_seconds
@@ -154,11 +164,14 @@ class _Log:
                     lease,
                     members.start,
                     functools.partial(_is_logged, member),
-                    member.train.tensorboard,
                 )
             )
             for member in members.active
         }
+        if is_first:
+            for member, file in self._files.items():
+                trackers.open(member, lease, members.start, file.past, file.last)
+                file.past.clear()
         self._progress = self._open.enter_context(
             Progress("train", members.n_steps, "steps", members.start, silent=not is_first)
         )
@@ -183,7 +196,9 @@ class _Log:
         for member in due:
             if self._is_first:
                 self._warn(member, step, metrics[member])
-            self._files[member].write({"step": step, "tokens": step * batch_size, **metrics[member], **wall_clock})
+            row = {"step": step, "tokens": step * batch_size, **metrics[member], **wall_clock}
+            self._files[member].write(row)
+            self._trackers.row(member, row)
         wait = f"input wait {wall_clock['input_wait']:.0%}"
         self._progress.update(step, f"{rate:,.0f} tokens/s  {_figures(metrics)}  {wait}")
 
@@ -191,6 +206,16 @@ class _Log:
         """All rows are where a resumed run finds them."""
         for file in self._files.values():
             file.flush()
+
+    def densities(self, step: int, members: MemberSet, batch: Batch) -> None:
+        """Send trackers how often latents are active in the batch of a save. All processes must call it together."""
+        histograms = members.densities(batch)
+        for member in members.active:
+            if member in histograms:
+                self._trackers.density(member, step, histograms[member])
+            elif self._is_first and (member, -1) not in self._warned:
+                self._warned.add((member, -1))
+                console.print(f"{member}: at step {step:,} too many latents are active in a row to show their density")
 
     def _warn(self, member: Member, step: int, values: dict[str, float]) -> None:
         """Say once, past the beginning, that a member has too many active latents, or too many dead ones."""

@@ -8,7 +8,7 @@ is in training/groups.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from sae_jax.training import checkpoint
 from sae_jax.training.checkpoint import Checkpoints, check_members, check_resumable, latest_step, set_aside_damaged
 from sae_jax.training.groups import Member, MemberGroup, group_members, initial_states
 from sae_jax.training.state import TrainState
-from sae_jax.training.step import Metrics
+from sae_jax.training.step import DENSITY_BINS, Metrics, densities, lowest_density
 from sae_jax.types import PartialError, UsageError, UserError
 
 Queued = list[tuple[MemberGroup, Metrics]]
@@ -133,6 +133,23 @@ class MemberSet:
             self._checkpoints.save(step, states)
         self.active = staying
         self._forget_empty_groups()
+
+    def densities(self, batch: Batch) -> dict[Member, dict[str, Any]]:
+        """A histogram of how often latents are active in a batch, of each active member (step.densities).
+
+        All processes must call it together. A member whose code would be too large has none.
+        """
+        found: dict[Member, dict[str, Any]] = {}
+        low = lowest_density(batch.x.shape[0])
+        edges = np.linspace(low, 0.0, DENSITY_BINS + 1).tolist()
+        for group in self.groups:
+            members = [member for member in group.members if member in self.active]
+            for member, state in zip(members, group.states(members).values(), strict=True):
+                histogram = jax.device_get(densities(state, batch))
+                if histogram is not None:
+                    counts, silent = histogram["counts"].tolist(), float(histogram["silent"])
+                    found[member] = {"counts": counts, "edges": edges, "silent": silent}
+        return found
 
     def end(self) -> None:
         """Every member has left. Raises UserError, in one line, if some failed; PartialError if not all did."""

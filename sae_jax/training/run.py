@@ -14,8 +14,8 @@ from sae_jax.activations.source import RowSource, choose_sites, sampler
 from sae_jax.ops import tuning
 from sae_jax.record import Normalisation, Record, RunRecord, program
 from sae_jax.saes.base import AbstractSae, Learns
-from sae_jax.storage import AnyPath, Lease, Url
-from sae_jax.training import checkpoint, loop
+from sae_jax.storage import AnyPath, Lease
+from sae_jax.training import checkpoint, loop, trackers
 from sae_jax.training.groups import Member
 from sae_jax.training.loop import Trained
 from sae_jax.training.members import Measurements
@@ -74,9 +74,8 @@ def run(
         read: a dictionary from what `init_from` says; called for runs without a checkpoint.
     """
     job = next(iter(jobs.values()))
+    trackers.check(job.train.log, job.out)
     folder = storage.path(job.out) if job.out else None
-    if isinstance(folder, Url) and job.train.tensorboard:
-        raise UsageError(f"train.tensorboard writes to a disk, and {folder} is a URL; leave it out")
     mesh, source = meshes.make_mesh(job.mesh, source.devices()), source.of_run(folder)
     sites, widths = choose_sites(source, job.site, job.reconstruct, job.d_model)
     for member in jobs.values():

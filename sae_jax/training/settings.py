@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -12,6 +12,7 @@ from sae_jax.saes.base import Hyperparameters, SaeConfig
 from sae_jax.types import UsageError
 
 Precision = Literal["float32", "bfloat16", "int8"]
+Tracker = Literal["wandb", "tensorboard"]
 
 DECAY = 0.2  # share of a run over which its rate falls
 MAX_DEAD_AFTER = 10_000_000  # tokens (Gao et al. 2024, arXiv 2406.04093, A.3)
@@ -25,7 +26,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.log_every",
     "train.checkpoint_every",
-    "train.tensorboard",
+    "train.log",
     *("engine.block_mib", "engine.block_rows", "engine.exchange_mib", "engine.kernels"),
     "mesh.data",
     "mesh.latent",
@@ -34,7 +35,15 @@ MAY_CHANGE = (
 # Shares of the run: where one is not 0, train.steps may not change either.
 SHARES = ("train.warmup", "train.decay", "sae.sparsity_warmup")
 # What belongs to the one pass over the data that the members of a set share; all other settings are a member's own.
-SHARED = ("batch_size", "order_seed", "checkpoint_every", "log_every", "tensorboard")
+SHARED = ("batch_size", "order_seed", "checkpoint_every", "log_every", "log")
+
+
+def as_now(train: dict[str, Any]) -> dict[str, Any]:
+    """The settings in the record of a run, under the names that they have today."""
+    if "tensorboard" not in train:
+        return train
+    rest = {name: value for name, value in train.items() if name != "tensorboard"}
+    return {**rest, "log": ["tensorboard"] * bool(train["tensorboard"])}
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,8 @@ class TrainConfig:
     """a run that is killed repeats at most this many steps; saves begin twice as often"""
     log_every: int = 10
     """steps"""
-    tensorboard: bool = False
-    """also write metrics for TensorBoard, under RUN/tensorboard"""
+    log: tuple[Tracker, ...] = ()
+    """what follows metrics.jsonl: wandb, tensorboard (under RUN/tensorboard) or both; see docs/trackers.md"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "dead_after_tokens", "checkpoint_every", "log_every"):
@@ -113,6 +122,11 @@ class TrainConfig:
             if getattr(self, name) not in get_args(Precision):
                 allowed = ", ".join(get_args(Precision))
                 raise UsageError(f"train.{name}={getattr(self, name)!r} does not exist; there are: {allowed}")
+        for name in self.log:
+            if name not in get_args(Tracker):
+                raise UsageError(f"train.log={name!r} does not exist; there are: {', '.join(get_args(Tracker))}")
+        if len(set(self.log)) < len(self.log):
+            raise UsageError(f"train.log={' '.join(self.log)} names one twice; name each once")
         if self.weights not in ("float32", "bfloat16"):
             raise UsageError(f"train.weights={self.weights!r} does not exist; there are: float32, bfloat16")
         for name in ("seed", "order_seed"):
@@ -185,6 +199,6 @@ def program(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         **{"steps": 1, "lr": None, "seed": 0, "dead_after_tokens": 1, "decay": config.decay_share},
-        **{"order_seed": None, "checkpoint_every": 1, "log_every": 1, "tensorboard": False},
+        **{"order_seed": None, "checkpoint_every": 1, "log_every": 1, "log": ()},
         **{"clip": float(config.clip > 0), "ema": 0.5 * (config.ema > 0)},
     )

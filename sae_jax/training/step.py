@@ -7,21 +7,26 @@ And how well a state does on rows it does not learn from: (state, batch) -> sums
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sae_jax.ops import mixing, pairs, tuning
+from sae_jax.ops import mixing, pairs, sparse, tuning
 from sae_jax.saes import losses
 from sae_jax.saes.base import AbstractSae, Batch, Context, Hyperparameters, Outcome, SaeConfig, Updated
 from sae_jax.saes.normalise import normalise_pair
 from sae_jax.training import optim, tiles
 from sae_jax.training.settings import TrainConfig
 from sae_jax.training.state import TrainState, step_key, with_config
+from sae_jax.types import Code
 
 Metrics = dict[str, jax.Array]
+
+DENSITY_BINS = 40
+MOST_SLOTS = 1 << 26  # of the codes of a batch, on all devices: 512 MiB
 
 
 class Step:
@@ -98,6 +103,7 @@ def make_step(sae_config: SaeConfig, config: TrainConfig, by_tiles: bool):
             "l0": outcome.l0,
             "dead_fraction": (outcome.counters.silent > hparams.dead_after).mean(dtype=jnp.float32),
             "grad_norm": grad_norm,
+            "lr": hparams.lr * optim.share_of_rate(config, state.step, hparams.steps),
             **outcome.metrics,
         }
 
@@ -133,3 +139,42 @@ def make_measure(sae_config: SaeConfig) -> tuning.Jitted:
         }
 
     return tuning.jit(measure)
+
+
+def densities(state: TrainState, batch: Batch) -> Metrics | None:
+    """How many latents are active in what share of a batch; None where the codes would be too large.
+
+    The batch is encoded once more; twice, where it has to be looked up how many latents are active in a row.
+
+    Returns:
+        counts: i32[DENSITY_BINS], latents by the log10 of the share of rows, from a tenth of a row in the batch to all.
+        silent: f32[], share of latents that are active in no row, which are in no bin.
+    """
+    x = _normalised(state, batch)
+    if (n_slots := state.sae.n_slots(x)) * x.shape[0] > MOST_SLOTS:
+        return None
+    return _densities(state.sae, x, n_slots=n_slots)
+
+
+@tuning.jit
+def _normalised(state: TrainState, batch: Batch) -> jax.Array:
+    return normalise_pair(batch.x, batch.y, state.sae.config.input_norm, state.constants.scale)[0]
+
+
+@tuning.jit(static_argnames=("n_slots",))
+def _densities(sae: AbstractSae, x_BX: jax.Array, n_slots: int) -> Metrics:
+    code = sae.encode_rows(x_BX, n_slots)
+    active = Code(code.indices, (code.values > 0).astype(jnp.float32))
+    rows_F = sparse.summed(active, sae.config.n_latents)
+    share = jnp.log10(jnp.maximum(rows_F, 1) / x_BX.shape[0]) / lowest_density(x_BX.shape[0])  # 0: in all rows
+    bin_F = jnp.clip(((1 - share) * DENSITY_BINS).astype(jnp.int32), 0, DENSITY_BINS - 1)
+    bin_F = jnp.where(rows_F > 0, bin_F, -1)
+    return {
+        "counts": jnp.stack([(bin_F == i).sum() for i in range(DENSITY_BINS)]),
+        "silent": (bin_F < 0).mean(dtype=jnp.float32),
+    }
+
+
+def lowest_density(batch_size: int) -> float:
+    """The lower end of the histogram of `densities`, in log10."""
+    return math.log10(0.1 / batch_size)

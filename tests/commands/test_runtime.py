@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_jax.commands import gpu, runtime, signals
+from sae_jax.commands import gpu, joining, runtime, signals
 from sae_jax.commands import main as cli
 from sae_jax.types import UsageError
 from tests import runs
@@ -47,11 +47,11 @@ def test_commands_mend_atomic_sums_on_gpus_before_jax_starts(monkeypatch, jaxlib
 
 
 def test_half_told_of_other_processes_is_refused(monkeypatch):
-    for name in runtime._TOLD:
+    for name in joining.TOLD:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(UsageError, match="JAX_COORDINATOR_ADDRESS"):
-        runtime.start_distributed()
+        joining.find_job()
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["nothing"], 2)])
@@ -144,3 +144,28 @@ def test_ctrl_c_is_not_lost_in_a_callback():
     code, said = runs.finish(runs.start([sys.executable, "-c", CTRL_C_IN_A_CALLBACK]))
     assert code == signals.INTERRUPTED, said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_that_was_stopped_leaves_with_the_code_that_a_launcher_asks_for(small_set, tmp_path, monkeypatch, n):
+    monkeypatch.setenv(signals.STOPPED_CODE, "75")
+    run = tmp_path / "run"
+    words = runs.train_command(small_set, run, "--train.steps=1000000")
+    process = runs.start(words if n == 1 else runs.local(n, words))
+    runs.wait_for(lambda: run.exists() and runs.step_of(run) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    code, said = runs.finish(process)
+    assert code == 75, said
+    assert said.count("stopped by SIGTERM at step") == 1
+    assert "Traceback" not in said
+    assert runs.attempts(run)[-1]["outcome"] == "preempted"
+    end = runs.step_of(run)
+    runs.complete(runs.train_command(small_set, run, f"--train.steps={end + 5}"))  # 0 at its end
+
+
+def test_a_code_that_is_none_is_said(monkeypatch, capsys):
+    for text, code in (("75", 75), ("0", 0), ("256", 1), ("-1", 1), ("all", 1)):
+        monkeypatch.setenv(signals.STOPPED_CODE, text)
+        assert signals.stopped_code() == code
+    assert capsys.readouterr().err.count("must be a number from 0 to 255") == 3

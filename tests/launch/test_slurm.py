@@ -28,7 +28,7 @@ def test_training_outlives_its_time_limit_and_a_preemption(
     cluster: slurm.Slurm, small_set: Path, tmp_path: Path
 ) -> None:
     run, recipe, log = tmp_path / "run", tmp_path / "recipe.yaml", tmp_path / "log"
-    settings = {"batch_size": 64, "dead_after_tokens": 1000, "log_every": 1, "checkpoint_every": 1000}
+    settings = {"batch_size": 64, "dead_after_tokens": 1000, "log_every": 1, "checkpoint_every": 1000, "decay": 0}
 
     def write_recipe(steps: int) -> None:
         sae = {"variant": "topk", "n_latents": 64, "k": 4, "dtype": "float32"}

@@ -16,7 +16,7 @@ def test_a_bad_line_of_the_log_is_said_and_what_follows_it_is_kept(
 ) -> None:
     lines = ['{"step": 1, "loss": 4.0}', "\x00", '{"loss": 3.0}', "[2]", '{"step": true}', '{"step": 3, "loss": 2.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    with logs.Metrics(tmp_path, Lease(None, ""), 3, lambda step: True, tensorboard=False) as metrics:
+    with logs.Metrics(tmp_path, Lease(None, ""), 3, lambda step: True) as metrics:
         said = capsys.readouterr().err
         metrics.write({"step": 4, "loss": 1.0})
     for what in ("line 2: not a JSON object", "line 4: not a JSON object", "2 lines have no step"):

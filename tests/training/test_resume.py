@@ -486,7 +486,7 @@ def test_log_reads_as_if_the_run_had_never_stopped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4']))
 
     def steps_from(start: int) -> list[int]:
-        with logs.Metrics(tmp_path, Lease(None, ""), start, lambda step: step == 1 or step % 10 == 0, False):
+        with logs.Metrics(tmp_path, Lease(None, ""), start, lambda step: step == 1 or step % 10 == 0):
             return [row["step"] for row in logs.read_metrics(tmp_path)]
 
     assert steps_from(30) == [1, 10, 20, 25, 30]

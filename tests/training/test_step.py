@@ -1,5 +1,6 @@
 """One optimiser step against numpy: objective, clip, Adam, unit rows, running average."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as meshes
-from sae_jax.saes import base, init, topk
+from sae_jax.saes import base, init, relu, topk
+from sae_jax.training import step as step_module
 from sae_jax.training.settings import TrainConfig, hyperparameters, learning_rate
 from sae_jax.training.state import initial
-from sae_jax.training.step import Step
+from sae_jax.training.step import Step, densities, lowest_density
 from sae_jax.types import UsageError
 from tests.oracles import topk as oracle
 from tests.oracles.adam import adam
@@ -131,3 +133,31 @@ def test_learning_rate_rule():
 def test_bad_settings_are_refused(setting):
     with pytest.raises(UsageError, match=f"train.{next(iter(setting))}"):
         TrainConfig(**setting)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("config", [topk.Config(n_latents=64, k=K), relu.Config(n_latents=64)], ids=["topk", "relu"])
+def test_densities_are_those_of_the_code(config, shape, monkeypatch):
+    config = dataclasses.replace(config, dtype="float32")
+    x = np.random.default_rng(0).standard_normal((64, D)).astype(np.float32) + 1
+    sample = init.sample_statistics(x, "none")
+    mesh = meshes.make_mesh(meshes.MeshConfig(*shape), jax.devices()[: shape[0] * shape[1]])
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        state = jax.jit(lambda s: initial(config, TrainConfig(batch_size=64), s))(sample)
+        # Some never fire, one always does.
+        bias = np.float32([-100] * 8 + [100] + [-0.5] * 55)
+        state = state.replace(sae=state.sae.replace(b_enc=jax.device_put(bias, state.sae.b_enc.sharding)))
+        rows = jax.device_put(x, meshes.sharding(mesh, meshes.ROWS))
+        found = jax.device_get(densities(state, base.Batch(rows, rows)))
+        monkeypatch.setattr(step_module, "MOST_SLOTS", 64)
+        assert densities(state, base.Batch(rows, rows)) is None, "its code would be too large"
+    w_enc, b_enc, b_dec = (np.asarray(getattr(state.sae, name)) for name in ("w_enc", "b_enc", "b_dec"))
+    z = np.maximum((x * float(state.constants.scale.x[0]) - b_dec) @ w_enc.T + b_enc, 0)
+    if isinstance(config, topk.Config):
+        z = np.where(z >= np.sort(z, axis=1)[:, -K][:, None], z, 0)
+    counts = (z > 0).sum(0)
+    assert 0 < (counts == 0).sum() < 63
+    assert counts[8] == 64
+    expected, _ = np.histogram(np.log10(counts[counts > 0] / 64), bins=40, range=(lowest_density(64), 0.0))
+    assert found["counts"].tolist() == expected.tolist()
+    assert found["silent"] == pytest.approx((counts == 0).mean())
