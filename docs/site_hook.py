@@ -58,7 +58,7 @@ def _source(uri: str) -> str:
 
 def _uri(target: str) -> str:
     """The path in the site of a path in the repository."""
-    if target.startswith("docs/") and target.endswith(".md"):
+    if target.startswith("docs/"):
         return target.removeprefix("docs/")
     return f"{ABOVE}/{target}" + ("/index.md" if (ROOT / target).is_dir() else "")
 

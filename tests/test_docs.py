@@ -235,7 +235,7 @@ def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch) -> None:
 
     def small_sweep(data: object, *, out: str, **_: object) -> list[Any]:
         sizes = {"compute": (1e8, 2e8), "tokens": (1280,), "held_out": 512, "batch_size": 64}
-        sweep(data, out=out, grid={"n_latents": 128, "k": [4, 8]}, **sizes)
+        sweep(data, out=out, grid={"n_latents": [128], "k": [4, 8]}, **sizes)
         table.write(out, planted())
         return table.read(Path(out))
 
@@ -244,7 +244,7 @@ def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit, "N_DRAWS", 40)
     small = re.sub(r"\bsteps=[\d_]+", "steps=8", path.read_text())
-    small = re.sub(r"\btokens=\d\d+_\d+", "tokens=8192", small)
+    small = re.sub(r"\btokens=\d[\d_]{5,}", "tokens=8192", small)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(small, str(path), "exec"), {"__name__": "__main__"})
 

@@ -37,7 +37,7 @@ else:
 # it.
 
 # %%
-settings = {"precision": "bfloat16", "batch_tokens": 8192} if ONLINE else {}
+settings = {"precision": "bfloat16", "batch_tokens": 8192} if ONLINE else {"heldout": "heldout"}
 rows = sae_jax.harvest("scope/set", model=MODEL, text=TEXT, hooks=HOOK, tokens=100_000, **settings)
 
 # %% [markdown]
@@ -62,17 +62,17 @@ print(d)
 # %% [markdown]
 # ## How good is it here?
 #
-# On the rows of before, in the model.
+# On held-out text, in the model; where none is named, on the rows of before.
 
 # %%
 measured = sae_jax.evaluate("scope/dictionary", data="scope/set", tokens=10_000)["scope/dictionary"]
-print({name: round(measured[name], 3) for name in ("fvu", "l0", "loss_recovered")})
+print({name: round(measured[name], 3) for name in ("fvu", "l0", "loss_recovered") if name in measured})
 
 # %% [markdown]
 # ## Its latents in a text
 
 # %%
-tokens, latents, values = sae_jax.active(d, PROMPT, n=3, data="scope/set")
+tokens, latents, values = sae_jax.active(d, PROMPT, n=3, data="scope/set", model=MODEL)
 for token, which, how_much in zip(tokens, latents, values, strict=True):
     print(f"{token!r:16}", "  ".join(f"{i} ({value:.1f})" for i, value in zip(which, how_much, strict=True) if value))
 
@@ -84,7 +84,7 @@ for token, which, how_much in zip(tokens, latents, values, strict=True):
 
 # %%
 latent = int(latents[-1, 0])
-largest, written = sae_jax.steer(d, PROMPT, [latent], [0, 1, 2], tokens=20, data="scope/set")
+largest, written = sae_jax.steer(d, PROMPT, [latent], [0, 1, 2], tokens=20, data="scope/set", model=MODEL)
 print(f"latent {latent}, largest value {largest[0]:.1f}")
 for text in written:
     print("as it is" if text.scale is None else f"{text.scale} times", repr(text.text))
@@ -93,5 +93,5 @@ for text in written:
 # Which latents made the model say what it says next, by how many nats:
 
 # %%
-for attribution in sae_jax.attribute(d, PROMPT, n=5, data="scope/set"):
+for attribution in sae_jax.attribute(d, PROMPT, n=5, data="scope/set", model=MODEL):
     print(attribution)
