@@ -93,5 +93,8 @@ for text in written:
 # Which latents made the model say what it says next, by how many nats:
 
 # %%
-for attribution in sae_jax.attribute(d, PROMPT, n=5, data="scope/set", model=MODEL):
-    print(attribution)
+(said,) = sae_jax.attribute(d, PROMPT, n=5, data="scope/set", model=MODEL)
+print(f"{said.text!r}, log-probability {said.log_prob:.2f}")
+for share in said.latents:
+    print(f"latent {share.latent:5} {share.attribution:+.3f}, lost without it {share.ablated:+.3f}")
+print(f"others {said.others:+.3f}, what the dictionary leaves out {said.error:+.3f}")
