@@ -26,7 +26,7 @@ from sae_jax.commands.usage import COMMANDS
 from sae_jax.saes import base
 
 HERE = Path(__file__).parent
-HEADER = "<!-- Written by docs/reference.py from the code: `make reference`. -->\n\n"
+FOOTER = "\n<!-- Written by docs/reference.py from the code: `make reference`. -->\n"
 
 
 CLI = """\
@@ -286,4 +286,4 @@ PAGES = {"cli.md": cli, "api.md": api, "formulas.md": formulas}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
-        (HERE / name).write_text(HEADER + page())
+        (HERE / name).write_text(page() + FOOTER)
