@@ -4,6 +4,9 @@
 # What is in a sparse autoencoder: which latents are active in a text, what tells two kinds of text apart, what a latent
 # does to what the model writes, and pages of all of them. Needs no GPU and no network; two minutes on two cores.
 
+# %% [markdown]
+# Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
+
 # %%
 # %pip install -q sae_jax
 

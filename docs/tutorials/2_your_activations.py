@@ -3,6 +3,9 @@
 #
 # For rows that you have already, from any framework. Needs no GPU and no network; a minute on two cores.
 
+# %% [markdown]
+# Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
+
 # %%
 # %pip install -q sae_jax
 

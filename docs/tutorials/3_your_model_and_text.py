@@ -4,6 +4,9 @@
 # From a language model and a text to a dictionary that is measured inside the model. Needs no GPU, and no network as it
 # stands, since the model comes with the package; two minutes on two cores.
 
+# %% [markdown]
+# Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
+
 # %%
 # %pip install -q sae_jax
 

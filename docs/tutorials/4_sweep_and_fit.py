@@ -4,6 +4,9 @@
 # How does the error fall with width, active latents and compute? A sweep makes the points, `fit` the laws, `advise` the
 # next run. Needs no GPU and no network; some five minutes on two cores, two of which compile.
 
+# %% [markdown]
+# Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
+
 # %%
 # %pip install -q sae_jax
 

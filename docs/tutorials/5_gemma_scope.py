@@ -7,6 +7,9 @@
 # With `False`, as it stands, nothing is downloaded: a small dictionary of the model that comes with the package is
 # written in the same format, and all cells after that are the same.
 
+# %% [markdown]
+# Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
+
 # %%
 # %pip install -q sae_jax
 

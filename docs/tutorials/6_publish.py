@@ -4,6 +4,9 @@
 # Export for other libraries, write a card, push to the Hugging Face hub. Nothing is sent anywhere unless you set a
 # token and a repository below. Needs no GPU; two minutes on two cores.
 
+# %% [markdown]
+# Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
+
 # %%
 # %pip install -q sae_jax
 
