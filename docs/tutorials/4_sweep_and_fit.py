@@ -13,12 +13,14 @@
 # %% [markdown]
 # ## Rows
 #
-# Of the language model that comes with the package.
+# Of the language model that comes with the package; and held-out text, on which members are measured.
 
 # %%
 import sae_jax
 
-activations = sae_jax.harvest("laws/set", model="bundled", text="stdlib", hooks="resid_post.2", tokens=1_000_000)
+activations = sae_jax.harvest(
+    "laws/set", model="bundled", text="stdlib", heldout="heldout", hooks="resid_post.2", tokens=1_000_000
+)
 
 # %% [markdown]
 # ## Sweep
