@@ -2,7 +2,7 @@
 # # 4 · Sweep and fit
 #
 # How does the error fall with width, active latents and compute? A sweep makes the points, `fit` the laws, `advise` the
-# next run. Needs no GPU and no network; some five minutes on two cores, two of which compile.
+# next run. Needs no GPU and no network; some minutes on two cores that have nothing else to do.
 
 # %% [markdown]
 # Install it, once. Until sae_jax is on the package index, give the path of a clone in the place of its name.
