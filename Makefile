@@ -38,7 +38,7 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz bench-env clean
+  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz bench-env docs reference notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -69,6 +69,20 @@ fuzz: $(VENV)/.installed-dev
 # Whether every experiment and benchmark runs, at toy sizes.
 test-experiments: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 -m experiment
+
+# The documentation as a site, in site/: open site/index.html.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The pages that are written from the code: docs/cli.md, docs/api.md, docs/formulas.md.
+reference: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu $(BIN)/python docs/reference.py
+
+# The tutorials as notebooks, in notebooks/, for Colab or Jupyter.
+notebooks: $(VENV)/.installed-dev
+	mkdir -p notebooks
+	for script in docs/tutorials/*.py; do \
+	  $(BIN)/jupytext --quiet --to ipynb --output notebooks/$$(basename $$script .py).ipynb $$script; done
 
 check: format lint types fast
 
@@ -160,4 +174,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) $(PAGES) $(LAUNCH) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(INTERCHANGE) $(PLAN) $(BENCH) $(OLDEST) $(SAEBENCH) $(PAGES) $(LAUNCH) demo build site \
+	  notebooks *.egg-info
