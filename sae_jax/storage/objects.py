@@ -80,7 +80,13 @@ def create_object(path: StrPath, data: bytes) -> bool:
 def reason(error: BaseException) -> str:
     """The first sentence of a tensorstore message, without its source locations and spec dumps."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
+    text = re.split(r" \[(?:source locations|tensorstore_spec)=", text)[0]
+    if found := re.search(r"All (\d+) retry attempts failed: (.*)", text):
+        text = (
+            f"no answer in {found[1]} tries ({found[2]}); see to the network and the address, and run the same command "
+            f"again"
+        )
+    return text
 
 
 def write_error(name: str, error: BaseException) -> UserError:
