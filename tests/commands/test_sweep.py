@@ -206,7 +206,6 @@ def test_a_member_that_diverges_is_named_and_the_rest_goes_on(work: Path, capsys
         (["--train.decay=0.1"], "train.decay=0.1: what is measured on the way"),
         (["--sweep.lr-from=none.json"], "no learning-rate rule in it"),
         (["--shard=4/4"], "--shard='4/4' must be i/n"),
-        (["--out=s3://there"], "a sweep needs a directory"),
         (["--sweep.tokens", "1280"], "was started with members.n32-k4.marks="),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_step_that_a_restore_loses_is_named(attempt, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "cure"),
-    [(["--mesh.member=2"], "leave it out"), (["--mesh.data=3"], "is 8"), (["--out=gs://b/x"], "URLs")],
+    [(["--mesh.member=2"], "leave it out"), (["--mesh.data=3"], "is 8"), (["--out=gs://b/x"], "tries a disk")],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, cure):
     monkeypatch.setattr("sae_jax.commands.runtime.start_distributed", lambda: None)
