@@ -196,7 +196,8 @@ class AtUrl:
         self._lease.check()
         key = f"{LISTS}/{step}/{list_name(jax.process_index(), jax.process_count())}"
         text = storage.json_text(storage.sealed(msgspec.to_builtins(listed)), self._files.name(key), indent=None)
-        if not self._files.create(key, text.encode()):
+        # The same list may be there, of a removal that was cut off before it.
+        if not self._files.create(key, text.encode()) and self._files.read(key) != text.encode():
             raise UserError(f"{self._files.name(key)} is there already: another job writes this run")
         if jax.process_index() == 0:
             self._remove_old()
