@@ -20,7 +20,7 @@ class Url:
     """The path of an object, or of all objects below it. A folder is there when something is in it."""
 
     def __init__(self, url: StrPath) -> None:
-        """`url`: with its scheme; ends that are / do not count."""
+        """`url`: with its scheme; a / at its end does not count."""
         self._root, separator, rest = os.fspath(url).partition("://")
         self._root += separator
         self._parts = tuple(part for part in rest.split("/") if part)
@@ -90,7 +90,7 @@ class Url:
     def glob(self, pattern: str) -> Iterator[Url]:
         """Objects and folders below it that match, as of `Path.glob`; `**` is not known."""
         wanted = [part for part in pattern.split("/") if part]
-        plain = pattern.partition("*")[0].rpartition("/")[0]  # what need not be listed does not match it
+        plain = pattern.partition("*")[0].rpartition("/")[0]  # only what is below it can match
         found = {}
         for key in Files(self).keys(f"{plain}/" if plain else ""):
             parts = key.split("/")[: len(wanted)]

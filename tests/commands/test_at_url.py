@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -121,15 +120,10 @@ def test_sweep_with_two_workers_killed_and_failing(bucket: str, door, tmp_path: 
 
     assert runs.finish(start(str(tmp_path / "whole")))[0] == 3  # of the first budget, which buys nothing
     door.fails = 0.05
-    workers = [start(f"{bucket}/sweep", "--claim", "--sweep.per-pass=1") for _ in range(2)]
-    first = len(door.requests)
-
-    def kill(number: int) -> None:
-        if number == first + 60:
-            os.kill(workers[0].pid, signal.SIGKILL)
-
-    door.before = kill
-    codes = [runs.finish(worker)[0] for worker in workers]
+    workers: list[subprocess.Popen[str]] = []
+    with door.kills(60, lambda: workers[0]):
+        workers += [start(f"{bucket}/sweep", "--claim", "--sweep.per-pass=1") for _ in range(2)]
+        codes = [runs.finish(worker)[0] for worker in workers]
     assert codes[0] == -signal.SIGKILL
     code, said = runs.finish(start(f"{bucket}/sweep", "--claim", "--sweep.per-pass=1"))
     assert code == 3, said
