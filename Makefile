@@ -38,7 +38,7 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz bench-env docs reference notebooks clean
+  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz kills bench-env docs reference notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo
@@ -65,6 +65,11 @@ test-long: $(VENV)/.installed-dev
 # Ten thousand broken files of other programs' dictionaries, a quarter of an hour.
 fuzz: $(VENV)/.installed-dev
 	BROKEN_FILES=10000 $(BIN)/python -m pytest -m long tests/interchange/test_hostile.py
+
+# Commands at s3:// killed before each KILL_STRIDE-th of their requests and run again; before every one it takes hours.
+KILL_STRIDE := 23
+kills: $(VENV)/.installed-dev
+	KILL_STRIDE=$(KILL_STRIDE) $(BIN)/python -m pytest -m long tests/commands/test_killed_at_url.py
 
 # Whether every experiment and benchmark runs, at toy sizes.
 test-experiments: $(VENV)/.installed-dev
