@@ -34,6 +34,7 @@ import hypothesis
 import jax
 import pytest
 
+from sae_jax import progress
 from tests import runs, s3
 
 # What a shell starts in the background has Ctrl-C ignored, and so would the commands that tests interrupt.
@@ -45,6 +46,12 @@ hypothesis.settings.load_profile("unhurried")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    """What a process says once is said in every test."""
+    progress.say_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,6 @@ def test_tasks_of_held_out_text_are_balanced_and_tested_on_other_sequences(case)
 
 
 def test_tasks_with_too_few_of_a_class_are_left_out_and_named(case, capsys):
-    tasks.say_once.cache_clear()
     ids = case.text.sequences.copy()
     question = [i for i, s in enumerate(case.subject.tokenizer.tokens(range(2048))) if "?" in s]
     ids[np.isin(ids, question)] = ids[0, 1]
@@ -167,7 +166,6 @@ def test_the_sets_of_sae_probes_where_they_are_installed(case, tmp_path, monkeyp
             stream.write(path.read_bytes())
         path.unlink()
     monkeypatch.syspath_prepend(tmp_path)
-    tasks.say_once.cache_clear()
     n, made = tasks.tasks(case, "sae-probes", ("binary",), **SIZES)
     assert [task.name for task in made] == ["10_sky"]
     assert n == 1
