@@ -157,9 +157,11 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
         record: where it comes from; by default what the arrays and the config say.
 
     Raises:
-        UsageError: something is at `path`, the record is of another dictionary, or decoder rows do not have norm 1
-            though the variant says so.
+        UsageError: something is at `path`, or it is at S3 and the arrays are more than 5 GiB; the record is of another
+            dictionary, or decoder rows do not have norm 1 though the variant says so.
     """
+    arrays = arrays_of(sae)
+    storage.refuse_large(path, 4 * sum(array.size for array in arrays.values()))
     record = record_of(sae) if record is None else record
     if record.variant != sae.config.variant or config_of(record, storage.path(path) / RECORD) != sae.config:
         raise UsageError(f"the record is of a {record.variant} with other settings than this dictionary; leave it out")
@@ -171,9 +173,9 @@ def save(sae: AbstractSae, path: str | os.PathLike[str], record: Record | None =
                 f"decoder rows have norms up to {off:.2g} away from 1, which those of a {record.variant} have; divide "
                 f"w_dec by them and multiply w_enc and b_enc"
             )
-    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in arrays_of(sae).items()}
+    floats = {name: np.asarray(array, np.float32, order="C") for name, array in arrays.items()}
     with storage.new_folder(path) as folder:
-        storage.write_safetensors(folder / ARRAYS, arrays)
+        storage.write_safetensors(folder / ARRAYS, floats)
         write_record(folder, record)
 
 

@@ -9,7 +9,7 @@ On a disk, errors are OSErrors that name the file. At a URL they are UserErrors.
 
 from sae_jax.storage.digests import sealed, unsealed
 from sae_jax.storage.disk import StrPath, absolute, is_url, make_folder
-from sae_jax.storage.folder import is_whole, lease_of_folder, new_folder, on_disk, remove_folder
+from sae_jax.storage.folder import is_whole, lease_of_folder, new_folder, on_disk, refuse_large, remove_folder
 from sae_jax.storage.guarded import (
     DAMAGED,
     as_type,
@@ -72,6 +72,7 @@ __all__ = [
     "read_limited",
     "read_lines",
     "reason",
+    "refuse_large",
     "remove_folder",
     "sealed",
     "unsealed",

@@ -23,10 +23,12 @@ from sae_jax.storage.many import Files
 from sae_jax.storage.url import Url
 from sae_jax.storage.url import path as as_path
 from sae_jax.storage.whole import delete, write_bytes
+from sae_jax.units import size
 
 UNFINISHED = ".unfinished"
 AT_ONCE = 8  # files of a folder that are in memory on their way to a URL
 COPIED_AT_ONCE = 64 << 20  # bytes of a file on their way from one
+S3_BYTES = 5 << 30  # that S3 takes in one request
 
 
 def is_whole(path: StrPath) -> bool:
@@ -56,6 +58,15 @@ def remove_folder(path: StrPath) -> None:
         files = Files(folder)
         files.delete_many(key for key in files.keys("") if key != UNFINISHED)
         delete(folder / UNFINISHED)
+
+
+def refuse_large(path: StrPath, n_bytes: int) -> None:
+    """Raise UsageError if a file of so many bytes cannot be put where `path` is."""
+    if os.fspath(path).startswith("s3://") and n_bytes > S3_BYTES:
+        raise UsageError(
+            f"{path}: {size(n_bytes)} are more than the {size(S3_BYTES)} that S3 takes as one object; write to a disk, "
+            f"and copy with `aws s3 cp`, which sends parts"
+        )
 
 
 @contextlib.contextmanager
@@ -133,6 +144,8 @@ def _new_at_url(final: Url, replace: bool, lease: contextlib.AbstractContextMana
         building = Path(folder)
         yield building
         names = [str(file.relative_to(building)) for file in building.rglob("*") if file.is_file()]
+        for name in names:
+            refuse_large(final / name, (building / name).stat().st_size)
         refuse_occupied()
         held.check()
         write_bytes(final / UNFINISHED, b"")

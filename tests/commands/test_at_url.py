@@ -16,6 +16,7 @@ from sae_jax import storage
 from sae_jax.activations.store import open_activations
 from sae_jax.commands import main as cli
 from sae_jax.scaling import table
+from sae_jax.storage import folder
 from tests import runs
 from tests.commands.test_sweep import RECIPE, found, write
 
@@ -97,13 +98,26 @@ def test_a_dictionary_is_saved_and_loaded_and_nothing_else_is_overwritten(bucket
         sae_jax.load(f"{bucket}/d")
 
 
+def test_what_s3_does_not_take_as_one_object_is_refused_before_it_is_sent(bucket: str, door, monkeypatch) -> None:
+    monkeypatch.setattr(folder, "S3_BYTES", 1000)
+    rows = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    d = sae_jax.train(rows, n_latents=16, k=2, steps=2, batch_size=64)  # 1.1 kB of arrays
+    with pytest.raises(sae_jax.UsageError, match=r"1.12 kB are more than the 1 kB that S3 takes .*aws s3 cp"):
+        d.save(f"{bucket}/d")
+    with pytest.raises(sae_jax.UsageError, match="f/large: "), storage.new_folder(f"{bucket}/f") as building:
+        (building / "large").write_bytes(b"x" * 1001)
+    assert not [path for method, path in door.requests if method == "PUT" and "owner" not in path]
+    with storage.new_folder(f"{bucket}/f") as building:
+        (building / "small").write_bytes(b"x" * 1000)
+
+
 def test_a_folder_on_its_way_to_a_url_is_not_there_and_is_made_again(bucket: str) -> None:
     """As a process leaves it that is killed before the last request."""
     for name in (".unfinished", "0", "other"):
         storage.write_bytes(f"{bucket}/f/{name}", b"old")
     assert not storage.is_whole(f"{bucket}/f")
-    with storage.new_folder(f"{bucket}/f") as folder:
-        (folder / "0").write_bytes(b"new")
+    with storage.new_folder(f"{bucket}/f") as building:
+        (building / "0").write_bytes(b"new")
     assert storage.is_whole(f"{bucket}/f")
     assert files(f"{bucket}/f") == {"0": b"new"}
     storage.remove_folder(f"{bucket}/f")
