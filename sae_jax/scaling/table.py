@@ -7,9 +7,7 @@ it replaces the one before at once. Each line holds the digest of all else in it
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +16,7 @@ import msgspec
 
 from sae_jax import storage
 from sae_jax.errors import UsageError, UserError
-from sae_jax.storage import AnyPath, StrPath, Url
+from sae_jax.storage import StrPath
 from sae_jax.storage.digests import SEAL
 
 FILE = "results.jsonl"
@@ -127,7 +125,7 @@ def read(folder: StrPath) -> list[Point]:
     """
     path = storage.path(folder) / FILE
     try:
-        lines = _text(path).decode("utf-8").splitlines()
+        lines = storage.read_limited(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}), so it is damaged; repeat the sweep") from None
     except OSError as error:
@@ -150,15 +148,6 @@ def read(folder: StrPath) -> list[Point]:
     if not points:
         raise UserError(f"{path}: holds no points; repeat the sweep")
     return sorted(points, key=lambda point: point.key)
-
-
-def _text(path: AnyPath) -> bytes:
-    if not isinstance(path, Url):
-        return storage.read_limited(path)
-    data = storage.read_bytes(path)
-    if data is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    return data
 
 
 def write(folder: StrPath, points: Iterable[Point]) -> None:

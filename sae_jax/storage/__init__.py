@@ -18,7 +18,6 @@ from sae_jax.storage.guarded import (
     parse_json,
     parse_npz,
     parse_yaml,
-    read_limited,
 )
 from sae_jax.storage.lease import HeldError, Lease, LostError
 from sae_jax.storage.lines import Lines, read_lines, write_lines
@@ -31,6 +30,7 @@ from sae_jax.storage.whole import (
     json_text,
     read_bytes,
     read_json,
+    read_limited,
     write_bytes,
     write_json,
     write_safetensors,

@@ -56,12 +56,17 @@ def read_limited(path: StrPath, limit: int = MAX_BYTES) -> bytes:
     """The content of a regular file on a disk. Raises UserError if it is longer than `limit` bytes."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise UserError(f"{path}: {size:,} bytes, more than the {limit:,} that such a file can have; restore it")
+        refuse_long(path, size, limit)
         data = file.read(size) or b""  # for so many bytes memory is taken, however few come
         while len(data) < size and (more := file.read(size - len(data))):
             data += more
     return data
+
+
+def refuse_long(path: StrPath, size: int, limit: int) -> None:
+    """Raise UserError if so many bytes are more than such a file can have."""
+    if size > limit:
+        raise UserError(f"{path}: {size:,} bytes, more than the {limit:,} that such a file can have; restore it")
 
 
 def parse_json(data: bytes, where: object, kind: Any = Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from sae_jax.errors import UserError
 from sae_jax.storage import disk, guarded
 from sae_jax.storage.disk import StrPath, is_url
+from sae_jax.storage.guarded import MAX_BYTES
 from sae_jax.storage.objects import STORAGE_ERRORS, create_object, open_store, reason, write_error
 
 
@@ -32,15 +34,22 @@ def read_bytes(path: StrPath) -> bytes | None:
     return found.value if found.state == "value" else None
 
 
+def read_limited(path: StrPath, limit: int = MAX_BYTES) -> bytes:
+    """The content of a file that must be there. Raises OSError if it is not, UserError if it is over `limit` bytes."""
+    if not is_url(path):
+        return guarded.read_limited(path, limit)
+    if (data := read_bytes(path)) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    guarded.refuse_long(path, len(data), limit)
+    return data
+
+
 def read_json(path: StrPath) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no file. Raises UserError if it holds something else."""
-    if is_url(path):
-        data = read_bytes(path)
-    else:
-        data = None
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            data = guarded.read_limited(path)
-    return None if data is None else guarded.parse_json(data, path, dict[str, Any])
+    try:
+        return guarded.parse_json(read_limited(path), path, dict[str, Any])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def write_bytes(path: StrPath, data: bytes) -> None:

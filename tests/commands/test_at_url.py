@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import storage
+from sae_jax import config, storage
 from sae_jax.activations.store import open_activations
 from sae_jax.commands import main as cli
 from sae_jax.scaling import table
@@ -96,6 +96,15 @@ def test_a_dictionary_is_saved_and_loaded_and_nothing_else_is_overwritten(bucket
     storage.write_bytes(f"{bucket}/d/dictionary.safetensors", before["d/dictionary.safetensors"][:-5])
     with pytest.raises(sae_jax.UserError, match=f"{bucket}/d/"):
         sae_jax.load(f"{bucket}/d")
+
+
+def test_a_recipe_may_lie_there(bucket: str) -> None:
+    storage.write_text(f"{bucket}/recipe.yaml", "sae: {k: 4}")
+    assert config.read_yaml(f"{bucket}/recipe.yaml") == {"sae": {"k": 4}}
+    with pytest.raises(sae_jax.UsageError, match=f"^{bucket}/other.yaml: No such file .*; give the path of a recipe"):
+        config.read_yaml(f"{bucket}/other.yaml")
+    with pytest.raises(sae_jax.UserError, match=r"recipe.yaml: 11 bytes, more than the 10 "):
+        storage.read_limited(f"{bucket}/recipe.yaml", 10)
 
 
 def test_what_s3_does_not_take_as_one_object_is_refused_before_it_is_sent(bucket: str, door, monkeypatch) -> None:
