@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -148,13 +149,26 @@ def parse_npz(data: bytes, where: object) -> dict[str, np.ndarray]:
 def _array(data: bytes) -> np.ndarray:
     """The array in the bytes of a .npy file."""
     file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("of another version")
-    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.kind not in "biufU" or min(shape, default=0) < 0:
+    shape, in_columns, dtype = npy_header(file)
+    if dtype.kind not in "biufU":
         raise ValueError(f"{dtype}{list(shape)}")
     array = np.frombuffer(data, dtype, offset=file.tell())
     return array.reshape(shape, order="F" if in_columns else "C")
+
+
+def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether columns follow each other, dtype) of the array whose .npy file begins here; reads to its bytes.
+
+    Raises ValueError, or whatever numpy does, for another version or a negative size.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("of another version")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # numpy reads the header as Python
+        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{dtype}{list(shape)}")
+    return shape, in_columns, dtype
 
 
 def one_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from sae_jax.errors import UserError
-from sae_jax.storage.guarded import one_line, open_file, open_safetensors, parse_json
+from sae_jax.storage.guarded import npy_header, one_line, open_file, open_safetensors, parse_json
 
 FLOATS = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64}  # as safetensors says
 _STORAGES = {
@@ -241,10 +241,8 @@ def _npy(raw: Any, entry: zipfile.ZipInfo) -> Place:
     start = _start(raw, entry)
     raw.seek(start)
     header = io.BytesIO(raw.read(min(entry.file_size, _MAX_HEADER)))
-    if np.lib.format.read_magic(header) != (1, 0):
-        raise ValueError("of another version")
-    shape, in_columns, dtype = np.lib.format.read_array_header_1_0(header)
-    if dtype not in _NUMPY or min(shape, default=0) < 0:
+    shape, in_columns, dtype = npy_header(header)
+    if dtype not in _NUMPY:
         raise ValueError(f"{dtype}{list(shape)}")
     if math.prod(shape) * dtype.itemsize > entry.file_size - header.tell():
         raise ValueError(f"{entry.filename} is cut short")
