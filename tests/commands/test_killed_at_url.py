@@ -115,6 +115,12 @@ def readable(left: dict[str, bytes]) -> dict[str, Any]:
     return found
 
 
+def differing(place: Place, name: str) -> list[str]:
+    """The files that are not those of a command that nobody disturbed."""
+    found, expected = readable(files(place.root)), readable(place.left[name])
+    return [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+
+
 @pytest.fixture(scope="module")
 def place(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     door = s3.Door(s3_port)
@@ -128,8 +134,7 @@ def place(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pl
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("name", ["harvest", "evaluate", "collect", "dashboard", "report", "sweep", "train"])
 def test_killed_before_any_request(place: Place, name: str) -> None:
-    n = place.n_requests[name]
-    expected, failed = readable(place.left[name]), []
+    n, failed = place.n_requests[name], []
     for at in range(1, n + 1, STRIDE) if STRIDE else (n // 2,):
         place.put_back(name)
         killed: list[BaseProcess] = []
@@ -144,7 +149,18 @@ def test_killed_before_any_request(place: Place, name: str) -> None:
         if code != place.code(name) and "exists and is not empty" not in said:  # it had come to its end
             failed.append(f"{at}: then ends with {code}: {said[-500:]}")
             continue
-        found = readable(files(place.root))
-        if wrong := [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]:
+        if wrong := differing(place, name):
             failed.append(f"{at}: {wrong[:5]} differ")
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("name", ["harvest", "evaluate", "dashboard"])
+def test_answers_that_are_slow_or_fail(place: Place, name: str) -> None:
+    place.put_back(name)
+    place.door.fails, place.door.slow = 0.05, 0.1
+    try:
+        code = place.finish(place.start(name))
+    finally:
+        place.door.fails, place.door.slow = 0.0, 0.0
+    assert code == 0, place.said.read_text()
+    assert differing(place, name) == []
