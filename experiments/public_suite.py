@@ -61,8 +61,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Harvest, train, measure; OUT/results.json."""
-    if config.smoke:
-        config = dataclasses.replace(config, tokens=20_480, n_latents=64, k=4, steps=20, measured=1024)
+    config = settings(config)
     saes = dictionaries(config)
     documents = sae_jax.evaluate(
         *saes.values(),
@@ -74,6 +73,12 @@ def main(config: Config) -> None:
     documents = {next((name for name, path in saes.items() if str(path) == at), at): d for at, d in documents.items()}
     (config.out / "results.json").write_text(json.dumps(documents, indent=2) + "\n")
     print_table(("", *documents), [(name, *(cell(each, name) for each in documents.values())) for name in SHOWN])
+
+
+def settings(config: Config) -> Config:
+    """The same at toy sizes, if asked."""
+    small = {"tokens": 20_480, "n_latents": 64, "k": 4, "steps": 20, "measured": 1024}
+    return dataclasses.replace(config, **small) if config.smoke else config
 
 
 def dictionaries(config: Config) -> dict[str, Path]:

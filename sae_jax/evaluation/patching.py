@@ -34,6 +34,7 @@ from sae_jax.types import UsageError
 
 # Of what a patch may be worth in the rounds of pruning, as shares of the KL without patches.
 THRESHOLDS = tuple(2.0**-i for i in range(14, -1, -1))
+AT_ONCE = 16  # points of a curve, which share the reading of the model's weights
 
 
 @struct.dataclass
@@ -121,26 +122,37 @@ def by_attribution(pair: Pair, features: Features) -> np.ndarray:
     return np.argsort(np.asarray(_slopes(pair, features)), kind="stable")
 
 
-def pruned(pair: Pair, features: Features) -> np.ndarray:
-    """Places of features i64[J], those first that pruning gives up last."""
-    n, order_J = len(features.ids), by_attribution(pair, features)
-    padded, n_slots = _padded(features)
+def pruned(pair: Pair, features: Features, most: int | None = None) -> np.ndarray:
+    """Places of features i64[J], those first that pruning gives up last.
+
+    Each trial is a run of the model. With `most` so many features, the first by attribution, are pruned among
+    themselves, and the others follow by attribution.
+    """
+    order_J = by_attribution(pair, features)
+    n = len(order_J) if most is None else min(most, len(order_J))
+    first_P = order_J[:n]
+    padded, n_slots = _padded(
+        Features(features.ids[first_P], features.change[:, first_P], features.directions[first_P])
+    )
     # What fills up changes nothing: it goes at once, and then the others from the least by attribution.
-    worst_first = np.concatenate([np.arange(n, n_slots), order_J[::-1]])
-    given_up = np.asarray(_prune(pair, padded, jnp.asarray(worst_first)))[:n]
-    rank_J = np.empty(n, int)
-    rank_J[order_J] = np.arange(n)
-    return np.lexsort((rank_J, -given_up))
+    worst_first = np.concatenate([np.arange(n, n_slots), np.arange(n)[::-1]])
+    given_up_P = np.asarray(_prune(pair, padded, jnp.asarray(worst_first)))[:n]
+    return np.concatenate([first_P[np.argsort(-given_up_P, kind="stable")], order_J[n:]])
 
 
-def curve(pair: Pair, features: Features, order_J: np.ndarray) -> Curve:
-    """What patching features does, one after the other in this order."""
-    n = len(features.ids)
-    padded, n_slots = _padded(features)
+def curve(pair: Pair, features: Features, order_J: np.ndarray, longest: int | None = None) -> Curve:
+    """What patching features does, one after the other in this order; with `longest` so many at most."""
+    n, (padded, n_slots) = len(features.ids), _padded(features)
     rank_J = np.full(n_slots, n_slots)
     rank_J[order_J] = np.arange(n)
-    kl_N, norm_N = _curve(pair, padded, jnp.asarray(rank_J))
-    return Curve(*(np.asarray(part, np.float64)[: n + 1] for part in (kl_N, norm_N)))
+    n_points = 1 + (n_slots if longest is None else min(longest, n_slots))
+    kl_N, norm_N = _curve(pair, padded, jnp.asarray(rank_J), jnp.arange(-(-n_points // AT_ONCE) * AT_ONCE))
+    return Curve(*(np.asarray(part, np.float64)[: min(n + 1, n_points)] for part in (kl_N, norm_N)))
+
+
+def all_patched(pair: Pair, features: Features) -> float:
+    """The KL with every feature patched, nats."""
+    return float(_kl_of_all(pair, _padded(features)[0]))
 
 
 def mean(curves: list[Curve]) -> Curve:
@@ -179,8 +191,8 @@ def _pair(model: lm.LanguageModel, ids_2T: jax.Array, at: jax.Array, encoded: lm
 
 def _kl(pair: Pair, edit_TY: jax.Array) -> jax.Array:
     """From the predictions on the counterfactual prompt to those after an edit, f32[]."""
-    logits_1TV, _ = pair.site.with_rows(pair.site.rows + edit_TY)
-    return lm.kl_divergence(pair.logits, logits_1TV[:, pair.at])[0]
+    logits_11V, _ = pair.site.with_rows(pair.site.rows + edit_TY, pair.at)
+    return lm.kl_divergence(pair.logits, logits_11V[:, 0])[0]
 
 
 def _edit(features: Features, is_patched_J: jax.Array) -> jax.Array:
@@ -227,9 +239,14 @@ def _prune(pair: Pair, features: Features, worst_first_J: jax.Array) -> jax.Arra
 
 
 @jax.jit
-def _curve(pair: Pair, features: Features, rank_J: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _curve(pair: Pair, features: Features, rank_J: jax.Array, n_patched_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     def point(n: jax.Array) -> tuple[jax.Array, jax.Array]:
         edit_TY = _edit(features, (rank_J < n).astype(jnp.float32))
         return _kl(pair, edit_TY), jnp.linalg.norm(edit_TY)
 
-    return jax.lax.map(point, jnp.arange(len(rank_J) + 1))
+    return jax.lax.map(point, n_patched_N, batch_size=AT_ONCE)
+
+
+@jax.jit
+def _kl_of_all(pair: Pair, features: Features) -> jax.Array:
+    return _kl(pair, _edit(features, jnp.ones(len(features.ids))))

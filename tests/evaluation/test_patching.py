@@ -62,6 +62,20 @@ def test_the_planted_latents_are_found_and_patching_them_is_all_it_takes(model, 
         np.testing.assert_allclose(curve.norm, 0.999 * np.sqrt(np.arange(5)), rtol=1e-3)
 
 
+def test_of_many_features_the_first_by_attribution_are_pruned_and_followed(sae, pair):
+    features = patching.of_latents(sae, pair)
+    by_attribution = patching.by_attribution(pair, features)
+    order = patching.pruned(pair, features, most=3)
+    assert set(order[:2]) == {0, 1}
+    assert set(order[:3]) == set(by_attribution[:3])
+    assert order[3] == by_attribution[3]
+    assert patching.pruned(pair, features, most=9).tolist() == patching.pruned(pair, features).tolist()
+    whole = patching.curve(pair, features, order)
+    for part, all_of_it in zip(patching.curve(pair, features, order, longest=2), whole, strict=True):
+        assert part.tolist() == all_of_it[:3].tolist()
+    assert patching.all_patched(pair, features) == pytest.approx(whole.kl[-1], abs=1e-6)
+
+
 def test_directions_that_mix_the_planted_ones_take_more_patches(pair):
     mixed = np.linalg.qr(np.random.default_rng(0).standard_normal((15, 15)))[0] @ TOKENS
     features = patching.of_directions(mixed, pair)
