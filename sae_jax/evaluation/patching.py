@@ -19,6 +19,7 @@ Sources: Cunningham et al. 2023, arXiv 2309.08600, section 4; Conmy et al. 2023,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -125,24 +126,43 @@ def by_attribution(pair: Pair, features: Features) -> np.ndarray:
 def pruned(pair: Pair, features: Features, most: int | None = None) -> np.ndarray:
     """Places of features i64[J], those first that pruning gives up last.
 
-    Each trial is a run of the model. With `most` so many features, the first by attribution, are pruned among
-    themselves, and the others follow by attribution.
+    With `most` so many features, the first by attribution, are pruned among themselves, and the others follow by
+    attribution: each trial is a run of the model.
     """
-    order_J = by_attribution(pair, features)
-    n = len(order_J) if most is None else min(most, len(order_J))
-    first_P = order_J[:n]
-    padded, n_slots = _padded(
-        Features(features.ids[first_P], features.change[:, first_P], features.directions[first_P])
-    )
+    return pruned_together([(pair, features)], most)[0]
+
+
+def pruned_together(parts: Sequence[tuple[Pair, Features]], most: int | None = None) -> list[np.ndarray]:
+    """`pruned` of several pairs or features at once, whose trials share the reading of the model's weights.
+
+    UsageError for pairs of different lengths; all are of one model and one place in it.
+    """
+    lengths = sorted({pair.site.ids.shape[1] for pair, _ in parts})
+    if len(lengths) > 1:
+        raise UsageError(f"pairs of {lengths[0]} and {lengths[-1]} tokens are not pruned together; fill them up")
+    orders = [by_attribution(*part) for part in parts]
+    firsts = [order_J[: len(order_J) if most is None else most] for order_J in orders]
+    n_slots = _n_slots(max(map(len, firsts)))
+    tried = [
+        _padded(Features(all_of.ids[places], all_of.change[:, places], all_of.directions[places]), n_slots)
+        for (_, all_of), places in zip(parts, firsts, strict=True)
+    ]
     # What fills up changes nothing: it goes at once, and then the others from the least by attribution.
-    worst_first = np.concatenate([np.arange(n, n_slots), np.arange(n)[::-1]])
-    given_up_P = np.asarray(_prune(pair, padded, jnp.asarray(worst_first)))[:n]
-    return np.concatenate([first_P[np.argsort(-given_up_P, kind="stable")], order_J[n:]])
+    worst_first = [np.concatenate([np.arange(len(f), n_slots), np.arange(len(f))[::-1]]) for f in firsts]
+    bare = [pair.replace(site=pair.site.replace(model=None)) for pair, _ in parts]  # which is not copied
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *zip(bare, tried, worst_first, strict=True))
+    given_up = np.asarray(_prune(parts[0][0].site.model, *stacked))
+    return [
+        np.concatenate([first[np.argsort(-when[: len(first)], kind="stable")], order_J[len(first) :]])
+        for order_J, first, when in zip(orders, firsts, given_up, strict=True)
+    ]
 
 
 def curve(pair: Pair, features: Features, order_J: np.ndarray, longest: int | None = None) -> Curve:
     """What patching features does, one after the other in this order; with `longest` so many at most."""
-    n, (padded, n_slots) = len(features.ids), _padded(features)
+    n = len(features.ids)
+    n_slots = _n_slots(n)
+    padded = _padded(features, n_slots)
     rank_J = np.full(n_slots, n_slots)
     rank_J[order_J] = np.arange(n)
     n_points = 1 + (n_slots if longest is None else min(longest, n_slots))
@@ -152,7 +172,7 @@ def curve(pair: Pair, features: Features, order_J: np.ndarray, longest: int | No
 
 def all_patched(pair: Pair, features: Features) -> float:
     """The KL with every feature patched, nats."""
-    return float(_kl_of_all(pair, _padded(features)[0]))
+    return float(_kl_of_all(pair, _padded(features, _n_slots(len(features.ids)))))
 
 
 def mean(curves: list[Curve]) -> Curve:
@@ -165,13 +185,16 @@ def mean(curves: list[Curve]) -> Curve:
     return Curve(mean_of([curve.kl for curve in curves]), mean_of([curve.norm for curve in curves]))
 
 
-def _padded(features: Features) -> tuple[Features, int]:
-    """Filled up with features that change nothing, so that pairs share programs; and how many there are then."""
-    n = len(features.ids)
-    n_slots = 1 << (max(n, 1) - 1).bit_length()
-    filling, none = (0, n_slots - n), (0, 0)
+def _n_slots(n: int) -> int:
+    """Of so many features filled up, so that pairs share programs."""
+    return 1 << (max(n, 1) - 1).bit_length()
+
+
+def _padded(features: Features, n_slots: int) -> Features:
+    """Filled up with features that change nothing."""
+    filling, none = (0, n_slots - len(features.ids)), (0, 0)
     padded = ((features.ids, (filling,)), (features.change, (none, filling)), (features.directions, (filling, none)))
-    return Features(*(jnp.pad(part, widths) for part, widths in padded)), n_slots
+    return Features(*(jnp.pad(part, widths) for part, widths in padded))
 
 
 @partial(jax.jit, static_argnames=("encoded", "reconstructed"))
@@ -207,35 +230,36 @@ def _slopes(pair: Pair, features: Features) -> jax.Array:
 
 
 @jax.jit
-def _prune(pair: Pair, features: Features, worst_first_J: jax.Array) -> jax.Array:
-    """When each feature was given up, i32[J]; those that never were, last."""
-    n = len(worst_first_J)
+def _prune(model: lm.LanguageModel, pairs: Pair, features: Features, worst_first_PJ: jax.Array) -> jax.Array:
+    """When each feature of each pair was given up, i32[P, J]; those that never were, last."""
 
-    def try_one(state: tuple, step: tuple) -> tuple:
-        (is_patched_J, kl, given_up_J), (j, threshold, when) = state, step
+    def of_one(pair: Pair, features: Features, worst_first_J: jax.Array) -> jax.Array:
+        pair = pair.replace(site=pair.site.replace(model=model))
+        n, n_steps = len(worst_first_J), len(worst_first_J) * len(THRESHOLDS)
+        tried_S = jnp.tile(worst_first_J, len(THRESHOLDS))
+        threshold_S = jnp.repeat(jnp.asarray(THRESHOLDS), n) * _kl(pair, jnp.zeros_like(pair.y[0]))
 
-        def without(_: None) -> tuple:
+        def next_step(step: jax.Array, is_patched_J: jax.Array) -> jax.Array:
+            """The first from `step` on that tries a feature which is still patched; n_steps if there is none."""
+            is_due_S = (jnp.arange(n_steps) >= step) & (is_patched_J[tried_S] > 0)
+            return jnp.where(is_due_S.any(), is_due_S.argmax(), n_steps)
+
+        def try_one(state: tuple) -> tuple:
+            step, is_patched_J, kl, given_up_J = state
+            j = tried_S[step]
             fewer_J = is_patched_J.at[j].set(0.0)
             new = _kl(pair, _edit(features, fewer_J))
-            goes = new - kl < threshold
-            return (
-                jnp.where(goes, fewer_J, is_patched_J),
-                jnp.where(goes, new, kl),
-                given_up_J.at[j].set(jnp.where(goes, when, given_up_J[j])),
-            )
+            goes = new - kl < threshold_S[step]
+            is_patched_J = jnp.where(goes, fewer_J, is_patched_J)
+            given_up_J = given_up_J.at[j].set(jnp.where(goes, step, given_up_J[j]))
+            return next_step(step + 1, is_patched_J), is_patched_J, jnp.where(goes, new, kl), given_up_J
 
-        return jax.lax.cond(is_patched_J[j] > 0, without, lambda _: state, None), None
+        all_J = jnp.ones(n)
+        state = (next_step(jnp.int32(0), all_J), all_J, _kl(pair, _edit(features, all_J)), jnp.full(n, n_steps))
+        # Each pair goes on to its own next trial, so that none waits for what another has given up.
+        return jax.lax.while_loop(lambda state: state[0] < n_steps, try_one, state)[3]
 
-    n_steps = n * len(THRESHOLDS)
-    all_J = jnp.ones(n)
-    steps = (
-        jnp.tile(worst_first_J, len(THRESHOLDS)),
-        jnp.repeat(jnp.asarray(THRESHOLDS), n) * _kl(pair, jnp.zeros_like(pair.y[0])),
-        jnp.arange(n_steps),
-    )
-    state = (all_J, _kl(pair, _edit(features, all_J)), jnp.full(n, n_steps))
-    (_, _, given_up_J), _ = jax.lax.scan(try_one, state, steps)
-    return given_up_J
+    return jax.vmap(of_one)(pairs, features, worst_first_PJ)
 
 
 @jax.jit

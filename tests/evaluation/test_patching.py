@@ -85,6 +85,17 @@ def test_directions_that_mix_the_planted_ones_take_more_patches(pair):
     assert curve.norm[-1] == pytest.approx(2, rel=1e-5)
 
 
+def test_pruned_together_each_is_as_if_alone(model, sae, pair):
+    other = patching.pair(model, HOOK, HOOK, *(np.array([BEGIN, n, p, SAID]) for n, p in ((JOHN, PARK), (MARY, PARK))))
+    parts = [(each, patching.of_latents(sae, each)) for each in (pair, other)]
+    parts.append((other, patching.of_directions(np.eye(16), other)))
+    for part, order in zip(parts, patching.pruned_together(parts), strict=True):
+        assert order.tolist() == patching.pruned(*part).tolist()
+    longer = patching.pair(model, HOOK, HOOK, *2 * [np.arange(5)])
+    with pytest.raises(UsageError, match="pairs of 4 and 5 tokens are not pruned together; fill them up"):
+        patching.pruned_together([parts[0], (longer, patching.of_latents(sae, longer))])
+
+
 @pytest.mark.long
 def test_slopes_pruning_and_curves_are_those_of_a_loop_in_float64():
     rng, built, hook, at = np.random.default_rng(0), tiny.random_model(tiny.SPEC), lm.Hook(1, "attn_z"), 5
