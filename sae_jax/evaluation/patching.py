@@ -126,8 +126,8 @@ def by_attribution(pair: Pair, features: Features) -> np.ndarray:
 def pruned(pair: Pair, features: Features, most: int | None = None) -> np.ndarray:
     """Places of features i64[J], those first that pruning gives up last.
 
-    With `most` so many features, the first by attribution, are pruned among themselves, and the others follow by
-    attribution: each trial is a run of the model.
+    Each trial is a run of the model. With `most`, only so many features, the first by attribution, are pruned among
+    themselves, and the others follow them by attribution.
     """
     return pruned_together([(pair, features)], most)[0]
 
@@ -159,7 +159,7 @@ def pruned_together(parts: Sequence[tuple[Pair, Features]], most: int | None = N
 
 
 def curve(pair: Pair, features: Features, order_J: np.ndarray, longest: int | None = None) -> Curve:
-    """What patching features does, one after the other in this order; with `longest` so many at most."""
+    """What patching features does, one after the other in this order; with `longest`, so many of them at most."""
     n = len(features.ids)
     n_slots = _n_slots(n)
     padded = _padded(features, n_slots)
