@@ -15,6 +15,22 @@ Guess, before any run, of the rule: latents far above all baselines (0.7 over al
 next, then principal components and dimensions, random directions last, below 0.3; on random texts alone all lower and
 in the same order.
 Command: python experiments/feature_interpretability.py --out OUT [--endpoint URL --model NAME]
+Cost: five minutes on two cores that had other work, three of them for the set and the dictionary.
+Answer: to the rule, yes; no language model has judged them. 40 latents each, means with intervals of 90 % over latents
+(one seed, JAX 0.12.0.1, CPU):
+
+                               simulation              on random texts alone
+    dictionary                 0.788 [0.720, 0.853]    0.527 [0.426, 0.626]
+    independent components     0.580 [0.526, 0.635]    0.321 [0.248, 0.396]
+    dimensions                 0.462 [0.420, 0.502]    0.277 [0.235, 0.315]
+    random directions          0.445 [0.388, 0.497]    0.270 [0.210, 0.328]
+    principal components       0.427 [0.370, 0.485]    0.239 [0.188, 0.293]
+
+The first two places and the fall on random texts are as guessed; the rest is not. Random directions score half as much
+again as the 0.3 that was guessed and are not last: dimensions, random directions and components differ by less than
+their intervals. Where only the 16 largest of many directions are active, any direction is soon a matter of a few tokens
+of this layer, so 0.4 is the level from which scores of the rule count. Which tokens a latent is at is what an n-gram
+would find, too; the order by context, which a language model could judge, is open.
 """
 
 from __future__ import annotations

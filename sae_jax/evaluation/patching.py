@@ -20,6 +20,7 @@ Sources: Cunningham et al. 2023, arXiv 2309.08600, section 4; Conmy et al. 2023,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -149,7 +150,7 @@ def pruned_together(parts: Sequence[tuple[Pair, Features]], most: int | None = N
     ]
     # What fills up changes nothing: it goes at once, and then the others from the least by attribution.
     worst_first = [np.concatenate([np.arange(len(f), n_slots), np.arange(len(f))[::-1]]) for f in firsts]
-    bare = [pair.replace(site=pair.site.replace(model=None)) for pair, _ in parts]  # which is not copied
+    bare = [_with_model(pair, None) for pair, _ in parts]  # or it would be copied for each
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *zip(bare, tried, worst_first, strict=True))
     given_up = np.asarray(_prune(parts[0][0].site.model, *stacked))
     return [
@@ -212,6 +213,10 @@ def _pair(model: lm.LanguageModel, ids_2T: jax.Array, at: jax.Array, encoded: lm
     return Pair(site, acts(encoded), acts(reconstructed), out.logits[1:, at], at)
 
 
+def _with_model(pair: Pair, model: lm.LanguageModel | None) -> Pair:
+    return replace(pair, site=replace(pair.site, model=model))  # pyrefly: ignore  # None for a while
+
+
 def _kl(pair: Pair, edit_TY: jax.Array) -> jax.Array:
     """From the predictions on the counterfactual prompt to those after an edit, f32[]."""
     logits_11V, _ = pair.site.with_rows(pair.site.rows + edit_TY, pair.at)
@@ -234,7 +239,7 @@ def _prune(model: lm.LanguageModel, pairs: Pair, features: Features, worst_first
     """When each feature of each pair was given up, i32[P, J]; those that never were, last."""
 
     def of_one(pair: Pair, features: Features, worst_first_J: jax.Array) -> jax.Array:
-        pair = pair.replace(site=pair.site.replace(model=model))
+        pair = _with_model(pair, model)
         n, n_steps = len(worst_first_J), len(worst_first_J) * len(THRESHOLDS)
         tried_S = jnp.tile(worst_first_J, len(THRESHOLDS))
         threshold_S = jnp.repeat(jnp.asarray(THRESHOLDS), n) * _kl(pair, jnp.zeros_like(pair.y[0]))
