@@ -28,9 +28,8 @@ Answer: to the rule, yes; no language model has judged them. 40 latents each, me
 
 The first two places and the fall on random texts are as guessed; the rest is not. Random directions score half as much
 again as the 0.3 that was guessed and are not last: dimensions, random directions and components differ by less than
-their intervals. Where only the 16 largest of many directions are active, any direction is soon a matter of a few tokens
-of this layer, so 0.4 is the level from which scores of the rule count. Which tokens a latent is at is what an n-gram
-would find, too; the order by context, which a language model could judge, is open.
+their intervals. Likely, at this layer, any direction is a matter of a few tokens once only the 16 largest of many are
+active: 0.4 is then what the rule scores for nothing. What a language model would say by the context is open.
 """
 
 from __future__ import annotations
@@ -81,6 +80,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Explain and score latents of the dictionary and of every baseline; OUT/results.json."""
+    if config.endpoint is not None and not config.model:
+        raise SystemExit("an endpoint needs the name of its judge: give --model too")
     n, n_tokens = (2, 20_480) if config.smoke else (config.n, config.tokens)
     d = sae_jax.load(config.run or trained(config))
     activations = open_set(d.record)
