@@ -98,13 +98,13 @@ def main(config: Config) -> None:
     (hook,), model = subject.encoded, subject.model
     assert isinstance(model, lm.LanguageModel)
     drawn = pairs_of(subject, 2 if config.smoke else N_TESTED)
-    right = np.array([[says(model, ids) for ids in pair[:2]] for pair in drawn])
+    longest = max(len(pair.said) for pair in drawn)
+    right = np.array([[says(model, ids, longest) for ids in pair[:2]] for pair in drawn])
     right = right == np.array([pair[2:] for pair in drawn])
     console.print(
         f"accuracy: {right.mean():.3f} of {right.size} prompts, both of {right.all(1).mean():.3f} of the pairs"
     )
     taken = [pair for pair, both in zip(drawn, right.all(1), strict=True) if both or config.smoke][: config.pairs]
-    longest = max(len(pair.said) for pair in taken)
     rows = np.concatenate([activations.read_chunk(str(hook), i) for i in range(activations.n_chunks)])[:N_ROWS]
     bases = {"principal components": principal_components(rows.astype(np.float32)), "channels": np.eye(rows.shape[1])}
     curves: dict[str, list[patching.Curve]] = {}
@@ -151,9 +151,9 @@ def pairs_of(subject: prompts.Subject, n: int) -> list[Prompts]:
     return drawn
 
 
-def says(model: lm.LanguageModel, ids_T: np.ndarray) -> int:
-    """The likeliest token after a prompt."""
-    return int(_says(model, np.stack(filled([ids_T], 32)), jnp.int32(len(ids_T) - 1)))
+def says(model: lm.LanguageModel, ids_T: np.ndarray, longest: int) -> int:
+    """The likeliest token after a prompt of at most so many."""
+    return int(_says(model, np.stack(filled([ids_T], longest)), jnp.int32(len(ids_T) - 1)))
 
 
 def filled(ids: list[np.ndarray], length: int) -> list[np.ndarray]:
