@@ -49,6 +49,7 @@ def evaluate(
     shard: tuple[int, int] = (0, 1),
     split: int = 1,
     suite: Sequence[suites.Suite] = ("core",),
+    studies: Sequence[suites.Study] = (),
     baselines: Sequence[str] = (),
     tasks: str | None = None,
     loss_curve: StrPath | None = None,
@@ -68,6 +69,8 @@ def evaluate(
         shard: (i, n): measure the i-th of n shares of folders; those that are not complete yet are left out.
         split: devices of this process that the language model is split over.
         suite: what to measure beside the core: openai, probing, causal or all (evaluation/suites.py).
+        studies: at sizes of your own, such as `sae_jax.evaluation.studies.n2g.Study(n_latents=20)`; each takes the
+            place of its kind in the suites, or is made besides.
         baselines: identity, pca, ica, random, neurons or all, measured as dictionaries of the first one's site and L0,
             and returned under these names. Their records lie in the first folder's evaluation/.
         tasks: what probes are trained on: None, properties of the held-out text; sae-probes, the sets of that package;
@@ -77,7 +80,7 @@ def evaluate(
         seed: of the samples that studies take.
     """
     curve = None if loss_curve is None else effective_compute.read_curve(loss_curve)
-    kinds, beside = suites.chosen(suite), evaluation_baselines.choose(baselines)
+    kinds, beside = suites.chosen(suite, studies), evaluation_baselines.choose(baselines)
     labelled.digest(tasks or "")  # refuses what is not there before anything runs
     if published := [given for given in dictionaries if hub.is_remote(given)]:
         raise UsageError(

@@ -19,6 +19,8 @@ Sources: Cunningham et al. 2023, arXiv 2309.08600, section 4; Conmy et al. 2023,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -34,6 +36,7 @@ from sae_jax.types import UsageError
 
 # Of what a patch may be worth in the rounds of pruning, as shares of the KL without patches.
 THRESHOLDS = tuple(2.0**-i for i in range(14, -1, -1))
+AT_ONCE = 16  # points of a curve, which share the reading of the model's weights
 
 
 @struct.dataclass
@@ -121,26 +124,56 @@ def by_attribution(pair: Pair, features: Features) -> np.ndarray:
     return np.argsort(np.asarray(_slopes(pair, features)), kind="stable")
 
 
-def pruned(pair: Pair, features: Features) -> np.ndarray:
-    """Places of features i64[J], those first that pruning gives up last."""
-    n, order_J = len(features.ids), by_attribution(pair, features)
-    padded, n_slots = _padded(features)
+def pruned(pair: Pair, features: Features, most: int | None = None) -> np.ndarray:
+    """Places of features i64[J], those first that pruning gives up last.
+
+    Each trial is a run of the model. With `most`, only so many features, the first by attribution, are pruned among
+    themselves, and the others follow them by attribution.
+    """
+    return pruned_together([(pair, features)], most)[0]
+
+
+def pruned_together(parts: Sequence[tuple[Pair, Features]], most: int | None = None) -> list[np.ndarray]:
+    """`pruned` of several pairs or features at once, whose trials share the reading of the model's weights.
+
+    UsageError for pairs of different lengths; all are of one model and one place in it.
+    """
+    lengths = sorted({pair.site.ids.shape[1] for pair, _ in parts})
+    if len(lengths) > 1:
+        raise UsageError(f"pairs of {lengths[0]} and {lengths[-1]} tokens are not pruned together; fill them up")
+    orders = [by_attribution(*part) for part in parts]
+    firsts = [order_J[: len(order_J) if most is None else most] for order_J in orders]
+    n_slots = _n_slots(max(map(len, firsts)))
+    tried = [
+        _padded(Features(all_of.ids[places], all_of.change[:, places], all_of.directions[places]), n_slots)
+        for (_, all_of), places in zip(parts, firsts, strict=True)
+    ]
     # What fills up changes nothing: it goes at once, and then the others from the least by attribution.
-    worst_first = np.concatenate([np.arange(n, n_slots), order_J[::-1]])
-    given_up = np.asarray(_prune(pair, padded, jnp.asarray(worst_first)))[:n]
-    rank_J = np.empty(n, int)
-    rank_J[order_J] = np.arange(n)
-    return np.lexsort((rank_J, -given_up))
+    worst_first = [np.concatenate([np.arange(len(f), n_slots), np.arange(len(f))[::-1]]) for f in firsts]
+    bare = [_with_model(pair, None) for pair, _ in parts]  # or it would be copied for each
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *zip(bare, tried, worst_first, strict=True))
+    given_up = np.asarray(_prune(parts[0][0].site.model, *stacked))
+    return [
+        np.concatenate([first[np.argsort(-when[: len(first)], kind="stable")], order_J[len(first) :]])
+        for order_J, first, when in zip(orders, firsts, given_up, strict=True)
+    ]
 
 
-def curve(pair: Pair, features: Features, order_J: np.ndarray) -> Curve:
-    """What patching features does, one after the other in this order."""
+def curve(pair: Pair, features: Features, order_J: np.ndarray, longest: int | None = None) -> Curve:
+    """What patching features does, one after the other in this order; with `longest`, so many of them at most."""
     n = len(features.ids)
-    padded, n_slots = _padded(features)
+    n_slots = _n_slots(n)
+    padded = _padded(features, n_slots)
     rank_J = np.full(n_slots, n_slots)
     rank_J[order_J] = np.arange(n)
-    kl_N, norm_N = _curve(pair, padded, jnp.asarray(rank_J))
-    return Curve(*(np.asarray(part, np.float64)[: n + 1] for part in (kl_N, norm_N)))
+    n_points = 1 + (n_slots if longest is None else min(longest, n_slots))
+    kl_N, norm_N = _curve(pair, padded, jnp.asarray(rank_J), jnp.arange(-(-n_points // AT_ONCE) * AT_ONCE))
+    return Curve(*(np.asarray(part, np.float64)[: min(n + 1, n_points)] for part in (kl_N, norm_N)))
+
+
+def all_patched(pair: Pair, features: Features) -> float:
+    """The KL with every feature patched, nats."""
+    return float(_kl_of_all(pair, _padded(features, _n_slots(len(features.ids)))))
 
 
 def mean(curves: list[Curve]) -> Curve:
@@ -153,13 +186,16 @@ def mean(curves: list[Curve]) -> Curve:
     return Curve(mean_of([curve.kl for curve in curves]), mean_of([curve.norm for curve in curves]))
 
 
-def _padded(features: Features) -> tuple[Features, int]:
-    """Filled up with features that change nothing, so that pairs share programs; and how many there are then."""
-    n = len(features.ids)
-    n_slots = 1 << (max(n, 1) - 1).bit_length()
-    filling, none = (0, n_slots - n), (0, 0)
+def _n_slots(n: int) -> int:
+    """Of so many features filled up, so that pairs share programs."""
+    return 1 << (max(n, 1) - 1).bit_length()
+
+
+def _padded(features: Features, n_slots: int) -> Features:
+    """Filled up with features that change nothing."""
+    filling, none = (0, n_slots - len(features.ids)), (0, 0)
     padded = ((features.ids, (filling,)), (features.change, (none, filling)), (features.directions, (filling, none)))
-    return Features(*(jnp.pad(part, widths) for part, widths in padded)), n_slots
+    return Features(*(jnp.pad(part, widths) for part, widths in padded))
 
 
 @partial(jax.jit, static_argnames=("encoded", "reconstructed"))
@@ -177,10 +213,14 @@ def _pair(model: lm.LanguageModel, ids_2T: jax.Array, at: jax.Array, encoded: lm
     return Pair(site, acts(encoded), acts(reconstructed), out.logits[1:, at], at)
 
 
+def _with_model(pair: Pair, model: lm.LanguageModel | None) -> Pair:
+    return replace(pair, site=replace(pair.site, model=model))  # pyrefly: ignore  # None for a while
+
+
 def _kl(pair: Pair, edit_TY: jax.Array) -> jax.Array:
     """From the predictions on the counterfactual prompt to those after an edit, f32[]."""
-    logits_1TV, _ = pair.site.with_rows(pair.site.rows + edit_TY)
-    return lm.kl_divergence(pair.logits, logits_1TV[:, pair.at])[0]
+    logits_11V, _ = pair.site.with_rows(pair.site.rows + edit_TY, pair.at)
+    return lm.kl_divergence(pair.logits, logits_11V[:, 0])[0]
 
 
 def _edit(features: Features, is_patched_J: jax.Array) -> jax.Array:
@@ -195,41 +235,47 @@ def _slopes(pair: Pair, features: Features) -> jax.Array:
 
 
 @jax.jit
-def _prune(pair: Pair, features: Features, worst_first_J: jax.Array) -> jax.Array:
-    """When each feature was given up, i32[J]; those that never were, last."""
-    n = len(worst_first_J)
+def _prune(model: lm.LanguageModel, pairs: Pair, features: Features, worst_first_PJ: jax.Array) -> jax.Array:
+    """When each feature of each pair was given up, i32[P, J]; those that never were, last."""
 
-    def try_one(state: tuple, step: tuple) -> tuple:
-        (is_patched_J, kl, given_up_J), (j, threshold, when) = state, step
+    def of_one(pair: Pair, features: Features, worst_first_J: jax.Array) -> jax.Array:
+        pair = _with_model(pair, model)
+        n, n_steps = len(worst_first_J), len(worst_first_J) * len(THRESHOLDS)
+        tried_S = jnp.tile(worst_first_J, len(THRESHOLDS))
+        threshold_S = jnp.repeat(jnp.asarray(THRESHOLDS), n) * _kl(pair, jnp.zeros_like(pair.y[0]))
 
-        def without(_: None) -> tuple:
+        def next_step(step: jax.Array, is_patched_J: jax.Array) -> jax.Array:
+            """The first from `step` on that tries a feature which is still patched; n_steps if there is none."""
+            is_due_S = (jnp.arange(n_steps) >= step) & (is_patched_J[tried_S] > 0)
+            return jnp.where(is_due_S.any(), is_due_S.argmax(), n_steps)
+
+        def try_one(state: tuple) -> tuple:
+            step, is_patched_J, kl, given_up_J = state
+            j = tried_S[step]
             fewer_J = is_patched_J.at[j].set(0.0)
             new = _kl(pair, _edit(features, fewer_J))
-            goes = new - kl < threshold
-            return (
-                jnp.where(goes, fewer_J, is_patched_J),
-                jnp.where(goes, new, kl),
-                given_up_J.at[j].set(jnp.where(goes, when, given_up_J[j])),
-            )
+            goes = new - kl < threshold_S[step]
+            is_patched_J = jnp.where(goes, fewer_J, is_patched_J)
+            given_up_J = given_up_J.at[j].set(jnp.where(goes, step, given_up_J[j]))
+            return next_step(step + 1, is_patched_J), is_patched_J, jnp.where(goes, new, kl), given_up_J
 
-        return jax.lax.cond(is_patched_J[j] > 0, without, lambda _: state, None), None
+        all_J = jnp.ones(n)
+        state = (next_step(jnp.int32(0), all_J), all_J, _kl(pair, _edit(features, all_J)), jnp.full(n, n_steps))
+        # Each pair goes on to its own next trial, so that none waits for what another has given up.
+        return jax.lax.while_loop(lambda state: state[0] < n_steps, try_one, state)[3]
 
-    n_steps = n * len(THRESHOLDS)
-    all_J = jnp.ones(n)
-    steps = (
-        jnp.tile(worst_first_J, len(THRESHOLDS)),
-        jnp.repeat(jnp.asarray(THRESHOLDS), n) * _kl(pair, jnp.zeros_like(pair.y[0])),
-        jnp.arange(n_steps),
-    )
-    state = (all_J, _kl(pair, _edit(features, all_J)), jnp.full(n, n_steps))
-    (_, _, given_up_J), _ = jax.lax.scan(try_one, state, steps)
-    return given_up_J
+    return jax.vmap(of_one)(pairs, features, worst_first_PJ)
 
 
 @jax.jit
-def _curve(pair: Pair, features: Features, rank_J: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _curve(pair: Pair, features: Features, rank_J: jax.Array, n_patched_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     def point(n: jax.Array) -> tuple[jax.Array, jax.Array]:
         edit_TY = _edit(features, (rank_J < n).astype(jnp.float32))
         return _kl(pair, edit_TY), jnp.linalg.norm(edit_TY)
 
-    return jax.lax.map(point, jnp.arange(len(rank_J) + 1))
+    return jax.lax.map(point, n_patched_N, batch_size=AT_ONCE)
+
+
+@jax.jit
+def _kl_of_all(pair: Pair, features: Features) -> jax.Array:
+    return _kl(pair, _edit(features, jnp.ones(len(features.ids))))

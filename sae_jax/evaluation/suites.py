@@ -46,11 +46,18 @@ class Found(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     left_out: str | None = None  # why the study says nothing of this dictionary
 
 
-def chosen(suites: Sequence[str]) -> list[type[Study]]:
-    """The studies of these suites, in the order in which they are shown. UsageError for a suite that there is not."""
+def chosen(suites: Sequence[str], given: Sequence[Study] = ()) -> list[type[Study] | Study]:
+    """The studies of these suites, in the order in which they are shown, and those given at sizes of their own.
+
+    One that is given takes the place of its kind. UsageError for a suite that there is not, or a kind given twice.
+    """
     if unknown := set(suites) - set(get_args(Suite)):
         raise UsageError(f"suite {sorted(unknown)[0]!r} does not exist; choose {', '.join(get_args(Suite))}")
-    return [kind for kind in studies().values() if kind.SUITE in suites or "all" in suites]
+    sized = {type(study): study for study in given}
+    if len(sized) < len(given):
+        raise UsageError("studies has one kind twice; give each once")
+    wanted = {kind for kind in studies().values() if kind.SUITE in suites or "all" in suites}
+    return [sized.get(kind, kind) for kind in studies().values() if kind in wanted or kind in sized]
 
 
 def compared(measured: Mapping[str, Measured]) -> dict[str, Measured]:
@@ -73,7 +80,7 @@ def compared(measured: Mapping[str, Measured]) -> dict[str, Measured]:
 def run(
     measured: Mapping[str, Measured],
     folders: Mapping[str, AnyPath | None],
-    kinds: Sequence[type[Study]],
+    kinds: Sequence[type[Study] | Study],
     shard: tuple[int, int] = (0, 1),
     seed: int = 0,
     tasks: str | None = None,
@@ -83,10 +90,10 @@ def run(
     Args:
         measured: by name.
         folders: of each, where its records are kept; None: nowhere.
-        kinds: of studies.
+        kinds: of studies, or studies at sizes of their own.
         shard: (i, n): make every n-th study from the i-th on; the others may be on record.
         seed: of all samples.
-        tasks: what probes are trained on (tasks.py); None: properties of the held-out text.
+        tasks: what probes of the kinds are trained on (tasks.py); None: properties of the held-out text.
 
     Returns:
         The same dictionaries with what was found, and {name: studies that other workers are to make}.
@@ -102,7 +109,8 @@ def run(
     jobs = [(name, kind) for name in measured for kind in kinds]
     studied, missing = dict(measured), {name: [] for name in measured}
     for number, (name, kind) in enumerate(jobs):
-        label, study, case = kind.__module__.rpartition(".")[2], _with_tasks(kind, tasks), cases[name]
+        study, case = kind if isinstance(kind, Study) else _with_tasks(kind, tasks), cases[name]
+        label = type(study).__module__.rpartition(".")[2]
         folder = folders[name]
         path = None if folder is None else folder / FOLDER / f"{label}.json"
         about = _about(case, label, study)

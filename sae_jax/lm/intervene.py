@@ -133,8 +133,13 @@ class ReplacedSite:
             first += parts[hook].shape[-1]
         return parts
 
-    def with_rows(self, rows_BX: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """(logits, later) with rows f32[S * T, X] in the place of the activations, where `keep` says so."""
+    def with_rows(
+        self, rows_BX: jax.Array, logits_at: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """(logits, later) with rows f32[S * T, X] in the place of the activations, where `keep` says so.
+
+        Logits are f32[S, T, V]; with `logits_at`, a position, f32[S, 1, V] of that one alone.
+        """
         parts = self.by_hook(rows_BX)
         edit_at = dict(edits({hook: replace(parts[hook]) for hook in self.hooks}, self.keep))
         # Nothing has changed before the first hook: its activations are those at hand, and to use them instead of the
@@ -143,7 +148,7 @@ class ReplacedSite:
         edit_first = edit_at[first]
         edit_at[first] = lambda _: edit_first(self.acts[first])
         hooks = later_hooks(self.model, self.hooks[0]) if self.later else ()
-        out = run(self.model, self.ids, edits=edit_at, capture=hooks)
+        out = run(self.model, self.ids, edits=edit_at, capture=hooks, logits_at=logits_at)
         assert out.logits is not None
         return out.logits, tuple(out.acts[hook] for hook in hooks)
 

@@ -56,6 +56,7 @@ def run(
     capture: Iterable[tuple[int, str]] = (),
     stop_at: int | None = None,
     logits: bool = True,
+    logits_at: jax.Array | None = None,
     cache: Cache | None = None,
 ) -> Output:
     """One forward pass.
@@ -68,6 +69,7 @@ def run(
         stop_at: run layers 0 to stop_at - 1 only; then there are no logits. By default all layers, or with
             logits=False those up to the last captured hook: edits beyond it have no effect and are skipped.
         logits: whether to compute them.
+        logits_at: i32[], the one position whose logits f32[B, 1, V] to compute; None: all.
         cache: earlier positions of the same sequences; ids continue after them.
 
     Raises:
@@ -106,6 +108,8 @@ def run(
 
     taps = {hook.layer: partial(tap, hook.layer) for hook in {*edit_at, *captured} if hook.layer < n_layers}
     x_BTD, cache = _run_layers(model, x_BTD, positions_of(spec, position_T, n_slots), cache, taps, n_layers)
+    if logits_at is not None:  # of a large vocabulary they are much of the work
+        x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, logits_at, 1, axis=1)
     return Output(
         acts=acts,
         logits=unembed(model.params, spec, x_BTD) if logits and n_layers == spec.n_layers else None,

@@ -62,6 +62,20 @@ def test_the_planted_latents_are_found_and_patching_them_is_all_it_takes(model, 
         np.testing.assert_allclose(curve.norm, 0.999 * np.sqrt(np.arange(5)), rtol=1e-3)
 
 
+def test_of_many_features_the_first_by_attribution_are_pruned_and_followed(sae, pair):
+    features = patching.of_latents(sae, pair)
+    by_attribution = patching.by_attribution(pair, features)
+    order = patching.pruned(pair, features, most=3)
+    assert set(order[:2]) == {0, 1}
+    assert set(order[:3]) == set(by_attribution[:3])
+    assert order[3] == by_attribution[3]
+    assert patching.pruned(pair, features, most=9).tolist() == patching.pruned(pair, features).tolist()
+    whole = patching.curve(pair, features, order)
+    for part, all_of_it in zip(patching.curve(pair, features, order, longest=2), whole, strict=True):
+        assert part.tolist() == all_of_it[:3].tolist()
+    assert patching.all_patched(pair, features) == pytest.approx(whole.kl[-1], abs=1e-6)
+
+
 def test_directions_that_mix_the_planted_ones_take_more_patches(pair):
     mixed = np.linalg.qr(np.random.default_rng(0).standard_normal((15, 15)))[0] @ TOKENS
     features = patching.of_directions(mixed, pair)
@@ -69,6 +83,17 @@ def test_directions_that_mix_the_planted_ones_take_more_patches(pair):
     assert (curve.kl[:4] > 1e-3).all()
     assert curve.kl[-1] == pytest.approx(0, abs=1e-5), "a whole basis patches everything"
     assert curve.norm[-1] == pytest.approx(2, rel=1e-5)
+
+
+def test_pruned_together_each_is_as_if_alone(model, sae, pair):
+    other = patching.pair(model, HOOK, HOOK, *(np.array([BEGIN, n, p, SAID]) for n, p in ((JOHN, PARK), (MARY, PARK))))
+    parts = [(each, patching.of_latents(sae, each)) for each in (pair, other)]
+    parts.append((other, patching.of_directions(np.eye(16), other)))
+    for part, order in zip(parts, patching.pruned_together(parts), strict=True):
+        assert order.tolist() == patching.pruned(*part).tolist()
+    longer = patching.pair(model, HOOK, HOOK, *2 * [np.arange(5)])
+    with pytest.raises(UsageError, match="pairs of 4 and 5 tokens are not pruned together; fill them up"):
+        patching.pruned_together([parts[0], (longer, patching.of_latents(sae, longer))])
 
 
 @pytest.mark.long

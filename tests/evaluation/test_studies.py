@@ -292,3 +292,20 @@ def test_a_dictionary_that_writes_elsewhere_is_refused_where_that_has_no_meaning
     for name in ("importance", "refinement"):
         with pytest.raises(UsageError, match="the dictionary writes elsewhere than it reads"):
             list(small(name).metrics(Case.of(sae, elsewhere, None)))
+
+
+def test_a_study_at_a_size_of_its_own_takes_the_place_of_its_kind_and_is_another_on_record(cases, tmp_path):
+    small_one = refinement.Study(n_rows=50)
+    kinds = suites.chosen(["openai"], [small_one])
+    assert [kind is small_one for kind in kinds] == [kind is refinement.Study for kind in suites.chosen(["openai"])]
+    assert suites.chosen(["core"], [small_one]) == [small_one]
+    with pytest.raises(UsageError, match="studies has one kind twice; give each once"):
+        suites.chosen(["core"], [small_one, refinement.Study()])
+    measured, folders = {"a": measured_of(cases["topk"])}, {"a": tmp_path}
+    found = {}
+    for n_rows in (50, 100):
+        studied, _ = suites.run(measured, folders, [refinement.Study(n_rows=n_rows)])
+        found[n_rows] = studied["a"].to_json()["refinement_change"]
+        record = json.loads((tmp_path / "evaluation" / "refinement.json").read_text())
+        assert record["about"]["sizes"] == {"n_rows": n_rows}
+    assert found[50] != found[100]

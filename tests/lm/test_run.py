@@ -78,6 +78,12 @@ def test_early_exit_gives_the_same_activation_and_reads_no_later_layer(model, id
     np.testing.assert_allclose(out.acts[hook], jit_run(model, ids_BT, (hook,)).acts[hook], atol=1e-5)
 
 
+def test_logits_of_one_position_are_those_of_all(model, ids_BT):
+    every = run(model, ids_BT).logits
+    one = run(model, ids_BT, logits_at=jnp.int32(3)).logits
+    np.testing.assert_allclose(one, every[:, 3:4], rtol=1e-5, atol=1e-5)
+
+
 def test_edits_replace_what_follows(model, ids_BT):
     hooks = [Hook(1, point) for point in points(SPEC)]
     # Another factor at each, so that one applied in the place of another shows.
