@@ -57,8 +57,7 @@ def collect_set(
             progress.update(done := done + len(sequences))
     if store.missing():
         return None
-    if not store.is_finished:
-        store.join()
+    store.join()
     return store.open()
 
 

@@ -119,7 +119,12 @@ class Store:
             _write(folder / "has_row", np.bool_, sequences.shape, [has_row.reshape(sequences.shape)])
 
     def join(self) -> None:
-        """Make the whole of all parts, and delete them. HeldError while another process does."""
+        """Make the whole of all parts, if it is not there, and delete them. HeldError while another process does."""
+        if not self.is_finished:
+            self._make_whole()
+        storage.remove_folder(self.path / "parts")  # also what is left of them where a removal was cut off
+
+    def _make_whole(self) -> None:
         with storage.new_folder(self.path / "latents") as folder:
             runs = {  # by folder, the place in the whole at which its part begins
                 run: first * self.plan.context
@@ -136,7 +141,6 @@ class Store:
             for name, dtype in (("sequences", np.int32), ("has_row", np.bool_)):
                 parts = (Column(self._part(part) / name)[:] for part in range(len(self.plan.shards)))
                 _write(folder / name, dtype, shape, parts)
-        storage.remove_folder(self.path / "parts")
 
     def open(self) -> Activations:
         """What it holds. UserError if it is not finished, or damaged."""

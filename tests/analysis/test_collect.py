@@ -163,6 +163,10 @@ collect.collect_set(sae, open_activations({str(activations.path)!r}), {SOURCE!r}
         collect_set(sae, activations, SOURCE, 10**9, out)
     assert seen == [1, 2, 3]
     assert contents(out) == contents(whole)
+    (out / "parts/00002/run-0000").mkdir(parents=True)  # of a removal that was cut off
+    collect_set(sae, activations, SOURCE, 10**9, out)
+    assert not (out / "parts").exists()
+    assert contents(out) == contents(whole)
 
 
 def test_a_dictionary_that_never_fires_has_an_empty_store(activations, sae, tmp_path):
