@@ -44,7 +44,12 @@ class Size:
     batch: int
 
 
-SIZES = {"A": Size(768, 131_072, 32, 8192), "B": Size(4096, 262_144, 64, 8192), "smoke": Size(32, 512, 4, 64)}
+SIZES = {
+    "A": Size(768, 131_072, 32, 8192),
+    "B": Size(4096, 262_144, 64, 8192),
+    "C": Size(768, 32_768, 32, 2048),  # for CPUs
+    "smoke": Size(32, 512, 4, 64),
+}
 
 
 def structured_rows(n_rows: int, d: int, seed: int, block: int = 8192) -> Iterator[np.ndarray]:
