@@ -30,6 +30,7 @@ from sae_jax.ops.pairs import Pairs
 from sae_jax.ops.sparse import shared_type
 from sae_jax.types import Code
 
+SOME = 8  # one in so many rows may be looked at once more by itself; where there are more, all are
 EXACT = lax.Precision.HIGHEST  # float32 means float32: accelerators would round the inputs of a product by default
 
 
@@ -102,8 +103,8 @@ def encode_batch_topk(
 
     Args:
         n_candidates: of a row on a latent shard.
-        max_candidates: as many are looked at where a row might have had more, counted in `n_widened`. A row that might
-            have had still more is counted in `n_saturated`: the selection is exact where that is 0.
+        max_candidates: as many are looked at, of a row that might have had more; counted in `n_widened`. A row that
+            might have had still more is counted in `n_saturated`: the selection is exact where that is 0.
         The others as in `encode_topk`.
 
     Returns:
@@ -114,19 +115,32 @@ def encode_batch_topk(
     n_kept = len(x_BD) * k
 
     def search(candidates, _, n_local):
-        def select(width):
-            values_BC, index_BC = candidates(width)
+        def select(values_BC, index_BC):
             wins_BC, selection = topk.batch_winners(values_BC, index_BC, n_local, n_kept)
-            return _kept(values_BC, index_BC, wins_BC, min(max_candidates, n_local)), selection
+            return (_kept(values_BC, index_BC, wins_BC, min(max_candidates, n_local)), selection), wins_BC[:, -1]
+
+        lists = candidates(n_candidates)
+        first, is_short_B = select(*lists)
+        if n_candidates >= min(max_candidates, n_local):
+            return first
+        # With longer lists of some rows the threshold rises, if it changes: the lists of the others stay long enough.
+        is_short_B = spmd.total(is_short_B.astype(jnp.int32), mesh.LATENT) > 0
+        n_some = -(-len(is_short_B) // SOME)
+
+        def of_some():
+            rows_S = jnp.nonzero(is_short_B, size=n_some, fill_value=len(is_short_B))[0]
+            longer = candidates(max_candidates, rows_S)
+            more = (0, 0), (0, longer[0].shape[1] - n_candidates)
+            put = lambda list_BC, new_SC: jnp.pad(list_BC, more).at[rows_S].set(new_SC, mode="drop")  # noqa: E731
+            return select(*map(put, lists, longer))[0]
 
         def again():
-            code, selection = select(max_candidates)
+            are_few = spmd.largest(is_short_B.sum(dtype=jnp.int32)) <= n_some
+            code, selection = lax.cond(are_few, of_some, lambda: select(*candidates(max_candidates))[0])
             return code, replace(selection, n_widened=first[1].n_saturated)
 
-        first = select(n_candidates)
-        # A count over all devices: they take this turn together, or their collectives would wait for ever.
-        can_widen = n_candidates < min(max_candidates, n_local)
-        return lax.cond(first[1].n_saturated > 0, again, lambda: first) if can_widen else first
+        # Counts over all devices: they take these turns together, or their collectives would wait for ever.
+        return lax.cond(first[1].n_saturated > 0, again, lambda: first)
 
     return _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, None, search, sparse.Filling(k, n_kept), dtype)
 
@@ -233,8 +247,9 @@ def largest(x_BD: jax.Array, w_FD: jax.Array, b_F: jax.Array, k: int, dtype: jnp
     return lax.scan(lambda best, first: (topk.merge(best, in_tile(first), k), None), in_tile(jnp.int32(0)), firsts)[0]
 
 
-# (width -> a shard's candidates (values_BC, index_BC), k_now, n_local) -> (a shard's code, facts about the selection)
-Search = Callable[[Callable[[int], tuple[jax.Array, jax.Array]], Any, int], tuple[Code, Any]]
+# (candidates, k_now, n_local) -> (a shard's code, facts about the selection). candidates(width) are those of the shard,
+# values_BC and index_BC, and candidates(width, rows_S) those of some rows of the data shard.
+Search = Callable[[Callable[..., tuple[jax.Array, jax.Array]], Any, int], tuple[Code, Any]]
 
 
 def _encode(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search: Search, filling: sparse.Filling, dtype: jnp.dtype):
@@ -262,10 +277,17 @@ def _forward(x_BD, w_enc_FD, b_enc_F, b_pre_D, k_now, search, dtype) -> tuple[Co
         w_FD, b_F = gathered(w_RD, dtype), spmd.gather(b_R, mesh.DATA)
         rows = spmd.row_blocks(*x_RD.shape)
 
-        def candidates(width):
+        def candidates(width, rows_S=None):
+            width = min(width, len(b_F))
+            if rows_S is not None:
+                own_S = rows_S - spmd.index(mesh.LATENT) * len(x_RD)
+                x_SD = jnp.take(x_RD, jnp.where(own_S < 0, len(x_RD), own_S), axis=0, mode="fill", fill_value=0)
+                x_SD = spmd.total(x_SD.astype(jnp.float32), mesh.LATENT)  # each row is one device's own
+                return largest(centred(x_SD, b_pre_D).astype(dtype), w_FD, b_F, width, dtype)
+
             def block(_, x_rD):
                 x_bD = spmd.gather(centred(x_rD, b_pre_D).astype(dtype), mesh.LATENT)
-                return None, largest(x_bD, w_FD, b_F, min(width, len(b_F)), dtype)
+                return None, largest(x_bD, w_FD, b_F, width, dtype)
 
             return jax.tree.map(rows.join_shared, spmd.scan(block, None, rows.own(x_RD))[1])
 
