@@ -9,7 +9,7 @@ smallest value kept, plain over the first 1 / (1 - threshold_decay) steps, expon
 is 0, and every positive latent is active.
 
 A row of many active latents may need more than its list of candidates on a latent shard: 4k on one shard, towards k on
-many. Such lists are counted (`widened` in the log) and the search is done again with lists four times as long;
+many. Such lists are counted (`widened` in the log) and their rows searched again with lists four times as long;
 `saturated` counts those that were too short even so, whose rows lost latents to others.
 
 Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders", arXiv 2412.06410. There the threshold is the mean over
