@@ -560,8 +560,8 @@ def test_help_lists_the_commands(capsys):
 
 
 def test_every_setting_of_evaluate_reaches_it(work, monkeypatch):
-    """What a flag says and nobody reads would be ignored without a word."""
-    given, expected = {}, set(inspect.signature(sae_jax.evaluate).parameters) - {"dictionaries"}
+    """What a flag says and nobody reads would be ignored without a word. Studies of one's own are for Python."""
+    given, expected = {}, set(inspect.signature(sae_jax.evaluate).parameters) - {"dictionaries", "studies"}
     monkeypatch.setattr(uses, "evaluate", lambda *names, **settings: given.update(settings) or {})
     run(work, "evaluate", work / "run", "--tasks", "folder", "--seed", 3, "--suite", "probing", "--split", 2)
     assert (given["tasks"], given["seed"], given["suite"], given["split"]) == ("folder", 3, ("probing",), 2)

@@ -55,7 +55,7 @@ def renamed(path: Path, rng: np.random.Generator) -> None:
 def replaced_by(path: Path, rng: np.random.Generator) -> None:
     """A link to a device, to nothing, to itself or out of the folder."""
     path.unlink()
-    targets = ("/dev/zero", "/nowhere", path.name, "/etc/passwd", "..", "/dev/stdin")
+    targets = ("/dev/zero", "/nowhere/at/all", path.name, "/etc/os-release", "..", "/dev/stdin")
     path.symlink_to(targets[rng.integers(len(targets))])
 
 
@@ -120,6 +120,7 @@ def calling(path: Path, rng: np.random.Generator) -> None:
     """A file of torch that calls something, by the zip or as a bare pickle."""
     content = {"W_enc": np.zeros((2, 2)), "k": Call(path.parent / "MARKER")}
     target = path if path.suffix in (".pt", ".pth") else path.with_name("ae.pt")
+    target.unlink(missing_ok=True)  # it may be a link by now, and what is behind it is not ours
     if rng.random() < 0.3:
         target.write_bytes(pickle.dumps(content))
         return
