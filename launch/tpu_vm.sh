@@ -12,7 +12,7 @@
 # comes back here. `keep` does all of it, and where the slice has been taken away it deletes
 # what is left, makes another and repeats the command, which resumes, until that ends by itself. A host that is about
 # to be taken away gets SIGTERM: all save at the same step and leave with 75. What a recipe or a set on a disk is to
-# the hosts must lie in the checkout; all else at gs://.
+# the hosts must lie in the checkout, where git does not ignore it; all else at gs://.
 #
 # Needs gcloud, logged in (https://cloud.google.com/sdk). Exit codes are those of the command, or of gcloud.
 set -uo pipefail
@@ -40,15 +40,17 @@ create() {
 }
 
 setup() {
-    local archive
-    archive=$(mktemp) || return
-    tar -C "$here" --exclude=.git --exclude='.venv*' -czf "$archive" . &&
+    local archive list
+    archive=$(mktemp) && list=$(mktemp) || return
+    # Without what git ignores, sets and runs in work/ among it; all where git knows nothing of the folder.
+    git -C "$here" ls-files -z --cached --others --exclude-standard >"$list" 2>/dev/null || printf '.\0' >"$list"
+    tar -C "$here" --exclude=.git --exclude='.venv*' -czf "$archive" --null -T "$list" &&
         tpus tpu-vm scp "$archive" "$TPU:sae_jax.tar.gz" --worker=all &&
         on_all 'rm -rf sae_jax && mkdir sae_jax && tar -xzf sae_jax.tar.gz -C sae_jax && pip install --user --quiet uv &&
             python3 -m uv venv --quiet --allow-existing --python 3.13 ~/sae && cd sae_jax &&
             python3 -m uv pip install --quiet --python ~/sae/bin/python --constraint constraints/py313.txt ".[tpu,wandb]"'
     local code=$?
-    rm -f "$archive"
+    rm -f "$archive" "$list"
     return $code
 }
 
