@@ -38,7 +38,8 @@ $(1)/bin/pip install $(addprefix --constraint ,$(LOCK)) --editable "$(2)"
 endef
 
 .PHONY: demo real real-gemma test test-long test-experiments check format lint types fast oldest test-peers \
-  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz kills bench-env docs reference notebooks clean
+  test-interchange test-pages-peers test-saebench test-plan test-launch fuzz kills bench-env docs reference notebooks \
+  clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-jax demo --out demo

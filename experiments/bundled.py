@@ -38,6 +38,16 @@ def harvested(settings: Recipe, data: Path | None, out: Path) -> Path:
     return data
 
 
+def demo_run(out: Path, smoke: bool) -> Path:
+    """The run of the demo's dictionary in `out`, trained unless it is there; a small one to see if something runs."""
+    recipe = demo_recipe(smoke)
+    data, run = harvested(recipe, None, out), out / "run"
+    changed = {"steps": 20, "batch_size": 256, "n_latents": 256} if smoke else {}
+    if not run.exists():
+        sae_jax.train(data, out=run, sae_config=recipe.sae, train_config=recipe.train, site=recipe.site, **changed)
+    return run
+
+
 def held_out_rows(settings: Recipe, data: Path, smoke: bool, n_tokens: int = 2**15) -> np.ndarray:
     """Activations of text that no dictionary learns from, f32[N, d_model]; N is at most `n_tokens`."""
     text = held_out(open_activations(data), Sites(settings.site, settings.site), 2**11 if smoke else n_tokens)

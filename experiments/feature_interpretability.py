@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from bundled import demo_recipe, harvested
+from bundled import demo_run
 
 import sae_jax
 from sae_jax.analysis.bootstrap import mean_and_interval
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     if config.endpoint is not None and not config.model:
         raise SystemExit("an endpoint needs the name of its judge: give --model too")
     n, n_tokens = (2, 20_480) if config.smoke else (config.n, config.tokens)
-    d = sae_jax.load(config.run or trained(config))
+    d = sae_jax.load(config.run or demo_run(config.out, config.smoke))
     activations = open_set(d.record)
     if config.endpoint is None:
         console.print("no endpoint: a rule that knows tokens alone explains and predicts, not a language model")
@@ -107,16 +107,6 @@ def main(config: Config) -> None:
         ("", "latents", *SCORES["simulation"]),
         [(name, str(one["n"]), *(cell(*one[s]) for s in SCORES["simulation"])) for name, one in results.items()],
     )
-
-
-def trained(config: Config) -> Path:
-    """The demo's dictionary."""
-    recipe = demo_recipe(config.smoke)
-    data, run = harvested(recipe, None, config.out), config.out / "run"
-    changed = {"steps": 20, "batch_size": 256, "n_latents": 256} if config.smoke else {}
-    if not run.exists():
-        sae_jax.train(data, out=run, sae_config=recipe.sae, train_config=recipe.train, site=recipe.site, **changed)
-    return run
 
 
 def by_rule(texts: Texts, where: str, n: int) -> np.ndarray:

@@ -52,7 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bundled import demo_recipe, harvested
+from bundled import demo_run
 
 import sae_jax
 from sae_jax import figures, lm
@@ -104,7 +104,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Draw latents, steer, read back, count; OUT/results.json and a figure."""
-    folder = config.run or trained(config)
+    folder = config.run or demo_run(config.out, config.smoke)
     d = sae_jax.load(folder)
     activations = open_set(d.record)
     subject = prompts.subject(d.sae, d.record, activations)
@@ -125,16 +125,6 @@ def main(config: Config) -> None:
     (config.out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     print_table(tuple(results[0]), [tuple(str(value) for value in one.values()) for one in results])
     draw(results, config.out / "steering.png")
-
-
-def trained(config: Config) -> Path:
-    """The demo's dictionary."""
-    recipe = demo_recipe(config.smoke)
-    data, run = harvested(recipe, None, config.out), config.out / "run"
-    changed = {"steps": 20, "batch_size": 256, "n_latents": 256} if config.smoke else {}
-    if not run.exists():
-        sae_jax.train(data, out=run, sae_config=recipe.sae, train_config=recipe.train, site=recipe.site, **changed)
-    return run
 
 
 def drawn(subject, activations, sites, n: int) -> tuple[list[int], list[float]]:

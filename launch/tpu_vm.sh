@@ -39,18 +39,25 @@ create() {
     done
 }
 
+# What git does not ignore, so not the sets and runs in work/; all where git knows nothing of the folder.
+files() {
+    cd "$here" || return
+    git rev-parse --is-inside-work-tree >/dev/null 2>&1 || { printf '.\0' && return; }
+    git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+        if [[ -e $file || -L $file ]]; then printf '%s\0' "$file"; fi # git lists what has been deleted, too
+    done
+}
+
 setup() {
-    local archive list
-    archive=$(mktemp) && list=$(mktemp) || return
-    # Without what git ignores, sets and runs in work/ among it; all where git knows nothing of the folder.
-    git -C "$here" ls-files -z --cached --others --exclude-standard >"$list" 2>/dev/null || printf '.\0' >"$list"
-    tar -C "$here" --exclude=.git --exclude='.venv*' -czf "$archive" --null -T "$list" &&
+    local archive
+    archive=$(mktemp) || return
+    (files) | tar -C "$here" --exclude=.git --exclude='.venv*' -czf "$archive" --null -T - &&
         tpus tpu-vm scp "$archive" "$TPU:sae_jax.tar.gz" --worker=all &&
         on_all 'rm -rf sae_jax && mkdir sae_jax && tar -xzf sae_jax.tar.gz -C sae_jax && pip install --user --quiet uv &&
             python3 -m uv venv --quiet --allow-existing --python 3.13 ~/sae && cd sae_jax &&
             python3 -m uv pip install --quiet --python ~/sae/bin/python --constraint constraints/py313.txt ".[tpu,wandb]"'
     local code=$?
-    rm -f "$archive" "$list"
+    rm -f "$archive"
     return $code
 }
 

@@ -49,11 +49,14 @@ class Found(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def chosen(suites: Sequence[str], given: Sequence[Study] = ()) -> list[type[Study] | Study]:
     """The studies of these suites, in the order in which they are shown, and those given at sizes of their own.
 
-    One that is given takes the place of its kind. UsageError for a suite that there is not, or a kind given twice.
+    One that is given takes the place of its kind. UsageError for a suite or a kind that there is not,
+    or a kind given twice.
     """
     if unknown := set(suites) - set(get_args(Suite)):
         raise UsageError(f"suite {sorted(unknown)[0]!r} does not exist; choose {', '.join(get_args(Suite))}")
     sized = {type(study): study for study in given}
+    if foreign := sized.keys() - set(studies().values()):
+        raise UsageError(f"{foreign.pop().__module__} is no study of sae_jax.evaluation.studies; give one of those")
     if len(sized) < len(given):
         raise UsageError("studies has one kind twice; give each once")
     wanted = {kind for kind in studies().values() if kind.SUITE in suites or "all" in suites}

@@ -131,8 +131,8 @@ def encode_batch_topk(
             rows_S = jnp.nonzero(is_short_B, size=n_some, fill_value=len(is_short_B))[0]
             longer = candidates(max_candidates, rows_S)
             more = (0, 0), (0, longer[0].shape[1] - n_candidates)
-            put = lambda list_BC, new_SC: jnp.pad(list_BC, more).at[rows_S].set(new_SC, mode="drop")  # noqa: E731
-            return select(*map(put, lists, longer))[0]
+            padded = (jnp.pad(list_BC, more) for list_BC in lists)
+            return select(*(a.at[rows_S].set(new, mode="drop") for a, new in zip(padded, longer, strict=True)))[0]
 
         def again():
             are_few = spmd.largest(is_short_B.sum(dtype=jnp.int32)) <= n_some

@@ -38,7 +38,7 @@ def in_child(words: list[str], env: dict[str, str], said: Path) -> None:
     sys.exit(cli.main(words))
 
 
-class Place:
+class Folder:
     """A folder of the bucket in which commands are run, one after the other."""
 
     def __init__(self, door: s3.Door, root: str, here: Path) -> None:
@@ -59,15 +59,16 @@ class Place:
             "report": [f"{root}/run"],
             "sweep": [str(recipe), "--data", str(here / "rows"), "--out", f"{root}/sweep"],
         }
-        self.left: dict[str, dict[str, bytes]] = {}  # by command: all files after it
+        # By command: all files before it and after it, and how often it asks.
+        self.before: dict[str, dict[str, bytes]] = {}
+        self.left: dict[str, dict[str, bytes]] = {}
         self.n_requests: dict[str, int] = {}
-        before: dict[str, bytes] = {}
         for name in self.commands:
+            self.before[name] = files(root)
             first = len(door.requests)
             assert self.finish(self.start(name)) == self.code(name), self.said.read_text()
             self.n_requests[name] = len(door.requests) - first
             self.left[name] = files(root)
-        self.before = dict(zip(self.commands, [before, *self.left.values()], strict=False))
 
     def code(self, name: str) -> int:
         """Of the first budget of the sweep, which buys nothing: 3."""
@@ -115,52 +116,52 @@ def readable(left: dict[str, bytes]) -> dict[str, Any]:
     return found
 
 
-def differing(place: Place, name: str) -> list[str]:
+def differing(folder: Folder, name: str) -> list[str]:
     """The files that are not those of a command that nobody disturbed."""
-    found, expected = readable(files(place.root)), readable(place.left[name])
+    found, expected = readable(files(folder.root)), readable(folder.left[name])
     return [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
 
 
 @pytest.fixture(scope="module")
-def place(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def folder(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     door = s3.Door(s3_port)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in door.env.items():
             patch.setenv(name, value)
-        yield Place(door, f"s3://{s3.BUCKET}/killed", tmp_path_factory.mktemp("killed"))
+        yield Folder(door, f"s3://{s3.BUCKET}/killed", tmp_path_factory.mktemp("killed"))
     door.close()
 
 
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("name", ["harvest", "evaluate", "collect", "dashboard", "report", "sweep", "train"])
-def test_killed_before_any_request(place: Place, name: str) -> None:
-    n, failed = place.n_requests[name], []
+def test_killed_before_any_request(folder: Folder, name: str) -> None:
+    n, failed = folder.n_requests[name], []
     for at in range(1, n + 1, STRIDE) if STRIDE else (n // 2,):
-        place.put_back(name)
+        folder.put_back(name)
         killed: list[BaseProcess] = []
-        with place.door.kills(at, lambda: killed[0]):
-            killed.append(place.start(name))
-            code = place.finish(killed[0])
+        with folder.door.kills(at, lambda: killed[0]):
+            killed.append(folder.start(name))
+            code = folder.finish(killed[0])
         if code != -signal.SIGKILL:
             failed.append(f"{at}: ended with {code} before it asked so often")
             continue
-        code = place.finish(place.start(name))
-        said = place.said.read_text()
-        if code != place.code(name) and "exists and is not empty" not in said:  # it had come to its end
+        code = folder.finish(folder.start(name))
+        said = folder.said.read_text()
+        if code != folder.code(name) and "exists and is not empty" not in said:  # it had come to its end
             failed.append(f"{at}: then ends with {code}: {said[-500:]}")
             continue
-        if wrong := differing(place, name):
+        if wrong := differing(folder, name):
             failed.append(f"{at}: {wrong[:5]} differ")
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("name", ["harvest", "evaluate", "dashboard"])
-def test_answers_that_are_slow_or_fail(place: Place, name: str) -> None:
-    place.put_back(name)
-    place.door.fails, place.door.slow = 0.05, 0.1
+def test_answers_that_are_slow_or_fail(folder: Folder, name: str) -> None:
+    folder.put_back(name)
+    folder.door.fails, folder.door.slow = 0.05, 0.1
     try:
-        code = place.finish(place.start(name))
+        code = folder.finish(folder.start(name))
     finally:
-        place.door.fails, place.door.slow = 0.0, 0.0
-    assert code == 0, place.said.read_text()
-    assert differing(place, name) == []
+        folder.door.fails, folder.door.slow = 0.0, 0.0
+    assert code == 0, folder.said.read_text()
+    assert differing(folder, name) == []

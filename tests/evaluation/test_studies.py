@@ -301,6 +301,8 @@ def test_a_study_at_a_size_of_its_own_takes_the_place_of_its_kind_and_is_another
     assert suites.chosen(["core"], [small_one]) == [small_one]
     with pytest.raises(UsageError, match="studies has one kind twice; give each once"):
         suites.chosen(["core"], [small_one, refinement.Study()])
+    with pytest.raises(UsageError, match=f"{__name__} is no study of sae_jax.evaluation.studies"):
+        suites.chosen(["core"], [type("Own", (refinement.Study,), {"__module__": __name__})()])
     measured, folders = {"a": measured_of(cases["topk"])}, {"a": tmp_path}
     found = {}
     for n_rows in (50, 100):
